@@ -1,0 +1,23 @@
+"""One family of errors for people: every message says what is wrong, where, and what to do next."""
+
+from __future__ import annotations
+
+
+class CompressorError(Exception):
+    """Anything a person can mend; the command line prints it without a traceback and exits with 2."""
+
+
+class RecipeError(CompressorError):
+    """The recipe, or what it asks of this model, makes no sense."""
+
+
+class ModelError(CompressorError):
+    """The model folder is missing something, damaged, or of a kind that is not supported."""
+
+
+class ResourceError(CompressorError):
+    """Disk, memory or a device does not suffice, or the output folder is in the way."""
+
+
+class VerifyError(CompressorError):
+    """An output is not what its manifest says."""
