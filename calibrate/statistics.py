@@ -1,0 +1,58 @@
+"""What passes learn from calibration data, per group of linears that read the same input.
+
+With x the input in the reference chain and x̃ in the compressed chain (`docs/architecture.md`), rows being tokens:
+
+    moment = Σ w² x̃ x̃ᵀ            cross = Σ w² (x − x̃) x̃ᵀ
+
+where w is the router's coefficient for an expert's row and 1 elsewhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Statistics:
+    """Sums over tokens; adding two halves gives the whole.
+
+    Attributes:
+        tokens: rows seen.
+        moment: float32 `[in_features, in_features]`.
+        cross: float32 of the same shape, or None where the reference chain was not carried.
+    """
+
+    tokens: int
+    moment: Tensor
+    cross: Tensor | None = None
+
+    @classmethod
+    def empty(cls, in_features: int, *, cross: bool, device: torch.device | str = "cpu") -> Statistics:
+        zeros = torch.zeros(in_features, in_features, device=device)
+        return cls(0, zeros, zeros.clone() if cross else None)
+
+    def add(self, x: Tensor, weights: Tensor | None = None, reference: Tensor | None = None) -> None:
+        """Accumulate a batch.
+
+        Args:
+            x: `[..., in_features]`, the compressed chain's input.
+            weights: `[rows]` coefficients, or None for ones.
+            reference: like x, the reference chain's input for the same tokens; needed when `cross` is kept.
+        """
+        rows = x.reshape(-1, x.shape[-1]).float()
+        scaled = rows if weights is None else rows * weights.float().square()[:, None]
+        self.tokens += rows.shape[0]
+        self.moment.addmm_(rows.T, scaled)
+        if self.cross is not None:
+            assert reference is not None
+            self.cross.addmm_((reference.reshape(rows.shape).float() - rows).T, scaled)
+
+    def merge(self, other: Statistics) -> Statistics:
+        """The statistics of both sets of tokens."""
+        cross = None
+        if self.cross is not None and other.cross is not None:
+            cross = self.cross + other.cross
+        return Statistics(self.tokens + other.tokens, self.moment + other.moment, cross)

@@ -1,0 +1,249 @@
+"""The walk over a model on disk, block by block, carrying the calibration activations.
+
+Two chains may be carried (`docs/architecture.md`): the reference chain runs the original blocks, the compressed chain
+runs what passes made of them. Both live in memory-mapped files, one generation per block, so resident memory is one
+block and its statistics, whatever the depth of the model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..runtime.architectures import Stage
+from ..runtime.experts import Expert, Experts
+from ..runtime.operators import Dense, Operator
+from ..runtime.skeleton import Skeleton
+from .statistics import Statistics
+
+BATCH_TOKENS = 4096  # tokens per micro-batch: enough to fill a GEMM, little enough to stay small beside a block
+
+
+class Chains:
+    """Hidden states `[samples, tokens, hidden_size]` entering a block, in one file per chain and generation.
+
+    A generation is complete once `commit` returns: its files are synced, and the generation before may go.
+    """
+
+    def __init__(self, folder: Path, names: tuple[str, ...], shape: tuple[int, int, int]) -> None:
+        self.folder, self.names, self.shape = folder, names, shape
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def batch(self) -> int:
+        return max(1, BATCH_TOKENS // self.shape[1])
+
+    def nbytes(self) -> int:
+        """Disk in use at the peak: two generations of every chain."""
+        return 2 * len(self.names) * 4 * int(np.prod(self.shape))
+
+    def _path(self, generation: int, name: str) -> Path:
+        return self.folder / f"{generation:05d}.{name}.f32"
+
+    def read(self, generation: int, name: str) -> Tensor:
+        data = np.memmap(self._path(generation, name), np.float32, "r+", shape=self.shape)
+        return torch.from_numpy(data)
+
+    def create(self, generation: int, name: str) -> Tensor:
+        data = np.memmap(self._path(generation, name), np.float32, "w+", shape=self.shape)
+        return torch.from_numpy(data)
+
+    def exists(self, generation: int) -> bool:
+        size = 4 * int(np.prod(self.shape))
+        return all(p.is_file() and p.stat().st_size == size for p in (self._path(generation, n) for n in self.names))
+
+    def commit(self, generation: int) -> None:
+        for name in self.names:
+            with open(self._path(generation, name), "rb+") as file:
+                os.fsync(file.fileno())
+
+    def drop(self, generation: int) -> None:
+        for name in self.names:
+            self._path(generation, name).unlink(missing_ok=True)
+
+
+@dataclass
+class StageWork:
+    """Linears that may be rewritten now: passes replace entries of `linears`.
+
+    Attributes:
+        linears: disk name → operator, in execution order.
+        statistics: disk name → statistics; linears that read the same input share one object. Empty without data,
+            and without an entry for an expert no token was routed to.
+    """
+
+    linears: dict[str, Operator]
+    statistics: dict[str, Statistics] = field(default_factory=dict)
+
+
+class _Captured(Exception):
+    """Ends a forward pass once every wanted input has been seen."""
+
+
+class _Capture:
+    """Collects the inputs of a stage's groups (and the router's coefficients of experts) during forward passes."""
+
+    def __init__(self, block: nn.Module, groups: list[tuple[str, ...]]) -> None:
+        self.inputs: dict[tuple[str, ...], tuple[Tensor, Tensor | None]] = {}
+        self._wanted = len(groups)
+        self._weights: Tensor | None = None
+        self._handles = []
+        for group in groups:
+            parent = block.get_submodule(group[0].rpartition(".")[0])
+            expert = isinstance(parent, Expert)
+            if expert:
+                self._handles.append(parent.register_forward_pre_hook(self._remember_weights))
+            hook = self._hook(group, expert)
+            self._handles.append(block.get_submodule(group[0]).register_forward_pre_hook(hook))
+
+    def _remember_weights(self, module: nn.Module, args: tuple[Tensor, Tensor]) -> None:
+        self._weights = args[1]
+
+    def _hook(self, group: tuple[str, ...], expert: bool):  # type: ignore[no-untyped-def]
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self.inputs[group] = (args[0], self._weights if expert else None)
+            if len(self.inputs) == self._wanted:
+                raise _Captured
+
+        return hook
+
+    def run(self, runner: nn.Module, hidden: Tensor) -> dict[tuple[str, ...], tuple[Tensor, Tensor | None]]:
+        self.inputs = {}
+        with suppress(_Captured):
+            runner(inputs_embeds=hidden, use_cache=False)
+        return self.inputs
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+class Block:
+    """One transformer block on its way through the passes.
+
+    Iterate `stages()` once, letting passes replace `StageWork.linears`; then call `advance()`.
+    """
+
+    def __init__(self, skeleton: Skeleton, index: int, chains: Chains | None, wanted: set[str]) -> None:
+        self.skeleton, self.index, self.chains, self._wanted = skeleton, index, chains, wanted
+        self.linears: dict[str, Operator] = {}
+        self._prefix = f"model.layers.{index}."
+        self._runners: dict[str, Any] = {}
+
+    def _disk(self, name: str) -> str:
+        return self.skeleton.architecture.disk_name(self._prefix + name)
+
+    def stages(self) -> Iterator[StageWork]:
+        """Groups of linears in execution order, each with the statistics of what now enters it."""
+        if self.chains is not None:
+            original = self.skeleton.block(self.index)
+            if "compressed" in self.chains.names:
+                # Weights are shared until a pass replaces them.
+                compressed = self.skeleton.block_like(self.index, original)
+                self._runners["compressed"] = self.skeleton.runner(self.index, compressed)
+            if "reference" in self.chains.names:
+                self._runners["reference"] = self.skeleton.runner(self.index, original)
+        for stage in self.skeleton.stages(self.index):
+            names = [self._disk(name) for group in stage for name in group]
+            work = StageWork({name: Dense(self.skeleton.checkpoint.tensor(name + ".weight")) for name in names})
+            if self.chains is not None:
+                work.statistics = self._collect(stage)
+            before = dict(work.linears)
+            yield work
+            self.linears.update(work.linears)
+            for group in stage:
+                for name in group:
+                    operator = work.linears[self._disk(name)]
+                    if "compressed" in self._runners and operator is not before[self._disk(name)]:
+                        linear = self._runners["compressed"].layers[0].get_submodule(name)
+                        weight = operator.dense(self.skeleton.dtype).to(self.skeleton.device)
+                        linear.weight = nn.Parameter(weight, requires_grad=False)
+
+    @torch.no_grad()
+    def _collect(self, stage: Stage) -> dict[str, Statistics]:
+        assert self.chains is not None
+        groups = [group for group in stage if any(self._disk(name) in self._wanted for name in group)]
+        if not groups:
+            return {}
+        lead = "compressed" if "compressed" in self._runners else "reference"
+        both = len(self._runners) == 2
+        captures = {chain: _Capture(runner.layers[0], groups) for chain, runner in self._runners.items()}
+        sums: dict[tuple[str, ...], Statistics] = {}
+        for rows in self._batches():
+            seen = captures[lead].run(self._runners[lead], self.chains.read(self.index, lead)[rows])
+            reference = {}
+            if both:
+                with _RoutedAs(self._runners[lead], self._runners["reference"]):
+                    hidden = self.chains.read(self.index, "reference")[rows]
+                    reference = captures["reference"].run(self._runners["reference"], hidden)
+            for group, (x, weights) in seen.items():
+                if group not in sums:
+                    sums[group] = Statistics.empty(x.shape[-1], cross=both, device=x.device)
+                sums[group].add(x, weights, reference[group][0] if both else None)
+        for capture in captures.values():
+            capture.close()
+        return {self._disk(name): sums[group] for group in groups if group in sums for name in group}
+
+    def _batches(self) -> Iterator[slice]:
+        assert self.chains is not None
+        for start in range(0, self.chains.shape[0], self.chains.batch):
+            yield slice(start, start + self.chains.batch)
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Carry the chains over this block into the next generation, synced."""
+        if self.chains is None:
+            return
+        for chain, runner in self._runners.items():
+            source, target = self.chains.read(self.index, chain), self.chains.create(self.index + 1, chain)
+            for rows in self._batches():
+                target[rows] = runner(inputs_embeds=source[rows], use_cache=False).last_hidden_state.cpu()
+        self._runners.clear()
+        self.chains.commit(self.index + 1)
+
+
+class _RoutedAs:
+    """While active, the experts of `follower` take the routing of the last forward pass of `leader`."""
+
+    def __init__(self, leader: nn.Module, follower: nn.Module) -> None:
+        pairs = zip(leader.modules(), follower.modules(), strict=True)
+        self._pairs = [(a, b) for a, b in pairs if isinstance(a, Experts) and isinstance(b, Experts)]
+
+    def __enter__(self) -> None:
+        for leader, follower in self._pairs:
+            follower.forced = leader.routing
+
+    def __exit__(self, *exception: object) -> None:
+        for _, follower in self._pairs:
+            follower.forced = None
+
+
+def start_chains(skeleton: Skeleton, windows: Tensor, folder: Path, names: tuple[str, ...]) -> Chains:
+    """Generation 0: the embedded calibration windows `[samples, tokens]`, in every chain."""
+    chains = Chains(folder, names, (windows.shape[0], windows.shape[1], skeleton.config.hidden_size))
+    if not chains.exists(0):
+        for name in names:
+            target = chains.create(0, name)
+            for start in range(0, windows.shape[0], chains.batch):
+                target[start : start + chains.batch] = skeleton.embed(windows[start : start + chains.batch]).cpu()
+        chains.commit(0)
+    return chains
+
+
+def walk(skeleton: Skeleton, chains: Chains | None, wanted: set[str], first: int = 0) -> Iterator[Block]:
+    """Every block from `first` on; the caller rewrites it through `stages()` and then calls `advance()`.
+
+    Args:
+        chains: the calibration activations, or None when no pass needs data.
+        wanted: disk names of the linears whose statistics are collected.
+    """
+    for index in range(first, skeleton.blocks):
+        yield Block(skeleton, index, chains, wanted)

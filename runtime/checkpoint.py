@@ -1,0 +1,199 @@
+"""A Hugging Face model folder, read lazily: headers first, tensors one at a time, memory mapped.
+
+Folders come from strangers: file names may not leave the folder, headers are checked against file sizes before use
+(by safetensors itself), index and shards must agree, and pickled weights are refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .architectures import Architecture, architecture_of
+from .errors import ModelError
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+_SIDE_FILES = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of one tensor."""
+
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class Checkpoint:
+    """One model folder.
+
+    Attributes:
+        path: the folder.
+        config: `config.json` as a dictionary.
+        tensors: name → `TensorInfo`, in the order of the files.
+        stored: the same for what lies on disk; differs from `tensors` in compressed folders only.
+
+    Raises (from the constructor):
+        ModelError: anything wrong with the folder, in one line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise ModelError(f"{self.path}: no such model folder")
+        self.config = self._json("config.json")
+        self._open: dict[str, Any] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        self.stored = self.tensors
+        for file, names in self._weight_files().items():
+            self._read_header(file, names)
+        if not self.tensors:
+            raise ModelError(f"{self.path}: the weight files hold no tensor")
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        return architecture_of(self.config)
+
+    @property
+    def files(self) -> list[str]:
+        """Weight files, in order."""
+        return list(dict.fromkeys(info.file for info in self.stored.values()))
+
+    @property
+    def side_files(self) -> list[Path]:
+        """Tokenizer and generation files that travel with the weights."""
+        return [self.path / name for name in _SIDE_FILES if (self.path / name).is_file()]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(info.nbytes for info in self.tensors.values())
+
+    @property
+    def parameters(self) -> int:
+        return sum(torch.Size(info.shape).numel() for info in self.tensors.values())
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The floating-point dtype that most parameters have."""
+        sizes: dict[torch.dtype, int] = {}
+        for info in self.tensors.values():
+            if info.dtype.is_floating_point:
+                sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
+        return max(sizes, key=lambda dtype: sizes[dtype])
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, memory mapped: its pages are read when they are used."""
+        return self.stored_tensor(name)
+
+    def stored_tensor(self, name: str) -> Tensor:
+        """A tensor exactly as it lies on disk."""
+        if name not in self.stored:
+            raise ModelError(f"{self.path}: the checkpoint has no tensor {name!r}")
+        file = self.stored[name].file
+        if file not in self._open:
+            self._open[file] = safe_open(self.path / file, framework="pt")
+        return self._open[file].get_tensor(name)
+
+    def block_names(self) -> list[list[str]]:
+        """Tensor names of each transformer block, in order."""
+        blocks: dict[int, list[str]] = {}
+        for name in self.tensors:
+            if (index := block_index(name)) is not None:
+                blocks.setdefault(index, []).append(name)
+        if sorted(blocks) != list(range(len(blocks))):
+            raise ModelError(f"{self.path}: blocks {sorted(blocks)} are not numbered from 0 without gaps")
+        return [blocks[index] for index in sorted(blocks)]
+
+    def release(self) -> None:
+        """Close the memory maps; the next `tensor` opens them again."""
+        self._open.clear()
+
+    def _json(self, name: str) -> dict[str, Any]:
+        path = self.path / name
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ModelError(f"{self.path}: {name} is missing; is this a Hugging Face model folder?") from None
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ModelError(f"{path}: not readable as JSON ({error})") from None
+        if not isinstance(content, dict):
+            raise ModelError(f"{path}: a JSON object is expected")
+        return content
+
+    def _weight_files(self) -> dict[str, set[str] | None]:
+        """File → the names the index promises for it (None without an index)."""
+        if (self.path / "model.safetensors.index.json").is_file():
+            weight_map = self._json("model.safetensors.index.json").get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise ModelError(f"{self.path}/model.safetensors.index.json: no 'weight_map' object")
+            files: dict[str, set[str] | None] = {}
+            for name, file in weight_map.items():
+                if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+                    raise ModelError(f"{self.path}: the index puts {name!r} in {file!r}, which is not a file name here")
+                promised = files.setdefault(file, set())
+                assert promised is not None
+                promised.add(name)
+            return files
+        if (self.path / "model.safetensors").is_file():
+            return {"model.safetensors": None}
+        pickled = sorted(p.name for p in self.path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        if pickled:
+            raise ModelError(f"{self.path}: {pickled[0]} is a pickle, which can run code; convert it to safetensors")
+        raise ModelError(f"{self.path}: no model.safetensors and no model.safetensors.index.json")
+
+    def _read_header(self, file: str, promised: set[str] | None) -> None:
+        path = self.path / file
+        try:
+            with safe_open(path, framework="pt") as opened:
+                names = list(opened.keys())
+                for name in names:
+                    view = opened.get_slice(name)
+                    if view.get_dtype() not in DTYPES:
+                        raise ModelError(f"{path}: {name} has the unsupported dtype {view.get_dtype()}")
+                    if name in self.tensors:
+                        raise ModelError(f"{path}: {name} is also in {self.tensors[name].file}")
+                    self.tensors[name] = TensorInfo(file, DTYPES[view.get_dtype()], tuple(view.get_shape()))
+        except FileNotFoundError:
+            raise ModelError(f"{path}: named by the index but missing; download the model again") from None
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path}: damaged or cut short ({error}); download the model again") from None
+        if promised is not None and promised != set(names):
+            name = sorted(promised.symmetric_difference(names))[0]
+            where = "promised by the index but not in the file" if name in promised else "not in the index"
+            raise ModelError(f"{path}: {name} is {where}; the index and the shards are of different models")
+
+
+def block_index(name: str) -> int | None:
+    """The transformer block a tensor belongs to, or None for embeddings, the final norm and the head."""
+    parts = name.split(".")
+    if len(parts) > 3 and parts[:2] == ["model", "layers"] and parts[2].isdigit():
+        return int(parts[2])
+    return None
+
+
+def non_finite(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[str]:
+    """Names of the floating-point tensors that hold a NaN or an infinity."""
+    for name, tensor in tensors:
+        # min and max propagate NaN and infinities without a copy of the tensor.
+        if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.float().aminmax()).isfinite().all():
+            yield name

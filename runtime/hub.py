@@ -1,0 +1,36 @@
+"""MODEL on the command line: a folder, or a Hugging Face hub id."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from .errors import ModelError
+
+_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.jinja", "merges.txt"]
+
+
+def resolve_model(source: str, revision: str | None = None) -> tuple[Path, str | None]:
+    """The local folder of a model, and the commit when it came from the hub.
+
+    A folder is used as it is. Anything shaped like `owner/name` is downloaded (or found in the cache; with
+    `HF_HUB_OFFLINE=1` only the cache is looked at).
+
+    Raises:
+        ModelError: neither a folder nor a hub model that can be had.
+    """
+    path = Path(source)
+    if path.is_dir():
+        if revision:
+            raise ModelError(f"{source}: is a folder, which has no revisions; leave --revision out")
+        return path, None
+    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise ModelError(f"{source}: no such model folder, and not a hub id of the form owner/name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=_PATTERNS))
+    except Exception as error:  # network, permission, not found: the hub's own words, first line
+        first = str(error).strip().splitlines()[0]
+        raise ModelError(f"{source}: no such folder, and not to be had from the hub ({first})") from None
+    return folder, folder.name

@@ -1,0 +1,83 @@
+"""Load a model folder, plain or compressed, as a transformers model that runs the stored form."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from .modules import CompressedLinear
+from .skeleton import Skeleton, restore_buffers
+from .stored import NATIVE_TYPE, StoredModel, open_model
+
+
+def load(
+    path: str | Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """Build the model on `meta`, put compressed linears in place of dense ones, map the tensors in.
+
+    Args:
+        path: a folder that `apply` wrote, or a plain Hugging Face folder.
+        device: where it runs; default: the GPU if there is one, else the CPU.
+        dtype: of activations and dense weights; default: the checkpoint's.
+
+    Raises:
+        ModelError: the folder is damaged, incomplete or of an unknown family.
+    """
+    checkpoint = open_model(Path(path))
+    target = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    kind = dtype or checkpoint.dtype
+    skeleton = Skeleton(checkpoint, kind, target)
+    model, architecture = skeleton.model, skeleton.architecture
+    if isinstance(checkpoint, StoredModel):
+        for disk_name in checkpoint.schemes:
+            name = architecture.memory_name(disk_name)
+            parent, _, child = name.rpartition(".")
+            bias = (
+                checkpoint.tensor(disk_name + ".bias").to(target) if disk_name + ".bias" in checkpoint.tensors else None
+            )
+            linear = CompressedLinear(checkpoint.operator(disk_name), bias, kind)
+            setattr(model.get_submodule(parent), child, linear.to(target))
+    state = {}
+    for name, tensor in model.state_dict().items():
+        disk_name = architecture.disk_name(name)
+        if tensor.is_meta and disk_name in checkpoint.tensors:
+            stored = checkpoint.tensor(disk_name)
+            state[name] = stored.to(target, kind if stored.is_floating_point() else stored.dtype)
+    model.load_state_dict(state, assign=True, strict=False)
+    model.tie_weights()
+    restore_buffers(model, skeleton.config, target)
+    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    assert not left, f"left on meta: {left}"
+    if (checkpoint.path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
+    return model.requires_grad_(False).eval()
+
+
+class CompressorConfig(PretrainedConfig):
+    """`config.json` of a native folder: the original model's, under a type of its own so that no reader guesses."""
+
+    model_type = NATIVE_TYPE
+
+
+class CompressorForCausalLM(PreTrainedModel):
+    """What `AutoModelForCausalLM` finds for native folders: an entry that loads the original model's class."""
+
+    config_class = CompressorConfig
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **options: Any) -> Any:
+        """Load a local native folder; `dtype` and `device_map` (a single device) are understood."""
+        dtype = options.get("dtype") or options.get("torch_dtype")
+        if isinstance(dtype, str):
+            dtype = None if dtype == "auto" else getattr(torch, dtype)
+        device = options.get("device_map")
+        return load(pretrained_model_name_or_path, None if device in (None, "auto") else device, dtype)
+
+
+def register() -> None:
+    """Make `AutoModelForCausalLM.from_pretrained` understand native folders; importing `compressor.runtime` does it."""
+    AutoConfig.register(NATIVE_TYPE, CompressorConfig, exist_ok=True)
+    AutoModelForCausalLM.register(CompressorConfig, CompressorForCausalLM, exist_ok=True)

@@ -1,0 +1,142 @@
+"""The shape of a model without its weights, from which single blocks are built and run.
+
+transformers' own modules do the arithmetic: a block is run by the family's base model with that block as its only
+layer, so masks, sliding windows and rotary embeddings are exactly the family's.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from .architectures import Stage
+from .checkpoint import Checkpoint
+from .errors import ModelError
+from .experts import unfuse_experts
+
+
+def meta_model(config: Any) -> Any:
+    """The causal language model of a transformers config on `meta`, experts as separate linears."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    unfuse_experts(model)
+    return model.eval()
+
+
+def restore_buffers(model: nn.Module, config: Any, device: torch.device | str = "cpu") -> None:
+    """Compute again, on `device`, what checkpoints do not store: the rotary frequencies."""
+    for name, module in list(model.named_modules()):
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, type(module)(config=config).to(device))
+
+
+def model_config(checkpoint: Checkpoint) -> Any:
+    """The transformers config of a checkpoint, from the dictionary that was read."""
+    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    try:
+        return AutoConfig.for_model(**config)
+    except Exception as error:  # transformers raises whatever its config classes do
+        raise ModelError(f"{checkpoint.path}/config.json: transformers cannot read it ({error})") from None
+
+
+class Skeleton:
+    """A checkpoint's model on `meta`, and the means to run it one block at a time in `dtype` on `device`."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.architecture = checkpoint.architecture
+        self.config = model_config(checkpoint)
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.model: Any = meta_model(self.config)
+        self.extra = self._check_tensors()
+
+    @property
+    def blocks(self) -> int:
+        return len(self.model.model.layers)
+
+    def _check_tensors(self) -> list[str]:
+        """Names the checkpoint has and the model has not (they are carried along); refuse the reverse."""
+        expected = {
+            self.architecture.disk_name(name): tuple(tensor.shape) for name, tensor in self.model.state_dict().items()
+        }
+        where = self.checkpoint.path
+        if self.config.tie_word_embeddings:
+            expected.pop("lm_head.weight", None)
+        for name, shape in expected.items():
+            if name not in self.checkpoint.tensors:
+                raise ModelError(f"{where}: {name} is missing, which {self.config.model_type} needs; is it all there?")
+            if self.checkpoint.tensors[name].shape != shape:
+                found = list(self.checkpoint.tensors[name].shape)
+                raise ModelError(f"{where}: {name} has shape {found}, config.json says {list(shape)}")
+        return [name for name in self.checkpoint.tensors if name not in expected]
+
+    def linears(self, index: int) -> dict[str, nn.Linear]:
+        """Disk name (without `.weight`) → meta linear, for every linear that a block's stages name."""
+        prefix = f"model.layers.{index}."
+        return {
+            self.architecture.disk_name(prefix + name): self.model.model.layers[index].get_submodule(name)
+            for stage in self.stages(index)
+            for group in stage
+            for name in group
+        }
+
+    def stages(self, index: int) -> list[Stage]:
+        """The block's groups of linears in execution order, `*` written out, absent ones left out (memory names)."""
+        present = {
+            name for name, module in self.model.model.layers[index].named_modules() if isinstance(module, nn.Linear)
+        }
+        experts = sorted({int(name.split(".")[2]) for name in present if name.startswith("mlp.experts.")})
+        stages = []
+        for stage in self.architecture.stages:
+            groups: list[tuple[str, ...]] = []
+            for group in stage:
+                numbers: list[int | str] = list(experts) if "*" in group[0] else [""]
+                groups += [tuple(name.replace("*", str(number)) for name in group) for number in numbers]
+            kept = [tuple(name for name in group if name in present) for group in groups]
+            if any(kept):
+                stages.append(tuple(group for group in kept if group))
+        return stages
+
+    def block(self, index: int) -> Any:
+        """Block `index` with its weights."""
+        layer = copy.deepcopy(self.model.model.layers[index])
+        prefix = f"model.layers.{index}."
+        state = {
+            name: self.checkpoint.tensor(self.architecture.disk_name(prefix + name)).to(self.device, self.dtype)
+            for name in layer.state_dict()
+        }
+        layer.load_state_dict(state, assign=True)
+        return layer.requires_grad_(False)
+
+    def block_like(self, index: int, block: nn.Module) -> Any:
+        """A second module of the same block that shares the weights of the first until they are replaced."""
+        layer = copy.deepcopy(self.model.model.layers[index])
+        layer.load_state_dict(block.state_dict(), assign=True)
+        return layer.requires_grad_(False)
+
+    def runner(self, index: int, block: nn.Module) -> Any:
+        """A base model whose only layer is `block`: call it with `inputs_embeds`, read `last_hidden_state`."""
+        base = copy.copy(self.model.model)
+        base._modules = dict(base._modules)
+        base.config = copy.copy(self.config)
+        base.config.num_hidden_layers = 1
+        if getattr(self.config, "layer_types", None):
+            base.config.layer_types = [self.config.layer_types[index]]
+        base.layers = nn.ModuleList([block])
+        base.norm = nn.Identity()
+        base.embed_tokens = None
+        restore_buffers(base, self.config, self.device)
+        return base
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids `[batch, tokens]` → what enters block 0, `[batch, tokens, hidden_size]`."""
+        table = self.checkpoint.tensor(self.architecture.disk_name("model.embed_tokens.weight"))
+        return nn.functional.embedding(ids, table).to(self.device, self.dtype)

@@ -1,0 +1,138 @@
+"""Model folders from strangers: each fault is one line that says what, where and what to do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from compressor.compress.apply import open_source
+from compressor.runtime.checkpoint import Checkpoint, non_finite
+from compressor.runtime.errors import ModelError
+from compressor.runtime.hub import resolve_model
+from compressor.runtime.skeleton import Skeleton
+
+Pico = Callable[..., Path]
+
+
+@pytest.fixture
+def folder(pico: Pico, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(pico(), tmp_path / "model"))
+
+
+@pytest.fixture
+def sharded(folder: Path) -> Path:
+    """The same model in two shards with an index."""
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    weight_map = {}
+    for number, part in enumerate((names[:9], names[9:]), 1):
+        file = f"model-{number:05d}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, folder / file, {"format": "pt"})
+        weight_map.update(dict.fromkeys(part, file))
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def change(path: Path, **values: object) -> None:
+    content = json.loads(path.read_text())
+    content.update(values)
+    path.write_text(json.dumps(content))
+
+
+def refused(folder: Path, match: str) -> None:
+    with pytest.raises(ModelError, match=match) as caught:
+        Skeleton(open_source(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_reads_single_and_sharded_alike(pico: Pico, sharded: Path) -> None:
+    one, two = Checkpoint(pico()), Checkpoint(sharded)
+    assert set(one.tensors) == set(two.tensors)
+    assert (one.parameters, one.nbytes, one.dtype) == (two.parameters, two.nbytes, two.dtype)
+    assert all(torch.equal(one.tensor(name), two.tensor(name)) for name in one.tensors)
+    assert [len(names) for names in two.block_names()] == [9, 9]
+    assert len(two.files) == 2
+
+
+def test_missing_folder_and_files(folder: Path, tmp_path: Path) -> None:
+    refused(tmp_path / "nowhere", "no such model folder")
+    (folder / "model.safetensors").unlink()
+    refused(folder, "no model.safetensors and no model.safetensors.index.json")
+    torch.save({}, folder / "pytorch_model.bin")
+    refused(folder, "pytorch_model.bin is a pickle, which can run code; convert it to safetensors")
+    (folder / "config.json").unlink()
+    refused(folder, "config.json is missing")
+
+
+def test_index_may_not_leave_the_folder(sharded: Path) -> None:
+    index = sharded / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    for file in ("../model.safetensors", "/etc/passwd", "sub/model.safetensors", "model.bin", 3):
+        change(index, weight_map={**weight_map, "lm_head.weight": file})
+        refused(sharded, "the index puts 'lm_head.weight' in .* not a file name here")
+
+
+def test_index_and_shards_must_agree(sharded: Path) -> None:
+    index = sharded / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    file = weight_map["lm_head.weight"]
+    change(index, weight_map={**weight_map, "extra.weight": file})
+    refused(sharded, "extra.weight is promised by the index but not in the file")
+    change(index, weight_map={k: v for k, v in weight_map.items() if k != "lm_head.weight"})
+    refused(sharded, "lm_head.weight is not in the index")
+    change(index, weight_map=weight_map)
+    (sharded / file).unlink()
+    refused(sharded, "named by the index but missing")
+
+
+def test_damaged_files(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    for broken in (whole[:-5], whole + b"xx", whole[:100], b"", (2**62).to_bytes(8, "little") + whole[8:]):
+        file.write_bytes(broken)
+        refused(folder, "damaged or cut short")
+    file.write_bytes(whole)
+    (folder / "config.json").write_text("{")
+    refused(folder, "not readable as JSON")
+
+
+def test_tensors_must_fit_the_config(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    save_file({k: v for k, v in tensors.items() if k != name}, folder / "model.safetensors")
+    refused(folder, f"{name} is missing")
+    save_file({**tensors, name: tensors[name][:, :-1].contiguous()}, folder / "model.safetensors")
+    refused(folder, r"down_proj.weight has shape \[64, 95\], config.json says \[64, 96\]")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_weights_that_are_not_finite_are_named(folder: Path, value: float) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
+    assert list(non_finite(iter(tensors.items()))) == ["model.layers.1.mlp.up_proj.weight"]
+
+
+def test_families_and_quantized_inputs(folder: Path) -> None:
+    change(folder / "config.json", quantization_config={"quant_method": "gptq"})
+    refused(folder, r"already compressed \(gptq\); start from the original model")
+    change(folder / "config.json", quantization_config=None, model_type="gpt_oss")
+    refused(folder, "'gpt_oss' is not supported: its experts are stored fused")
+    change(folder / "config.json", model_type="gptj")
+    refused(folder, "'gptj' is not a known family; known: deepseek_v2, ")
+
+
+def test_model_names(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_model(str(folder)) == (folder, None)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for source, match in ((str(tmp_path / "x/y"), "no such model folder"), ("nobody/nothing", "not to be had")):
+        with pytest.raises(ModelError, match=match):
+            resolve_model(source)
+    with pytest.raises(ModelError, match="no revisions"):
+        resolve_model(str(folder), "main")

@@ -1,0 +1,28 @@
+"""Sums over tokens: equal to brute force, and mergeable."""
+
+from __future__ import annotations
+
+import torch
+
+from compressor.calibrate.statistics import Statistics
+
+
+def test_two_halves_are_the_whole_and_the_whole_is_brute_force() -> None:
+    x, reference = torch.randn(2, 50, 6, dtype=torch.float64), torch.randn(2, 50, 6, dtype=torch.float64)
+    weights = torch.rand(100)
+    whole = Statistics.empty(6, cross=True)
+    whole.add(x, weights, reference)
+    halves = []
+    for part in (0, 1):
+        half = Statistics.empty(6, cross=True)
+        half.add(x[part], weights[50 * part : 50 * (part + 1)], reference[part])
+        halves.append(half)
+    merged = halves[0].merge(halves[1])
+    moment = sum(w**2 * torch.outer(r, r) for w, r in zip(weights, x.view(-1, 6), strict=True))
+    rows = zip(weights, x.view(-1, 6), reference.view(-1, 6), strict=True)
+    cross = sum(w**2 * torch.outer(b - r, r) for w, r, b in rows)
+    assert merged.tokens == whole.tokens == 100
+    for found, expected in ((whole.moment, moment), (whole.cross, cross)):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(merged.moment, whole.moment)
+    torch.testing.assert_close(merged.cross, whole.cross)
