@@ -1,0 +1,230 @@
+"""The main job: recipe × model → a compressed folder, resumable at every block."""
+
+from __future__ import annotations
+
+import errno
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from ..calibrate.corpus import Corpus, builtin_corpus, file_corpus, token_windows
+from ..calibrate.walk import Block, Chains, start_chains, walk
+from ..runtime.checkpoint import Checkpoint, non_finite
+from ..runtime.errors import ModelError, RecipeError, ResourceError, VerifyError
+from ..runtime.operators import Operator, from_tensors
+from ..runtime.skeleton import Skeleton
+from .events import BlockDone, Event, Fallback, LayerDone
+from .folder import finish_folder
+from .journal import Journal
+from .plan import Plan, chain_names, check_disk, make_plan
+from .recipe import Recipe
+from .writer import ShardedWriter, file_sha256
+
+Listener = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a run is made of.
+
+    Attributes:
+        recipe_text: the recipe's file verbatim; `edits` were applied to it.
+        model, revision: the folder, and the hub commit it came from, if any.
+        source: what the user named as the model.
+    """
+
+    recipe: Recipe
+    recipe_text: str
+    edits: tuple[str, ...]
+    model: Path
+    out: Path
+    source: str
+    revision: str | None = None
+
+
+def apply(job: Job, listener: Listener, *, resume: bool = False, overwrite: bool = False) -> Plan:
+    """Run a job to its end.
+
+    Raises:
+        CompressorError: anything a person can mend; what was done so far can be resumed.
+    """
+    check_output(job.out, resume=resume, overwrite=overwrite)
+    checkpoint = open_source(job.model)
+    skeleton = Skeleton(checkpoint)
+    plan = make_plan(job.recipe, skeleton)
+    journal = Journal(job.out)
+    if not resume:
+        check_disk(plan, job.out)
+    try:
+        corpus, windows = calibration_windows(job.recipe, checkpoint) if plan.needs else (None, None)
+        fingerprint = make_fingerprint(job, checkpoint, corpus, windows)
+        journal.open(fingerprint, resume=resume)
+        if not any(entry.get("step") == "finished" for entry in journal.entries):
+            _run(job, plan, skeleton, windows, journal, listener)
+            finish_folder(journal.result, job, plan, skeleton, fingerprint, journal.entries)
+            journal.done({"step": "finished"})
+        journal.publish(overwrite=overwrite)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(
+                f"{job.out}: the disk is full; free some space and run the same command with --resume"
+            ) from None
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise ResourceError(f"{error.filename or job.out}: {error.strerror}; choose another output") from None
+        raise
+    finally:
+        journal.close()
+    return plan
+
+
+def check_output(out: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse an output folder that is in the way, before any work."""
+    if out.is_file():
+        raise ResourceError(f"{out}: a file of that name exists; choose another output folder")
+    if out.is_dir() and any(out.iterdir()) and not (overwrite or resume):
+        raise ResourceError(f"{out}: not empty; choose another output folder or add --overwrite")
+
+
+def open_source(model: Path) -> Checkpoint:
+    """A plain checkpoint to compress; an already compressed one is refused."""
+    checkpoint = Checkpoint(model)
+    quantized = checkpoint.config.get("quantization_config")
+    if quantized or checkpoint.config.get("model_type") == "compressor":
+        method = quantized.get("quant_method", "an unknown method") if quantized else "compressor"
+        raise ModelError(f"{model}: already compressed ({method}); start from the original model")
+    return checkpoint
+
+
+def calibration_windows(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Corpus, Tensor]:
+    """The recipe's text and its token windows `[samples, sequence_length]`."""
+    data = recipe.data
+    limit = checkpoint.config.get("max_position_embeddings")
+    if limit and data.sequence_length > limit:
+        raise RecipeError(f"data.sequence_length {data.sequence_length} is beyond the model's {limit} positions")
+    corpus = builtin_corpus("calibration") if data.source == "builtin" else file_corpus(Path(data.source))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
+    except Exception as error:  # transformers raises whatever its tokenizers do
+        raise ModelError(f"{checkpoint.path}: its tokenizer cannot be loaded ({error})") from None
+    windows = token_windows(
+        corpus, tokenizer, samples=data.samples, sequence_length=data.sequence_length, seed=data.seed
+    )
+    highest = checkpoint.tensors["model.embed_tokens.weight"].shape[0]
+    if int(windows.max()) >= highest:
+        raise ModelError(f"{checkpoint.path}: the tokenizer has ids beyond the {highest} rows of the embedding")
+    return corpus, windows
+
+
+def make_fingerprint(job: Job, checkpoint: Checkpoint, corpus: Corpus | None, windows: Tensor | None) -> dict[str, Any]:
+    """What must be the same for a run to be resumed; reads every weight once and refuses NaN and infinity.
+
+    Raises:
+        ModelError: a weight is not finite (named).
+    """
+    for name in non_finite((name, checkpoint.tensor(name)) for name in checkpoint.tensors):
+        raise ModelError(f"{checkpoint.path}: {name} holds NaN or infinite weights; get a sound copy of the model")
+    checkpoint.release()
+    files = [*checkpoint.files, "config.json", *(p.name for p in checkpoint.side_files)]
+    return {
+        "model": {name: file_sha256(checkpoint.path / name) for name in files},
+        "recipe": job.recipe.model_dump(mode="json"),
+        "corpus": None if corpus is None else {"name": corpus.name, "sha256": corpus.sha256},
+        "tokens": None if windows is None else windows.numel(),
+        "versions": {
+            **{name: version(name) for name in ("compressor", "torch", "transformers", "safetensors", "numpy")},
+            "python": platform.python_version(),
+        },
+        "device": "cpu",
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _run(
+    job: Job, plan: Plan, skeleton: Skeleton, windows: Tensor | None, journal: Journal, listener: Listener
+) -> None:
+    checkpoint = skeleton.checkpoint
+    writer = ShardedWriter(journal.result, plan.tensors, job.recipe.output.shard_bytes)
+    done = [entry["block"] for entry in journal.entries if "block" in entry]
+    first = max(done) + 1 if done else 0
+    if not done:
+        writer.start()
+    chains: Chains | None = None
+    if windows is not None:
+        if first == 0:
+            chains = start_chains(skeleton, windows, journal.chains, chain_names(plan.needs))
+        else:
+            chains = Chains(journal.chains, chain_names(plan.needs), (*windows.shape, skeleton.config.hidden_size))
+    if not done:
+        inside = {name for names in checkpoint.block_names() for name in names}
+        writer.write({name: checkpoint.tensor(name) for name in checkpoint.tensors if name not in inside})
+        journal.done({"step": "outside", "block": -1})
+    for entry in journal.entries:
+        for record in entry.get("events", ()):
+            listener(_summary(record))
+    wanted = {name for name in plan.linears for step in job.recipe.passes if step.needs and step.wants(name)}
+    for block in walk(skeleton, chains, wanted, first):
+        start = time.monotonic()
+        events = list(_rewrite(job.recipe, block, listener))
+        _store(block, plan, checkpoint, writer)
+        block.advance()
+        events.append(_block_done(events, plan, block, skeleton.blocks))
+        journal.done({"block": block.index, "events": [event.record() for event in events]})
+        journal.timing({"block": block.index, "seconds": round(time.monotonic() - start, 3)})
+        if chains is not None:
+            chains.drop(block.index)
+        checkpoint.release()
+        listener(events[-1])
+
+
+def _rewrite(recipe: Recipe, block: Block, listener: Listener) -> Iterator[Event]:
+    for work in block.stages():
+        for step in recipe.passes:
+            for event in step.apply(work):
+                listener(event)
+                yield event
+
+
+def _store(block: Block, plan: Plan, checkpoint: Checkpoint, writer: ShardedWriter) -> None:
+    """Write a block's tensors, read them back and compare what they decode to with what the passes meant."""
+    tensors: dict[str, Tensor] = {}
+    rewritten: dict[str, Operator] = {}
+    prefix = f"model.layers.{block.index}."
+    for name in (n for n in checkpoint.tensors if n.startswith(prefix)):
+        linear = name.removesuffix(".weight")
+        if linear in plan.rewritten:
+            rewritten[linear] = block.linears[linear]
+            stored = block.linears[linear].to_tensors()
+            tensors.update({f"{linear}.{suffix}": tensor for suffix, tensor in stored.items()})
+        else:
+            tensors[name] = checkpoint.tensor(name)
+    writer.write(tensors)
+    for name in tensors:
+        if not torch.equal(writer.read(name), tensors[name]):
+            raise VerifyError(f"{name}: what was read back is not what was written; check the disk")
+    for linear, operator in rewritten.items():
+        parts = {suffix: writer.read(f"{linear}.{suffix}") for suffix in operator.to_tensors()}
+        if not torch.equal(from_tensors(parts, operator.scheme()).dense(), operator.dense()):
+            raise VerifyError(f"{linear}: decodes to other weights than were meant; this is a bug, please report it")
+
+
+def _block_done(events: list[Event], plan: Plan, block: Block, blocks: int) -> BlockDone:
+    layers = [event for event in events if isinstance(event, LayerDone)]
+    sizes = {event.name: plan.linears[event.name].operator.shape for event in layers}
+    weights = sum(r * c for r, c in sizes.values())
+    bits = sum(e.bits * sizes[e.name][0] * sizes[e.name][1] for e in layers) / weights if weights else 0.0
+    error = sum(e.error * sizes[e.name][0] * sizes[e.name][1] for e in layers) / weights if weights else 0.0
+    return BlockDone(block.index, blocks, bits, error, sum(isinstance(event, Fallback) for event in events))
+
+
+def _summary(record: dict[str, Any]) -> Event:
+    kinds: dict[str, type[Event]] = {kind.__name__: kind for kind in (LayerDone, Fallback, BlockDone)}
+    return kinds[record["kind"]](**{key: value for key, value in record.items() if key != "kind"})

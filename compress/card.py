@@ -1,0 +1,58 @@
+"""The model card of an output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .plan import Plan, rows
+
+if TYPE_CHECKING:
+    from .apply import Job
+
+LARGE_MODEL = 100_000_000  # parameters from which the built-in calibration text is too little
+
+
+def model_card(
+    job: Job, plan: Plan, parameters: int, fingerprint: Mapping[str, Any], events: Sequence[Mapping[str, Any]]
+) -> str:
+    """`README.md` of the output, from the plan and what happened."""
+    load = "from compressor.runtime import load\nmodel = load(folder)"
+    if "transformers" in plan.readers:
+        load = "from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained(folder)"
+    edits = "".join(f" --set {edit}" for edit in job.edits)
+    made_with = f"`recipe.yaml` and `{edits[1:]}`" if edits else "`recipe.yaml`"
+    ratio = plan.bytes_before / plan.bytes_after
+    lines = [
+        "---",
+        f"base_model: {job.source}",
+        "tags: [compressor]",
+        "---",
+        "",
+        f"# {Path(job.source).name}, compressed",
+        "",
+        f"{plan.bytes_before:,} → {plan.bytes_after:,} bytes of weights ({ratio:.2f} × smaller), "
+        f"format `{plan.format}`, read by {', '.join(plan.readers)}.",
+        "",
+        "```python",
+        load,
+        "```",
+        "",
+        "| linears | count | passes | stored as | bits per weight, scales included |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows(plan):
+        steps = " → ".join(row.steps) or "–"
+        lines.append(f"| `{row.name}` | {row.count} | {steps} | {row.becomes} | {row.bits:.3f} |")
+    lines += [
+        "",
+        f"Made by compressor {fingerprint['versions']['compressor']} with {made_with}.",
+        "`recipe.resolved.yaml` has every option, `compressor.json` versions and hashes.",
+    ]
+    fallbacks = sum(event["kind"] == "Fallback" for event in events)
+    if fallbacks:
+        lines += ["", f"{fallbacks} linears took a pass's fallback; `report/layers.jsonl` names them and says why."]
+    if plan.needs and job.recipe.data.source == "builtin" and parameters > LARGE_MODEL:
+        lines += ["", "**Calibrated on the built-in text only**, which is little for a model of this size."]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,94 @@
+"""How good a model is, and how far from another one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Of a model from its base on the same tokens: KL(base ‖ model) per token in nats, and agreement of the argmax."""
+
+    base_perplexity: float
+    perplexity_ratio: float
+    ratio_error: float
+    kl_mean: float
+    kl_error: float
+    kl_median: float
+    kl_p99: float
+    top1_agreement: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Perplexity over windows; errors are standard errors over windows."""
+
+    tokens: int
+    perplexity: float
+    perplexity_error: float
+    against: Divergence | None = None
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def evaluate(model: Any, windows: Tensor, base: Any = None, batch_tokens: int = 2048) -> Evaluation:
+    """Perplexity of a causal model, and its divergence from `base`.
+
+    Args:
+        model, base: transformers models over the same vocabulary.
+        windows: int64 `[samples, tokens]`; each is read on its own, its first token is not predicted.
+    """
+    batch = max(1, batch_tokens // windows.shape[1])
+    own: list[Tensor] = []
+    other: list[Tensor] = []
+    divergences: list[Tensor] = []
+    agreements: list[Tensor] = []
+    for ids in windows.split(batch):
+        logs = _log_probabilities(model, ids)
+        own.append(_window_losses(logs, ids))
+        if base is not None:
+            reference = _log_probabilities(base, ids)
+            other.append(_window_losses(reference, ids))
+            agreements.append((logs.argmax(-1) == reference.argmax(-1)).float().mean(1))
+            divergences.append(F.kl_div(logs, reference, log_target=True, reduction="none").sum(-1))
+    losses = torch.cat(own).double()
+    count = windows.shape[0] * (windows.shape[1] - 1)
+    perplexity = math.exp(losses.mean())
+    error = perplexity * _standard_error(losses)
+    if base is None:
+        return Evaluation(count, perplexity, error)
+    base_losses = torch.cat(other).double()
+    tokens = torch.cat(divergences).double()
+    ratio = math.exp((losses - base_losses).mean())
+    against = Divergence(
+        base_perplexity=math.exp(base_losses.mean()),
+        perplexity_ratio=ratio,
+        ratio_error=ratio * _standard_error(losses - base_losses),
+        kl_mean=float(tokens.mean()),
+        kl_error=_standard_error(tokens.mean(1)),
+        kl_median=float(tokens.median()),
+        kl_p99=float(tokens.flatten().sort().values[int(0.99 * (tokens.numel() - 1))]),
+        top1_agreement=float(torch.cat(agreements).mean()),
+    )
+    return Evaluation(count, perplexity, error, against)
+
+
+def _log_probabilities(model: Any, ids: Tensor) -> Tensor:
+    logits = model(input_ids=ids.to(model.device), use_cache=False).logits[:, :-1]
+    return logits.float().cpu().log_softmax(-1)
+
+
+def _window_losses(logs: Tensor, ids: Tensor) -> Tensor:
+    return -logs.gather(-1, ids[:, 1:, None]).squeeze(-1).mean(1)
+
+
+def _standard_error(values: Tensor) -> float:
+    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan

@@ -1,0 +1,50 @@
+"""What happens during a run, as data: the command line draws it and `report/layers.jsonl` keeps it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Event:
+    """Base of all events; `kind` in the record is the class name."""
+
+    def record(self) -> dict[str, Any]:
+        return {"kind": type(self).__name__, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class LayerDone(Event):
+    """A pass has rewritten one linear.
+
+    Attributes:
+        error: `tr(ΔHΔᵀ) / tr(WHWᵀ)`, the relative output error on calibration data; without data, `‖Δ‖² / ‖W‖²`.
+        bits: stored bits per weight, scales included.
+    """
+
+    name: str
+    step: str
+    error: float
+    bits: float
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Fallback(Event):
+    """A pass took its simple way for one linear, and why."""
+
+    name: str
+    step: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class BlockDone(Event):
+    """A block is rewritten and on disk."""
+
+    block: int
+    blocks: int
+    bits: float
+    error: float
+    fallbacks: int

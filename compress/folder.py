@@ -1,0 +1,92 @@
+"""What an output folder holds beside the weights: config, tokenizer, recipe, manifest, model card, report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..runtime.checkpoint import block_index
+from ..runtime.errors import VerifyError
+from ..runtime.skeleton import Skeleton
+from ..runtime.stored import open_model
+from .card import model_card
+from .formats import format_config
+from .plan import Plan
+from .recipe import resolved_yaml
+from .writer import ShardedWriter, sync_folder, write_synced
+
+if TYPE_CHECKING:
+    from .apply import Job
+
+
+def finish_folder(
+    folder: Path, job: Job, plan: Plan, skeleton: Skeleton, fingerprint: Mapping[str, Any], entries: Sequence[Any]
+) -> None:
+    """Write everything but the weights, then read the whole folder back and run it once.
+
+    Raises:
+        VerifyError: the folder does not load, or its logits are not finite.
+    """
+    checkpoint = skeleton.checkpoint
+    dense = [name for name, linear in plan.linears.items() if not linear.steps]
+    outside = [n.removesuffix(".weight") for n in checkpoint.tensors if block_index(n) is None and n.endswith("weight")]
+    dense += [name for name in {*outside, "lm_head"} if not name.endswith("norm")]
+    routers = _routers(skeleton)
+    config = format_config(plan.format, checkpoint.config, plan.rewritten, [*dense, *routers])
+    write_synced(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    for path in checkpoint.side_files:
+        shutil.copyfile(path, folder / path.name)
+    write_synced(folder / "recipe.yaml", job.recipe_text)
+    write_synced(folder / "recipe.resolved.yaml", resolved_yaml(job.recipe))
+    report = folder / "report"
+    report.mkdir(exist_ok=True)
+    events = [event for entry in entries for event in entry.get("events", ())]
+    write_synced(report / "layers.jsonl", "".join(json.dumps(event) + "\n" for event in events))
+    hashes = ShardedWriter(folder, plan.tensors, job.recipe.output.shard_bytes).finish()
+    write_synced(folder / "README.md", model_card(job, plan, skeleton.checkpoint.parameters, fingerprint, events))
+    manifest = {
+        "compressor": fingerprint["versions"]["compressor"],
+        "source": {"name": job.source, "revision": job.revision, "files": fingerprint["model"]},
+        "edits": list(job.edits),
+        "corpus": fingerprint["corpus"],
+        "format": plan.format,
+        "readers": list(plan.readers),
+        "bytes": {"before": plan.bytes_before, "after": plan.bytes_after},
+        "environment": {key: fingerprint[key] for key in ("versions", "device", "cpu", "threads")},
+        "files": hashes,
+    }
+    write_synced(folder / "compressor.json", json.dumps(manifest, indent=2) + "\n")
+    sync_folder(folder)
+    check_runs(folder, skeleton)
+
+
+def _routers(skeleton: Skeleton) -> list[str]:
+    """Names of router gates: not linears in memory, but readers that match by name must leave them alone."""
+    return [
+        name.removesuffix(".weight")
+        for name in skeleton.checkpoint.tensors
+        if name.endswith((".gate.weight", ".shared_expert_gate.weight"))
+    ]
+
+
+@torch.no_grad()
+def check_runs(folder: Path, original: Skeleton) -> None:
+    """Run sixteen tokens through the folder, one block at a time.
+
+    Raises:
+        VerifyError: a tensor is missing or a logit is not finite.
+    """
+    skeleton = Skeleton(open_model(folder))
+    if missing := sorted(set(original.checkpoint.tensors).symmetric_difference(skeleton.checkpoint.tensors)):
+        raise VerifyError(f"{folder}: {missing[0]} is in one of the model and its output only")
+    ids = torch.arange(16)[None] % skeleton.config.vocab_size
+    hidden = skeleton.embed(ids)
+    for index in range(skeleton.blocks):
+        hidden = skeleton.runner(index, skeleton.block(index))(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        if not bool(torch.isfinite(hidden).all()):
+            raise VerifyError(f"{folder}: block {index} gives activations that are not finite")

@@ -1,0 +1,148 @@
+"""The work folder of a run: what is done, for whom, and how to go on after anything.
+
+`OUT.work/` holds `journal.jsonl` (one synced line per finished step), `chains/` (calibration activations), `out/` (the
+output in the making) and, while an old output is being replaced, `replaced/`. OUT itself appears by one rename.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ..runtime.errors import ResourceError
+from .writer import sync_folder
+
+
+class Journal:
+    """Append-only record of a run, and the lock that keeps a second run out.
+
+    Attributes:
+        folder: `OUT.work`.
+        entries: finished steps read back, oldest first.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.folder = out.with_name(out.name + ".work")
+        self.entries: list[dict[str, Any]] = []
+        self._lock: Any = None
+
+    @property
+    def result(self) -> Path:
+        """The output in the making."""
+        return self.folder / "out"
+
+    @property
+    def chains(self) -> Path:
+        return self.folder / "chains"
+
+    def open(self, fingerprint: dict[str, Any], *, resume: bool) -> None:
+        """Start a run or take up an interrupted one.
+
+        Raises:
+            ResourceError: another run works here; or there is work to resume and `resume` was not asked for; or what
+                is there was made from something else, which is named.
+        """
+        self._take_lock()
+        path = self.folder / "journal.jsonl"
+        lines = _whole_lines(path)
+        if not lines:
+            self._clear()
+            self._append({"fingerprint": fingerprint})
+            return
+        if not resume:
+            raise ResourceError(f"{self.folder}: an interrupted run is there; add --resume, or delete that folder")
+        changed = differences(lines[0].get("fingerprint", {}), fingerprint)
+        if changed:
+            raise ResourceError(
+                f"{self.folder}: cannot resume, since this run differs in {'; '.join(changed)}; "
+                "undo that, or delete the folder to start over"
+            )
+        self.entries = lines[1:]
+
+    def done(self, entry: dict[str, Any]) -> None:
+        """Record a finished step, durably."""
+        self._append(entry)
+        self.entries.append(entry)
+
+    def timing(self, entry: dict[str, Any]) -> None:
+        """Note how long a step took, in the one file of the output that may differ between equal runs."""
+        report = self.result / "report"
+        report.mkdir(parents=True, exist_ok=True)
+        with open(report / "timings.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def publish(self, *, overwrite: bool) -> None:
+        """Move the finished output to OUT; safe to repeat after a crash at any point of it."""
+        replaced = self.folder / "replaced"
+        if self.result.is_dir():
+            if self.out.exists():
+                if not overwrite and any(self.out.iterdir()):
+                    raise ResourceError(f"{self.out}: not empty any more; move it away and add --resume")
+                os.rename(self.out, replaced)
+            os.rename(self.result, self.out)
+            sync_folder(self.out.parent)
+        self.close()
+        shutil.rmtree(self.folder)
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _take_lock(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.folder / "lock", "w")  # noqa: SIM115 (held until the run ends)
+        except OSError as error:
+            raise ResourceError(f"{self.folder}: cannot be written ({error.strerror}); choose another output") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ResourceError(f"{self.folder}: another run is working there; wait for it or stop it") from None
+
+    def _clear(self) -> None:
+        for name in ("out", "chains"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        (self.folder / "journal.jsonl").unlink(missing_ok=True)
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        with open(self.folder / "journal.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        sync_folder(self.folder)
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a journal; a torn last line, from a crash while it was written, is cut off."""
+    if not path.is_file():
+        return []
+    raw = path.read_bytes()
+    whole = raw[: raw.rfind(b"\n") + 1]
+    if len(whole) != len(raw):
+        with open(path, "rb+") as file:
+            file.truncate(len(whole))
+            os.fsync(file.fileno())
+    return [json.loads(line) for line in whole.decode().splitlines()]
+
+
+def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """What differs between two fingerprints, as `key: before → now`."""
+    found = []
+    for key in sorted({*before, *now}):
+        a, b = before.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}: {_short(a)} → {_short(b)}")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text[:12] + "…" if len(text) > 60 else text

@@ -1,0 +1,142 @@
+"""GPTQ, and what improves on it in the same stored form.
+
+Per group of linears that read the same input (their rows stacked, since rows are independent):
+
+1. the corrected target `V = W + α W [Σ (x − x̃) x̃ᵀ] H⁻¹`, for which `‖W X − Q X̃‖² = ‖(V − Q) X̃‖² + const` at α = 1
+   (the objective of GPTAQ, arXiv:2504.02692, and Qronos, arXiv:2505.11695);
+2. static full-range grids from V, columns in order of falling `H_ii` (act-order without a stored permutation);
+3. the column sweep of GPTQ (arXiv:2210.17323);
+4. rounds of scale refit and coordinate descent on the codes, which never raise the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ...calibrate.statistics import Statistics
+from ...calibrate.walk import StageWork
+from ...runtime.operators import Dense
+from ..events import Event, Fallback, LayerDone
+from ..solvers.grid import Grid, range_grid, round_to_grid
+from ..solvers.refine import coordinate_descent, refit_scales, row_losses
+from ..solvers.sweep import column_sweep
+from ..solvers.system import NotSolvable, System, damped_system
+from .base import Need
+from .quantizer import Quantizer, bits_per_weight, quantized
+
+
+class Gptq(Quantizer):
+    """Quantize column after column, letting the columns that remain make up for the error."""
+
+    step: ClassVar[str] = "gptq"
+    kind: Literal["gptq"]
+    act_order: bool = Field(True, description="columns with large inputs first; costs nothing at run time")
+    correction: float = Field(
+        1.0, ge=0, le=1, description="how much of the error of earlier layers to make up for (α); 0: plain GPTQ"
+    )
+    refinements: int = Field(3, ge=0, le=20, description="rounds of scale refit and coordinate descent; 0: plain GPTQ")
+    damping: float = Field(0.01, gt=0, le=1, description="share of the mean diagonal added to the second moment")
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"moment", "cross"} if self.correction else {"moment"})
+
+    def flops(self, rows: int, columns: int) -> float:
+        solve = 2.0 * columns**3 + (1 + 4 * (self.correction > 0) + 6 * self.refinements) * rows * columns**2
+        return solve + 2000.0 * columns * rows
+
+    def apply(self, work: StageWork) -> Iterator[Event]:
+        groups: dict[int, list[str]] = {}
+        for name in work.linears:
+            if self.wants(name):
+                statistics = work.statistics.get(name)
+                groups.setdefault(id(statistics if statistics is not None else name), []).append(name)
+        for names in groups.values():
+            yield from self._apply_group(work, names)
+
+    def _apply_group(self, work: StageWork, names: list[str]) -> Iterator[Event]:
+        operators = [work.linears[name] for name in names]
+        weights = [operator.weight for operator in operators if isinstance(operator, Dense)]
+        stacked = torch.cat([weight.float() for weight in weights])
+        statistics = work.statistics.get(names[0])
+        solution, reason = self._solve(stacked, statistics, weights[0].dtype)
+        start = 0
+        for name, weight in zip(names, weights, strict=True):
+            rows = slice(start, start + weight.shape[0])
+            start += weight.shape[0]
+            zeros = None if solution.grid.zeros is None else solution.grid.zeros[rows]
+            grid = Grid(solution.grid.scales[rows], zeros, self.bits, solution.grid.group_size, weight.dtype)
+            result = quantized(solution.codes[rows], grid)
+            work.linears[name] = result
+            if reason:
+                yield Fallback(name, self.step, reason)
+            error = float(solution.losses[rows].sum() / solution.scale[rows].sum().clamp(min=1e-30))
+            tokens = 0 if statistics is None else statistics.tokens
+            yield LayerDone(name, self.step, error, bits_per_weight(result), tokens)
+
+    def _solve(self, weight: Tensor, statistics: Statistics | None, stored: torch.dtype) -> tuple[Solution, str]:
+        """The best solution, and why it is the simple one if it is."""
+        options = (self.bits, self.group_for(weight.shape[1]), self.symmetric, stored)
+        if statistics is None or statistics.tokens == 0:
+            identity = torch.eye(weight.shape[1])
+            return Solution.of(weight, range_grid(weight, *options), None, identity, weight), "no calibration tokens"
+        try:
+            system = damped_system(statistics.moment, self.damping, act_order=self.act_order).to(torch.float32)
+        except NotSolvable as error:
+            identity = torch.eye(weight.shape[1])
+            return Solution.of(weight, range_grid(weight, *options), None, identity, weight), str(error)
+        target = weight
+        if self.correction and statistics.cross is not None:
+            target = corrected_target(weight, statistics.cross, system, self.correction)
+        grid = range_grid(target, *options)
+        codes = gptq_codes(target, grid, system)
+        for _ in range(self.refinements):
+            grid = refit_scales(target, codes, grid, system.moment)
+            codes = coordinate_descent(target, codes, grid, system.moment)
+        solution = Solution.of(target, grid, codes, system.moment, weight)
+        simple = Solution.of(target, range_grid(weight, *options), None, system.moment, weight)
+        if solution.losses.sum() <= simple.losses.sum():
+            return solution, ""
+        return simple, "rounding to nearest had the lower loss"
+
+
+class Solution:
+    """Codes on a grid, with their loss per row."""
+
+    def __init__(self, grid: Grid, codes: Tensor, losses: Tensor, scale: Tensor) -> None:
+        self.grid, self.codes, self.losses, self.scale = grid, codes, losses, scale
+
+    @classmethod
+    def of(cls, target: Tensor, grid: Grid, codes: Tensor | None, moment: Tensor, weight: Tensor) -> Solution:
+        """Measure codes (None: the nearest ones of `weight`) against a target, relative to `weight`."""
+        codes = grid.codes(weight) if codes is None else codes
+        return cls(grid, codes, row_losses(grid.values(codes) - target, moment), row_losses(weight.clone(), moment))
+
+
+def corrected_target(weight: Tensor, cross: Tensor, system: System, alpha: float) -> Tensor:
+    """`W + α W C H⁻¹` with C the cross moment `[columns, columns]`."""
+    return weight + alpha * system.solve_right(weight @ cross.to(weight.dtype))
+
+
+def gptq_codes(target: Tensor, grid: Grid, system: System, block_size: int = 128) -> Tensor:
+    """Codes (as floats, `[rows, columns]`) of the column sweep on a static grid, columns in the system's order."""
+    columns = target.shape[1]
+    scales, zeros = grid.columns(columns)
+    scales, zeros = scales.T.contiguous(), None if zeros is None else zeros.T.contiguous()
+    codes = torch.empty(columns, target.shape[0], dtype=target.dtype, device=target.device)
+    places = system.order.tolist()
+
+    def fix(j: int, column: Tensor) -> Tensor:
+        place = places[j]
+        zero = None if zeros is None else zeros[place]
+        code = round_to_grid(column, scales[place], zero, grid.low, grid.high)
+        codes[place] = code
+        return (code if zero is None else code - zero) * scales[place]
+
+    column_sweep(target[:, system.order], system.factor, fix, block_size)
+    return codes.T.contiguous()

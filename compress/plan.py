@@ -1,0 +1,212 @@
+"""Recipe × model headers → what will be done to each tensor, before any weight is read."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..calibrate.walk import BATCH_TOKENS
+from ..runtime.checkpoint import Checkpoint
+from ..runtime.errors import RecipeError, ResourceError
+from ..runtime.operators import Dense, Operator, stored_bytes
+from ..runtime.skeleton import Skeleton
+from .formats import choose_format, describe
+from .recipe import Recipe
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """One linear: the passes it goes through and what it becomes (on `meta`)."""
+
+    steps: tuple[str, ...]
+    before: int
+    operator: Operator
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe does to a model.
+
+    Attributes:
+        linears: disk name without `.weight` → plan, for every linear of every block, rewritten or not.
+        tensors: every tensor of the output in order: name → (dtype, shape).
+        format, readers: what is written and who reads it.
+        needs: statistics the passes ask for.
+        bytes_before, bytes_after: of all weights.
+        memory, disk: peak bytes while applying: resident beyond the imports, and in OUT.work.
+        flops: of calibration and solving.
+    """
+
+    linears: dict[str, LinearPlan]
+    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+    format: str
+    readers: tuple[str, ...]
+    needs: frozenset[str]
+    bytes_before: int
+    bytes_after: int
+    memory: int
+    disk: int
+    flops: float
+
+    @property
+    def rewritten(self) -> dict[str, Operator]:
+        return {name: plan.operator for name, plan in self.linears.items() if plan.steps}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the plan: linears of one folded name that share shape and fate."""
+
+    name: str
+    count: int
+    parameters: int
+    steps: tuple[str, ...]
+    becomes: str
+    bits: float
+    before: int
+    after: int
+
+
+def make_plan(recipe: Recipe, skeleton: Skeleton) -> Plan:
+    """Plan a recipe for a model.
+
+    Raises:
+        RecipeError: a pass that matches nothing, that would make a tensor larger, or that cannot follow another;
+            or a format that cannot hold the result.
+    """
+    checkpoint = skeleton.checkpoint
+    linears: dict[str, LinearPlan] = {}
+    matched = [0] * len(recipe.passes)
+    for index in range(skeleton.blocks):
+        for name in skeleton.linears(index):
+            info = checkpoint.tensors[name + ".weight"]
+            operator: Operator = Dense(torch.empty(info.shape, dtype=info.dtype, device="meta"))
+            before = stored_bytes(operator)
+            steps = []
+            for number, step in enumerate(recipe.passes):
+                if not step.wants(name):
+                    continue
+                matched[number] += 1
+                result = step.plan(name, operator)
+                if stored_bytes(result) > stored_bytes(operator):
+                    raise RecipeError(
+                        f"passes.{number} ({step.step}) would make {name} larger: {stored_bytes(operator):,} → "
+                        f"{stored_bytes(result):,} bytes; ignore it, or use fewer bits or larger groups"
+                    )
+                operator = result
+                steps.append(step.step)
+            linears[name] = LinearPlan(tuple(steps), before, operator)
+    for number, count in enumerate(matched):
+        if not count:
+            example = next(iter(linears))
+            raise RecipeError(
+                f"passes.{number} ({recipe.passes[number].step}) matches no linear of this model: targets "
+                f"{list(recipe.passes[number].targets)}, ignore {list(recipe.passes[number].ignore)}; "
+                f"names look like {example}"
+            )
+    chosen, readers = choose_format(recipe.output.format, {n: p.operator for n, p in linears.items() if p.steps})
+    tensors = _output_tensors(checkpoint, linears)
+    needs = frozenset(need for step in recipe.passes for need in step.needs)
+    after = sum(_nbytes(dtype, shape) for dtype, shape in tensors.values())
+    return Plan(
+        linears, tensors, chosen, readers, needs, checkpoint.nbytes, after,
+        _peak_memory(recipe, skeleton, needs), after + _chain_bytes(recipe, skeleton, needs),
+        _flops(recipe, skeleton, linears, needs),
+    )  # fmt: skip
+
+
+def rows(plan: Plan) -> list[Row]:
+    """The plan folded: layer and expert numbers become `*`, equal lines are counted."""
+    folded: dict[tuple[str, tuple[str, ...], str, tuple[int, int]], list[tuple[int, int]]] = {}
+    for name, linear in plan.linears.items():
+        key = (re.sub(r"\.\d+\.", ".*.", name), linear.steps, describe(linear.operator), linear.operator.shape)
+        folded.setdefault(key, []).append((linear.before, stored_bytes(linear.operator)))
+    result = []
+    for (name, steps, becomes, shape), sizes in folded.items():
+        parameters = len(sizes) * shape[0] * shape[1]
+        before, after = (sum(column) for column in zip(*sizes, strict=True))
+        result.append(Row(name, len(sizes), parameters, steps, becomes, 8 * after / parameters, before, after))
+    return result
+
+
+def check_disk(plan: Plan, out: Path) -> None:
+    """Refuse to start where the disk cannot hold the work folder."""
+    folder = next(p for p in (out.absolute(), *out.absolute().parents) if p.is_dir())
+    free = shutil.disk_usage(folder).free
+    if free < plan.disk:
+        raise ResourceError(
+            f"{folder}: {free / 1e9:.2f} GB free, {plan.disk / 1e9:.2f} GB needed (weights and calibration "
+            "activations); free some space or write elsewhere"
+        )
+
+
+def estimated_seconds(plan: Plan) -> float:
+    """Time to apply, from the plan's work and the speed of a GEMM measured now."""
+    a = torch.randn(1024, 1024)
+    a @ a
+    start = time.perf_counter()
+    for _ in range(3):
+        a @ a
+    speed = 3 * 2 * 1024**3 / (time.perf_counter() - start)
+    return plan.flops / speed + plan.disk / 2e8
+
+
+def _nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel() * dtype.itemsize
+
+
+def _output_tensors(
+    checkpoint: Checkpoint, linears: dict[str, LinearPlan]
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for name, info in checkpoint.tensors.items():
+        linear = linears.get(name.removesuffix(".weight"))
+        if linear is None or not linear.steps:
+            tensors[name] = (info.dtype, info.shape)
+            continue
+        for suffix, tensor in linear.operator.to_tensors().items():
+            tensors[f"{name.removesuffix('.weight')}.{suffix}"] = (tensor.dtype, tuple(tensor.shape))
+    return tensors
+
+
+def _chain_bytes(recipe: Recipe, skeleton: Skeleton, needs: frozenset[str]) -> int:
+    tokens = recipe.data.samples * recipe.data.sequence_length
+    return 2 * len(chain_names(needs)) * 4 * tokens * skeleton.config.hidden_size if needs else 0
+
+
+def chain_names(needs: frozenset[str]) -> tuple[str, ...]:
+    """Which chains of activations the needs call for."""
+    return ("compressed", "reference") if "cross" in needs else ("compressed",) if needs else ()
+
+
+def _peak_memory(recipe: Recipe, skeleton: Skeleton, needs: frozenset[str]) -> int:
+    """Bytes beyond the imports at the worst moment: a block being solved or run."""
+    chains, peak = len(chain_names(needs)), 0
+    batch = max(1, BATCH_TOKENS // recipe.data.sequence_length) * recipe.data.sequence_length
+    for index in range(skeleton.blocks):
+        shapes = {name: tuple(linear.weight.shape) for name, linear in skeleton.linears(index).items()}
+        block = sum(r * c for r, c in shapes.values())
+        widest = max(max(shape) for shape in shapes.values())
+        r, c = max(shapes.values(), key=lambda shape: shape[0] * shape[1])
+        weights = 4 * block * chains
+        moments = 4 * c * c * chains
+        solving = 8 * 5 * c * c + 4 * 8 * r * c
+        running = 4 * batch * (6 * widest + 4 * skeleton.config.hidden_size)
+        peak = max(peak, weights + moments + max(solving, running) + 4 * r * c + block)
+    return peak
+
+
+def _flops(recipe: Recipe, skeleton: Skeleton, linears: dict[str, LinearPlan], needs: frozenset[str]) -> float:
+    tokens = recipe.data.samples * recipe.data.sequence_length
+    total = 0.0
+    for name, plan in linears.items():
+        r, c = plan.operator.shape
+        if needs:  # about three forward passes per chain, and the statistics
+            total += 2.0 * tokens * r * c * 3 * len(chain_names(needs)) + 2.0 * tokens * c * c
+        total += sum(step.flops(r, c) for step in recipe.passes if step.wants(name))
+    return total

@@ -1,0 +1,221 @@
+"""Typed recipes: YAML in, passes out, and errors that point at the line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from difflib import get_close_matches
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..runtime.errors import RecipeError
+from .passes.base import Pass
+from .passes.gptq import Gptq
+from .passes.rtn import Rtn
+
+PASSES: dict[str, type[Pass]] = {"rtn": Rtn, "gptq": Gptq}
+AnyPass = Annotated[Rtn | Gptq, Field(discriminator="kind")]
+_Path = tuple[str | int, ...]
+
+
+class Data(BaseModel):
+    """The text that calibrates."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: str = Field(
+        "builtin", description="'builtin' (the Python standard library's text), or a .txt or .jsonl file"
+    )
+    samples: int = Field(128, gt=0, description="token windows")
+    sequence_length: int = Field(512, gt=1, description="tokens of a window; windows are packed without padding")
+    seed: int = Field(0, ge=0, description="which windows of the text are drawn")
+
+
+class Output(BaseModel):
+    """What is written."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal["auto", "compressed-tensors", "compressor"] = Field(
+        "auto", description="auto: compressed-tensors wherever a reader of it can take every tensor, else compressor"
+    )
+    shard_size: str = Field("5GB", pattern=r"^\d+(\.\d+)?(MB|GB)$", description="largest weight file, as 500MB or 5GB")
+
+    @property
+    def shard_bytes(self) -> int:
+        unit = {"MB": 10**6, "GB": 10**9}[self.shard_size[-2:]]
+        return int(float(self.shard_size[:-2]) * unit)
+
+
+class Recipe(BaseModel):
+    """What to do to a model: passes in order, the text that calibrates them, the form of the result."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Literal[1] = Field(1, description="of the recipe language")
+    description: str = Field("", description="one line for people")
+    data: Data = Field(Data(), description="the text that calibrates")
+    passes: tuple[AnyPass, ...] = Field(min_length=1, description="in the order in which each linear goes through them")
+    output: Output = Field(Output(), description="what is written")
+
+
+def shipped() -> dict[str, str]:
+    """Name → text of the recipes that come with compressor."""
+    folder = resources.files("compressor.recipes")
+    files = sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
+    return {file.name.removesuffix(".yaml"): file.read_text(encoding="utf-8") for file in files}
+
+
+def read_recipe(source: str) -> tuple[str, str]:
+    """A path or a shipped name → `(name for messages, text)`."""
+    path = Path(source)
+    if path.is_file():
+        try:
+            return str(path), path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path}: cannot be read ({error})") from None
+    if source in shipped():
+        return f"{source}.yaml", shipped()[source]
+    names = list(shipped())
+    close = get_close_matches(source, names, 1)
+    hint = f"did you mean {close[0]!r}?" if close else f"shipped recipes: {', '.join(names)}"
+    raise RecipeError(f"{source}: no such recipe file and no shipped recipe of that name; {hint}")
+
+
+def parse_recipe(text: str, name: str = "recipe", edits: tuple[str, ...] = ()) -> Recipe:
+    """Check a recipe's text.
+
+    Args:
+        text: YAML.
+        name: for `name:line:column` in messages.
+        edits: `path=value`, as in `passes.0.bits=3`; applied before the check.
+
+    Raises:
+        RecipeError: all mistakes at once, one `name:line:column` each.
+    """
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if not isinstance(node, yaml.MappingNode):
+            raise RecipeError(f"{name}:1:1: a recipe is a mapping with the key 'passes'")
+        where: dict[_Path, tuple[yaml.Mark, yaml.Mark]] = {}
+        duplicates = list(_marks(node, (), where))
+        document = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{mark.line + 1}:{mark.column + 1}" if mark else "1:1"
+        raise RecipeError(f"{name}:{place}: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{name}:1:1: not YAML ({error})") from None
+    problems = [f"{name}:{line}: {message}" for line, message in duplicates]
+    for edit in edits:
+        _apply_edit(document, edit)
+    try:
+        recipe = Recipe.model_validate(document)
+    except ValidationError as error:
+        edited = {tuple(path[:end]) for path in map(_edit_path, edits) for end in range(1, len(path) + 1)} - set(where)
+        # A list whose items are wrong is also reported as too short.
+        items = [dict(e) for e in error.errors(include_url=False) if not (e["type"] == "too_short" and e["input"])]
+        problems += [_explain(name, text, where, edited, item) for item in items]
+    if problems:
+        raise RecipeError("\n".join(problems))
+    return recipe
+
+
+def resolved_yaml(recipe: Recipe) -> str:
+    """The recipe with every default written out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+@cache
+def json_schema() -> dict[str, Any]:
+    """JSON schema of recipes, for editors."""
+    schema = Recipe.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _marks(node: yaml.Node, path: _Path, where: dict[_Path, tuple[yaml.Mark, yaml.Mark]]) -> Iterator[tuple[str, str]]:
+    """Fill in where each path stands (key mark, value mark); yield duplicate keys, which PyYAML would drop silently."""
+    if isinstance(node, yaml.MappingNode):
+        first: dict[str, int] = {}
+        for key, value in node.value:
+            here = (*path, key.value)
+            if key.value in first:
+                place = f"{key.start_mark.line + 1}:{key.start_mark.column + 1}"
+                yield place, f"duplicate key {key.value!r}, first on line {first[key.value]}"
+            first.setdefault(key.value, key.start_mark.line + 1)
+            where[here] = key.start_mark, value.start_mark
+            yield from _marks(value, here, where)
+    elif isinstance(node, yaml.SequenceNode):
+        for number, value in enumerate(node.value):
+            where[(*path, number)] = value.start_mark, value.start_mark
+            yield from _marks(value, (*path, number), where)
+
+
+def _edit_path(edit: str) -> list[str | int]:
+    return [int(part) if part.isdigit() else part for part in edit.partition("=")[0].split(".")]
+
+
+def _apply_edit(document: Any, edit: str) -> None:
+    if "=" not in edit:
+        raise RecipeError(f"--set {edit}: write it as path=value, for example passes.0.bits=3")
+    *parents, last = _edit_path(edit)
+    place = document
+    for part in parents:
+        if isinstance(place, dict):
+            place = place.setdefault(part, {})
+        elif isinstance(place, list) and isinstance(part, int) and part < len(place):
+            place = place[part]
+        else:
+            raise RecipeError(f"--set {edit}: the recipe has no {'.'.join(map(str, parents))}")
+    value = yaml.safe_load(edit.partition("=")[2])
+    if isinstance(place, dict) or (isinstance(place, list) and isinstance(last, int) and last < len(place)):
+        place[last] = value  # type: ignore[index]
+    else:
+        raise RecipeError(f"--set {edit}: the recipe has no {'.'.join(map(str, [*parents, last]))}")
+
+
+def _explain(
+    name: str, text: str, where: dict[_Path, tuple[yaml.Mark, yaml.Mark]], edited: set[_Path], error: dict[str, Any]
+) -> str:
+    """One pydantic error as `name:line:column: path: what (hint)` with the line itself and a caret."""
+    path: _Path = ()
+    model: type[BaseModel] = Recipe
+    for part in error["loc"]:
+        if part in PASSES and path and path[0] == "passes":
+            model = PASSES[str(part)]  # the union's tag is in loc but not in the document
+        elif (*path, part) in where or (*path, part) in edited or error["type"] == "extra_forbidden":
+            path = (*path, part)
+            if path in {("data",), ("output",)}:
+                model = Data if part == "data" else Output
+    message = error["msg"].removeprefix("Value error, ")
+    extra = error["type"] == "extra_forbidden"
+    if extra:
+        close = get_close_matches(str(path[-1]), model.model_fields, 1)
+        message = (
+            f"unknown key (did you mean {close[0]!r}?)"
+            if close
+            else f"unknown key; known: {', '.join(model.model_fields)}"
+        )
+    elif error["type"] == "missing":
+        message = f"the key {error['loc'][-1]!r} is missing"
+    elif error["type"].startswith("union_tag"):
+        kind = error.get("input", {}).get("kind") if isinstance(error.get("input"), dict) else None
+        close = get_close_matches(str(kind), PASSES, 1)
+        message = f"unknown pass {kind!r}" if kind is not None else "a pass needs a 'kind'"
+        message += f" (did you mean {close[0]!r}?)" if close else f"; known: {', '.join(PASSES)}"
+        path = (*path, "kind") if (*path, "kind") in where else path
+    if path in edited:
+        return f"--set {'.'.join(map(str, path))}: {message}"
+    known = path
+    while known and known not in where:
+        known = known[:-1]
+    dotted = ".".join(map(str, path))
+    if not known:
+        return f"{name}:1:1: {dotted + ': ' if dotted else ''}{message}"
+    mark = where[known][0 if extra else 1]
+    line = text.splitlines()[mark.line]
+    return f"{name}:{mark.line + 1}:{mark.column + 1}: {dotted}: {message}\n    {line}\n    {' ' * mark.column}^"

@@ -1,0 +1,122 @@
+"""Integer grids: the scale and zero point of each group, and rounding to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...kernels.reference import expand_groups
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values each weight may take: `(code - zero) * scale`.
+
+    Attributes:
+        scales: `[rows, groups]`, rounded to what will be stored, any sign, never zero.
+        zeros: `[rows, groups]` integers in the same dtype, or None when symmetric.
+        bits: of a code, which lies in `[-2**(bits-1), 2**(bits-1) - 1]`.
+        group_size: columns that share a scale, the last group may be ragged; -1 for one scale a row.
+        stored: the dtype the scales are stored in.
+    """
+
+    scales: Tensor
+    zeros: Tensor | None
+    bits: int
+    group_size: int
+    stored: torch.dtype
+
+    @property
+    def low(self) -> int:
+        return -(2 ** (self.bits - 1))
+
+    @property
+    def high(self) -> int:
+        return 2 ** (self.bits - 1) - 1
+
+    def columns(self, count: int) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero of every column: two `[rows, count]`."""
+        size = group_span(self.group_size, count)
+        zeros = None if self.zeros is None else expand_groups(self.zeros, count, size)
+        return expand_groups(self.scales, count, size), zeros
+
+    def with_scales(self, scales: Tensor) -> Grid:
+        return Grid(storable(scales, self.stored), self.zeros, self.bits, self.group_size, self.stored)
+
+    def codes(self, weight: Tensor) -> Tensor:
+        """Nearest codes of `[rows, columns]`, as floats."""
+        scales, zeros = self.columns(weight.shape[1])
+        return round_to_grid(weight, scales, zeros, self.low, self.high)
+
+    def values(self, codes: Tensor) -> Tensor:
+        scales, zeros = self.columns(codes.shape[1])
+        return codes * scales if zeros is None else (codes - zeros) * scales
+
+
+def group_span(group_size: int, columns: int) -> int:
+    """Columns that really share a scale: `group_size`, or the whole row for -1."""
+    return group_size if group_size > 0 else columns
+
+
+def by_group(matrix: Tensor, group_size: int) -> Tensor:
+    """`[rows, columns]` → `[rows, groups, columns per group]`, a ragged last group filled up with zeros."""
+    rows, columns = matrix.shape
+    span = group_span(group_size, columns)
+    return F.pad(matrix, (0, -columns % span)).view(rows, -1, span)
+
+
+def round_to_grid(weight: Tensor, scales: Tensor, zeros: Tensor | None, low: int, high: int) -> Tensor:
+    """`clamp(round(weight / scales) + zeros, low, high)`, elementwise."""
+    codes = torch.div(weight, scales).round_()
+    if zeros is not None:
+        codes += zeros
+    return codes.clamp_(low, high)
+
+
+def storable(scales: Tensor, stored: torch.dtype) -> Tensor:
+    """Scales as they will be read back: rounded to `stored`, and never zero there."""
+    tiny = torch.finfo(stored).tiny
+    rounded = scales.to(stored).to(scales.dtype)
+    return torch.where(rounded.abs() < tiny, torch.full_like(rounded, tiny), rounded)
+
+
+def range_grid(
+    weight: Tensor, bits: int, group_size: int, symmetric: bool, stored: torch.dtype, shrink: Tensor | float = 1.0
+) -> Grid:
+    """The grid that spans each group's range, times `shrink` (`[rows, groups]` or a number).
+
+    Symmetric: full-range signed scales. With a the entry of largest magnitude, `scale = -a / 2**(bits-1)`, so that a
+    itself is the lowest code and no code is wasted. Asymmetric: from min(0, lowest) to max(0, highest).
+    """
+    padded = by_group(weight, group_size)
+    highest, lowest = padded.amax(2).clamp(min=0) * shrink, padded.amin(2).clamp(max=0) * shrink
+    if symmetric:
+        extreme = torch.where(highest > -lowest, highest, lowest)
+        return Grid(storable(-extreme / 2 ** (bits - 1), stored), None, bits, group_size, stored)
+    scales = storable((highest - lowest) / (2**bits - 1), stored)
+    low = -(2 ** (bits - 1))
+    zeros = ((-lowest / scales).round() + low).clamp(low, -low - 1)
+    return Grid(scales, zeros, bits, group_size, stored)
+
+
+def searched_grid(
+    weight: Tensor, importance: Tensor, bits: int, group_size: int, symmetric: bool, stored: torch.dtype
+) -> Grid:
+    """The grid among shrunken and stretched ranges with the least `Σ importance (w - ŵ)²` per group.
+
+    Args:
+        importance: `[columns]`, the diagonal of the second moment.
+    """
+    best_shrink = torch.ones(by_group(weight, group_size).shape[:2], dtype=weight.dtype, device=weight.device)
+    best_error = torch.full_like(best_shrink, torch.inf)
+    for shrink in torch.linspace(1.1, 0.4, 57).tolist():
+        grid = range_grid(weight, bits, group_size, symmetric, stored, shrink)
+        error = (grid.values(grid.codes(weight)) - weight).square_().mul_(importance)
+        error = by_group(error, group_size).sum(2)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_shrink = torch.where(better, shrink, best_shrink)
+    return range_grid(weight, bits, group_size, symmetric, stored, best_shrink)

@@ -1,0 +1,86 @@
+"""Improve a quantized weight in place of its grid: scales in closed form, codes by coordinate descent.
+
+Both lower `tr((Q - V) H (Q - V)ᵀ)` row by row and never raise it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .grid import Grid, by_group, group_span, round_to_grid
+
+
+def row_losses(delta: Tensor, moment: Tensor) -> Tensor:
+    """`diag(Δ H Δᵀ)`, `[rows]`."""
+    return (delta @ moment).mul_(delta).sum(1)
+
+
+def refit_scales(target: Tensor, codes: Tensor, grid: Grid, moment: Tensor, rows_at_once: int = 1024) -> Grid:
+    """The scales that minimise the loss for the codes as they are.
+
+    With k the centred codes of a row, split by group: `A_gh = k_gᵀ H_gh k_h`, `b_g = k_gᵀ (H v)_g`, scales = A⁻¹ b.
+    A row keeps its scales if any of them would move by more than half, or if the rounded scales do not lower its loss.
+
+    Args:
+        target: V `[rows, columns]`; codes alike (floats); moment `[columns, columns]`.
+    """
+    pieces = []
+    for start in range(0, target.shape[0], rows_at_once):
+        rows = slice(start, start + rows_at_once)
+        zeros = None if grid.zeros is None else grid.zeros[rows]
+        part = Grid(grid.scales[rows], zeros, grid.bits, grid.group_size, grid.stored)
+        pieces.append(_refit_rows(target[rows], codes[rows], part, moment))
+    return grid.with_scales(torch.cat(pieces))
+
+
+def _refit_rows(target: Tensor, codes: Tensor, grid: Grid, moment: Tensor) -> Tensor:
+    rows, columns = target.shape
+    groups, size = grid.scales.shape[1], group_span(grid.group_size, columns)
+    unit = Grid(torch.ones_like(grid.scales), grid.zeros, grid.bits, grid.group_size, grid.stored)
+    centred = unit.values(codes)
+    system = torch.empty(rows, groups, groups, dtype=target.dtype, device=target.device)
+    for g in range(groups):
+        span = slice(g * size, min((g + 1) * size, columns))
+        system[:, :, g] = by_group((centred[:, span] @ moment[span]).mul_(centred), size).sum(2)
+    right = by_group((target @ moment).mul_(centred), size).sum(2)
+    diagonal = system.diagonal(dim1=1, dim2=2)
+    diagonal.add_(1e-6 * diagonal + torch.finfo(target.dtype).tiny)
+    solved, info = torch.linalg.solve_ex(system, right)
+    ratio = solved / grid.scales
+    sane = ((ratio > 0.5) & (ratio < 1.5)).all(1) & (info == 0)
+    proposal = grid.with_scales(torch.where(sane[:, None], solved, grid.scales))
+    before = row_losses(grid.values(codes) - target, moment)
+    after = row_losses(proposal.values(codes) - target, moment)
+    return torch.where((after < before)[:, None], proposal.scales, grid.scales)
+
+
+def coordinate_descent(target: Tensor, codes: Tensor, grid: Grid, moment: Tensor, block_size: int = 128) -> Tensor:
+    """One pass over the columns, each set to the code that minimises the loss with all others fixed.
+
+    With r the gradient `(Q - V) H`, the best value of column j is `q_j - r_j / H_jj`, rounded to the grid.
+
+    Args:
+        block_size: columns between two GEMMs that bring the gradient up to date; it does not change the result.
+
+    Returns:
+        New codes `[rows, columns]`, as floats.
+    """
+    columns = target.shape[1]
+    scales, zeros = grid.columns(columns)
+    scales, zeros = scales.T.contiguous(), None if zeros is None else zeros.T.contiguous()
+    work = codes.T.contiguous()
+    delta = (grid.values(codes) - target).T.contiguous()
+    for start in range(0, columns, block_size):
+        end = min(start + block_size, columns)
+        gradient = moment[start:end] @ delta
+        for j in range(start, end):
+            centred = work[j] if zeros is None else work[j] - zeros[j]
+            best = torch.addcdiv(centred * scales[j], gradient[j - start], moment[j, j], value=-1)
+            code = round_to_grid(best, scales[j], None if zeros is None else zeros[j], grid.low, grid.high)
+            change = (code - work[j]).mul_(scales[j])
+            work[j] = code
+            delta[j] += change
+            if j + 1 < end:
+                gradient[j + 1 - start :].addr_(moment[j, j + 1 : end], change)
+    return work.T.contiguous()

@@ -1,0 +1,155 @@
+"""Weight files written as blocks finish.
+
+Every tensor's dtype and shape is known from the plan, so a shard's header is written first and each tensor goes to its
+place: no copy of a shard is ever held, and what a finished block wrote is synced before the journal says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..runtime.checkpoint import DTYPES
+from ..runtime.errors import VerifyError
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+class ShardedWriter:
+    """The weight files of one output, safetensors.
+
+    Args:
+        folder: where they go.
+        tensors: name → (dtype, shape), in the order they are laid out.
+        shard_bytes: largest file; a single larger tensor gets a file of its own.
+    """
+
+    def __init__(self, folder: Path, tensors: Specs, shard_bytes: int) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
+        room = shard_bytes
+        for name, (dtype, shape) in tensors.items():
+            size = torch.Size(shape).numel() * dtype.itemsize
+            if size > room and shards[-1]:
+                shards.append({})
+                room = shard_bytes
+            shards[-1][name] = (dtype, shape)
+            room -= size
+        self.weight_map: dict[str, str] = {}
+        self._places: dict[str, tuple[Path, int, torch.dtype, tuple[int, ...]]] = {}
+        self._headers: dict[Path, tuple[bytes, int]] = {}
+        for number, shard in enumerate(shards, 1):
+            several = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            self._lay_out("model.safetensors" if len(shards) == 1 else several, shard)
+
+    def _lay_out(self, file: str, shard: Specs) -> None:
+        path = self.folder / file
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        # Widest elements first keeps every tensor aligned to its element size.
+        for name, (dtype, shape) in sorted(shard.items(), key=lambda item: -item[1][0].itemsize):
+            size = torch.Size(shape).numel() * dtype.itemsize
+            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+            self._places[name] = (path, offset, dtype, shape)
+            self.weight_map[name] = file
+            offset += size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._headers[path] = (len(text).to_bytes(8, "little") + text, offset)
+
+    @property
+    def files(self) -> list[Path]:
+        return list(self._headers)
+
+    def start(self) -> None:
+        """Create every file at its full size (a full disk is noticed now, where the file system can tell)."""
+        for path, (header, size) in self._headers.items():
+            with open(path, "wb") as file:
+                file.write(header)
+                file.flush()
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, len(header) + size)
+                else:
+                    file.truncate(len(header) + size)
+                os.fsync(file.fileno())
+        sync_folder(self.folder)
+
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put tensors in their places and sync the files they went to.
+
+        Raises:
+            VerifyError: a tensor is not what the plan said; nothing of it is written.
+        """
+        touched: dict[Path, list[str]] = {}
+        for name, tensor in tensors.items():
+            path, _, dtype, shape = self._places[name]
+            if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+                raise VerifyError(
+                    f"{name}: planned {_NAMES[dtype]} {list(shape)}, made {_NAMES[tensor.dtype]} {list(tensor.shape)}"
+                )
+            touched.setdefault(path, []).append(name)
+        for path, names in touched.items():
+            base = len(self._headers[path][0])
+            with open(path, "rb+") as file:
+                for name in names:
+                    file.seek(base + self._places[name][1])
+                    file.write(_bytes(tensors[name]).data)
+                file.flush()
+                os.fsync(file.fileno())
+
+    def read(self, name: str) -> Tensor:
+        """A tensor as it now lies in its file."""
+        path, offset, dtype, shape = self._places[name]
+        size = torch.Size(shape).numel() * dtype.itemsize
+        with open(path, "rb") as file:
+            file.seek(len(self._headers[path][0]) + offset)
+            raw = bytearray(file.read(size))
+        if len(raw) != size:
+            raise VerifyError(f"{path}: {name} is cut short")
+        return torch.frombuffer(raw, dtype=dtype).view(shape) if raw else torch.empty(shape, dtype=dtype)
+
+    def finish(self) -> dict[str, str]:
+        """Write the index where there are several files; return file name → sha256."""
+        if len(self._headers) > 1:
+            total = sum(size for _, size in self._headers.values())
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(self.weight_map.items()))}
+            write_synced(self.folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+        return {path.name: file_sha256(path) for path in self._headers}
+
+
+def _bytes(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_synced(path: Path, text: str) -> None:
+    """Write a small text file so that it survives a crash from here on."""
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

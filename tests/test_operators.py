@@ -1,0 +1,82 @@
+"""Operators: what is stored comes back, plans on `meta` tell the truth, arithmetic equals float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compressor.compress.passes.gptq import Gptq
+from compressor.compress.passes.quantizer import bits_per_weight, quantized
+from compressor.compress.solvers.grid import range_grid
+from compressor.kernels import cpu
+from compressor.runtime.modules import CompressedLinear
+from compressor.runtime.operators import Dense, IntQuantized, from_tensors, stored_bytes
+
+
+def make(rows: int, columns: int, bits: int, group_size: int, symmetric: bool) -> IntQuantized:
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+    grid = range_grid(weight, bits, group_size, symmetric, torch.bfloat16)
+    return quantized(grid.codes(weight), grid)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    rows=st.integers(1, 20), columns=st.integers(1, 90), bits=st.sampled_from([2, 3, 4, 5, 6, 8]),
+    group_size=st.sampled_from([16, 32, -1]), symmetric=st.booleans(),
+)  # fmt: skip
+def test_round_trip_and_plan(rows: int, columns: int, bits: int, group_size: int, symmetric: bool) -> None:
+    operator = make(rows, columns, bits, group_size if group_size <= columns else -1, symmetric)
+    again = from_tensors(operator.to_tensors(), operator.scheme())
+    assert isinstance(again, IntQuantized)
+    assert torch.equal(again.dense(torch.float64), operator.dense(torch.float64))
+    step = Gptq(kind="gptq", bits=bits, group_size=group_size, symmetric=symmetric)
+    planned = step.plan("x", Dense(torch.empty(rows, columns, dtype=torch.bfloat16, device="meta")))
+    assert stored_bytes(planned) == stored_bytes(operator)
+    assert {k: (t.shape, t.dtype) for k, t in planned.to_tensors().items()} == {
+        k: (t.shape, t.dtype) for k, t in operator.to_tensors().items()
+    }
+
+
+def test_bits_per_weight_counts_the_stored_bytes() -> None:
+    operator = make(64, 256, 4, 128, symmetric=False)
+    overhead = 16  # the two numbers of weight_shape
+    assert bits_per_weight(operator) * 64 * 256 / 8 == stored_bytes(operator) - overhead
+
+
+def test_dense_is_the_definition() -> None:
+    operator = make(6, 40, 4, 16, symmetric=False)
+    assert operator.zeros is not None
+    for row in range(6):
+        for column in range(40):
+            group = column // 16
+            code, zero = int(operator.codes[row, column]), int(operator.zeros[row, group])
+            assert float(operator.dense(torch.float64)[row, column]) == (code - zero) * float(
+                operator.scales[row, group]
+            )
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128, -1])
+def test_native_int4_kernel_agrees_with_the_reference(group_size: int) -> None:
+    operator = make(48, 256, 4, group_size, symmetric=True)
+    linear = CompressedLinear(operator, torch.randn(48), torch.bfloat16)
+    assert linear._int4 is not None
+    x = torch.randn(3, 5, 256).to(torch.bfloat16)
+    exact = x.double() @ operator.dense(torch.float64).T
+    found = cpu.linear_int4(x, *linear._int4, operator.span).double()
+    assert (found - exact).norm() / exact.norm() < 4e-3  # bf16 output
+    whole = linear(x).double()
+    assert linear.bias is not None
+    assert (whole - exact - linear.bias.double()).norm() / exact.norm() < 6e-3
+
+
+@pytest.mark.parametrize(("bits", "columns", "group_size"), [(4, 172, 128), (3, 96, 32), (8, 64, -1), (4, 96, 32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_forward_agrees_with_float64(bits: int, columns: int, group_size: int, dtype: torch.dtype) -> None:
+    operator = make(24, columns, bits, group_size, symmetric=bits != 3)
+    x = torch.randn(200, columns).to(dtype)
+    exact = x.double() @ operator.dense(torch.float64).T
+    tolerance = 1e-6 if dtype == torch.float32 else 8e-3
+    for result in (operator.forward(x), CompressedLinear(operator, None, dtype)(x)):
+        assert (result.double() - exact).norm() / exact.norm() < tolerance

@@ -1,0 +1,88 @@
+"""Recipes: mistakes are found all at once and point at the line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from compressor.compress.recipe import json_schema, parse_recipe, read_recipe, resolved_yaml, shipped
+from compressor.runtime.errors import RecipeError
+
+ROOT = Path(__file__).resolve().parent.parent
+GOOD = "passes:\n  - kind: gptq\n    bits: 4\n"
+
+
+def mistakes(text: str, *edits: str) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(text, "r.yaml", edits)
+    return [line for line in str(caught.value).splitlines() if line.startswith(("r.yaml", "--set"))]
+
+
+@pytest.mark.parametrize("name", list(shipped()))
+def test_shipped_recipes_are_valid_and_survive_resolution(name: str) -> None:
+    text = shipped()[name]
+    recipe = parse_recipe(text, name)
+    assert recipe.description
+    assert parse_recipe(resolved_yaml(recipe)) == recipe
+    jsonschema.validate(yaml.safe_load(text), json_schema())
+
+
+def test_committed_schema_is_current() -> None:
+    assert json.loads((ROOT / "recipes" / "schema.json").read_text(encoding="utf-8")) == json_schema()
+
+
+def test_all_mistakes_at_once_each_with_its_place() -> None:
+    text = (
+        "data:\n  samples: many\npasses:\n  - kind: gptq\n    bits: 7\n    group_sise: 64\n"
+        "  - kind: gtpq\n  - bits: 4\n"
+    )
+    assert mistakes(text) == [
+        "r.yaml:2:12: data.samples: Input should be a valid integer, unable to parse string as an integer",
+        "r.yaml:5:11: passes.0.bits: Input should be 2, 3, 4, 5, 6 or 8",
+        "r.yaml:6:5: passes.0.group_sise: unknown key (did you mean 'group_size'?)",
+        "r.yaml:7:11: passes.1.kind: unknown pass 'gtpq' (did you mean 'gptq'?)",
+        "r.yaml:8:5: passes.2: a pass needs a 'kind'; known: rtn, gptq",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("passes: []\n", "r.yaml:1:9: passes: "),
+        ("version: 1\n", "r.yaml:1:1: the key 'passes' is missing"),
+        ("version: 2\n" + GOOD, "r.yaml:1:10: version: "),
+        ("- a\n", "r.yaml:1:1: a recipe is a mapping"),
+        ("", "r.yaml:1:1: a recipe is a mapping"),
+        ("passes: [\n", "r.yaml:2:1: "),
+        ("passes:\n  - {kind: rtn}\npasses:\n  - {kind: rtn}\n", "r.yaml:3:1: duplicate key 'passes', first on line 1"),
+        (
+            "passes:\n  - kind: rtn\n    targets: ['re:(']\n",
+            "r.yaml:3:15: passes.0.targets.0: not a regular expression",
+        ),
+        ("passes:\n  - kind: rtn\n    group_size: 100\n", "r.yaml:3:17: passes.0.group_size: group_size is 16"),
+        ("outputs: {}\n" + GOOD, "r.yaml:1:1: outputs: unknown key (did you mean 'output'?)"),
+    ],
+)
+def test_each_mistake_has_its_line(text: str, place: str) -> None:
+    found = mistakes(text)
+    assert len(found) == 1
+    assert found[0].startswith(place)
+
+
+def test_edits_change_the_recipe_and_are_named_when_wrong() -> None:
+    recipe = parse_recipe(GOOD, "r", ("passes.0.bits=3", "data.seed=5", "output.format=compressor"))
+    assert (recipe.passes[0].bits, recipe.data.seed, recipe.output.format) == (3, 5, "compressor")
+    assert mistakes(GOOD, "data.seed=-1") == ["--set data.seed: Input should be greater than or equal to 0"]
+    assert mistakes(GOOD, "passes.0.bit=3")[0].startswith("--set passes.0.bit: unknown key (did you mean 'bits'?)")
+    for edit in ("bits", "passes.4.bits=3", "version.x=1"):
+        with pytest.raises(RecipeError, match="--set"):
+            parse_recipe(GOOD, "r", (edit,))
+
+
+def test_unknown_recipe_names_offer_the_nearest() -> None:
+    with pytest.raises(RecipeError, match="did you mean 'w4a16-gptq'"):
+        read_recipe("w4a16-gptk")
