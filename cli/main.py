@@ -1,0 +1,384 @@
+"""`compressor`: the commands. Every import of torch is inside a command, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import render
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="Compress language models: one recipe, composable passes, a checkpoint that runs.",
+    epilog="Exit codes: 0 done, 1 the answer is no, 2 could not run, 130 interrupted and resumable.",
+)  # fmt: skip
+recipes_app = typer.Typer(no_args_is_help=True, help="Recipes that come with compressor, and checks of your own.")
+app.add_typer(recipes_app, name="recipes")
+
+_state = {"debug": False, "quiet": False}
+
+RecipeArgument = Annotated[str, typer.Argument(help="a recipe file, or the name of a shipped recipe")]
+ModelArgument = Annotated[str, typer.Argument(help="a model folder, or a hub id (owner/name)")]
+FolderArgument = Annotated[Path, typer.Argument(help="a folder that apply wrote")]
+JsonOption = Annotated[bool, typer.Option("--json", help="one JSON document on stdout")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="change the recipe: path=value, may be repeated")]
+RevisionOption = Annotated[str | None, typer.Option(help="branch, tag or commit of a hub model")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="replace a non-empty OUT, once the new one is done")]
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress")] = False,
+) -> None:
+    _state.update(debug=debug, quiet=quiet)
+
+
+@app.command()
+def apply(
+    recipe: RecipeArgument,
+    model: ModelArgument,
+    out: Annotated[Path, typer.Argument(help="the folder to write")],
+    edits: SetOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted run")] = False,
+    overwrite: OverwriteOption = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", "-n", help="print the plan and stop")] = False,
+    revision: RevisionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compress MODEL by RECIPE into OUT."""
+    if dry_run:
+        plan(recipe, model, edits, revision, as_json)
+        return
+    from ..compress.apply import Job
+    from ..compress.apply import apply as run_job
+    from ..compress.card import LARGE_MODEL
+    from ..compress.plan import rows
+    from ..runtime.checkpoint import Checkpoint
+
+    text, parsed = _recipe(recipe, edits)
+    folder, commit = _model(model, revision)
+    checkpoint = Checkpoint(folder)
+    blocks = len(checkpoint.block_names())
+    if parsed.data.source == "builtin" and checkpoint.parameters > LARGE_MODEL:
+        render.err.print(
+            "warning: the built-in text is little for a model of this size; name your own under data.source"
+        )
+    job = Job(parsed, text, tuple(edits or ()), folder, out, model, commit)
+    try:
+        with render.ApplyProgress(blocks, _state["quiet"]) as progress:
+            done = run_job(job, progress, resume=resume, overwrite=overwrite)
+    except KeyboardInterrupt:
+        again = " ".join(
+            ["compressor apply", recipe, model, str(out), *(f"--set {e}" for e in edits or ()), "--resume"]
+        )
+        render.err.print(f"interrupted; nothing is lost, go on with: {again}")
+        raise typer.Exit(130) from None
+    if as_json:
+        render.document(_plan_record(done) | {"out": str(out)})
+        return
+    render.out.print(render.plan_table(rows(done)))
+    ratio = done.bytes_before / done.bytes_after
+    render.out.print(
+        f"\n{out}: {render.size(done.bytes_before)} → {render.size(done.bytes_after)}, {ratio:.2f} × smaller; "
+        f"format {done.format}, read by {', '.join(done.readers)}"
+    )
+    render.out.print(f"next: compressor eval {out} --against {model}")
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    model: ModelArgument,
+    edits: SetOption = None,
+    revision: RevisionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print what RECIPE would do to MODEL; reads headers only."""
+    import shutil
+
+    from ..compress.apply import open_source
+    from ..compress.plan import estimated_seconds, make_plan, rows
+    from ..runtime.skeleton import Skeleton
+
+    _, parsed = _recipe(recipe, edits)
+    folder, _ = _model(model, revision)
+    result = make_plan(parsed, Skeleton(open_source(folder)))
+    seconds, free = estimated_seconds(result), shutil.disk_usage(Path.cwd()).free
+    if as_json:
+        render.document(_plan_record(result) | {"seconds": seconds, "disk_free": free})
+        return
+    render.out.print(render.plan_table(rows(result)))
+    render.out.print(
+        f"\nweights {render.size(result.bytes_before)} → {render.size(result.bytes_after)} "
+        f"({result.bytes_before / result.bytes_after:.2f} × smaller), format {result.format}, read by "
+        f"{', '.join(result.readers)}\nmemory {render.size(result.memory)} beyond the imports, disk "
+        f"{render.size(result.disk)} of {render.size(free)} free here, about {seconds:.0f} s"
+    )
+
+
+@app.command()
+def inspect(
+    model: ModelArgument,
+    tensors: Annotated[str | None, typer.Option(help="list the tensors whose names match this glob")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a model folder, plain or compressed, consists of."""
+    import fnmatch
+
+    from ..runtime.stored import StoredModel, open_model
+
+    folder, _ = _model(model, None)
+    opened = open_model(folder)
+    record: dict[str, Any] = {
+        "model_type": opened.config["model_type"],
+        "blocks": len(opened.block_names()),
+        "parameters": opened.parameters,
+        "bytes": opened.nbytes,
+        "format": "plain",
+    }
+    if isinstance(opened, StoredModel):
+        kinds: dict[str, int] = {}
+        for scheme in opened.schemes.values():
+            label = ", ".join(f"{key} {value}" for key, value in scheme.items())
+            kinds[label] = kinds.get(label, 0) + 1
+        record |= {"format": opened.format, "schemes": kinds}
+    if tensors is not None:
+        record["tensors"] = {
+            name: {"dtype": str(info.dtype).removeprefix("torch."), "shape": list(info.shape), "file": info.file}
+            for name, info in opened.stored.items()
+            if fnmatch.fnmatchcase(name, tensors)
+        }
+    if as_json:
+        render.document(record)
+        return
+    for key, value in record.items():
+        if isinstance(value, dict):
+            render.out.print(f"{key}:")
+            for name, detail in value.items():
+                render.out.print(f"  {name}: {detail}")
+        else:
+            render.out.print(f"{key}: {value:,}" if isinstance(value, int) else f"{key}: {value}")
+
+
+@app.command("eval")
+def evaluate_command(
+    model: ModelArgument,
+    against: Annotated[str | None, typer.Option(help="the model to compare with")] = None,
+    data: Annotated[str, typer.Option(help="'builtin' (its evaluation split), or a .txt or .jsonl file")] = "builtin",
+    samples: Annotated[int, typer.Option(min=1, help="windows; all of the text if it has fewer")] = 128,
+    sequence_length: Annotated[int, typer.Option(min=2, help="tokens of a window")] = 512,
+    max_ppl_ratio: Annotated[float | None, typer.Option(help="exit with 1 if the ratio to --against is higher")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Perplexity of MODEL, and how far it is from another model."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from ..calibrate.corpus import builtin_corpus, file_corpus, token_windows
+    from ..compress.evaluate import evaluate
+    from ..runtime.errors import RecipeError
+    from ..runtime.loader import load
+
+    if max_ppl_ratio is not None and against is None:
+        raise RecipeError("--max-ppl-ratio compares with another model: name it with --against")
+    folder, _ = _model(model, None)
+    corpus = builtin_corpus("evaluation") if data == "builtin" else file_corpus(Path(data))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    windows = token_windows(corpus, tokenizer, samples=None, sequence_length=sequence_length)[:samples]
+    base = None if against is None else load(_model(against, None)[0], dtype=torch.float32)
+    result = evaluate(load(folder, dtype=torch.float32), windows, base)
+    if as_json:
+        render.document(result.record() | {"model": model, "base": against, "corpus_sha256": corpus.sha256})
+    else:
+        render.out.print(render.evaluation_table(model, result))
+    if max_ppl_ratio is not None and result.against and not result.against.perplexity_ratio <= max_ppl_ratio:
+        render.err.print(f"the perplexity ratio {result.against.perplexity_ratio:.5f} is above {max_ppl_ratio}")
+        raise typer.Exit(1)
+
+
+@app.command()
+def verify(folder: FolderArgument, as_json: JsonOption = False) -> None:
+    """Check that FOLDER is what its manifest says, decodes and runs."""
+    from ..compress.verify import verify as find_faults
+
+    findings = find_faults(folder)
+    if as_json:
+        render.document({"folder": str(folder), "findings": findings})
+    else:
+        for line in findings:
+            render.out.print(line)
+        if not findings:
+            render.out.print(f"{folder}: hashes, headers, weights and a run of every block are as they should be")
+    if findings:
+        raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    folder: FolderArgument,
+    out: Annotated[Path, typer.Argument(help="the folder to write")],
+    form: Annotated[str, typer.Option("--format", help="dense: plain weights that every tool reads")] = "dense",
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Decode FOLDER into another format."""
+    from ..compress.verify import export_dense
+    from ..runtime.errors import RecipeError
+
+    if form != "dense":
+        raise RecipeError(f"--format {form}: only 'dense' can be exported")
+    export_dense(folder, out, overwrite=overwrite)
+    render.out.print(f"{out}: a plain model folder")
+
+
+@app.command()
+def run(
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="text to go on from")],
+    max_tokens: Annotated[int, typer.Option(min=1, help="tokens to generate")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest token each time")] = 0.0,
+    seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
+) -> None:
+    """Generate text."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from ..runtime.loader import load
+
+    folder, _ = _model(model, None)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    loaded: Any = load(folder)
+    torch.manual_seed(seed)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(loaded.device)
+    sampling: dict[str, Any] = (
+        {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    )
+    generated = loaded.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, pad_token_id=tokenizer.eos_token_id,
+        **sampling,
+    )  # fmt: skip
+    print(tokenizer.decode(generated[0], skip_special_tokens=True))
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Say what this machine offers and which kernels would be used."""
+    from .doctor import examine
+
+    record = examine()
+    if as_json:
+        render.document(record)
+        return
+    for key, value in record.items():
+        render.out.print(f"{key}: {value}")
+
+
+@recipes_app.command("list")
+def recipes_list(as_json: JsonOption = False) -> None:
+    """Names and one line each."""
+    from ..compress.recipe import parse_recipe, shipped
+
+    found = {name: parse_recipe(text, name).description for name, text in shipped().items()}
+    if as_json:
+        render.document(found)
+        return
+    for name, description in found.items():
+        render.out.print(f"{name:<14} {description}")
+
+
+@recipes_app.command("show")
+def recipes_show(recipe: RecipeArgument) -> None:
+    """The recipe with every default written out."""
+    from ..compress.recipe import resolved_yaml
+
+    print(resolved_yaml(_recipe(recipe, None)[1]), end="")
+
+
+@recipes_app.command("copy")
+def recipes_copy(
+    recipe: RecipeArgument, destination: Annotated[Path, typer.Argument(help="the file to write")]
+) -> None:
+    """Copy a shipped recipe to a file of your own."""
+    from ..compress.recipe import read_recipe
+    from ..runtime.errors import ResourceError
+
+    if destination.exists():
+        raise ResourceError(f"{destination}: exists; choose another name")
+    destination.write_text(read_recipe(recipe)[1], encoding="utf-8")
+    render.out.print(str(destination))
+
+
+@recipes_app.command("validate")
+def recipes_validate(files: Annotated[list[str], typer.Argument(help="recipe files or shipped names")]) -> None:
+    """Check recipes; exit 1 if one of them has mistakes."""
+    from ..runtime.errors import RecipeError
+
+    bad = 0
+    for file in files:
+        try:
+            _recipe(file, None)
+            render.out.print(f"{file}: fine")
+        except RecipeError as error:
+            bad += 1
+            print(error)
+    if bad:
+        raise typer.Exit(1)
+
+
+@recipes_app.command("schema")
+def recipes_schema() -> None:
+    """JSON schema of recipes, for editors."""
+    from ..compress.recipe import json_schema
+
+    render.document(json_schema())
+
+
+def _recipe(source: str, edits: list[str] | None) -> tuple[str, Any]:
+    from ..compress.recipe import parse_recipe, read_recipe
+
+    name, text = read_recipe(source)
+    return text, parse_recipe(text, name, tuple(edits or ()))
+
+
+def _model(source: str, revision: str | None) -> tuple[Path, str | None]:
+    from ..runtime.hub import resolve_model
+
+    return resolve_model(source, revision)
+
+
+def _plan_record(result: Any) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from ..compress.plan import rows
+
+    return {
+        "rows": [asdict(row) for row in rows(result)],
+        "format": result.format,
+        "readers": list(result.readers),
+        "bytes_before": result.bytes_before,
+        "bytes_after": result.bytes_after,
+        "memory": result.memory,
+        "disk": result.disk,
+    }
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Entry point: errors that people can mend are one line and exit code 2."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app()
+    except Exception as error:
+        from ..runtime.errors import CompressorError
+
+        if _state["debug"] or not isinstance(error, CompressorError):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

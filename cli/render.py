@@ -1,0 +1,101 @@
+"""How results and progress look. Results go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from ..compress.evaluate import Evaluation
+    from ..compress.events import Event
+    from ..compress.plan import Row
+
+_WIDE = None if sys.stdout.isatty() else 140  # a pipe has no width of its own
+out = Console(highlight=False, soft_wrap=True, width=_WIDE)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def document(content: Any) -> None:
+    """One JSON document on stdout."""
+    print(json.dumps(content, indent=2, default=str))
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def plan_table(rows: list[Row]) -> Table:
+    table = Table("linears", "count", "parameters", "passes", "stored as", "bits/weight", "before", "after", box=None)
+    table.columns[0].no_wrap = table.columns[4].no_wrap = True
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(
+            row.name.removeprefix("model."), str(row.count), f"{row.parameters:,}", " → ".join(row.steps) or "–",
+            row.becomes, f"{row.bits:.3f}", size(row.before), size(row.after),
+        )  # fmt: skip
+    return table
+
+
+def evaluation_table(name: str, result: Evaluation) -> Table:
+    table = Table("measure", name, box=None)
+    table.columns[1].justify = "right"
+    table.add_row("tokens", f"{result.tokens:,}")
+    table.add_row("perplexity", f"{result.perplexity:.4f} ± {result.perplexity_error:.4f}")
+    if (d := result.against) is not None:
+        table.add_row("perplexity of the base", f"{d.base_perplexity:.4f}")
+        table.add_row("ratio", f"{d.perplexity_ratio:.5f} ± {d.ratio_error:.5f}")
+        table.add_row("KL mean", f"{d.kl_mean:.6f} ± {d.kl_error:.6f}")
+        table.add_row("KL median / p99", f"{d.kl_median:.6f} / {d.kl_p99:.6f}")
+        table.add_row("top-1 agreement", f"{100 * d.top1_agreement:.2f} %")
+    return table
+
+
+class ApplyProgress:
+    """Draws the events of a run: a bar over blocks on a terminal, a permanent line for every block everywhere."""
+
+    def __init__(self, blocks: int, quiet: bool) -> None:
+        self.quiet = quiet
+        self._start = time.monotonic()
+        self._bar: Progress | None = None
+        if err.is_terminal and not quiet:
+            self._bar = Progress(
+                TextColumn("blocks"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+                TimeRemainingColumn(), TextColumn("{task.fields[now]}"), console=err, transient=True,
+            )  # fmt: skip
+            self._task = self._bar.add_task("", total=blocks, now="")
+
+    def __enter__(self) -> ApplyProgress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, event: Event) -> None:
+        record = event.record()
+        if record["kind"] == "LayerDone" and self._bar is not None:
+            self._bar.update(self._task, now=record["name"])
+        elif record["kind"] == "Fallback" and not self.quiet:
+            err.print(f"  {record['name']}: {record['step']} took its fallback: {record['reason']}")
+        elif record["kind"] == "BlockDone":
+            if self._bar is not None:
+                self._bar.update(self._task, completed=record["block"] + 1)
+            if not self.quiet:
+                err.print(
+                    f"block {record['block'] + 1:>3}/{record['blocks']}  {record['bits']:.3f} bits/weight  "
+                    f"error {record['error']:.3e}  {time.monotonic() - self._start:.1f} s"
+                )
