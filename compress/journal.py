@@ -51,7 +51,10 @@ class Journal:
         path = self.folder / "journal.jsonl"
         lines = _whole_lines(path)
         if not lines:
-            self._clear()
+            if resume and self.out.is_dir() and any(self.out.iterdir()):
+                self._remove()
+                raise ResourceError(f"{self.out}: is complete, there is nothing to resume")
+            self._remove(keep_folder=True)
             self._append({"fingerprint": fingerprint})
             return
         if not resume:
@@ -86,8 +89,7 @@ class Journal:
                 os.rename(self.out, replaced)
             os.rename(self.result, self.out)
             sync_folder(self.out.parent)
-        self.close()
-        shutil.rmtree(self.folder)
+        self._remove()
 
     def close(self) -> None:
         if self._lock is not None:
@@ -105,10 +107,15 @@ class Journal:
         except OSError:
             raise ResourceError(f"{self.folder}: another run is working there; wait for it or stop it") from None
 
-    def _clear(self) -> None:
-        for name in ("out", "chains"):
+    def _remove(self, *, keep_folder: bool = False) -> None:
+        """Delete the work, the journal last: until then it says what the rest is."""
+        finished = self.out.exists()  # else the replaced output is the only one there is
+        for name in ("out", "chains", *(("replaced",) if finished else ())):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         (self.folder / "journal.jsonl").unlink(missing_ok=True)
+        if not keep_folder:
+            self.close()
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _append(self, entry: dict[str, Any]) -> None:
         with open(self.folder / "journal.jsonl", "a", encoding="utf-8") as file:

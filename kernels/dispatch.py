@@ -33,4 +33,4 @@ def int4_path(tokens: int, dtype: torch.dtype, capability: CpuCapability) -> str
     """
     if dtype != torch.bfloat16:
         return "dequantize"
-    return "int4pack" if tokens <= (64 if capability.bf16_matrix else 128) else "dequantize"
+    return "int4pack" if tokens <= (48 if capability.bf16_matrix else 64) else "dequantize"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from .modules import CompressedLinear
+from .modules import IntLinear
 from .skeleton import Skeleton, restore_buffers
 from .stored import NATIVE_TYPE, StoredModel, open_model
 
@@ -38,8 +38,9 @@ def load(
             bias = (
                 checkpoint.tensor(disk_name + ".bias").to(target) if disk_name + ".bias" in checkpoint.tensors else None
             )
-            linear = CompressedLinear(checkpoint.operator(disk_name), bias, kind)
-            setattr(model.get_submodule(parent), child, linear.to(target))
+            tensors = {part: tensor.to(target) for part, tensor in checkpoint.parts(disk_name).items()}
+            linear = IntLinear(tensors, checkpoint.schemes[disk_name], bias, kind)
+            setattr(model.get_submodule(parent), child, linear)
     state = {}
     for name, tensor in model.state_dict().items():
         disk_name = architecture.disk_name(name)

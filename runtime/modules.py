@@ -1,48 +1,74 @@
-"""Modules that execute an operator in its stored form."""
+"""Modules that execute linears in their stored form."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..kernels import cpu, dispatch
-from .operators import IntQuantized, Operator
+from ..kernels.reference import linear_int
+from .operators import IntQuantized
 
 
-class CompressedLinear(nn.Module):
-    """A linear layer around an operator.
+class IntLinear(nn.Module):
+    """A group-quantized linear layer that keeps its weight packed.
 
     Attributes:
-        operator: what is stored; `weight` decodes it.
+        packed, scales, zeros: as stored (`operators.IntQuantized`), zeros unpacked to int8.
+        bias: `[out_features]` or None.
     """
 
-    def __init__(self, operator: Operator, bias: Tensor | None, dtype: torch.dtype) -> None:
+    packed: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any], bias: Tensor | None, dtype: torch.dtype
+    ) -> None:
         super().__init__()
-        self.operator = operator
+        operator = IntQuantized.from_tensors(tensors, scheme)
         self.out_features, self.in_features = operator.shape
-        self.dtype = dtype
-        self.bias = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
+        self.bits, self.group_size, self.span = operator.bits, operator.group_size, operator.span
+        self.register_buffer("packed", tensors["weight_packed"], persistent=False)
+        self.register_buffer("scales", operator.scales, persistent=False)
+        self.register_buffer("zeros", operator.zeros, persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.to(dtype), persistent=False)
         self._int4: tuple[Tensor, Tensor] | None = None
-        if isinstance(operator, IntQuantized) and operator.codes.device.type == "cpu" and dtype == torch.bfloat16:
-            rows, columns = operator.shape
-            symmetric = operator.zeros is None
-            if dispatch.has_int4_kernel(operator.bits, rows, operator.span, columns, symmetric):
-                self._int4 = cpu.pack_int4(operator.codes, operator.scales)
+        native = dispatch.has_int4_kernel(
+            self.bits, self.out_features, self.span, self.in_features, operator.zeros is None
+        )
+        if native and dtype == torch.bfloat16 and self.packed.device.type == "cpu":
+            self._int4 = cpu.pack_int4(operator.codes, operator.scales)
+
+    @property
+    def operator(self) -> IntQuantized:
+        """The stored form, unpacked."""
+        tensors = {"weight_packed": self.packed, "weight_scale": self.scales}
+        shape = torch.tensor([self.out_features, self.in_features])
+        scheme = {"bits": self.bits, "group_size": self.group_size, "symmetric": True}
+        symmetric = IntQuantized.from_tensors({**tensors, "weight_shape": shape}, scheme)
+        return IntQuantized(symmetric.codes, self.scales, self.zeros, self.bits, self.group_size)
 
     @property
     def weight(self) -> Tensor:
         """The dense weight, decoded at each call."""
-        return self.operator.dense(self.dtype)
+        return self.operator.dense(self.scales.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._int4 is not None:
-            tokens = x.numel() // x.shape[-1]
-            if dispatch.int4_path(tokens, x.dtype, dispatch.cpu_capability()) == "int4pack":
-                assert isinstance(self.operator, IntQuantized)
-                result = cpu.linear_int4(x, *self._int4, self.operator.span)
-                return result if self.bias is None else result + self.bias
-        return F.linear(x, self.operator.dense(x.dtype), self.bias)
+        """`[..., in_features]` → `[..., out_features]`."""
+        tokens = x.numel() // x.shape[-1]
+        if x.device.type != "cpu":
+            operator = self.operator
+            result = linear_int(x, operator.codes, self.scales, self.zeros, self.span)
+        elif self._int4 is not None and dispatch.int4_path(tokens, x.dtype, dispatch.cpu_capability()) == "int4pack":
+            result = cpu.linear_int4(x, *self._int4, self.span)
+        else:
+            result = cpu.linear_packed(x, self.packed, self.scales, self.zeros, self.bits, self.in_features, self.span)
+        return result if self.bias is None else result + self.bias
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, {self.operator.scheme()}"
+        return f"{self.in_features}, {self.out_features}, int{self.bits}, group_size={self.group_size}"

@@ -51,8 +51,11 @@ class StoredModel(Checkpoint):
         """The linear `name` (without `.weight`) as it is stored."""
         if name not in self.schemes:
             return operators.Dense(self.stored_tensor(name + ".weight"))
-        parts = {part: self.stored_tensor(f"{name}.{part}") for part in _PARTS if f"{name}.{part}" in self.stored}
-        return operators.from_tensors(parts, self.schemes[name])
+        return operators.from_tensors(self.parts(name), self.schemes[name])
+
+    def parts(self, name: str) -> dict[str, Tensor]:
+        """The stored tensors of a compressed linear by suffix."""
+        return {part: self.stored_tensor(f"{name}.{part}") for part in _PARTS if f"{name}.{part}" in self.stored}
 
     def tensor(self, name: str) -> Tensor:
         """A tensor by its original name, decoded where it is compressed."""

@@ -11,7 +11,7 @@ from compressor.compress.passes.gptq import Gptq
 from compressor.compress.passes.quantizer import bits_per_weight, quantized
 from compressor.compress.solvers.grid import range_grid
 from compressor.kernels import cpu
-from compressor.runtime.modules import CompressedLinear
+from compressor.runtime.modules import IntLinear
 from compressor.runtime.operators import Dense, IntQuantized, from_tensors, stored_bytes
 
 
@@ -19,6 +19,10 @@ def make(rows: int, columns: int, bits: int, group_size: int, symmetric: bool) -
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
     grid = range_grid(weight, bits, group_size, symmetric, torch.bfloat16)
     return quantized(grid.codes(weight), grid)
+
+
+def module(operator: IntQuantized, dtype: torch.dtype, bias: torch.Tensor | None = None) -> IntLinear:
+    return IntLinear(operator.to_tensors(), operator.scheme(), bias, dtype)
 
 
 @settings(deadline=None, max_examples=60)
@@ -60,7 +64,7 @@ def test_dense_is_the_definition() -> None:
 @pytest.mark.parametrize("group_size", [32, 64, 128, -1])
 def test_native_int4_kernel_agrees_with_the_reference(group_size: int) -> None:
     operator = make(48, 256, 4, group_size, symmetric=True)
-    linear = CompressedLinear(operator, torch.randn(48), torch.bfloat16)
+    linear = module(operator, torch.bfloat16, torch.randn(48))
     assert linear._int4 is not None
     x = torch.randn(3, 5, 256).to(torch.bfloat16)
     exact = x.double() @ operator.dense(torch.float64).T
@@ -78,5 +82,22 @@ def test_linear_forward_agrees_with_float64(bits: int, columns: int, group_size:
     x = torch.randn(200, columns).to(dtype)
     exact = x.double() @ operator.dense(torch.float64).T
     tolerance = 1e-6 if dtype == torch.float32 else 8e-3
-    for result in (operator.forward(x), CompressedLinear(operator, None, dtype)(x)):
+    for result in (operator.forward(x), module(operator, dtype)(x)):
         assert (result.double() - exact).norm() / exact.norm() < tolerance
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 65, 700])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_every_batch_size_gives_the_same_answer(tokens: int, symmetric: bool) -> None:
+    operator = make(560, 128, 4, 32, symmetric)  # more rows than a tile
+    x = torch.randn(tokens, 128).to(torch.bfloat16)
+    exact = x.double() @ operator.dense(torch.float64).T
+    assert (module(operator, torch.bfloat16)(x).double() - exact).norm() / exact.norm() < 8e-3
+
+
+def test_fast_decoding_rounds_like_the_reference() -> None:
+    operator = make(70, 256, 4, 64, symmetric=True)
+    packed = operator.to_tensors()["weight_packed"]
+    decoded = cpu.decode_packed(packed, operator.scales, None, 4, 256, 64, torch.bfloat16)
+    assert torch.equal(decoded, operator.dense(torch.bfloat16))
+    assert torch.equal(module(operator, torch.bfloat16).weight, operator.dense(torch.bfloat16))

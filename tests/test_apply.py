@@ -1,0 +1,236 @@
+"""The whole job: interrupted, resumed, refused, in the way, on a full disk."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from compressor.compress import journal as journal_module
+from compressor.compress.apply import Job, apply
+from compressor.compress.recipe import parse_recipe
+from compressor.compress.writer import ShardedWriter
+from compressor.runtime.errors import CompressorError, ModelError, ResourceError
+from compressor.runtime.stored import StoredModel
+
+Pico = Callable[..., Path]
+
+
+@pytest.fixture
+def job(pico: Pico, calibration_text: Path, tmp_path: Path) -> Job:
+    data = f"data: {{source: '{calibration_text}', samples: 8, sequence_length: 64}}\n"
+    text = data + "output: {shard_size: 0.05MB}\npasses:\n  - {kind: gptq, bits: 4, group_size: 32}\n"
+    model = pico("llama", num_hidden_layers=4)
+    return Job(parse_recipe(text), text, (), model, tmp_path / "out", "pico")
+
+
+def quiet(event: object) -> None:
+    pass
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of an output that must be the same between equal runs."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "timings.jsonl")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+class Killed(BaseException):
+    """Stands in for a kill: nothing may catch it and tidy up."""
+
+
+def kill_at(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Die at the `count`-th sync to disk, whatever is being synced."""
+    calls = iter(range(count))
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if next(calls, None) is None:
+            raise Killed
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+def test_killed_at_any_sync_a_run_resumes_to_the_same_bytes(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    apply(job, quiet)
+    expected = contents(job.out)
+    shutil.rmtree(job.out)
+    count = rounds = 0
+    while True:
+        with monkeypatch.context() as patch:
+            kill_at(count, patch)
+            try:
+                apply(job, quiet, resume=count % 2 == 1)
+            except Killed:
+                rounds += 1
+            else:
+                break
+        assert not job.out.exists() or contents(job.out) == expected
+        apply(job, quiet, resume=True)
+        assert contents(job.out) == expected, f"after dying at sync {count}"
+        assert not job.out.with_name("out.work").exists()
+        shutil.rmtree(job.out)
+        count += 1
+    assert rounds > 20
+
+
+def test_a_kill_while_overwriting_never_loses_both(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    apply(job, quiet)
+    expected = contents(job.out)
+    real = os.rename
+    for deadly in (1, 2):
+        for path in job.out.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        (job.out / "old").write_text("old")
+        calls = iter(range(deadly - 1))
+
+        def rename(a: Path, b: Path, calls=calls) -> None:  # type: ignore[no-untyped-def]
+            if next(calls, None) is None:
+                raise Killed
+            real(a, b)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(journal_module.os, "rename", rename)
+            with pytest.raises(Killed):
+                apply(job, quiet, overwrite=True)
+        old = job.out / "old", job.out.with_name("out.work") / "replaced" / "old"
+        assert any(path.exists() for path in old)
+        apply(job, quiet, resume=True, overwrite=True)
+        assert contents(job.out) == expected
+
+
+def test_interrupted_work_is_not_thrown_away_unasked(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        kill_at(12, patch)
+        with pytest.raises(Killed):
+            apply(job, quiet)
+    with pytest.raises(ResourceError, match="an interrupted run is there; add --resume"):
+        apply(job, quiet)
+
+
+def test_resume_names_what_changed(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        kill_at(12, patch)
+        with pytest.raises(Killed):
+            apply(job, quiet)
+    text = job.recipe_text.replace("bits: 4", "bits: 3")
+    other = Job(parse_recipe(text), text, (), job.model, job.out, "pico")
+    with pytest.raises(ResourceError, match=r"cannot resume, since this run differs in recipe\.passes"):
+        apply(other, quiet, resume=True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    with pytest.raises(ResourceError, match=r"threads: \d+ → 77"):
+        apply(job, quiet, resume=True)
+
+
+def test_a_second_run_keeps_out(job: Job) -> None:
+    journal = journal_module.Journal(job.out)
+    journal.open({}, resume=False)
+    with pytest.raises(ResourceError, match="another run is working there"):
+        apply(job, quiet, resume=True)
+    journal.close()
+
+
+def test_outputs_in_the_way(job: Job, tmp_path: Path) -> None:
+    job.out.mkdir()
+    apply(job, quiet)  # an empty folder is fine
+    with pytest.raises(ResourceError, match="not empty; choose another output folder or add --overwrite"):
+        apply(job, quiet)
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(ResourceError, match="a file of that name exists"):
+        apply(Job(job.recipe, job.recipe_text, (), job.model, file, "pico"), quiet)
+
+
+def test_a_full_disk_is_said_and_resumable(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = ShardedWriter.write
+    calls = iter(range(2))
+
+    def write(self: ShardedWriter, tensors: dict[str, torch.Tensor]) -> None:
+        if next(calls, None) is None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(self, tensors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardedWriter, "write", write)
+        with pytest.raises(
+            ResourceError, match="the disk is full; free some space and run the same command with --resume"
+        ):
+            apply(job, quiet)
+    assert not job.out.exists()
+    apply(job, quiet, resume=True)
+    assert StoredModel(job.out).schemes
+
+
+def test_too_little_disk_is_refused_before_work(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(job.out.parent)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(ResourceError, match=r"0\.00 GB free"):
+        apply(job, quiet)
+    assert not job.out.with_name("out.work").exists()
+
+
+def test_weights_that_are_not_finite_stop_the_run_before_work(job: Job, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(job.model, tmp_path / "bad"))
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.3.mlp.up_proj.weight"][0, 0] = torch.nan
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"up_proj.weight holds NaN or infinite weights"):
+        apply(Job(job.recipe, job.recipe_text, (), model, job.out, "bad"), quiet)
+    assert not job.out.exists()
+
+
+def test_the_report_tells_every_linear(job: Job) -> None:
+    apply(job, quiet)
+    events = [json.loads(line) for line in (job.out / "report" / "layers.jsonl").read_text().splitlines()]
+    layers = [event for event in events if event["kind"] == "LayerDone"]
+    assert len(layers) == 4 * 7
+    assert all(0 < event["error"] < 0.05 and event["bits"] == 4.5 and event["tokens"] == 512 for event in layers)
+    assert sum(event["kind"] == "BlockDone" for event in events) == 4
+    assert len((job.out / "report" / "timings.jsonl").read_text().splitlines()) == 4
+    assert (job.out / "recipe.yaml").read_text() == job.recipe_text
+
+
+def test_an_expert_without_tokens_falls_back_and_says_so(pico: Pico, calibration_text: Path, tmp_path: Path) -> None:
+    data = f"data: {{source: '{calibration_text}', samples: 1, sequence_length: 3}}\n"
+    text = data + "passes:\n  - {kind: gptq, bits: 4, group_size: 32}\n"
+    apply(Job(parse_recipe(text), text, (), pico("qwen3_moe"), tmp_path / "out", "pico"), quiet)
+    events = [json.loads(line) for line in (tmp_path / "out" / "report" / "layers.jsonl").read_text().splitlines()]
+    fallbacks = [event for event in events if event["kind"] == "Fallback"]
+    assert fallbacks
+    assert all(event["reason"] == "no calibration tokens" and ".experts." in event["name"] for event in fallbacks)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_leave_a_resumable_run(job: Job, tmp_path: Path, number: signal.Signals) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(job.recipe_text)
+    command = [sys.executable, "-m", "compressor.cli", "apply", str(recipe), str(job.model), str(job.out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    assert process.stderr is not None
+    while not process.stderr.readline().startswith("block"):
+        time.sleep(0)
+    process.send_signal(number)
+    _, message = process.communicate(timeout=60)
+    if process.returncode == 0:
+        pytest.skip("the run was over before the signal came")
+    assert process.returncode == 130
+    assert "nothing is lost, go on with: compressor apply" in message
+    assert not job.out.exists()
+    subprocess.run([*command, "--resume"], check=True, capture_output=True, cwd=tmp_path)
+    assert StoredModel(job.out).schemes
+
+
+def test_errors_are_of_the_family(job: Job, tmp_path: Path) -> None:
+    with pytest.raises(CompressorError, match="no such model folder"):
+        apply(Job(job.recipe, job.recipe_text, (), tmp_path / "nowhere", job.out, "x"), quiet)

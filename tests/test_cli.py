@@ -1,0 +1,117 @@
+"""The command line as a person meets it: exit codes, streams, one-line errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+Pico = Callable[..., Path]
+
+
+def run(*command: object, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-m", "compressor.cli", *map(str, command)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=cwd)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def test_help_answers_without_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom compressor.cli import main\nsys.argv = ['compressor', 'apply', '--help']\n"
+        "try:\n    main.main()\nexcept SystemExit as end:\n    assert not end.code\n"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), 'a heavy import'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, capture_output=True)
+
+
+def test_the_main_job_by_hand(pico: Pico, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    run("recipes", "copy", "w4a16-rtn", recipe, cwd=tmp_path)
+    edit = ("--set", "passes.0.group_size=32")
+    plan = json.loads(run("plan", recipe, pico(), *edit, "--json", cwd=tmp_path).stdout)
+    done = run("apply", recipe, pico(), "out", *edit, cwd=tmp_path)
+    assert "× smaller; format compressed-tensors, read by compressor, transformers, vLLM" in done.stdout
+    assert done.stderr.count("block ") == 2
+    assert json.loads((tmp_path / "out" / "compressor.json").read_text())["bytes"]["after"] == plan["bytes_after"]
+    assert "as they should be" in run("verify", "out", cwd=tmp_path).stdout
+    assert "format: compressed-tensors" in run("inspect", "out", cwd=tmp_path).stdout
+    text = tmp_path / "text.txt"
+    text.write_text("def f(x):\n    return x\n" * 100)
+    command = ("eval", "out", "--against", pico(), "--data", text, "--sequence-length", 64)
+    report = json.loads(run(*command, "--json", cwd=tmp_path).stdout)
+    assert report["against"]["kl_mean"] > 0
+    assert report["tokens"] == 63 * ((len(text.read_text()) + 1) // 64)
+    run(*command, "--max-ppl-ratio", "0.5", cwd=tmp_path, code=1)
+    run("export", "out", "plain", cwd=tmp_path)
+    assert "format: plain" in run("inspect", "plain", cwd=tmp_path).stdout
+    assert run("run", "out", "-p", "def", "--max-tokens", "3", cwd=tmp_path).stdout.startswith("def")
+    file = tmp_path / "out" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert "hash" in run("verify", "out", cwd=tmp_path, code=1).stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (("apply", "w4a16-gptk", ".", "out"), "did you mean 'w4a16-gptq'"),
+        (("apply", "w4a16-rtn", "nowhere", "out"), "nowhere: no such model folder, and not a hub id"),
+        (("apply", "w4a16-rtn", ".", "out"), "config.json is missing; is this a Hugging Face model folder?"),
+        (("apply", "bad.yaml", ".", "out"), "bad.yaml:2:17: passes.0.bitz: unknown key (did you mean 'bits'?)"),
+        (("verify", "."), "no compressor.json"),
+        (("eval", ".", "--max-ppl-ratio", "2"), "name it with --against"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2(tmp_path: Path, command: tuple[str, ...], message: str) -> None:
+    (tmp_path / "bad.yaml").write_text("passes:\n  - {kind: rtn, bitz: 4}\n")
+    done = run(*command, cwd=tmp_path, code=2)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not done.stdout
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.work").exists()
+
+
+def test_an_output_that_cannot_be_written(pico: Pico, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = run("apply", "w4a16-rtn", pico(), "file/out", cwd=tmp_path, code=2)
+    assert "cannot be written (Not a directory); choose another output" in done.stderr
+
+
+def test_usage_errors_exit_2(tmp_path: Path) -> None:
+    assert "No such command" in run("aply", cwd=tmp_path, code=2).stderr
+
+
+def test_validate_lists_and_exits_1(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("passes: []\n")
+    done = run("recipes", "validate", "w8a16", "bad.yaml", cwd=tmp_path, code=1)
+    assert "w8a16: fine" in done.stdout
+    assert "bad.yaml:1:9" in done.stdout
+
+
+def test_recipes_and_doctor_answer(tmp_path: Path) -> None:
+    assert "w4a16-gptq" in json.loads(run("recipes", "list", "--json", cwd=tmp_path).stdout)
+    assert "act_order: true" in run("recipes", "show", "w4a16-gptq", cwd=tmp_path).stdout
+    assert json.loads(run("recipes", "schema", cwd=tmp_path).stdout)["title"] == "Recipe"
+    assert "int4 on the CPU" in json.loads(run("doctor", "--json", cwd=tmp_path).stdout)
+
+
+def test_readme_commands_run(tmp_path: Path) -> None:
+    """Every `compressor` line of the README's shell blocks, in order, on the bundled model."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```sh\n(.*?)```", readme, re.DOTALL)
+    commands = [line for block in blocks for line in block.splitlines() if line.startswith("compressor ")]
+    assert len(commands) >= 6
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    binary = Path(sys.executable).parent
+    environment = {**os.environ, "PATH": f"{binary}{os.pathsep}{os.environ['PATH']}"}
+    for command in commands:
+        done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"

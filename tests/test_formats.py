@@ -1,0 +1,183 @@
+"""Outputs: what stands on disk, who reads it, and who must stop instead of guessing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from compressed_tensors.quantization import QuantizationConfig
+from transformers import AutoModelForCausalLM
+
+from compressor.compress.apply import Job, apply
+from compressor.compress.formats import choose_format
+from compressor.compress.recipe import parse_recipe
+from compressor.compress.verify import export_dense, verify
+from compressor.runtime import load
+from compressor.runtime.errors import CompressorError, RecipeError
+from compressor.runtime.operators import IntQuantized
+from compressor.runtime.stored import StoredModel
+
+Pico = Callable[..., Path]
+IDS = torch.arange(40)[None]
+
+
+def compress(model: Path, out: Path, *passes: str, extra: str = "") -> Path:
+    text = extra + "passes:\n" + "".join(f"  - {step}\n" for step in passes)
+    apply(Job(parse_recipe(text), text, (), model, out, str(model)), lambda event: None)
+    return out
+
+
+def logits(model) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def decoded_reference(out: Path) -> torch.Tensor:
+    """Logits of the plain folder that an output decodes to, in stock transformers."""
+    plain = out.with_name(out.name + "-plain")
+    export_dense(out, plain)
+    reference = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
+    return logits(reference)
+
+
+EXACT = {"dtype": torch.float32}  # scales and decoded weights are stored without another rounding
+FAMILIES = ["llama", "qwen2", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stock_transformers_reads_what_we_write(pico: Pico, tmp_path: Path, family: str) -> None:
+    out = compress(pico(family, **EXACT), tmp_path / "out", "{kind: rtn, bits: 4, group_size: 32}")
+    config = json.loads((out / "config.json").read_text())
+    assert config["model_type"] == family
+    QuantizationConfig.model_validate(config["quantization_config"])
+    model, report = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+    reference = decoded_reference(out)
+    torch.testing.assert_close(logits(model), reference, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(load(out, dtype=torch.float32)), reference, rtol=1e-4, atol=1e-4)
+    assert verify(out) == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_loaders_agree_on_bf16_scales(pico: Pico, tmp_path: Path, family: str) -> None:
+    out = compress(pico(family), tmp_path / "out", "{kind: rtn, bits: 3, group_size: 32}")
+    stock = logits(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32))
+    # transformers decodes experts to the scales' dtype, where the product of code and scale is rounded once more.
+    tolerance = 1e-2 if "experts" in str(StoredModel(out).schemes) else 1e-6
+    assert (logits(load(out, dtype=torch.float32)) - stock).norm() / stock.norm() < tolerance
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("group_size", [32, -1])
+def test_every_width_the_table_claims_is_read_by_transformers(
+    pico: Pico, tmp_path: Path, bits: int, group_size: int
+) -> None:
+    step = f"{{kind: rtn, bits: {bits}, group_size: {group_size}}}"
+    out = compress(pico(**EXACT), tmp_path / "out", step, extra="output: {format: compressed-tensors}\n")
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert torch.equal(logits(model), decoded_reference(out))
+
+
+def test_two_schemes_in_one_model(pico: Pico, tmp_path: Path) -> None:
+    steps = (
+        "{kind: rtn, bits: 4, group_size: 32, ignore: ['*.v_proj']}",
+        "{kind: rtn, bits: 8, targets: ['*.v_proj']}",
+    )
+    out = compress(pico(**EXACT), tmp_path / "out", *steps)
+    assert {scheme["bits"] for scheme in StoredModel(out).schemes.values()} == {4, 8}
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert torch.equal(logits(model), decoded_reference(out))
+
+
+@pytest.mark.parametrize(
+    ("step", "family"),
+    [
+        ("{kind: rtn, bits: 4, group_size: 64}", "llama"),  # 96 columns: a ragged last group
+        ("{kind: rtn, bits: 3, group_size: 32, symmetric: false}", "llama"),
+        ("{kind: rtn, bits: 4, group_size: 32, symmetric: false}", "mixtral"),
+    ],
+)
+def test_what_no_one_else_can_say_goes_native(pico: Pico, tmp_path: Path, step: str, family: str) -> None:
+    out = compress(pico(family, **EXACT), tmp_path / "out", step)
+    config = json.loads((out / "config.json").read_text())
+    assert (config["model_type"], config["base_model_type"]) == ("compressor", family)
+    reference = decoded_reference(out)
+    torch.testing.assert_close(logits(load(out, dtype=torch.float32)), reference, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)), reference)
+    assert verify(out) == []
+    with pytest.raises(RecipeError, match="which cannot hold"):
+        compress(pico(family), tmp_path / "x", step, extra="output: {format: compressed-tensors}\n")
+    assert not (tmp_path / "x").exists()
+    assert not (tmp_path / "x.work").exists()
+
+
+def test_a_process_without_compressor_stops_at_a_native_folder(pico: Pico, tmp_path: Path) -> None:
+    out = compress(pico(), tmp_path / "out", "{kind: rtn, bits: 4, group_size: 64}")
+    code = f"from transformers import AutoModelForCausalLM\nAutoModelForCausalLM.from_pretrained({str(out)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode != 0
+    assert "compressor" in done.stderr
+
+
+def test_the_files_hold_what_the_plan_promised(pico: Pico, tmp_path: Path) -> None:
+    out = compress(pico(), tmp_path / "out", "{kind: rtn, bits: 4, group_size: 32}")
+    stored = StoredModel(out)
+    manifest = json.loads((out / "compressor.json").read_text())
+    assert manifest["bytes"]["after"] == stored.nbytes
+    header = 2000 + 200 * len(stored.stored)
+    assert stored.nbytes < sum(path.stat().st_size for path in out.glob("*.safetensors")) < stored.nbytes + header
+    operator = stored.operator("model.layers.0.mlp.up_proj")
+    assert isinstance(operator, IntQuantized)
+    packed = stored.stored["model.layers.0.mlp.up_proj.weight_packed"]
+    assert packed.nbytes * 8 == 4 * 96 * 64
+
+
+def test_small_shards_have_an_index_and_load(pico: Pico, tmp_path: Path) -> None:
+    step = "{kind: rtn, bits: 4, group_size: 32}"
+    out = compress(pico(), tmp_path / "out", step, extra="output: {shard_size: 0.02MB}\n")
+    assert len(list(out.glob("model-*-of-*.safetensors"))) > 2
+    whole = compress(pico(), tmp_path / "whole", step)
+    sharded, single = (logits(AutoModelForCausalLM.from_pretrained(folder)) for folder in (out, whole))
+    assert torch.equal(sharded, single)
+
+
+def test_damage_is_found(pico: Pico, tmp_path: Path) -> None:
+    out = compress(pico(), tmp_path / "out", "{kind: rtn, bits: 4, group_size: 32}")
+    file = out / "model.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-10] ^= 1
+    file.write_bytes(raw)
+    assert verify(out) == [f"{file}: its hash is not the one in compressor.json; it was changed or damaged"]
+    file.unlink()
+    assert verify(out) == [f"{file}: missing"]
+    (out / "compressor.json").unlink()
+    with pytest.raises(CompressorError, match=r"no compressor\.json"):
+        verify(out)
+
+
+def test_a_newer_native_version_is_refused(pico: Pico, tmp_path: Path) -> None:
+    out = compress(pico(), tmp_path / "out", "{kind: rtn, bits: 4, group_size: 64}")
+    config = json.loads((out / "config.json").read_text())
+    config["compressor"]["version"] = 2
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CompressorError, match="format version 2, but this release reads 1"):
+        load(out)
+
+
+def test_readers_are_those_of_every_tensor() -> None:
+    codes = torch.zeros(16, 64, dtype=torch.int8)
+    operators = {
+        str(bits): IntQuantized(codes, torch.ones(16, 2, dtype=torch.bfloat16), None, bits, 32) for bits in (4, 8, 3)
+    }
+    assert choose_format("auto", {"4": operators["4"], "8": operators["8"]})[1] == (
+        "compressor",
+        "transformers",
+        "vLLM",
+    )
+    assert choose_format("auto", operators)[1] == ("compressor", "transformers")
+    assert choose_format("compressor", operators) == ("compressor", ("compressor",))
