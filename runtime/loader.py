@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from .modules import IntLinear
 from .skeleton import Skeleton, restore_buffers
 from .stored import NATIVE_TYPE, StoredModel, open_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def load(
@@ -53,6 +56,8 @@ def load(
     left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     assert not left, f"left on meta: {left}"
     if (checkpoint.path / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
     return model.requires_grad_(False).eval()
 
@@ -63,7 +68,7 @@ class CompressorConfig(PretrainedConfig):
     model_type = NATIVE_TYPE
 
 
-class CompressorForCausalLM(PreTrainedModel):
+class CompressorForCausalLM:
     """What `AutoModelForCausalLM` finds for native folders: an entry that loads the original model's class."""
 
     config_class = CompressorConfig
