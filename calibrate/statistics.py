@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 
+_BLOCK = 256  # columns of the moment multiplied at a time: large enough for a fast GEMM
+
+
 @dataclass
 class Statistics:
     """Sums over tokens; adding two halves gives the whole.
@@ -45,7 +48,11 @@ class Statistics:
         rows = x.reshape(-1, x.shape[-1]).float()
         scaled = rows if weights is None else rows * weights.float().square()[:, None]
         self.tokens += rows.shape[0]
-        self.moment.addmm_(rows.T, scaled)
+        # The moment is symmetric: only blocks on and right of the diagonal are multiplied.
+        for start in range(0, rows.shape[1], _BLOCK):
+            span = slice(start, start + _BLOCK)
+            self.moment[span, start:].addmm_(rows[:, span].T, scaled[:, start:])
+            self.moment[start + _BLOCK :, span] = self.moment[span, start + _BLOCK :].T
         if self.cross is not None:
             assert reference is not None
             self.cross.addmm_((reference.reshape(rows.shape).float() - rows).T, scaled)

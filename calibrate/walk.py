@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..runtime.architectures import Stage
+from ..runtime.architectures import PARTS, Stage
 from ..runtime.experts import Expert, Experts
 from ..runtime.operators import Dense, Operator
 from ..runtime.skeleton import Skeleton
@@ -55,6 +55,13 @@ class Chains:
     def create(self, generation: int, name: str) -> Tensor:
         data = np.memmap(self._path(generation, name), np.float32, "w+", shape=self.shape)
         return torch.from_numpy(data)
+
+    def scratch(self, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
+        """A file-backed tensor that is gone with its last reference."""
+        path = self.folder / "scratch"
+        data = np.memmap(path, np.uint8, "w+", shape=(*shape[:2], shape[2] * dtype.itemsize))
+        path.unlink()
+        return torch.from_numpy(data).view(dtype)
 
     def exists(self, generation: int) -> bool:
         size = 4 * int(np.prod(self.shape))
@@ -115,15 +122,30 @@ class _Capture:
 
         return hook
 
-    def run(self, runner: nn.Module, hidden: Tensor) -> dict[tuple[str, ...], tuple[Tensor, Tensor | None]]:
+    def run(
+        self, skeleton: Skeleton, runner: nn.Module, hidden: Tensor
+    ) -> dict[tuple[str, ...], tuple[Tensor, Tensor | None]]:
         self.inputs = {}
         with suppress(_Captured):
-            runner(inputs_embeds=hidden, use_cache=False)
+            skeleton.run(runner, hidden)
         return self.inputs
 
     def close(self) -> None:
         for handle in self._handles:
             handle.remove()
+
+
+class _Replay(nn.Module):
+    """A part of a block that was already computed: its last linear over the inputs that were seen."""
+
+    def __init__(self, part: str, last: nn.Module, inputs: Tensor) -> None:
+        super().__init__()
+        self.add_module(PARTS[part].rpartition(".")[2], last)
+        self.last, self.inputs, self.rows, self.attention = [last], inputs, slice(0), part == "self_attn"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.last[0](self.inputs[self.rows])
+        return (output, None) if self.attention else output  # attention also returns its weights
 
 
 class Block:
@@ -137,6 +159,7 @@ class Block:
         self.linears: dict[str, Operator] = {}
         self._prefix = f"model.layers.{index}."
         self._runners: dict[str, Any] = {}
+        self._seen: dict[tuple[str, str], Tensor] = {}
 
     def _disk(self, name: str) -> str:
         return self.skeleton.architecture.disk_name(self._prefix + name)
@@ -166,8 +189,34 @@ class Block:
                         linear = self._runners["compressed"].layers[0].get_submodule(name)
                         weight = operator.dense(self.skeleton.dtype).to(self.skeleton.device)
                         linear.weight = nn.Parameter(weight, requires_grad=False)
+            self._replay()
 
-    @torch.no_grad()
+    def _replay(self) -> None:
+        """Of the parts whose last linear is now final, compute only that linear from here on."""
+        for (chain, part), inputs in self._seen.items():
+            layer = self._runners[chain].layers[0]
+            setattr(layer, part, _Replay(part, layer.get_submodule(PARTS[part]), inputs))
+        self._seen = {}
+
+    def _forward(self, chain: str, rows: slice, capture: _Capture | None = None) -> Any:
+        """One micro-batch of a chain through its block: captured inputs with a capture, else the block's output."""
+        assert self.chains is not None
+        runner, hidden = self._runners[chain], self.chains.read(self.index, chain)[rows]
+        for module in runner.layers[0].children():
+            if isinstance(module, _Replay):
+                module.rows = rows
+        if capture is None:
+            return self.skeleton.run(runner, hidden)
+        seen = capture.run(self.skeleton, runner, hidden)
+        for part, last in PARTS.items():
+            if (last,) in seen:
+                x = seen[(last,)][0]
+                if (chain, part) not in self._seen:
+                    shape = (*self.chains.shape[:2], x.shape[-1])
+                    self._seen[chain, part] = self.chains.scratch(shape, self.skeleton.dtype)
+                self._seen[chain, part][rows] = x.cpu().to(self.skeleton.dtype)
+        return seen
+
     def _collect(self, stage: Stage) -> dict[str, Statistics]:
         assert self.chains is not None
         groups = [group for group in stage if any(self._disk(name) in self._wanted for name in group)]
@@ -178,12 +227,11 @@ class Block:
         captures = {chain: _Capture(runner.layers[0], groups) for chain, runner in self._runners.items()}
         sums: dict[tuple[str, ...], Statistics] = {}
         for rows in self._batches():
-            seen = captures[lead].run(self._runners[lead], self.chains.read(self.index, lead)[rows])
+            seen = self._forward(lead, rows, captures[lead])
             reference = {}
             if both:
                 with _RoutedAs(self._runners[lead], self._runners["reference"]):
-                    hidden = self.chains.read(self.index, "reference")[rows]
-                    reference = captures["reference"].run(self._runners["reference"], hidden)
+                    reference = self._forward("reference", rows, captures["reference"])
             for group, (x, weights) in seen.items():
                 if group not in sums:
                     sums[group] = Statistics.empty(x.shape[-1], cross=both, device=x.device)
@@ -197,15 +245,14 @@ class Block:
         for start in range(0, self.chains.shape[0], self.chains.batch):
             yield slice(start, start + self.chains.batch)
 
-    @torch.no_grad()
     def advance(self) -> None:
         """Carry the chains over this block into the next generation, synced."""
         if self.chains is None:
             return
-        for chain, runner in self._runners.items():
-            source, target = self.chains.read(self.index, chain), self.chains.create(self.index + 1, chain)
+        for chain in self._runners:
+            target = self.chains.create(self.index + 1, chain)
             for rows in self._batches():
-                target[rows] = runner(inputs_embeds=source[rows], use_cache=False).last_hidden_state.cpu()
+                target[rows] = self._forward(chain, rows).cpu()
         self._runners.clear()
         self.chains.commit(self.index + 1)
 

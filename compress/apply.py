@@ -20,7 +20,7 @@ from ..calibrate.walk import Block, Chains, start_chains, walk
 from ..runtime.checkpoint import Checkpoint, non_finite
 from ..runtime.errors import ModelError, RecipeError, ResourceError, VerifyError
 from ..runtime.operators import Operator, from_tensors
-from ..runtime.skeleton import Skeleton
+from ..runtime.skeleton import Skeleton, calibration_dtype
 from .events import BlockDone, Event, Fallback, LayerDone
 from .folder import finish_folder
 from .journal import Journal
@@ -58,7 +58,7 @@ def apply(job: Job, listener: Listener, *, resume: bool = False, overwrite: bool
     """
     check_output(job.out, resume=resume, overwrite=overwrite)
     checkpoint = open_source(job.model)
-    skeleton = Skeleton(checkpoint)
+    skeleton = Skeleton(checkpoint, calibration_dtype(checkpoint))
     plan = make_plan(job.recipe, skeleton)
     journal = Journal(job.out)
     if not resume:

@@ -74,7 +74,6 @@ def _routers(skeleton: Skeleton) -> list[str]:
     ]
 
 
-@torch.no_grad()
 def check_runs(folder: Path, original: Skeleton) -> None:
     """Run sixteen tokens through the folder, one block at a time.
 
@@ -87,6 +86,6 @@ def check_runs(folder: Path, original: Skeleton) -> None:
     ids = torch.arange(16)[None] % skeleton.config.vocab_size
     hidden = skeleton.embed(ids)
     for index in range(skeleton.blocks):
-        hidden = skeleton.runner(index, skeleton.block(index))(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        hidden = skeleton.run(skeleton.runner(index, skeleton.block(index)), hidden)
         if not bool(torch.isfinite(hidden).all()):
             raise VerifyError(f"{folder}: block {index} gives activations that are not finite")

@@ -131,7 +131,8 @@ def train(name: str, steps: int, batch: int, seed: int) -> None:
         if step % 500 == 499:
             print(f"step {step:5d}  evaluation perplexity {perplexity(model, evaluation[::4]):.2f}", flush=True)
     model.to(torch.bfloat16)
-    model.config.output_router_logits = False
+    if name == "tiny-moe":
+        model.config.output_router_logits = False  # wanted for the balancing loss only
     model.save_pretrained(folder)
     if name != "tiny-llama":
         for file in ("tokenizer.json", "tokenizer_config.json"):

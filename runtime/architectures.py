@@ -13,6 +13,8 @@ from typing import Any
 from .errors import ModelError
 
 Stage = tuple[tuple[str, ...], ...]  # groups of linears; a group shares one input
+# Parts of a block that end in a linear: once that is final, the rest of the part need not be computed again.
+PARTS = {"self_attn": "self_attn.o_proj", "mlp": "mlp.down_proj"}
 
 _ATTENTION: tuple[Stage, ...] = (
     (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),),

@@ -44,8 +44,21 @@ def model_config(checkpoint: Checkpoint) -> Any:
         raise ModelError(f"{checkpoint.path}/config.json: transformers cannot read it ({error})") from None
 
 
+def calibration_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """What blocks compute in while calibrating: the checkpoint's bfloat16 where the processor is fast at it.
+
+    Hidden states and statistics stay float32 in any case.
+    """
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if checkpoint.dtype == torch.bfloat16 and fast else torch.float32
+
+
 class Skeleton:
-    """A checkpoint's model on `meta`, and the means to run it one block at a time in `dtype` on `device`."""
+    """A checkpoint's model on `meta`, and the means to run it one block at a time on `device`.
+
+    Blocks hold their weights in `dtype`; with bfloat16 they run under autocast, so that the residual stream and the
+    norms stay float32.
+    """
 
     def __init__(
         self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
@@ -136,7 +149,13 @@ class Skeleton:
         restore_buffers(base, self.config, self.device)
         return base
 
+    @torch.no_grad()
+    def run(self, runner: Any, hidden: Tensor) -> Tensor:
+        """Hidden states `[batch, tokens, hidden_size]` through a runner's block."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return runner(inputs_embeds=hidden.to(self.device), use_cache=False).last_hidden_state.float()
+
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids `[batch, tokens]` → what enters block 0, `[batch, tokens, hidden_size]`."""
         table = self.checkpoint.tensor(self.architecture.disk_name("model.embed_tokens.weight"))
-        return nn.functional.embedding(ids, table).to(self.device, self.dtype)
+        return nn.functional.embedding(ids, table).to(self.device, torch.float32)

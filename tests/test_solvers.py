@@ -148,7 +148,7 @@ def test_every_refinement_lowers_the_loss_of_every_row(
     codes = grid.codes(weight)
     losses = row_losses(grid.values(codes) - weight, moment)
     for _ in range(2):
-        grid = refit_scales(weight, codes, grid, moment)
+        grid = refit_scales(codes, grid, moment, weight @ moment)
         refit = row_losses(grid.values(codes) - weight, moment)
         codes = coordinate_descent(weight, codes, grid, moment, block_size=7)
         descended = row_losses(grid.values(codes) - weight, moment)
@@ -163,7 +163,7 @@ def test_refit_scales_are_those_of_least_squares() -> None:
     weight, moment = problem(rows=3, columns=32)
     grid = range_grid(weight, 4, 16, True, DOUBLE)
     codes = grid.codes(weight)
-    fitted = refit_scales(weight, codes, grid, moment)
+    fitted = refit_scales(codes, grid, moment, weight @ moment)
     root = torch.linalg.cholesky(moment).T  # ‖root δ‖² = δᵀ H δ
     for row in range(3):
         basis = torch.stack([codes[row] * (torch.arange(32) // 16 == g) for g in range(2)], 1)

@@ -12,6 +12,7 @@ Per group of linears that read the same input (their rows stacked, since rows ar
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -81,41 +82,43 @@ class Gptq(Quantizer):
 
     def _solve(self, weight: Tensor, statistics: Statistics | None, stored: torch.dtype) -> tuple[Solution, str]:
         """The best solution, and why it is the simple one if it is."""
-        options = (self.bits, self.group_for(weight.shape[1]), self.symmetric, stored)
+        simple_grid = range_grid(weight, self.bits, self.group_for(weight.shape[1]), self.symmetric, stored)
+        simple_codes = simple_grid.codes(weight)
         if statistics is None or statistics.tokens == 0:
-            identity = torch.eye(weight.shape[1])
-            return Solution.of(weight, range_grid(weight, *options), None, identity, weight), "no calibration tokens"
+            return Solution.without_data(simple_grid, simple_codes, weight), "no calibration tokens"
         try:
             system = damped_system(statistics.moment, self.damping, act_order=self.act_order).to(torch.float32)
         except NotSolvable as error:
-            identity = torch.eye(weight.shape[1])
-            return Solution.of(weight, range_grid(weight, *options), None, identity, weight), str(error)
+            return Solution.without_data(simple_grid, simple_codes, weight), str(error)
         target = weight
         if self.correction and statistics.cross is not None:
             target = corrected_target(weight, statistics.cross, system, self.correction)
-        grid = range_grid(target, *options)
+        grid = range_grid(target, self.bits, self.group_for(weight.shape[1]), self.symmetric, stored)
         codes = gptq_codes(target, grid, system)
+        pull = target @ system.moment if self.refinements else target
         for _ in range(self.refinements):
-            grid = refit_scales(target, codes, grid, system.moment)
+            grid = refit_scales(codes, grid, system.moment, pull)
             codes = coordinate_descent(target, codes, grid, system.moment)
-        solution = Solution.of(target, grid, codes, system.moment, weight)
-        simple = Solution.of(target, range_grid(weight, *options), None, system.moment, weight)
-        if solution.losses.sum() <= simple.losses.sum():
-            return solution, ""
-        return simple, "rounding to nearest had the lower loss"
+        scale = row_losses(weight, system.moment)
+        losses = row_losses(grid.values(codes) - target, system.moment)
+        simple_losses = row_losses(simple_grid.values(simple_codes) - target, system.moment)
+        if losses.sum() <= simple_losses.sum():
+            return Solution(grid, codes, losses, scale), ""
+        return Solution(simple_grid, simple_codes, simple_losses, scale), "rounding to nearest had the lower loss"
 
 
+@dataclass(frozen=True)
 class Solution:
-    """Codes on a grid, with their loss per row."""
+    """Codes `[rows, columns]` on a grid; per row, their loss and that of a weight of zeros."""
 
-    def __init__(self, grid: Grid, codes: Tensor, losses: Tensor, scale: Tensor) -> None:
-        self.grid, self.codes, self.losses, self.scale = grid, codes, losses, scale
+    grid: Grid
+    codes: Tensor
+    losses: Tensor
+    scale: Tensor
 
     @classmethod
-    def of(cls, target: Tensor, grid: Grid, codes: Tensor | None, moment: Tensor, weight: Tensor) -> Solution:
-        """Measure codes (None: the nearest ones of `weight`) against a target, relative to `weight`."""
-        codes = grid.codes(weight) if codes is None else codes
-        return cls(grid, codes, row_losses(grid.values(codes) - target, moment), row_losses(weight.clone(), moment))
+    def without_data(cls, grid: Grid, codes: Tensor, weight: Tensor) -> Solution:
+        return cls(grid, codes, (grid.values(codes) - weight).square().sum(1), weight.square().sum(1))
 
 
 def corrected_target(weight: Tensor, cross: Tensor, system: System, alpha: float) -> Tensor:

@@ -13,46 +13,52 @@ from .grid import Grid, by_group, group_span, round_to_grid
 
 def row_losses(delta: Tensor, moment: Tensor) -> Tensor:
     """`diag(Δ H Δᵀ)`, `[rows]`."""
-    return (delta @ moment).mul_(delta).sum(1)
+    return torch.linalg.vecdot(delta @ moment, delta)
 
 
-def refit_scales(target: Tensor, codes: Tensor, grid: Grid, moment: Tensor, rows_at_once: int = 1024) -> Grid:
+def refit_scales(codes: Tensor, grid: Grid, moment: Tensor, pull: Tensor, rows_at_once: int = 1024) -> Grid:
     """The scales that minimise the loss for the codes as they are.
 
-    With k the centred codes of a row, split by group: `A_gh = k_gᵀ H_gh k_h`, `b_g = k_gᵀ (H v)_g`, scales = A⁻¹ b.
-    A row keeps its scales if any of them would move by more than half, or if the rounded scales do not lower its loss.
+    With k the centred codes of a row, split by group, its loss is `sᵀ A s - 2 bᵀ s + const`, where
+    `A_gh = k_gᵀ H_gh k_h` and `b_g = k_gᵀ (H v)_g`; the best scales are `A⁻¹ b`. A row keeps its scales if any of
+    them would move by more than half, or if the rounded scales do not lower its loss.
 
     Args:
-        target: V `[rows, columns]`; codes alike (floats); moment `[columns, columns]`.
+        codes: `[rows, columns]`, as floats.
+        moment: H `[columns, columns]`.
+        pull: `V H`, `[rows, columns]`, for the target V.
     """
     pieces = []
-    for start in range(0, target.shape[0], rows_at_once):
+    for start in range(0, codes.shape[0], rows_at_once):
         rows = slice(start, start + rows_at_once)
         zeros = None if grid.zeros is None else grid.zeros[rows]
         part = Grid(grid.scales[rows], zeros, grid.bits, grid.group_size, grid.stored)
-        pieces.append(_refit_rows(target[rows], codes[rows], part, moment))
+        pieces.append(_refit_rows(codes[rows], part, moment, pull[rows]))
     return grid.with_scales(torch.cat(pieces))
 
 
-def _refit_rows(target: Tensor, codes: Tensor, grid: Grid, moment: Tensor) -> Tensor:
-    rows, columns = target.shape
+def _refit_rows(codes: Tensor, grid: Grid, moment: Tensor, pull: Tensor) -> Tensor:
+    rows, columns = codes.shape
     groups, size = grid.scales.shape[1], group_span(grid.group_size, columns)
     unit = Grid(torch.ones_like(grid.scales), grid.zeros, grid.bits, grid.group_size, grid.stored)
     centred = unit.values(codes)
-    system = torch.empty(rows, groups, groups, dtype=target.dtype, device=target.device)
+    system = torch.empty(rows, groups, groups, dtype=codes.dtype, device=codes.device)
     for g in range(groups):
         span = slice(g * size, min((g + 1) * size, columns))
         system[:, :, g] = by_group((centred[:, span] @ moment[span]).mul_(centred), size).sum(2)
-    right = by_group((target @ moment).mul_(centred), size).sum(2)
-    diagonal = system.diagonal(dim1=1, dim2=2)
-    diagonal.add_(1e-6 * diagonal + torch.finfo(target.dtype).tiny)
-    solved, info = torch.linalg.solve_ex(system, right)
+    right = by_group(pull * centred, size).sum(2)
+
+    def loss(scales: Tensor) -> Tensor:
+        return (((system @ scales[:, :, None])[:, :, 0] - 2 * right) * scales).sum(1)
+
+    regular = system.clone()
+    diagonal = regular.diagonal(dim1=1, dim2=2)
+    diagonal.add_(1e-6 * diagonal + torch.finfo(codes.dtype).tiny)
+    solved, info = torch.linalg.solve_ex(regular, right)
     ratio = solved / grid.scales
     sane = ((ratio > 0.5) & (ratio < 1.5)).all(1) & (info == 0)
-    proposal = grid.with_scales(torch.where(sane[:, None], solved, grid.scales))
-    before = row_losses(grid.values(codes) - target, moment)
-    after = row_losses(proposal.values(codes) - target, moment)
-    return torch.where((after < before)[:, None], proposal.scales, grid.scales)
+    proposal = grid.with_scales(torch.where(sane[:, None], solved, grid.scales)).scales
+    return torch.where((loss(proposal) < loss(grid.scales))[:, None], proposal, grid.scales)
 
 
 def coordinate_descent(target: Tensor, codes: Tensor, grid: Grid, moment: Tensor, block_size: int = 128) -> Tensor:
