@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
 _BLOCK = 256  # columns of the moment multiplied at a time: large enough for a fast GEMM
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compressor.calibrate.statistics import Statistics
-from compressor.compress.passes.gptq import Gptq, corrected_target, gptq_codes
+from compressor.compress.passes.gptq import Gptq, best_sweep, corrected_target, gptq_codes
 from compressor.compress.solvers.grid import range_grid, searched_grid
 from compressor.compress.solvers.refine import coordinate_descent, refit_scales, row_losses
 from compressor.compress.solvers.sweep import column_sweep
@@ -56,7 +56,8 @@ def test_sweep_gives_the_codes_of_the_unblocked_solver(
         return (torch.clamp(torch.round(column / scales[:, j]) + zero, grid.low, grid.high) - zero) * scales[:, j]
 
     expected = sweep_by_the_book(weight, system.moment, system.order, quantize)
-    codes = gptq_codes(weight, grid, system, block_size)
+    codes, losses = gptq_codes(weight, grid, system, block_size)
+    torch.testing.assert_close(losses, row_losses(expected - weight, system.moment))
     torch.testing.assert_close(grid.values(codes), expected, rtol=0, atol=1e-12)
     assert torch.equal(codes, grid.codes(expected))
     if act_order:
@@ -66,7 +67,9 @@ def test_sweep_gives_the_codes_of_the_unblocked_solver(
 def test_sweep_without_rounding_changes_nothing() -> None:
     weight, moment = problem()
     system = damped_system(moment)
-    assert torch.equal(column_sweep(weight, system.factor, lambda j, column: column.clone()), weight)
+    result, losses = column_sweep(weight, system.factor, lambda j, column: column.clone())
+    assert torch.equal(result, weight)
+    assert not losses.any()
 
 
 def test_factor_is_that_of_the_inverse() -> None:
@@ -100,7 +103,7 @@ def test_one_token_is_enough_to_solve() -> None:
     x = torch.randn(1, 40, dtype=DOUBLE)
     system = damped_system(x.T @ x, 0.01, act_order=True)
     grid = range_grid(weight, 4, 16, True, DOUBLE)
-    codes = gptq_codes(weight, grid, system)
+    codes, _ = gptq_codes(weight, grid, system)
     rounded = row_losses(grid.values(grid.codes(weight)) - weight, x.T @ x).sum()
     assert row_losses(grid.values(codes) - weight, x.T @ x).sum() < 0.1 * rounded
 
@@ -112,11 +115,11 @@ def test_dead_columns_are_rounded_to_nearest_and_do_not_disturb_the_others() -> 
     moment[dead, :] = 0
     moment[:, dead] = 0
     grid = range_grid(weight, 3, 8, True, DOUBLE)
-    codes = gptq_codes(weight, grid, damped_system(moment, 0.01))
+    codes, _ = gptq_codes(weight, grid, damped_system(moment, 0.01))
     assert torch.equal(codes[:, dead], grid.codes(weight)[:, dead])
     other = weight.clone()
     other[:, dead] = 0.01 * torch.randn(12, 3, dtype=DOUBLE)
-    assert torch.equal(gptq_codes(other, grid, damped_system(moment, 0.01))[:, ~dead], codes[:, ~dead])
+    assert torch.equal(gptq_codes(other, grid, damped_system(moment, 0.01))[0][:, ~dead], codes[:, ~dead])
 
 
 def test_corrected_target_minimises_the_error_against_the_reference_chain() -> None:
@@ -185,6 +188,17 @@ def test_coordinate_descent_ends_where_no_single_code_can_improve() -> None:
             assert bool((row_losses(grid.values(other) - weight, moment) >= best - 1e-9).all())
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_every_row_keeps_the_best_of_several_grids(symmetric: bool) -> None:
+    weight, moment = problem(rows=30, columns=48)
+    system = damped_system(moment, act_order=True)
+    grids = [range_grid(weight, 3, 16, symmetric, torch.bfloat16, shrink) for shrink in (1.0, 0.8, 0.6)]
+    grid, codes = best_sweep(weight, grids, system)
+    losses = torch.stack([gptq_codes(weight, one, system)[1] for one in grids])
+    torch.testing.assert_close(row_losses(grid.values(codes) - weight, system.moment), losses.min(0).values)
+    assert len(set(losses.argmin(0).tolist())) > 1
+
+
 def test_full_range_scales_reach_the_extreme_exactly() -> None:
     weight, _ = problem()
     grid = range_grid(weight, 4, 8, True, DOUBLE)
@@ -200,7 +214,7 @@ def test_zero_rows_and_ragged_groups_stay_finite(symmetric: bool) -> None:
     weight, moment = problem(columns=43)
     weight[4] = 0
     grid = range_grid(weight, 4, 16, symmetric, torch.bfloat16)
-    codes = gptq_codes(weight, grid, damped_system(moment))
+    codes, _ = gptq_codes(weight, grid, damped_system(moment))
     assert bool(torch.isfinite(grid.values(codes)).all())
     assert bool((grid.values(codes)[4] == 0).all())
     assert grid.scales.shape == (12, 3)
@@ -221,12 +235,13 @@ def test_searched_ranges_lower_the_weighted_error() -> None:
 
 
 def test_better_methods_have_lower_losses() -> None:
-    """Rounding > GPTQ > act-order > refined, on one strongly correlated layer."""
+    """Rounding > GPTQ > act-order > searched ranges > refined, on one strongly correlated layer."""
     weight, moment = problem(rows=64, columns=128, tokens=1000)
     statistics = Statistics(1000, moment.float(), torch.zeros(128, 128))
     options = [
-        {"act_order": False, "correction": 0.0, "refinements": 0},
-        {"act_order": True, "correction": 0.0, "refinements": 0},
+        {"act_order": False, "correction": 0.0, "refinements": 0, "search": False},
+        {"act_order": True, "correction": 0.0, "refinements": 0, "search": False},
+        {"refinements": 0},
         {},
     ]
     grid = range_grid(weight, 3, 32, True, DOUBLE)

@@ -5,13 +5,13 @@ Per group of linears that read the same input (their rows stacked, since rows ar
 1. the corrected target `V = W + α W [Σ (x − x̃) x̃ᵀ] H⁻¹`, for which `‖W X − Q X̃‖² = ‖(V − Q) X̃‖² + const` at α = 1
    (the objective of GPTAQ, arXiv:2504.02692, and Qronos, arXiv:2505.11695);
 2. static full-range grids from V, columns in order of falling `H_ii` (act-order without a stored permutation);
-3. the column sweep of GPTQ (arXiv:2210.17323);
+3. the column sweep of GPTQ (arXiv:2210.17323), for a few ranges of the grid; each row keeps the best;
 4. rounds of scale refit and coordinate descent on the codes, which never raise the loss.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -30,6 +30,8 @@ from ..solvers.system import NotSolvable, System, damped_system
 from .base import Need
 from .quantizer import Quantizer, bits_per_weight, quantized
 
+_SHRINKS = (1.0, 0.95, 0.9, 0.85)  # of a group's range: cutting off the extremes makes every step smaller
+
 
 class Gptq(Quantizer):
     """Quantize column after column, letting the columns that remain make up for the error."""
@@ -41,6 +43,7 @@ class Gptq(Quantizer):
         1.0, ge=0, le=1, description="how much of the error of earlier layers to make up for (α); 0: plain GPTQ"
     )
     refinements: int = Field(3, ge=0, le=20, description="rounds of scale refit and coordinate descent; 0: plain GPTQ")
+    search: bool = Field(True, description="try narrower ranges too, and keep the best for each row; false: plain GPTQ")
     damping: float = Field(0.01, gt=0, le=1, description="share of the mean diagonal added to the second moment")
 
     @property
@@ -93,8 +96,9 @@ class Gptq(Quantizer):
         target = weight
         if self.correction and statistics.cross is not None:
             target = corrected_target(weight, statistics.cross, system, self.correction)
-        grid = range_grid(target, self.bits, self.group_for(weight.shape[1]), self.symmetric, stored)
-        codes = gptq_codes(target, grid, system)
+        shrinks = _SHRINKS if self.search else _SHRINKS[:1]
+        options = (self.bits, self.group_for(weight.shape[1]), self.symmetric, stored)
+        grid, codes = best_sweep(target, [range_grid(target, *options, shrink) for shrink in shrinks], system)
         pull = target @ system.moment if self.refinements else target
         for _ in range(self.refinements):
             grid = refit_scales(codes, grid, system.moment, pull)
@@ -126,8 +130,23 @@ def corrected_target(weight: Tensor, cross: Tensor, system: System, alpha: float
     return weight + alpha * system.solve_right(weight @ cross.to(weight.dtype))
 
 
-def gptq_codes(target: Tensor, grid: Grid, system: System, block_size: int = 128) -> Tensor:
-    """Codes (as floats, `[rows, columns]`) of the column sweep on a static grid, columns in the system's order."""
+def best_sweep(target: Tensor, grids: Sequence[Grid], system: System) -> tuple[Grid, Tensor]:
+    """Sweep on each grid; every row keeps the scales, zeros and codes of its lowest loss."""
+    best, (codes, losses) = grids[0], gptq_codes(target, grids[0], system)
+    for grid in grids[1:]:
+        other_codes, other_losses = gptq_codes(target, grid, system)
+        better = (other_losses < losses)[:, None]
+        losses = torch.minimum(losses, other_losses)
+        codes = torch.where(better, other_codes, codes)
+        zeros = None
+        if best.zeros is not None and grid.zeros is not None:
+            zeros = torch.where(better, grid.zeros, best.zeros)
+        best = Grid(torch.where(better, grid.scales, best.scales), zeros, grid.bits, grid.group_size, grid.stored)
+    return best, codes
+
+
+def gptq_codes(target: Tensor, grid: Grid, system: System, block_size: int = 128) -> tuple[Tensor, Tensor]:
+    """Codes (as floats, `[rows, columns]`) of the column sweep on a static grid, in the system's order; row losses."""
     columns = target.shape[1]
     scales, zeros = grid.columns(columns)
     scales, zeros = scales.T.contiguous(), None if zeros is None else zeros.T.contiguous()
@@ -141,5 +160,5 @@ def gptq_codes(target: Tensor, grid: Grid, system: System, block_size: int = 128
         codes[place] = code
         return (code if zero is None else code - zero) * scales[place]
 
-    column_sweep(target[:, system.order], system.factor, fix, block_size)
-    return codes.T.contiguous()
+    _, losses = column_sweep(target[:, system.order], system.factor, fix, block_size)
+    return codes.T.contiguous(), losses
