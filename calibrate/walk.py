@@ -22,6 +22,7 @@ from ..runtime.architectures import PARTS, Stage
 from ..runtime.experts import Expert, Experts
 from ..runtime.operators import Dense, Operator
 from ..runtime.skeleton import Skeleton
+from .artefact import StatisticsFolder
 from .statistics import Statistics
 
 BATCH_TOKENS = 4096  # tokens per micro-batch: enough to fill a GEMM, little enough to stay small beside a block
@@ -98,9 +99,10 @@ class _Captured(Exception):
 class _Capture:
     """Collects the inputs of a stage's groups (and the router's coefficients of experts) during forward passes."""
 
-    def __init__(self, block: nn.Module, groups: list[tuple[str, ...]]) -> None:
+    def __init__(self, block: nn.Module, groups: list[tuple[str, ...]], *, stop: bool = True) -> None:
         self.inputs: dict[tuple[str, ...], tuple[Tensor, Tensor | None]] = {}
-        self._wanted = len(groups)
+        self.output: Tensor | None = None
+        self._wanted = len(groups) if stop else -1
         self._weights: Tensor | None = None
         self._handles = []
         for group in groups:
@@ -125,9 +127,9 @@ class _Capture:
     def run(
         self, skeleton: Skeleton, runner: nn.Module, hidden: Tensor
     ) -> dict[tuple[str, ...], tuple[Tensor, Tensor | None]]:
-        self.inputs = {}
+        self.inputs, self.output = {}, None
         with suppress(_Captured):
-            skeleton.run(runner, hidden)
+            self.output = skeleton.run(runner, hidden)
         return self.inputs
 
     def close(self) -> None:
@@ -154,8 +156,10 @@ class Block:
     Iterate `stages()` once, letting passes replace `StageWork.linears`; then call `advance()`.
     """
 
-    def __init__(self, skeleton: Skeleton, index: int, chains: Chains | None, wanted: set[str]) -> None:
-        self.skeleton, self.index, self.chains, self._wanted = skeleton, index, chains, wanted
+    def __init__(
+        self, skeleton: Skeleton, index: int, chains: Chains | None, wanted: set[str], kept: StatisticsFolder | None
+    ) -> None:
+        self.skeleton, self.index, self.chains, self.kept, self._wanted = skeleton, index, chains, kept, wanted
         self.linears: dict[str, Operator] = {}
         self._prefix = f"model.layers.{index}."
         self._runners: dict[str, Any] = {}
@@ -166,7 +170,11 @@ class Block:
 
     def stages(self) -> Iterator[StageWork]:
         """Groups of linears in execution order, each with the statistics of what now enters it."""
-        if self.chains is not None:
+        sequential = self.chains is not None and "compressed" in self.chains.names
+        known: dict[str, Statistics] = {}
+        if self.kept is not None and self.kept.complete:
+            known = self.kept.load(self.index)
+        elif self.chains is not None:
             original = self.skeleton.block(self.index)
             if "compressed" in self.chains.names:
                 # Weights are shared until a pass replaces them.
@@ -174,11 +182,15 @@ class Block:
                 self._runners["compressed"] = self.skeleton.runner(self.index, compressed)
             if "reference" in self.chains.names:
                 self._runners["reference"] = self.skeleton.runner(self.index, original)
+            if not sequential:
+                known = self._collect_reference()
         for stage in self.skeleton.stages(self.index):
             names = [self._disk(name) for group in stage for name in group]
             work = StageWork({name: Dense(self.skeleton.checkpoint.tensor(name + ".weight")) for name in names})
-            if self.chains is not None:
+            if sequential:
                 work.statistics = self._collect(stage)
+            else:
+                work.statistics = {name: known[name] for name in names if name in known}
             before = dict(work.linears)
             yield work
             self.linears.update(work.linears)
@@ -240,6 +252,28 @@ class Block:
             capture.close()
         return {self._disk(name): sums[group] for group in groups if group in sums for name in group}
 
+    def _collect_reference(self) -> dict[str, Statistics]:
+        """Statistics of all stages in one pass over the original block, which also carries the chain on."""
+        assert self.chains is not None
+        groups = [group for stage in self.skeleton.stages(self.index) for group in stage]
+        capture = _Capture(self._runners["reference"].layers[0], groups, stop=False)
+        target = self.chains.create(self.index + 1, "reference")
+        sums: dict[tuple[str, ...], Statistics] = {}
+        for rows in self._batches():
+            for group, (x, weights) in self._forward("reference", rows, capture).items():
+                if group not in sums:
+                    sums[group] = Statistics.empty(x.shape[-1], cross=False, device=x.device)
+                sums[group].add(x, weights)
+            assert capture.output is not None
+            target[rows] = capture.output.cpu()
+        capture.close()
+        self._runners.clear()
+        self._seen = {}
+        found = {self._disk(name): sums[group] for group in groups if group in sums for name in group}
+        if self.kept is not None:
+            self.kept.save(self.index, found)
+        return found
+
     def _batches(self) -> Iterator[slice]:
         assert self.chains is not None
         for start in range(0, self.chains.shape[0], self.chains.batch):
@@ -285,12 +319,19 @@ def start_chains(skeleton: Skeleton, windows: Tensor, folder: Path, names: tuple
     return chains
 
 
-def walk(skeleton: Skeleton, chains: Chains | None, wanted: set[str], first: int = 0) -> Iterator[Block]:
+def walk(
+    skeleton: Skeleton,
+    chains: Chains | None,
+    wanted: set[str],
+    first: int = 0,
+    kept: StatisticsFolder | None = None,
+) -> Iterator[Block]:
     """Every block from `first` on; the caller rewrites it through `stages()` and then calls `advance()`.
 
     Args:
         chains: the calibration activations, or None when no pass needs data.
         wanted: disk names of the linears whose statistics are collected.
+        kept: where statistics of the reference chain are read from, or kept if it is not complete yet.
     """
     for index in range(first, skeleton.blocks):
-        yield Block(skeleton, index, chains, wanted)
+        yield Block(skeleton, index, chains, wanted, kept)

@@ -47,6 +47,9 @@ def apply(
     resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted run")] = False,
     overwrite: OverwriteOption = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", "-n", help="print the plan and stop")] = False,
+    statistics: Annotated[
+        Path | None, typer.Option(help="folder of the original model's statistics: used if there, else made")
+    ] = None,
     revision: RevisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -71,7 +74,7 @@ def apply(
     job = Job(parsed, text, tuple(edits or ()), folder, out, model, commit)
     try:
         with render.ApplyProgress(blocks, _state["quiet"]) as progress:
-            done = run_job(job, progress, resume=resume, overwrite=overwrite)
+            done = run_job(job, progress, resume=resume, overwrite=overwrite, statistics=statistics)
     except KeyboardInterrupt:
         again = " ".join(
             ["compressor apply", recipe, model, str(out), *(f"--set {e}" for e in edits or ()), "--resume"]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from ..calibrate.artefact import StatisticsFolder
 from ..calibrate.corpus import Corpus, builtin_corpus, file_corpus, token_windows
 from ..calibrate.walk import Block, Chains, start_chains, walk
 from ..runtime.checkpoint import Checkpoint, non_finite
@@ -50,8 +51,13 @@ class Job:
     revision: str | None = None
 
 
-def apply(job: Job, listener: Listener, *, resume: bool = False, overwrite: bool = False) -> Plan:
+def apply(
+    job: Job, listener: Listener, *, resume: bool = False, overwrite: bool = False, statistics: Path | None = None
+) -> Plan:
     """Run a job to its end.
+
+    Args:
+        statistics: a folder to take the original model's statistics from, or to keep them in.
 
     Raises:
         CompressorError: anything a person can mend; what was done so far can be resumed.
@@ -60,15 +66,21 @@ def apply(job: Job, listener: Listener, *, resume: bool = False, overwrite: bool
     checkpoint = open_source(job.model)
     skeleton = Skeleton(checkpoint, calibration_dtype(checkpoint))
     plan = make_plan(job.recipe, skeleton)
+    if statistics is not None and plan.needs != {"reference"}:
+        raise RecipeError(
+            "--statistics keeps statistics of the original model, which this recipe does not use; it is for rtn with "
+            "search: true and gptq with sequential: false"
+        )
     journal = Journal(job.out)
     if not resume:
         check_disk(plan, job.out)
     try:
         corpus, windows = calibration_windows(job.recipe, checkpoint) if plan.needs else (None, None)
         fingerprint = make_fingerprint(job, checkpoint, corpus, windows)
+        kept = None if statistics is None else statistics_folder(statistics, fingerprint)
         journal.open(fingerprint, resume=resume)
         if not any(entry.get("step") == "finished" for entry in journal.entries):
-            _run(job, plan, skeleton, windows, journal, listener)
+            _run(job, plan, skeleton, windows, kept, journal, listener)
             finish_folder(journal.result, job, plan, skeleton, fingerprint, journal.entries)
             journal.done({"step": "finished"})
         journal.publish(overwrite=overwrite)
@@ -148,8 +160,20 @@ def make_fingerprint(job: Job, checkpoint: Checkpoint, corpus: Corpus | None, wi
     }
 
 
+def statistics_folder(folder: Path, fingerprint: dict[str, Any]) -> StatisticsFolder:
+    """The folder, if what it holds was collected from the same weights, text and windows."""
+    data = {key: value for key, value in fingerprint["recipe"]["data"].items() if key != "source"}
+    return StatisticsFolder(folder, {"model": fingerprint["model"], "corpus": fingerprint["corpus"], "windows": data})
+
+
 def _run(
-    job: Job, plan: Plan, skeleton: Skeleton, windows: Tensor | None, journal: Journal, listener: Listener
+    job: Job,
+    plan: Plan,
+    skeleton: Skeleton,
+    windows: Tensor | None,
+    kept: StatisticsFolder | None,
+    journal: Journal,
+    listener: Listener,
 ) -> None:
     checkpoint = skeleton.checkpoint
     writer = ShardedWriter(journal.result, plan.tensors, job.recipe.output.shard_bytes)
@@ -158,7 +182,7 @@ def _run(
     if not done:
         writer.start()
     chains: Chains | None = None
-    if windows is not None:
+    if windows is not None and not (kept is not None and kept.complete):
         if first == 0:
             chains = start_chains(skeleton, windows, journal.chains, chain_names(plan.needs))
         else:
@@ -171,7 +195,7 @@ def _run(
         for record in entry.get("events", ()):
             listener(_summary(record))
     wanted = {name for name in plan.linears for step in job.recipe.passes if step.needs and step.wants(name)}
-    for block in walk(skeleton, chains, wanted, first):
+    for block in walk(skeleton, chains, wanted, first, kept):
         start = time.monotonic()
         events = list(_rewrite(job.recipe, block, listener))
         _store(block, plan, checkpoint, writer)
@@ -183,6 +207,8 @@ def _run(
             chains.drop(block.index)
         checkpoint.release()
         listener(events[-1])
+    if kept is not None and not kept.complete:
+        kept.finish()
 
 
 def _rewrite(recipe: Recipe, block: Block, listener: Listener) -> Iterator[Event]:

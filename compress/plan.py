@@ -181,7 +181,9 @@ def _chain_bytes(recipe: Recipe, skeleton: Skeleton, needs: frozenset[str]) -> i
 
 def chain_names(needs: frozenset[str]) -> tuple[str, ...]:
     """Which chains of activations the needs call for."""
-    return ("compressed", "reference") if "cross" in needs else ("compressed",) if needs else ()
+    if "cross" in needs:
+        return "compressed", "reference"
+    return ("compressed",) if "moment" in needs else ("reference",) if needs else ()
 
 
 def _peak_memory(recipe: Recipe, skeleton: Skeleton, needs: frozenset[str]) -> int:

@@ -234,3 +234,27 @@ def test_signals_leave_a_resumable_run(job: Job, tmp_path: Path, number: signal.
 def test_errors_are_of_the_family(job: Job, tmp_path: Path) -> None:
     with pytest.raises(CompressorError, match="no such model folder"):
         apply(Job(job.recipe, job.recipe_text, (), tmp_path / "nowhere", job.out, "x"), quiet)
+
+
+def test_statistics_are_kept_and_used_again(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "statistics"
+
+    def variant(passes: str, out: str) -> Job:
+        text = job.recipe_text.partition("passes:")[0] + f"passes:\n  - {{{passes}}}\n"
+        return Job(parse_recipe(text), text, (), job.model, tmp_path / out, "pico")
+
+    apply(variant("kind: rtn, group_size: 32, search: true", "a"), quiet, statistics=folder)
+    blocks = sorted(path.name for path in folder.iterdir())
+    assert blocks == [*(f"block-{i:05d}.safetensors" for i in range(4)), "statistics.json"]
+    apply(variant("kind: gptq, group_size: 32, sequential: false", "fresh"), quiet)
+    with monkeypatch.context() as patch:
+        patch.setattr("compressor.compress.apply.start_chains", lambda *_: pytest.fail("calibrated again"))
+        apply(variant("kind: gptq, group_size: 32, sequential: false", "kept"), quiet, statistics=folder)
+    weights = [path.name for path in (tmp_path / "fresh").glob("*.safetensors")]
+    assert all((tmp_path / "fresh" / n).read_bytes() == (tmp_path / "kept" / n).read_bytes() for n in weights)
+    text = variant("kind: rtn, search: true", "b").recipe_text.replace("samples: 8", "samples: 4")
+    other = Job(parse_recipe(text), text, (), job.model, tmp_path / "b", "pico")
+    with pytest.raises(CompressorError, match="these statistics are of another windows"):
+        apply(other, quiet, statistics=folder)
+    with pytest.raises(CompressorError, match="which this recipe does not use"):
+        apply(job, quiet, statistics=folder)

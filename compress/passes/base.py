@@ -13,7 +13,7 @@ from ...calibrate.walk import StageWork
 from ...runtime.operators import Operator
 from ..events import Event
 
-Need = Literal["moment", "cross"]
+Need = Literal["reference", "moment", "cross"]
 
 
 def _check_pattern(pattern: str) -> str:
@@ -48,7 +48,11 @@ class Pass(BaseModel):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """Statistics to collect before `apply`; none for a pass without data."""
+        """Statistics to collect before `apply`; none for a pass without data.
+
+        `reference`: moments of the uncompressed model; `moment`: of the compressed chain, which serve for `reference`
+        too; `cross`: cross moments of the two chains besides.
+        """
         return frozenset()
 
     def wants(self, name: str) -> bool:

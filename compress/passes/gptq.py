@@ -46,8 +46,16 @@ class Gptq(Quantizer):
     search: bool = Field(True, description="try narrower ranges too, and keep the best for each row; false: plain GPTQ")
     damping: float = Field(0.01, gt=0, le=1, description="share of the mean diagonal added to the second moment")
 
+    sequential: bool = Field(
+        True,
+        description="statistics of the model as compressed so far; false: of the original model, which can be kept and "
+        "used again (--statistics), but cannot be corrected for earlier errors",
+    )
+
     @property
     def needs(self) -> frozenset[Need]:
+        if not self.sequential:
+            return frozenset({"reference"})
         return frozenset({"moment", "cross"} if self.correction else {"moment"})
 
     def flops(self, rows: int, columns: int) -> float:

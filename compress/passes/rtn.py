@@ -27,7 +27,7 @@ class Rtn(Quantizer):
 
     @property
     def needs(self) -> frozenset[Need]:
-        return frozenset({"moment"} if self.search else ())
+        return frozenset({"reference"} if self.search else ())
 
     def flops(self, rows: int, columns: int) -> float:
         return (600.0 if self.search else 10.0) * rows * columns
