@@ -161,12 +161,11 @@ class Block:
     ) -> None:
         self.skeleton, self.index, self.chains, self.kept, self._wanted = skeleton, index, chains, kept, wanted
         self.linears: dict[str, Operator] = {}
-        self._prefix = f"model.layers.{index}."
         self._runners: dict[str, Any] = {}
         self._seen: dict[tuple[str, str], Tensor] = {}
 
     def _disk(self, name: str) -> str:
-        return self.skeleton.architecture.disk_name(self._prefix + name)
+        return self.skeleton.disk_name(self.index, name)
 
     def stages(self) -> Iterator[StageWork]:
         """Groups of linears in execution order, each with the statistics of what now enters it."""

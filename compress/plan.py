@@ -187,20 +187,29 @@ def chain_names(needs: frozenset[str]) -> tuple[str, ...]:
 
 
 def _peak_memory(recipe: Recipe, skeleton: Skeleton, needs: frozenset[str]) -> int:
-    """Bytes beyond the imports at the worst moment: a block being solved or run."""
-    chains, peak = len(chain_names(needs)), 0
+    """Anonymous bytes beyond the imports at the worst moment: a group being solved, or a block run and measured.
+
+    Weights of the checkpoint are mapped from its files and do not count unless they are converted.
+    """
     batch = max(1, BATCH_TOKENS // recipe.data.sequence_length) * recipe.data.sequence_length
+    item = skeleton.dtype.itemsize
+    converted = item if skeleton.dtype != skeleton.checkpoint.dtype else 0
+    hidden = skeleton.config.hidden_size
+    chains = len(chain_names(needs))
+    peak = 0.0
     for index in range(skeleton.blocks):
-        shapes = {name: tuple(linear.weight.shape) for name, linear in skeleton.linears(index).items()}
-        block = sum(r * c for r, c in shapes.values())
-        widest = max(max(shape) for shape in shapes.values())
-        r, c = max(shapes.values(), key=lambda shape: shape[0] * shape[1])
-        weights = 4 * block * chains
-        moments = 4 * c * c * chains
-        solving = 8 * 5 * c * c + 4 * 8 * r * c
-        running = 4 * batch * (6 * widest + 4 * skeleton.config.hidden_size)
-        peak = max(peak, weights + moments + max(solving, running) + 4 * r * c + block)
-    return peak
+        shapes = {name: (w.out_features, w.in_features) for name, w in skeleton.linears(index).items()}
+        held = sum(r * c for r, c in shapes.values()) * (converted if needs else 0)
+        done = 0
+        for stage in skeleton.stages(index):
+            groups = [[shapes[skeleton.disk_name(index, name)] for name in group] for group in stage]
+            moments = sum(4 * group[0][1] ** 2 for group in groups) * chains
+            widest = max(columns for group in groups for _, columns in group)
+            running = batch * (4 * item * widest + 8 * widest + 8 * hidden) if needs else 0
+            solving = max(step.memory(group) for group in groups for step in recipe.passes)
+            peak = max(peak, held + done + moments + max(running, solving))
+            done += sum(r * c for group in groups for r, c in group) * (1 + (item if needs else 0))
+    return int(peak)
 
 
 def _flops(recipe: Recipe, skeleton: Skeleton, linears: dict[str, LinearPlan], needs: frozenset[str]) -> float:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_ROWS = 256  # packed at a time, since the work is done in 64-bit integers
+
 
 def packed_words(columns: int, bits: int) -> int:
     """How many int32 words a row of `columns` codes takes."""
@@ -29,6 +31,14 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     words = packed_words(columns, bits)
     if codes.is_meta:
         return torch.empty(rows, words, dtype=torch.int32, device="meta")
+    result = torch.empty(rows, words, dtype=torch.int32, device=codes.device)
+    for start in range(0, rows, _ROWS):
+        result[start : start + _ROWS] = _pack_rows(codes[start : start + _ROWS], bits)[:, :words]
+    return result
+
+
+def _pack_rows(codes: Tensor, bits: int) -> Tensor:
+    rows, columns = codes.shape
     padded = torch.zeros(rows, -(-columns // 32) * 32, dtype=torch.int64, device=codes.device)
     padded[:, :columns] = codes.to(torch.int64) + 2 ** (bits - 1)
     lanes = padded.view(rows, -1, 32)  # 32 codes fill exactly `bits` words
@@ -40,15 +50,23 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
             packed[..., word + 1] |= lanes[..., j] >> (32 - shift)
     packed &= 0xFFFFFFFF
     packed -= (packed >> 31) << 32  # two's complement, so that the cast to int32 keeps every bit
-    return packed.view(rows, -1)[:, :words].to(torch.int32).contiguous()
+    return packed.view(rows, -1).to(torch.int32)
 
 
 def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
     """The inverse of `pack_codes`: int8 `[rows, columns]`."""
-    rows, words = packed.shape
+    rows = packed.shape[0]
     if packed.is_meta:
         return torch.empty(rows, columns, dtype=torch.int8, device="meta")
-    blocks = -(-columns // 32)
+    result = torch.empty(rows, columns, dtype=torch.int8, device=packed.device)
+    for start in range(0, rows, _ROWS):
+        result[start : start + _ROWS] = _unpack_rows(packed[start : start + _ROWS], bits)[:, :columns]
+    return result
+
+
+def _unpack_rows(packed: Tensor, bits: int) -> Tensor:
+    rows, words = packed.shape
+    blocks = -(-words // bits)
     padded = torch.zeros(rows, blocks * bits, dtype=torch.int32, device=packed.device)
     padded[:, :words] = packed
     lanes = padded.view(rows, blocks, bits).to(torch.int64) & 0xFFFFFFFF
@@ -60,4 +78,4 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
         if shift + bits > 32:
             value = value | (lanes[..., word + 1] << (32 - shift))
         codes[..., j] = ((value & mask) - offset).to(torch.int8)
-    return codes.view(rows, -1)[:, :columns].contiguous()
+    return codes.view(rows, -1)

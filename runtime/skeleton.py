@@ -91,11 +91,14 @@ class Skeleton:
                 raise ModelError(f"{where}: {name} has shape {found}, config.json says {list(shape)}")
         return [name for name in self.checkpoint.tensors if name not in expected]
 
+    def disk_name(self, index: int, name: str) -> str:
+        """A name inside block `index` in memory → its name in the checkpoint."""
+        return self.architecture.disk_name(f"model.layers.{index}.{name}")
+
     def linears(self, index: int) -> dict[str, nn.Linear]:
         """Disk name (without `.weight`) → meta linear, for every linear that a block's stages name."""
-        prefix = f"model.layers.{index}."
         return {
-            self.architecture.disk_name(prefix + name): self.model.model.layers[index].get_submodule(name)
+            self.disk_name(index, name): self.model.model.layers[index].get_submodule(name)
             for stage in self.stages(index)
             for group in stage
             for name in group
@@ -121,9 +124,8 @@ class Skeleton:
     def block(self, index: int) -> Any:
         """Block `index` with its weights."""
         layer = copy.deepcopy(self.model.model.layers[index])
-        prefix = f"model.layers.{index}."
         state = {
-            name: self.checkpoint.tensor(self.architecture.disk_name(prefix + name)).to(self.device, self.dtype)
+            name: self.checkpoint.tensor(self.disk_name(index, name)).to(self.device, self.dtype)
             for name in layer.state_dict()
         }
         layer.load_state_dict(state, assign=True)

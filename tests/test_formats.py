@@ -181,3 +181,15 @@ def test_readers_are_those_of_every_tensor() -> None:
     )
     assert choose_format("auto", operators)[1] == ("compressor", "transformers")
     assert choose_format("compressor", operators) == ("compressor", ("compressor",))
+
+
+@pytest.mark.parametrize("step", ["{kind: rtn, bits: 4}", "{kind: gptq, bits: 4}"])
+def test_the_trained_moe_reloads_in_stock_transformers(tmp_path: Path, step: str) -> None:
+    """Every expert under its original name: no missing or unexpected key, and the same logits."""
+    model = Path(__file__).resolve().parent.parent / "examples" / "tiny-moe"
+    out = compress(model, tmp_path / "out", step, extra="data: {samples: 8, sequence_length: 128}\n")
+    stock, report = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+    assert sum(".experts." in name for name in StoredModel(out).schemes) == 4 * 8 * 3
+    found = logits(load(out, dtype=torch.float32))
+    assert (logits(stock) - found).norm() / found.norm() < 1e-2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -69,6 +69,10 @@ class Pass(BaseModel):
 
     def flops(self, rows: int, columns: int) -> float:
         """Floating-point operations to rewrite one linear, for the time estimate."""
+        return 0.0
+
+    def memory(self, shapes: Sequence[tuple[int, int]]) -> float:
+        """Bytes in use at the worst moment of rewriting linears `(rows, columns)` that share an input."""
         return 0.0
 
     def apply(self, work: StageWork) -> Iterator[Event]:

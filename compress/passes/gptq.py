@@ -62,6 +62,11 @@ class Gptq(Quantizer):
         solve = 2.0 * columns**3 + (1 + 4 * (self.correction > 0) + 6 * self.refinements) * rows * columns**2
         return solve + 2000.0 * columns * rows
 
+    def memory(self, shapes: Sequence[tuple[int, int]]) -> float:
+        rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
+        # Factoring holds five float64 copies of the moment; solving, two float32 ones and eleven of the weight.
+        return max(41.0 * columns**2, 8.0 * columns**2 + 45.0 * rows * columns)
+
     def apply(self, work: StageWork) -> Iterator[Event]:
         groups: dict[int, list[str]] = {}
         for name in work.linears:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -31,6 +31,9 @@ class Rtn(Quantizer):
 
     def flops(self, rows: int, columns: int) -> float:
         return (600.0 if self.search else 10.0) * rows * columns
+
+    def memory(self, shapes: Sequence[tuple[int, int]]) -> float:
+        return max(22.0 * rows * columns for rows, columns in shapes)
 
     def apply(self, work: StageWork) -> Iterator[Event]:
         for name, operator in list(work.linears.items()):

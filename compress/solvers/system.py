@@ -47,7 +47,7 @@ def damped_system(
     multiplied by ten, up to one hundred times the mean diagonal.
 
     Args:
-        moment: `[n, n]`, symmetric and positive semi-definite up to rounding.
+        moment: `[n, n]`, symmetric, positive semi-definite up to rounding.
         damping: the first share tried.
         act_order: process columns by falling diagonal instead of from left to right.
         dtype: of the factorization and of the result.
@@ -57,24 +57,23 @@ def damped_system(
     """
     if not torch.isfinite(moment).all():
         raise NotSolvable("the second moment has non-finite entries")
-    base = moment.to(dtype)
-    base = (base + base.T) / 2
+    base = moment.to(dtype, copy=True)
     diagonal = base.diagonal()
     dead = diagonal <= 0
+    mean = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
     base[dead, :] = 0  # decoupled: such columns are rounded to nearest and nothing leans on them
     base[:, dead] = 0
-    mean = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
     base[dead, dead] = mean
     order = torch.arange(base.shape[0], device=base.device)
     if act_order:
-        order = torch.argsort(base.diagonal(), descending=True, stable=True)
-    share = damping
+        order = torch.argsort(diagonal, descending=True, stable=True)
+    share, added = damping, 0.0
     while share <= 100:
-        damped = base.clone()
-        damped.diagonal().add_(share * mean)
-        factor, failed = inverse_factor(damped[order][:, order])
+        diagonal.add_((share - added) * mean)  # a view of base
+        added = share
+        factor, failed = inverse_factor(base[order[:, None], order])
         if not failed:
-            return System(damped, order, factor, share)
+            return System(base, order, factor, share)
         share = max(share * 10, 1e-6)
     raise NotSolvable("the second moment is not positive definite")
 
@@ -88,5 +87,6 @@ def inverse_factor(matrix: Tensor) -> tuple[Tensor, bool]:
     if int(info) != 0 or not bool(torch.isfinite(lower).all()):
         return lower, True
     upper = lower.flip(0, 1)
+    del lower  # at this size every copy counts
     identity = torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
     return torch.linalg.solve_triangular(upper, identity, upper=True), False

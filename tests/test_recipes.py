@@ -1,0 +1,86 @@
+"""Every shipped recipe on the tiny models against the committed baseline: quality, bytes, format.
+
+    python tests/test_recipes.py        # measure again and write tests/baselines.json
+
+Quality is compared only where the built-in text is the same (it varies with the Python version).
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from compressor.calibrate.corpus import builtin_corpus, token_windows
+from compressor.compress.apply import Job, apply
+from compressor.compress.evaluate import evaluate
+from compressor.compress.recipe import parse_recipe, shipped
+from compressor.runtime import load
+
+ROOT = Path(__file__).resolve().parent.parent
+BASELINES = Path(__file__).with_name("baselines.json")
+EDITS = ("data.samples=16", "data.sequence_length=256")
+MODELS = ("tiny-llama", "tiny-moe")
+
+
+@cache
+def base(name: str) -> tuple[Any, torch.Tensor]:
+    folder = ROOT / "examples" / name
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    windows = token_windows(builtin_corpus("evaluation"), tokenizer, samples=24, sequence_length=256, seed=0)
+    return load(folder, dtype=torch.float32), windows
+
+
+def corpus_hash() -> str:
+    return builtin_corpus("calibration").sha256 + builtin_corpus("evaluation").sha256
+
+
+def measure(recipe: str, name: str, out: Path) -> dict[str, Any]:
+    text = shipped()[recipe]
+    job = Job(parse_recipe(text, recipe, EDITS), text, EDITS, ROOT / "examples" / name, out, name)
+    plan = apply(job, lambda event: None)
+    model, windows = base(name)
+    result = evaluate(load(out, dtype=torch.float32), windows, model)
+    assert result.against is not None
+    return {
+        "bytes": plan.bytes_after,
+        "format": plan.format,
+        "kl_mean": result.against.kl_mean,
+        "perplexity_ratio": result.against.perplexity_ratio,
+    }
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("recipe", list(shipped()))
+def test_baseline(recipe: str, name: str, tmp_path: Path) -> None:
+    baselines = json.loads(BASELINES.read_text(encoding="utf-8"))
+    expected = baselines["models"][name][recipe]
+    found = measure(recipe, name, tmp_path / "out")
+    assert (found["bytes"], found["format"]) == (expected["bytes"], expected["format"])
+    # Thread counts and processors round differently; a broken solver is far outside of either tolerance.
+    tolerance = 0.08 if baselines["corpus"] == corpus_hash() else 0.5
+    assert found["kl_mean"] == pytest.approx(expected["kl_mean"], rel=tolerance)
+
+
+def test_quality_falls_in_the_expected_order() -> None:
+    for name, found in json.loads(BASELINES.read_text(encoding="utf-8"))["models"].items():
+        order = [
+            found[recipe]["kl_mean"] for recipe in ("w8a16", "w4a16-gptq", "w4a16-rtn", "w3a16-gptq", "w2a16-gptq")
+        ]
+        assert order == sorted(order), name
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    content: dict[str, Any] = {"corpus": corpus_hash(), "models": {}}
+    for model_name in MODELS:
+        content["models"][model_name] = {
+            recipe: measure(recipe, model_name, Path(tempfile.mkdtemp()) / "out") for recipe in shipped()
+        }
+    BASELINES.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
