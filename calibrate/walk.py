@@ -7,15 +7,12 @@ block and its statistics, whatever the depth of the model.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
 from ..runtime.architectures import PARTS, Stage
@@ -23,59 +20,8 @@ from ..runtime.experts import Expert, Experts
 from ..runtime.operators import Dense, Operator
 from ..runtime.skeleton import Skeleton
 from .artefact import StatisticsFolder
+from .chains import Chains, Spill
 from .statistics import Statistics
-
-BATCH_TOKENS = 4096  # tokens per micro-batch: enough to fill a GEMM, little enough to stay small beside a block
-
-
-class Chains:
-    """Hidden states `[samples, tokens, hidden_size]` entering a block, in one file per chain and generation.
-
-    A generation is complete once `commit` returns: its files are synced, and the generation before may go.
-    """
-
-    def __init__(self, folder: Path, names: tuple[str, ...], shape: tuple[int, int, int]) -> None:
-        self.folder, self.names, self.shape = folder, names, shape
-        folder.mkdir(parents=True, exist_ok=True)
-
-    @property
-    def batch(self) -> int:
-        return max(1, BATCH_TOKENS // self.shape[1])
-
-    def nbytes(self) -> int:
-        """Disk in use at the peak: two generations of every chain."""
-        return 2 * len(self.names) * 4 * int(np.prod(self.shape))
-
-    def _path(self, generation: int, name: str) -> Path:
-        return self.folder / f"{generation:05d}.{name}.f32"
-
-    def read(self, generation: int, name: str) -> Tensor:
-        data = np.memmap(self._path(generation, name), np.float32, "r+", shape=self.shape)
-        return torch.from_numpy(data)
-
-    def create(self, generation: int, name: str) -> Tensor:
-        data = np.memmap(self._path(generation, name), np.float32, "w+", shape=self.shape)
-        return torch.from_numpy(data)
-
-    def scratch(self, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
-        """A file-backed tensor that is gone with its last reference."""
-        path = self.folder / "scratch"
-        data = np.memmap(path, np.uint8, "w+", shape=(*shape[:2], shape[2] * dtype.itemsize))
-        path.unlink()
-        return torch.from_numpy(data).view(dtype)
-
-    def exists(self, generation: int) -> bool:
-        size = 4 * int(np.prod(self.shape))
-        return all(p.is_file() and p.stat().st_size == size for p in (self._path(generation, n) for n in self.names))
-
-    def commit(self, generation: int) -> None:
-        for name in self.names:
-            with open(self._path(generation, name), "rb+") as file:
-                os.fsync(file.fileno())
-
-    def drop(self, generation: int) -> None:
-        for name in self.names:
-            self._path(generation, name).unlink(missing_ok=True)
 
 
 @dataclass
@@ -140,7 +86,7 @@ class _Capture:
 class _Replay(nn.Module):
     """A part of a block that was already computed: its last linear over the inputs that were seen."""
 
-    def __init__(self, part: str, last: nn.Module, inputs: Tensor) -> None:
+    def __init__(self, part: str, last: nn.Module, inputs: Spill) -> None:
         super().__init__()
         self.add_module(PARTS[part].rpartition(".")[2], last)
         self.last, self.inputs, self.rows, self.attention = [last], inputs, slice(0), part == "self_attn"
@@ -162,7 +108,7 @@ class Block:
         self.skeleton, self.index, self.chains, self.kept, self._wanted = skeleton, index, chains, kept, wanted
         self.linears: dict[str, Operator] = {}
         self._runners: dict[str, Any] = {}
-        self._seen: dict[tuple[str, str], Tensor] = {}
+        self._seen: dict[tuple[str, str], Spill] = {}
 
     def _disk(self, name: str) -> str:
         return self.skeleton.disk_name(self.index, name)
@@ -220,12 +166,11 @@ class Block:
             return self.skeleton.run(runner, hidden)
         seen = capture.run(self.skeleton, runner, hidden)
         for part, last in PARTS.items():
-            if (last,) in seen:
+            if (last,) in seen and capture.output is None:  # cut short: there will be another pass
                 x = seen[(last,)][0]
                 if (chain, part) not in self._seen:
-                    shape = (*self.chains.shape[:2], x.shape[-1])
-                    self._seen[chain, part] = self.chains.scratch(shape, self.skeleton.dtype)
-                self._seen[chain, part][rows] = x.cpu().to(self.skeleton.dtype)
+                    self._seen[chain, part] = self.chains.scratch(x.shape[-1], self.skeleton.dtype)
+                self._seen[chain, part][rows] = x
         return seen
 
     def _collect(self, stage: Stage) -> dict[str, Statistics]:
@@ -264,7 +209,7 @@ class Block:
                     sums[group] = Statistics.empty(x.shape[-1], cross=False, device=x.device)
                 sums[group].add(x, weights)
             assert capture.output is not None
-            target[rows] = capture.output.cpu()
+            target[rows] = capture.output
         capture.close()
         self._runners.clear()
         self._seen = {}
@@ -285,7 +230,7 @@ class Block:
         for chain in self._runners:
             target = self.chains.create(self.index + 1, chain)
             for rows in self._batches():
-                target[rows] = self._forward(chain, rows).cpu()
+                target[rows] = self._forward(chain, rows)
         self._runners.clear()
         self.chains.commit(self.index + 1)
 
@@ -313,7 +258,7 @@ def start_chains(skeleton: Skeleton, windows: Tensor, folder: Path, names: tuple
         for name in names:
             target = chains.create(0, name)
             for start in range(0, windows.shape[0], chains.batch):
-                target[start : start + chains.batch] = skeleton.embed(windows[start : start + chains.batch]).cpu()
+                target[start : start + chains.batch] = skeleton.embed(windows[start : start + chains.batch])
         chains.commit(0)
     return chains
 

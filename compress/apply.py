@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from ..calibrate.artefact import StatisticsFolder
+from ..calibrate.chains import Chains
 from ..calibrate.corpus import Corpus, builtin_corpus, file_corpus, token_windows
-from ..calibrate.walk import Block, Chains, start_chains, walk
+from ..calibrate.walk import Block, start_chains, walk
 from ..runtime.checkpoint import Checkpoint, non_finite
 from ..runtime.errors import ModelError, RecipeError, ResourceError, VerifyError
 from ..runtime.operators import Operator, from_tensors

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from ..calibrate.walk import BATCH_TOKENS
+from ..calibrate.chains import BATCH_TOKENS
+from ..runtime.architectures import PARTS
 from ..runtime.checkpoint import Checkpoint
 from ..runtime.errors import RecipeError, ResourceError
 from ..runtime.operators import Dense, Operator, stored_bytes
@@ -175,8 +176,17 @@ def _output_tensors(
 
 
 def _chain_bytes(recipe: Recipe, skeleton: Skeleton, needs: frozenset[str]) -> int:
+    """Disk for calibration: two generations of each chain, and a block's inputs that are kept while it is rewritten."""
+    if not needs:
+        return 0
+    kept = 0
+    for index in range(skeleton.blocks):
+        inner = skeleton.model.model.layers[index]
+        modules = dict(inner.named_modules())
+        widths = [modules[last].in_features for last in PARTS.values() if last in modules]
+        kept = max(kept, sum(widths) * skeleton.dtype.itemsize)
     tokens = recipe.data.samples * recipe.data.sequence_length
-    return 2 * len(chain_names(needs)) * 4 * tokens * skeleton.config.hidden_size if needs else 0
+    return len(chain_names(needs)) * tokens * (2 * 4 * skeleton.config.hidden_size + kept)
 
 
 def chain_names(needs: frozenset[str]) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..calibrate.chains import reserve
 from ..runtime.checkpoint import DTYPES
 from ..runtime.errors import VerifyError
 
@@ -76,10 +77,7 @@ class ShardedWriter:
             with open(path, "wb") as file:
                 file.write(header)
                 file.flush()
-                if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(file.fileno(), 0, len(header) + size)
-                else:
-                    file.truncate(len(header) + size)
+                reserve(file, len(header) + size)
                 os.fsync(file.fileno())
         sync_folder(self.folder)
 

@@ -1,0 +1,92 @@
+"""Calibration activations on disk: one file per chain and generation, of which only the rows in use are mapped."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+BATCH_TOKENS = 4096  # tokens per micro-batch: enough to fill a GEMM, little enough to stay small beside a block
+
+
+class Spill:
+    """A tensor `[samples, tokens, width]` in a file, read and written a slice of samples at a time.
+
+    A slice is mapped when it is taken and unmapped with its last reference, so that resident memory is the slice.
+    """
+
+    def __init__(self, file: BinaryIO, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+        self.shape, self.dtype, self._file = shape, dtype, file
+        self._row = shape[1] * shape[2] * dtype.itemsize
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        start, stop, _ = rows.indices(self.shape[0])
+        size = (stop - start) * self._row
+        data = np.memmap(self._file, np.uint8, "r+", offset=start * self._row, shape=(size,))
+        return torch.from_numpy(data).view(self.dtype).view(stop - start, *self.shape[1:])
+
+    def __setitem__(self, rows: slice, values: Tensor) -> None:
+        self[rows].copy_(values)
+
+
+class Chains:
+    """Hidden states `[samples, tokens, hidden_size]` entering a block, for each chain in `names`.
+
+    A generation is complete once `commit` returns: its files are synced, and the generation before may go.
+    """
+
+    def __init__(self, folder: Path, names: tuple[str, ...], shape: tuple[int, int, int]) -> None:
+        self.folder, self.names, self.shape = folder, names, shape
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def batch(self) -> int:
+        """Samples per micro-batch."""
+        return max(1, BATCH_TOKENS // self.shape[1])
+
+    def read(self, generation: int, name: str) -> Spill:
+        return Spill(open(self._path(generation, name), "rb+"), self.shape, torch.float32)
+
+    def create(self, generation: int, name: str) -> Spill:
+        """A new generation's file, at its full size."""
+        return self._new(self._path(generation, name), self.shape, torch.float32)
+
+    def scratch(self, width: int, dtype: torch.dtype) -> Spill:
+        """Room for `[samples, tokens, width]` that is gone with its last reference."""
+        path = self.folder / "scratch"
+        spill = self._new(path, (*self.shape[:2], width), dtype)
+        path.unlink()
+        return spill
+
+    def exists(self, generation: int) -> bool:
+        size = 4 * int(np.prod(self.shape))
+        return all(p.is_file() and p.stat().st_size == size for p in (self._path(generation, n) for n in self.names))
+
+    def commit(self, generation: int) -> None:
+        for name in self.names:
+            with open(self._path(generation, name), "rb+") as file:
+                os.fsync(file.fileno())
+
+    def drop(self, generation: int) -> None:
+        for name in self.names:
+            self._path(generation, name).unlink(missing_ok=True)
+
+    def _path(self, generation: int, name: str) -> Path:
+        return self.folder / f"{generation:05d}.{name}.f32"
+
+    def _new(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype) -> Spill:
+        file = open(path, "wb+")  # noqa: SIM115 (the spill keeps it)
+        reserve(file, shape[0] * shape[1] * shape[2] * dtype.itemsize)
+        return Spill(file, shape, dtype)
+
+
+def reserve(file: BinaryIO, size: int) -> None:
+    """Give a file its full size now, so that a full disk is an error here and not a crash of a mapped write."""
+    if hasattr(os, "posix_fallocate") and size:
+        os.posix_fallocate(file.fileno(), 0, size)
+    else:
+        file.truncate(size)
