@@ -193,9 +193,10 @@ def test_every_row_keeps_the_best_of_several_grids(symmetric: bool) -> None:
     weight, moment = problem(rows=30, columns=48)
     system = damped_system(moment, act_order=True)
     grids = [range_grid(weight, 3, 16, symmetric, torch.bfloat16, shrink) for shrink in (1.0, 0.8, 0.6)]
-    grid, codes = best_sweep(weight, grids, system)
+    grid, codes, best = best_sweep(weight, grids, system)
     losses = torch.stack([gptq_codes(weight, one, system)[1] for one in grids])
     torch.testing.assert_close(row_losses(grid.values(codes) - weight, system.moment), losses.min(0).values)
+    torch.testing.assert_close(best, losses.min(0).values)
     assert len(set(losses.argmin(0).tolist())) > 1
 
 
@@ -254,3 +255,14 @@ def test_better_methods_have_lower_losses() -> None:
         losses.append(float(solution.losses.sum()))
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.6 * losses[0]
+
+
+def test_rows_solved_in_parts_are_rows_solved_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, moment = problem(rows=30, columns=48)
+    statistics = Statistics(200, moment.float(), 0.01 * moment.float())
+    step = Gptq(kind="gptq", bits=3, group_size=16, symmetric=False)
+    whole, _ = step._solve(weight.float(), statistics, torch.bfloat16)
+    monkeypatch.setattr("compressor.compress.passes.gptq._ROWS", 7)
+    parts, _ = step._solve(weight.float(), statistics, torch.bfloat16)
+    assert (whole.codes == parts.codes).float().mean() > 0.99  # GEMMs of another shape round differently
+    torch.testing.assert_close(whole.losses, parts.losses, rtol=0.05, atol=1e-3)

@@ -30,6 +30,7 @@ from ..solvers.system import NotSolvable, System, damped_system
 from .base import Need
 from .quantizer import Quantizer, bits_per_weight, quantized
 
+_ROWS = 4096  # solved at a time: memory is bounded, and GEMMs are large enough
 _SHRINKS = (1.0, 0.95, 0.9, 0.85)  # of a group's range: cutting off the extremes makes every step smaller
 
 
@@ -64,8 +65,9 @@ class Gptq(Quantizer):
 
     def memory(self, shapes: Sequence[tuple[int, int]]) -> float:
         rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
-        # Factoring holds five float64 copies of the moment; solving, two float32 ones and eleven of the weight.
-        return max(41.0 * columns**2, 8.0 * columns**2 + 45.0 * rows * columns)
+        # Factoring holds five float64 copies of the moment; solving, two float32 ones, the weights, grids and codes of
+        # all rows and about ten float32 copies of the rows at hand.
+        return max(41.0 * columns**2, 8.0 * columns**2 + 10.0 * rows * columns + 44.0 * min(rows, _ROWS) * columns)
 
     def apply(self, work: StageWork) -> Iterator[Event]:
         groups: dict[int, list[str]] = {}
@@ -98,35 +100,45 @@ class Gptq(Quantizer):
 
     def _solve(self, weight: Tensor, statistics: Statistics | None, stored: torch.dtype) -> tuple[Solution, str]:
         """The best solution, and why it is the simple one if it is."""
-        simple_grid = range_grid(weight, self.bits, self.group_for(weight.shape[1]), self.symmetric, stored)
-        simple_codes = simple_grid.codes(weight)
+        simple = range_grid(weight, self.bits, self.group_for(weight.shape[1]), self.symmetric, stored)
         if statistics is None or statistics.tokens == 0:
-            return Solution.without_data(simple_grid, simple_codes, weight), "no calibration tokens"
+            return Solution.without_data(simple, weight), "no calibration tokens"
         try:
             system = damped_system(statistics.moment, self.damping, act_order=self.act_order).to(torch.float32)
         except NotSolvable as error:
-            return Solution.without_data(simple_grid, simple_codes, weight), str(error)
-        target = weight
-        if self.correction and statistics.cross is not None:
-            target = corrected_target(weight, statistics.cross, system, self.correction)
-        shrinks = _SHRINKS if self.search else _SHRINKS[:1]
+            return Solution.without_data(simple, weight), str(error)
+        parts = [self._solve_rows(rows, statistics.cross, system, stored) for rows in weight.split(_ROWS)]
+        solution, rounded = (Solution.joined(column) for column in zip(*parts, strict=True))
+        if solution.losses.sum() <= rounded.losses.sum():
+            return solution, ""
+        return rounded, "rounding to nearest had the lower loss"
+
+    def _solve_rows(
+        self, weight: Tensor, cross: Tensor | None, system: System, stored: torch.dtype
+    ) -> tuple[Solution, Solution]:
+        """The full solution of some rows, and the nearest values to compare it with."""
         options = (self.bits, self.group_for(weight.shape[1]), self.symmetric, stored)
-        grid, codes = best_sweep(target, [range_grid(target, *options, shrink) for shrink in shrinks], system)
-        pull = target @ system.moment if self.refinements else target
+        target = weight
+        if self.correction and cross is not None:
+            target = corrected_target(weight, cross, system, self.correction)
+        shrinks = _SHRINKS if self.search else _SHRINKS[:1]
+        grid, codes, losses = best_sweep(target, [range_grid(target, *options, shrink) for shrink in shrinks], system)
+        pull = target @ system.moment
         for _ in range(self.refinements):
             grid = refit_scales(codes, grid, system.moment, pull)
             codes = coordinate_descent(target, codes, grid, system.moment)
-        scale = row_losses(weight, system.moment)
-        losses = row_losses(grid.values(codes) - target, system.moment)
-        simple_losses = row_losses(simple_grid.values(simple_codes) - target, system.moment)
-        if losses.sum() <= simple_losses.sum():
-            return Solution(grid, codes, losses, scale), ""
-        return Solution(simple_grid, simple_codes, simple_losses, scale), "rounding to nearest had the lower loss"
+        if self.refinements:
+            losses = row_losses(grid.values(codes) - target, system.moment)
+        scale = torch.linalg.vecdot(pull, target)
+        simple = range_grid(weight, *options)
+        simple_codes = simple.codes(weight)
+        simple_losses = row_losses(simple.values(simple_codes) - target, system.moment)
+        return Solution(grid, codes, losses, scale), Solution(simple, simple_codes, simple_losses, scale)
 
 
 @dataclass(frozen=True)
 class Solution:
-    """Codes `[rows, columns]` on a grid; per row, their loss and that of a weight of zeros."""
+    """Codes `[rows, columns]` on a grid; per row, their loss and that of zeros in their place."""
 
     grid: Grid
     codes: Tensor
@@ -134,8 +146,24 @@ class Solution:
     scale: Tensor
 
     @classmethod
-    def without_data(cls, grid: Grid, codes: Tensor, weight: Tensor) -> Solution:
+    def without_data(cls, grid: Grid, weight: Tensor) -> Solution:
+        """The nearest codes; losses are squared errors of the weight."""
+        codes = grid.codes(weight)
         return cls(grid, codes, (grid.values(codes) - weight).square().sum(1), weight.square().sum(1))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Solution]) -> Solution:
+        """One solution of all rows."""
+        first = parts[0].grid
+        zeros = None
+        if first.zeros is not None:
+            zeros = torch.cat([part.grid.zeros for part in parts if part.grid.zeros is not None])
+        scales = torch.cat([part.grid.scales for part in parts])
+        grid = Grid(scales, zeros, first.bits, first.group_size, first.stored)
+        codes, losses, scale = (
+            torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "losses", "scale")
+        )
+        return cls(grid, codes, losses, scale)
 
 
 def corrected_target(weight: Tensor, cross: Tensor, system: System, alpha: float) -> Tensor:
@@ -143,8 +171,8 @@ def corrected_target(weight: Tensor, cross: Tensor, system: System, alpha: float
     return weight + alpha * system.solve_right(weight @ cross.to(weight.dtype))
 
 
-def best_sweep(target: Tensor, grids: Sequence[Grid], system: System) -> tuple[Grid, Tensor]:
-    """Sweep on each grid; every row keeps the scales, zeros and codes of its lowest loss."""
+def best_sweep(target: Tensor, grids: Sequence[Grid], system: System) -> tuple[Grid, Tensor, Tensor]:
+    """Sweep on each grid; every row keeps the scales, zeros and codes of its lowest loss, which is returned too."""
     best, (codes, losses) = grids[0], gptq_codes(target, grids[0], system)
     for grid in grids[1:]:
         other_codes, other_losses = gptq_codes(target, grid, system)
@@ -155,7 +183,7 @@ def best_sweep(target: Tensor, grids: Sequence[Grid], system: System) -> tuple[G
         if best.zeros is not None and grid.zeros is not None:
             zeros = torch.where(better, grid.zeros, best.zeros)
         best = Grid(torch.where(better, grid.scales, best.scales), zeros, grid.bits, grid.group_size, grid.stored)
-    return best, codes
+    return best, codes, losses
 
 
 def gptq_codes(target: Tensor, grid: Grid, system: System, block_size: int = 128) -> tuple[Tensor, Tensor]:

@@ -43,9 +43,10 @@ def _refit_rows(codes: Tensor, grid: Grid, moment: Tensor, pull: Tensor) -> Tens
     unit = Grid(torch.ones_like(grid.scales), grid.zeros, grid.bits, grid.group_size, grid.stored)
     centred = unit.values(codes)
     system = torch.empty(rows, groups, groups, dtype=codes.dtype, device=codes.device)
-    for g in range(groups):
-        span = slice(g * size, min((g + 1) * size, columns))
-        system[:, :, g] = by_group((centred[:, span] @ moment[span]).mul_(centred), size).sum(2)
+    for g in range(groups):  # symmetric: blocks on and right of the diagonal
+        start, end = g * size, min((g + 1) * size, columns)
+        products = (centred[:, start:end] @ moment[start:end, start:]).mul_(centred[:, start:])
+        system[:, g, g:] = system[:, g:, g] = by_group(products, size).sum(2)
     right = by_group(pull * centred, size).sum(2)
 
     def loss(scales: Tensor) -> Tensor:
