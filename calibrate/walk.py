@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..runtime.architectures import PARTS, Stage
@@ -45,7 +46,10 @@ class _Captured(Exception):
 class _Capture:
     """Collects the inputs of a stage's groups (and the router's coefficients of experts) during forward passes."""
 
-    def __init__(self, block: nn.Module, groups: list[tuple[str, ...]], *, stop: bool = True) -> None:
+    def __init__(
+        self, block: nn.Module, groups: list[tuple[str, ...]], dtype: torch.dtype, *, stop: bool = True
+    ) -> None:
+        self._dtype = dtype  # what a linear really multiplies
         self.inputs: dict[tuple[str, ...], tuple[Tensor, Tensor | None]] = {}
         self.output: Tensor | None = None
         self._wanted = len(groups) if stop else -1
@@ -64,7 +68,7 @@ class _Capture:
 
     def _hook(self, group: tuple[str, ...], expert: bool):  # type: ignore[no-untyped-def]
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self.inputs[group] = (args[0], self._weights if expert else None)
+            self.inputs[group] = (args[0].to(self._dtype), self._weights if expert else None)
             if len(self.inputs) == self._wanted:
                 raise _Captured
 
@@ -180,7 +184,9 @@ class Block:
             return {}
         lead = "compressed" if "compressed" in self._runners else "reference"
         both = len(self._runners) == 2
-        captures = {chain: _Capture(runner.layers[0], groups) for chain, runner in self._runners.items()}
+        captures = {
+            chain: _Capture(runner.layers[0], groups, self.skeleton.dtype) for chain, runner in self._runners.items()
+        }
         sums: dict[tuple[str, ...], Statistics] = {}
         for rows in self._batches():
             seen = self._forward(lead, rows, captures[lead])
@@ -200,7 +206,7 @@ class Block:
         """Statistics of all stages in one pass over the original block, which also carries the chain on."""
         assert self.chains is not None
         groups = [group for stage in self.skeleton.stages(self.index) for group in stage]
-        capture = _Capture(self._runners["reference"].layers[0], groups, stop=False)
+        capture = _Capture(self._runners["reference"].layers[0], groups, self.skeleton.dtype, stop=False)
         target = self.chains.create(self.index + 1, "reference")
         sums: dict[tuple[str, ...], Statistics] = {}
         for rows in self._batches():

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compressor.calibrate.statistics import Statistics
-from compressor.compress.passes.gptq import Gptq, best_sweep, corrected_target, gptq_codes
-from compressor.compress.solvers.grid import range_grid, searched_grid
-from compressor.compress.solvers.refine import coordinate_descent, refit_scales, row_losses
+from compressor.compress.passes.gptq import Gptq, Shift, best_sweep, gptq_codes
+from compressor.compress.solvers.grid import Grid, range_grid, searched_grid
+from compressor.compress.solvers.refine import best_scale, differences, refine, row_losses
 from compressor.compress.solvers.sweep import column_sweep
-from compressor.compress.solvers.system import NotSolvable, damped_system
+from compressor.compress.solvers.system import NotSolvable, System, damped_system
 
 DOUBLE = torch.float64
 
@@ -24,6 +24,17 @@ def problem(rows: int = 12, columns: int = 40, tokens: int = 200, seed: int = 0)
     mix = torch.randn(columns, columns, generator=generator, dtype=DOUBLE) / columns**0.5 + torch.eye(columns) * 0.5
     x = torch.randn(tokens, columns, generator=generator, dtype=DOUBLE) @ mix
     return torch.randn(rows, columns, generator=generator, dtype=DOUBLE), x.T @ x
+
+
+def losses_of(delta: Tensor, moment: Tensor) -> Tensor:
+    """`diag(Δ H Δᵀ)` for rows first."""
+    return row_losses(delta.T, moment)
+
+
+def swept(weight: Tensor, grid: Grid, system: System) -> tuple[Tensor, Tensor]:
+    """The sweep's codes `[rows, columns]` and losses."""
+    codes, losses = gptq_codes(weight.T.contiguous(), grid, system)
+    return codes.T.contiguous(), losses
 
 
 def sweep_by_the_book(target: Tensor, moment: Tensor, order: Tensor, quantize) -> Tensor:  # type: ignore[no-untyped-def]
@@ -42,9 +53,9 @@ def sweep_by_the_book(target: Tensor, moment: Tensor, order: Tensor, quantize) -
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("act_order", [True, False])
-@pytest.mark.parametrize(("columns", "group_size", "block_size"), [(40, 16, 8), (44, 32, 128), (37, -1, 5)])
+@pytest.mark.parametrize(("columns", "group_size"), [(24, 16), (77, 32), (131, -1)])
 def test_sweep_gives_the_codes_of_the_unblocked_solver(
-    bits: int, symmetric: bool, act_order: bool, columns: int, group_size: int, block_size: int
+    bits: int, symmetric: bool, act_order: bool, columns: int, group_size: int
 ) -> None:
     weight, moment = problem(columns=columns)
     system = damped_system(moment, 0.01, act_order=act_order)
@@ -56,8 +67,8 @@ def test_sweep_gives_the_codes_of_the_unblocked_solver(
         return (torch.clamp(torch.round(column / scales[:, j]) + zero, grid.low, grid.high) - zero) * scales[:, j]
 
     expected = sweep_by_the_book(weight, system.moment, system.order, quantize)
-    codes, losses = gptq_codes(weight, grid, system, block_size)
-    torch.testing.assert_close(losses, row_losses(expected - weight, system.moment))
+    codes, losses = swept(weight, grid, system)
+    torch.testing.assert_close(losses, losses_of(expected - weight, system.moment))
     torch.testing.assert_close(grid.values(codes), expected, rtol=0, atol=1e-12)
     assert torch.equal(codes, grid.codes(expected))
     if act_order:
@@ -65,10 +76,15 @@ def test_sweep_gives_the_codes_of_the_unblocked_solver(
 
 
 def test_sweep_without_rounding_changes_nothing() -> None:
-    weight, moment = problem()
-    system = damped_system(moment)
-    result, losses = column_sweep(weight, system.factor, lambda j, column: column.clone())
-    assert torch.equal(result, weight)
+    weight, moment = problem(columns=70)
+    seen = torch.empty(70, 12, dtype=DOUBLE)
+
+    def keep(j: int, column: Tensor) -> Tensor:
+        seen[j] = column
+        return column.clone()
+
+    losses = column_sweep(weight.T.clone(), damped_system(moment).factor, keep)
+    assert torch.equal(seen.T, weight)
     assert not losses.any()
 
 
@@ -103,9 +119,9 @@ def test_one_token_is_enough_to_solve() -> None:
     x = torch.randn(1, 40, dtype=DOUBLE)
     system = damped_system(x.T @ x, 0.01, act_order=True)
     grid = range_grid(weight, 4, 16, True, DOUBLE)
-    codes, _ = gptq_codes(weight, grid, system)
-    rounded = row_losses(grid.values(grid.codes(weight)) - weight, x.T @ x).sum()
-    assert row_losses(grid.values(codes) - weight, x.T @ x).sum() < 0.1 * rounded
+    codes, _ = swept(weight, grid, system)
+    rounded = losses_of(grid.values(grid.codes(weight)) - weight, x.T @ x).sum()
+    assert losses_of(grid.values(codes) - weight, x.T @ x).sum() < 0.1 * rounded
 
 
 def test_dead_columns_are_rounded_to_nearest_and_do_not_disturb_the_others() -> None:
@@ -115,11 +131,11 @@ def test_dead_columns_are_rounded_to_nearest_and_do_not_disturb_the_others() -> 
     moment[dead, :] = 0
     moment[:, dead] = 0
     grid = range_grid(weight, 3, 8, True, DOUBLE)
-    codes, _ = gptq_codes(weight, grid, damped_system(moment, 0.01))
+    codes, _ = swept(weight, grid, damped_system(moment, 0.01))
     assert torch.equal(codes[:, dead], grid.codes(weight)[:, dead])
     other = weight.clone()
     other[:, dead] = 0.01 * torch.randn(12, 3, dtype=DOUBLE)
-    assert torch.equal(gptq_codes(other, grid, damped_system(moment, 0.01))[0][:, ~dead], codes[:, ~dead])
+    assert torch.equal(swept(other, grid, damped_system(moment, 0.01))[0][:, ~dead], codes[:, ~dead])
 
 
 def test_corrected_target_minimises_the_error_against_the_reference_chain() -> None:
@@ -129,7 +145,9 @@ def test_corrected_target_minimises_the_error_against_the_reference_chain() -> N
     x = torch.randn(300, 10, generator=generator, dtype=DOUBLE)
     moved = x + 0.2 * torch.randn(300, 10, generator=generator, dtype=DOUBLE)
     system = damped_system(moved.T @ moved, 1e-12)
-    target = corrected_target(weight, (x - moved).T @ moved, system, 1.0)
+    cross = (x - moved).T @ moved
+    target = Shift.of(cross, system, rows=5).corrected(weight, 1.0)
+    torch.testing.assert_close(Shift.of(cross, system, rows=10).corrected(weight, 1.0), target)
     gaps = []
     for _ in range(4):
         q = torch.randn(5, 10, generator=generator, dtype=DOUBLE)
@@ -148,44 +166,53 @@ def test_every_refinement_lowers_the_loss_of_every_row(
     weight, moment = problem(columns=columns, seed=seed)
     moment = damped_system(moment).moment
     grid = range_grid(weight, bits, group_size, symmetric, torch.bfloat16)
-    codes = grid.codes(weight)
-    losses = row_losses(grid.values(codes) - weight, moment)
+    target, codes = weight.T.contiguous(), grid.codes(weight).T.contiguous()
+    delta = differences(codes, grid, target)
+    losses = row_losses(delta, moment)
     for _ in range(2):
-        grid = refit_scales(codes, grid, moment, weight @ moment)
-        refit = row_losses(grid.values(codes) - weight, moment)
-        codes = coordinate_descent(weight, codes, grid, moment, block_size=7)
-        descended = row_losses(grid.values(codes) - weight, moment)
-        assert bool((refit <= losses * (1 + 1e-9)).all())
-        assert bool((descended <= refit * (1 + 1e-9)).all())
-        losses = descended
+        grid = refine(codes, delta, grid, moment)
+        torch.testing.assert_close(delta, grid.values(codes.T).T - target)
+        lower = row_losses(delta, moment)
+        assert bool((lower <= losses * (1 + 1e-9)).all())
+        losses = lower
     assert codes.min() >= grid.low
     assert codes.max() <= grid.high
+    assert torch.equal(grid.scales, grid.scales.bfloat16().double())
 
 
-def test_refit_scales_are_those_of_least_squares() -> None:
+def test_the_best_scale_is_that_of_least_squares() -> None:
     weight, moment = problem(rows=3, columns=32)
     grid = range_grid(weight, 4, 16, True, DOUBLE)
     codes = grid.codes(weight)
-    fitted = refit_scales(codes, grid, moment, weight @ moment)
+    gradient = moment @ (grid.values(codes) - weight).T
     root = torch.linalg.cholesky(moment).T  # ‖root δ‖² = δᵀ H δ
-    for row in range(3):
-        basis = torch.stack([codes[row] * (torch.arange(32) // 16 == g) for g in range(2)], 1)
-        expected = torch.linalg.lstsq(root @ basis, root @ weight[row, :, None]).solution[:, 0]
-        torch.testing.assert_close(fitted.scales[row], expected, rtol=1e-4, atol=0)
+    for group in (slice(0, 16), slice(16, 32)):
+        number = group.start // 16
+        change, _ = best_scale(
+            grid.scales[:, number], codes.T[group], gradient[group], moment[group, group], stored=DOUBLE
+        )
+        for row in range(3):
+            own = torch.zeros(32, dtype=DOUBLE)
+            own[group] = codes[row, group]
+            others = grid.values(codes)[row] * (own == 0)
+            expected = torch.linalg.lstsq(root @ own[:, None], root @ (weight[row] - others)[:, None]).solution[0, 0]
+            torch.testing.assert_close(grid.scales[row, number] + change[row], expected)
 
 
-def test_coordinate_descent_ends_where_no_single_code_can_improve() -> None:
-    weight, moment = problem(rows=2, columns=10)
-    grid = range_grid(weight, 2, -1, True, DOUBLE)
-    codes = grid.codes(weight)
-    for _ in range(50):
-        codes = coordinate_descent(weight, codes, grid, moment, block_size=3)
-    best = row_losses(grid.values(codes) - weight, moment)
-    for j in range(10):
+@pytest.mark.parametrize(("columns", "group_size"), [(10, -1), (70, 16)])
+def test_refinement_ends_where_no_single_code_can_improve(columns: int, group_size: int) -> None:
+    weight, moment = problem(rows=2, columns=columns)
+    grid = range_grid(weight, 2, group_size, True, DOUBLE)
+    codes = grid.codes(weight).T.contiguous()
+    delta = differences(codes, grid, weight.T)
+    for _ in range(60):
+        grid = refine(codes, delta, grid, moment)
+    best = row_losses(delta, moment)
+    for j in range(columns):
         for value in range(grid.low, grid.high + 1):
-            other = codes.clone()
+            other = codes.T.clone()
             other[:, j] = value
-            assert bool((row_losses(grid.values(other) - weight, moment) >= best - 1e-9).all())
+            assert bool((losses_of(grid.values(other) - weight, moment) >= best - 1e-9).all())
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -193,9 +220,10 @@ def test_every_row_keeps_the_best_of_several_grids(symmetric: bool) -> None:
     weight, moment = problem(rows=30, columns=48)
     system = damped_system(moment, act_order=True)
     grids = [range_grid(weight, 3, 16, symmetric, torch.bfloat16, shrink) for shrink in (1.0, 0.8, 0.6)]
-    grid, codes, best = best_sweep(weight, grids, system)
-    losses = torch.stack([gptq_codes(weight, one, system)[1] for one in grids])
-    torch.testing.assert_close(row_losses(grid.values(codes) - weight, system.moment), losses.min(0).values)
+    grid, codes, best = best_sweep(weight.T.contiguous(), grids, system)
+    codes = codes.T
+    losses = torch.stack([swept(weight, one, system)[1] for one in grids])
+    torch.testing.assert_close(losses_of(grid.values(codes) - weight, system.moment), losses.min(0).values)
     torch.testing.assert_close(best, losses.min(0).values)
     assert len(set(losses.argmin(0).tolist())) > 1
 
@@ -215,7 +243,7 @@ def test_zero_rows_and_ragged_groups_stay_finite(symmetric: bool) -> None:
     weight, moment = problem(columns=43)
     weight[4] = 0
     grid = range_grid(weight, 4, 16, symmetric, torch.bfloat16)
-    codes, _ = gptq_codes(weight, grid, damped_system(moment))
+    codes, _ = swept(weight, grid, damped_system(moment))
     assert bool(torch.isfinite(grid.values(codes)).all())
     assert bool((grid.values(codes)[4] == 0).all())
     assert grid.scales.shape == (12, 3)
@@ -246,11 +274,9 @@ def test_better_methods_have_lower_losses() -> None:
         {},
     ]
     grid = range_grid(weight, 3, 32, True, DOUBLE)
-    losses = [float(row_losses(grid.values(grid.codes(weight)) - weight, moment).sum())]
+    losses = [float(losses_of(grid.values(grid.codes(weight)) - weight, moment).sum())]
     for option in options:
-        solution, reason = Gptq(kind="gptq", bits=3, group_size=32, **option)._solve(
-            weight.float(), statistics, torch.float32
-        )
+        solution, reason = Gptq(kind="gptq", bits=3, group_size=32, **option)._solve(weight.float(), statistics)
         assert not reason
         losses.append(float(solution.losses.sum()))
     assert losses == sorted(losses, reverse=True)
@@ -261,8 +287,8 @@ def test_rows_solved_in_parts_are_rows_solved_at_once(monkeypatch: pytest.Monkey
     weight, moment = problem(rows=30, columns=48)
     statistics = Statistics(200, moment.float(), 0.01 * moment.float())
     step = Gptq(kind="gptq", bits=3, group_size=16, symmetric=False)
-    whole, _ = step._solve(weight.float(), statistics, torch.bfloat16)
+    whole, _ = step._solve(weight.bfloat16(), statistics)
     monkeypatch.setattr("compressor.compress.passes.gptq._ROWS", 7)
-    parts, _ = step._solve(weight.float(), statistics, torch.bfloat16)
+    parts, _ = step._solve(weight.bfloat16(), statistics)
     assert (whole.codes == parts.codes).float().mean() > 0.99  # GEMMs of another shape round differently
     torch.testing.assert_close(whole.losses, parts.losses, rtol=0.05, atol=1e-3)

@@ -6,7 +6,8 @@ Per group of linears that read the same input (their rows stacked, since rows ar
    (the objective of GPTAQ, arXiv:2504.02692, and Qronos, arXiv:2505.11695);
 2. static full-range grids from V, columns in order of falling `H_ii` (act-order without a stored permutation);
 3. the column sweep of GPTQ (arXiv:2210.17323), for a few ranges of the grid; each row keeps the best;
-4. rounds of scale refit and coordinate descent on the codes, which never raise the loss.
+4. rounds of scale refit and coordinate descent on the codes, which never raise the loss;
+5. rows that rounding to nearest serves better take that.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from torch import Tensor
 
 from ...calibrate.statistics import Statistics
 from ...calibrate.walk import StageWork
+from ...kernels.dispatch import products_dtype
 from ...runtime.operators import Dense
 from ..events import Event, Fallback, LayerDone
-from ..solvers.grid import Grid, range_grid, round_to_grid
-from ..solvers.refine import coordinate_descent, refit_scales, row_losses
+from ..solvers.grid import Grid, group_span, range_grid, round_to_grid
+from ..solvers.refine import differences, refine, row_losses
 from ..solvers.sweep import column_sweep
 from ..solvers.system import NotSolvable, System, damped_system
 from .base import Need
@@ -65,9 +67,9 @@ class Gptq(Quantizer):
 
     def memory(self, shapes: Sequence[tuple[int, int]]) -> float:
         rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
-        # Factoring holds five float64 copies of the moment; solving, two float32 ones, the weights, grids and codes of
-        # all rows and about ten float32 copies of the rows at hand.
-        return max(41.0 * columns**2, 8.0 * columns**2 + 10.0 * rows * columns + 44.0 * min(rows, _ROWS) * columns)
+        # Factoring holds two float64 copies of the moment and two float32 ones; solving, four in bfloat16 at most, the
+        # weights, codes and grids of all rows, and about six float32 copies of the rows at hand.
+        return max(24.0 * columns**2, 8.0 * columns**2 + 4.0 * rows * columns + 24.0 * min(rows, _ROWS) * columns)
 
     def apply(self, work: StageWork) -> Iterator[Event]:
         groups: dict[int, list[str]] = {}
@@ -81,16 +83,13 @@ class Gptq(Quantizer):
     def _apply_group(self, work: StageWork, names: list[str]) -> Iterator[Event]:
         operators = [work.linears[name] for name in names]
         weights = [operator.weight for operator in operators if isinstance(operator, Dense)]
-        stacked = torch.cat([weight.float() for weight in weights])
         statistics = work.statistics.get(names[0])
-        solution, reason = self._solve(stacked, statistics, weights[0].dtype)
+        solution, reason = self._solve(torch.cat(weights), statistics)
         start = 0
         for name, weight in zip(names, weights, strict=True):
             rows = slice(start, start + weight.shape[0])
             start += weight.shape[0]
-            zeros = None if solution.grid.zeros is None else solution.grid.zeros[rows]
-            grid = Grid(solution.grid.scales[rows], zeros, self.bits, solution.grid.group_size, weight.dtype)
-            result = quantized(solution.codes[rows], grid)
+            result = quantized(solution.codes[rows], solution.grid.rows(rows))
             work.linears[name] = result
             if reason:
                 yield Fallback(name, self.step, reason)
@@ -98,108 +97,145 @@ class Gptq(Quantizer):
             tokens = 0 if statistics is None else statistics.tokens
             yield LayerDone(name, self.step, error, bits_per_weight(result), tokens)
 
-    def _solve(self, weight: Tensor, statistics: Statistics | None, stored: torch.dtype) -> tuple[Solution, str]:
-        """The best solution, and why it is the simple one if it is."""
-        simple = range_grid(weight, self.bits, self.group_for(weight.shape[1]), self.symmetric, stored)
+    def _solve(self, weight: Tensor, statistics: Statistics | None) -> tuple[Solution, str]:
+        """The best solution for a stored weight `[rows, columns]`, and why it is the simple one where it is."""
         if statistics is None or statistics.tokens == 0:
-            return Solution.without_data(simple, weight), "no calibration tokens"
+            return self._rounded(weight), "no calibration tokens"
         try:
-            system = damped_system(statistics.moment, self.damping, act_order=self.act_order).to(torch.float32)
+            system = damped_system(statistics.moment, self.damping, act_order=self.act_order)
         except NotSolvable as error:
-            return Solution.without_data(simple, weight), str(error)
-        parts = [self._solve_rows(rows, statistics.cross, system, stored) for rows in weight.split(_ROWS)]
-        solution, rounded = (Solution.joined(column) for column in zip(*parts, strict=True))
-        if solution.losses.sum() <= rounded.losses.sum():
-            return solution, ""
-        return rounded, "rounding to nearest had the lower loss"
+            return self._rounded(weight), str(error)
+        system = system.to(products_dtype(weight.device))
+        shift = None
+        if self.correction and statistics.cross is not None:
+            shift = Shift.of(statistics.cross, system, weight.shape[0])
+        solution = Solution.joined([self._solve_rows(part, shift, system) for part in weight.split(_ROWS)])
+        return solution, "rounding to nearest had the lower loss in every row" if solution.simple.all() else ""
 
-    def _solve_rows(
-        self, weight: Tensor, cross: Tensor | None, system: System, stored: torch.dtype
-    ) -> tuple[Solution, Solution]:
-        """The full solution of some rows, and the nearest values to compare it with."""
-        options = (self.bits, self.group_for(weight.shape[1]), self.symmetric, stored)
-        target = weight
-        if self.correction and cross is not None:
-            target = corrected_target(weight, cross, system, self.correction)
-        shrinks = _SHRINKS if self.search else _SHRINKS[:1]
-        grid, codes, losses = best_sweep(target, [range_grid(target, *options, shrink) for shrink in shrinks], system)
-        pull = target @ system.moment
-        for _ in range(self.refinements):
-            grid = refit_scales(codes, grid, system.moment, pull)
-            codes = coordinate_descent(target, codes, grid, system.moment)
+    def _grid(self, weight: Tensor, stored: torch.dtype, shrink: float = 1.0) -> Grid:
+        return range_grid(weight, self.bits, self.group_for(weight.shape[1]), self.symmetric, stored, shrink)
+
+    def _rounded(self, weight: Tensor) -> Solution:
+        """The nearest codes; losses are squared errors of the weight."""
+        exact = weight.float()
+        grid = self._grid(exact, weight.dtype)
+        codes = grid.codes(exact)
+        losses = (grid.values(codes) - exact).square().sum(1)
+        everything = torch.ones_like(losses, dtype=torch.bool)
+        return Solution(grid, codes.to(torch.int8), losses, exact.square().sum(1), everything)
+
+    def _solve_rows(self, weight: Tensor, shift: Shift | None, system: System) -> Solution:
+        exact = weight.float()
+        target = exact if shift is None else shift.corrected(exact, self.correction)
+        grids = [self._grid(target, weight.dtype, shrink) for shrink in (_SHRINKS if self.search else _SHRINKS[:1])]
+        simple = self._grid(exact, weight.dtype)
+        target, rounded = target.T.contiguous(), simple.codes(exact).T.contiguous()
+        del exact
+        scale = row_losses(target, system.moment)
+        simple_losses = row_losses(differences(rounded, simple, target), system.moment)
+        rounded = rounded.to(torch.int8)
+        grid, codes, losses = best_sweep(target, grids, system)
         if self.refinements:
-            losses = row_losses(grid.values(codes) - target, system.moment)
-        scale = torch.linalg.vecdot(pull, target)
-        simple = range_grid(weight, *options)
-        simple_codes = simple.codes(weight)
-        simple_losses = row_losses(simple.values(simple_codes) - target, system.moment)
-        return Solution(grid, codes, losses, scale), Solution(simple, simple_codes, simple_losses, scale)
+            delta = differences(codes, grid, target)
+            del target
+            for _ in range(self.refinements):
+                grid = refine(codes, delta, grid, system.moment)
+            losses = row_losses(delta, system.moment)
+        worse = simple_losses < losses
+        codes = torch.where(worse, rounded, codes.to(torch.int8)).T.contiguous()
+        return Solution(grid.where(~worse, simple), codes, torch.minimum(losses, simple_losses), scale, worse)
 
 
 @dataclass(frozen=True)
 class Solution:
-    """Codes `[rows, columns]` on a grid; per row, their loss and that of zeros in their place."""
+    """int8 codes `[rows, columns]` on a grid; per row, their loss, that of zeros in their place, and whether they are
+    the nearest ones for want of better."""
 
     grid: Grid
     codes: Tensor
     losses: Tensor
     scale: Tensor
-
-    @classmethod
-    def without_data(cls, grid: Grid, weight: Tensor) -> Solution:
-        """The nearest codes; losses are squared errors of the weight."""
-        codes = grid.codes(weight)
-        return cls(grid, codes, (grid.values(codes) - weight).square().sum(1), weight.square().sum(1))
+    simple: Tensor
 
     @classmethod
     def joined(cls, parts: Sequence[Solution]) -> Solution:
         """One solution of all rows."""
-        first = parts[0].grid
-        zeros = None
-        if first.zeros is not None:
-            zeros = torch.cat([part.grid.zeros for part in parts if part.grid.zeros is not None])
-        scales = torch.cat([part.grid.scales for part in parts])
-        grid = Grid(scales, zeros, first.bits, first.group_size, first.stored)
-        codes, losses, scale = (
-            torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "losses", "scale")
-        )
-        return cls(grid, codes, losses, scale)
+        columns = zip(*((part.codes, part.losses, part.scale, part.simple) for part in parts), strict=True)
+        return cls(Grid.stacked([part.grid for part in parts]), *map(torch.cat, columns))
 
 
-def corrected_target(weight: Tensor, cross: Tensor, system: System, alpha: float) -> Tensor:
-    """`W + α W C H⁻¹` with C the cross moment `[columns, columns]`."""
-    return weight + alpha * system.solve_right(weight @ cross.to(weight.dtype))
+@dataclass(frozen=True)
+class Shift:
+    """What corrects a target for the errors before it: `W → W + α W C H⁻¹`, C the cross moment `[columns, columns]`.
+
+    Attributes:
+        matrix: `C H⁻¹`, or C where the rows are few and it is cheaper to multiply them first.
+        system: of H in the latter case.
+    """
+
+    matrix: Tensor
+    system: System | None
+
+    @classmethod
+    def of(cls, cross: Tensor, system: System, rows: int) -> Shift:
+        if rows < cross.shape[0]:
+            return cls(cross.to(system.factor.dtype), system)
+        return cls(system.solve_right(cross), None)
+
+    def corrected(self, weight: Tensor, alpha: float) -> Tensor:
+        """The target of `[rows, columns]`."""
+        moved = weight.to(self.matrix.dtype) @ self.matrix
+        if self.system is not None:
+            moved = self.system.solve_right(moved)
+        return torch.add(weight, moved, alpha=alpha)
 
 
 def best_sweep(target: Tensor, grids: Sequence[Grid], system: System) -> tuple[Grid, Tensor, Tensor]:
-    """Sweep on each grid; every row keeps the scales, zeros and codes of its lowest loss, which is returned too."""
-    best, (codes, losses) = grids[0], gptq_codes(target, grids[0], system)
-    for grid in grids[1:]:
-        other_codes, other_losses = gptq_codes(target, grid, system)
-        better = (other_losses < losses)[:, None]
-        losses = torch.minimum(losses, other_losses)
-        codes = torch.where(better, other_codes, codes)
-        zeros = None
-        if best.zeros is not None and grid.zeros is not None:
-            zeros = torch.where(better, grid.zeros, best.zeros)
-        best = Grid(torch.where(better, grid.scales, best.scales), zeros, grid.bits, grid.group_size, grid.stored)
-    return best, codes, losses
+    """Sweep on each grid; every row keeps the scales, zeros and codes of its lowest loss.
+
+    Args:
+        target: columns first, `[columns, rows]`.
+
+    Returns:
+        Grid, codes `[columns, rows]` (as floats) and losses `[rows]`.
+    """
+    found = []
+    at_once = max(1, _ROWS // len(grids))  # the grids' rows are swept side by side
+    for start in range(0, target.shape[1], at_once):
+        rows = slice(start, min(start + at_once, target.shape[1]))
+        stacked = Grid.stacked([grid.rows(rows) for grid in grids])
+        codes, losses = gptq_codes(target[:, rows], stacked, system)
+        count = rows.stop - rows.start
+        best = losses.view(len(grids), count).argmin(0) * count + torch.arange(count, device=losses.device)
+        found.append((stacked.rows(best), codes[:, best], losses[best]))
+    chosen, swept, lowest = zip(*found, strict=True)
+    return Grid.stacked(chosen), torch.cat(swept, 1), torch.cat(lowest)
 
 
-def gptq_codes(target: Tensor, grid: Grid, system: System, block_size: int = 128) -> tuple[Tensor, Tensor]:
-    """Codes (as floats, `[rows, columns]`) of the column sweep on a static grid, in the system's order; row losses."""
-    columns = target.shape[1]
-    scales, zeros = grid.columns(columns)
-    scales, zeros = scales.T.contiguous(), None if zeros is None else zeros.T.contiguous()
-    codes = torch.empty(columns, target.shape[0], dtype=target.dtype, device=target.device)
+def gptq_codes(target: Tensor, grid: Grid, system: System) -> tuple[Tensor, Tensor]:
+    """Codes (as floats) of the column sweep on a static grid, in the system's order, and row losses.
+
+    Args:
+        target: columns first, `[columns, rows]`.
+        grid: of these rows, or of several times as many: each of the stacked grids is swept.
+
+    Returns:
+        `[columns, rows of the grid]` and `[rows of the grid]`.
+    """
+    columns, rows = target.shape
+    span = group_span(grid.group_size, columns)
+    scales = grid.scales.T.contiguous()
+    zeros = None if grid.zeros is None else grid.zeros.T.contiguous()
+    work = target[system.order].repeat(1, grid.scales.shape[0] // rows)
+    codes = torch.empty_like(work)
     places = system.order.tolist()
 
     def fix(j: int, column: Tensor) -> Tensor:
         place = places[j]
-        zero = None if zeros is None else zeros[place]
-        code = round_to_grid(column, scales[place], zero, grid.low, grid.high)
+        scale, zero = scales[place // span], None if zeros is None else zeros[place // span]
+        code = round_to_grid(column, scale, zero, grid.low, grid.high)
         codes[place] = code
-        return (code if zero is None else code - zero) * scales[place]
+        return (code if zero is None else code - zero) * scale
 
-    _, losses = column_sweep(target[:, system.order], system.factor, fix, block_size)
-    return codes.T.contiguous(), losses
+    losses = column_sweep(work, system.factor, fix)
+    return codes, losses

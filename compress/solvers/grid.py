@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,24 @@ class Grid:
         size = group_span(self.group_size, count)
         zeros = None if self.zeros is None else expand_groups(self.zeros, count, size)
         return expand_groups(self.scales, count, size), zeros
+
+    def rows(self, which: Tensor | slice) -> Grid:
+        """The grid of some rows."""
+        zeros = None if self.zeros is None else self.zeros[which]
+        return Grid(self.scales[which], zeros, self.bits, self.group_size, self.stored)
+
+    @staticmethod
+    def stacked(grids: Sequence[Grid]) -> Grid:
+        """One grid of the rows of several, all alike but for scales and zeros."""
+        first = grids[0]
+        zeros = None if first.zeros is None else torch.cat([grid.zeros for grid in grids if grid.zeros is not None])
+        return Grid(torch.cat([grid.scales for grid in grids]), zeros, first.bits, first.group_size, first.stored)
+
+    def where(self, keep: Tensor, other: Grid) -> Grid:
+        """This grid in the rows to `keep`, another of the same kind elsewhere."""
+        stacked = Grid.stacked([self, other])
+        count = len(keep)
+        return stacked.rows(torch.arange(count, device=keep.device) + torch.where(keep, 0, count))
 
     def with_scales(self, scales: Tensor) -> Grid:
         return Grid(storable(scales, self.stored), self.zeros, self.bits, self.group_size, self.stored)

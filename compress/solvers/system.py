@@ -28,9 +28,12 @@ class System:
         return System(self.moment.to(dtype), self.order, self.factor.to(dtype), self.damping)
 
     def solve_right(self, matrix: Tensor) -> Tensor:
-        """`matrix @ moment⁻¹` for `[rows, n]`."""
-        solved = torch.empty_like(matrix)
-        solved[:, self.order] = (matrix[:, self.order] @ self.factor.T) @ self.factor
+        """`matrix @ moment⁻¹` for `[rows, n]`, in the system's dtype.
+
+        In bfloat16, what rounding adds stays small in the metric of the moment, for `U H Uᵀ` is the identity.
+        """
+        solved = torch.empty(matrix.shape, dtype=self.factor.dtype, device=matrix.device)
+        solved[:, self.order] = (matrix[:, self.order].to(self.factor.dtype) @ self.factor.T) @ self.factor
         return solved
 
 
@@ -38,32 +41,30 @@ class NotSolvable(Exception):
     """The moment has non-finite entries, or stays indefinite whatever is added to its diagonal."""
 
 
-def damped_system(
-    moment: Tensor, damping: float = 0.01, *, act_order: bool = False, dtype: torch.dtype = torch.float64
-) -> System:
+def damped_system(moment: Tensor, damping: float = 0.01, *, act_order: bool = False) -> System:
     """Damp, factor and invert a second moment.
 
-    The damping is a share of the mean diagonal (GPTQ, arXiv:2210.17323 §3.3); when the factorization fails it is
-    multiplied by ten, up to one hundred times the mean diagonal.
+    The damping is a share of the mean diagonal (GPTQ, arXiv:2210.17323 §3.3); when the factorization, done in float64,
+    fails, it is multiplied by ten, up to one hundred times the mean diagonal.
 
     Args:
-        moment: `[n, n]`, symmetric, positive semi-definite up to rounding.
+        moment: `[n, n]`, symmetric, positive semi-definite up to rounding; the result has its dtype.
         damping: the first share tried.
         act_order: process columns by falling diagonal instead of from left to right.
-        dtype: of the factorization and of the result.
 
     Raises:
         NotSolvable: see there.
     """
     if not torch.isfinite(moment).all():
         raise NotSolvable("the second moment has non-finite entries")
-    base = moment.to(dtype, copy=True)
+    base = moment.clone()
     diagonal = base.diagonal()
     dead = diagonal <= 0
     mean = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
-    base[dead, :] = 0  # decoupled: such columns are rounded to nearest and nothing leans on them
-    base[:, dead] = 0
-    base[dead, dead] = mean
+    if dead.any():  # decoupled: such columns are rounded to nearest and nothing leans on them
+        base[dead, :] = 0
+        base[:, dead] = 0
+        base[dead, dead] = mean
     order = torch.arange(base.shape[0], device=base.device)
     if act_order:
         order = torch.argsort(diagonal, descending=True, stable=True)
@@ -71,22 +72,24 @@ def damped_system(
     while share <= 100:
         diagonal.add_((share - added) * mean)  # a view of base
         added = share
-        factor, failed = inverse_factor(base[order[:, None], order])
-        if not failed:
+        factor = inverse_factor(base, order)
+        if factor is not None:
             return System(base, order, factor, share)
         share = max(share * 10, 1e-6)
     raise NotSolvable("the second moment is not positive definite")
 
 
-def inverse_factor(matrix: Tensor) -> tuple[Tensor, bool]:
-    """Upper triangular U with `matrix⁻¹ = Uᵀ U`, and whether the factorization failed.
+def inverse_factor(matrix: Tensor, order: Tensor) -> Tensor | None:
+    """Upper triangular U with `matrix[order][:, order]⁻¹ = Uᵀ U`, or None if the matrix is not positive definite.
 
-    One Cholesky of the matrix read backwards gives `matrix = M Mᵀ` with M upper triangular, and U = M⁻¹.
+    One Cholesky of the matrix read backwards gives `M Mᵀ` with M upper triangular, and U = M⁻¹. The matrix needs the
+    digits of float64; M, whose condition is the square root of the matrix's, is inverted in the matrix's dtype.
     """
-    lower, info = torch.linalg.cholesky_ex(matrix.flip(0, 1))
+    backwards = order.flip(0)
+    lower, info = torch.linalg.cholesky_ex(matrix[backwards[:, None], backwards].double())
     if int(info) != 0 or not bool(torch.isfinite(lower).all()):
-        return lower, True
-    upper = lower.flip(0, 1)
+        return None
+    upper = lower.to(matrix.dtype).flip(0, 1)
     del lower  # at this size every copy counts
     identity = torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
-    return torch.linalg.solve_triangular(upper, identity, upper=True), False
+    return torch.linalg.solve_triangular(upper, identity, upper=True)
