@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..runtime.errors import ResourceError
+from ..runtime.files import write_synced
 from .statistics import Statistics
 
 
@@ -32,7 +33,10 @@ class StatisticsFolder:
         if folder.exists() and not folder.is_dir():
             raise ResourceError(f"{folder}: is a file; name a folder for the statistics")
         if self._index.is_file():
-            found = json.loads(self._index.read_text(encoding="utf-8"))
+            try:
+                found = json.loads(self._index.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ResourceError(f"{self._index}: damaged ({error}); delete {folder}") from None
             changed = [key for key in {*found, *self.source} if found.get(key) != self.source.get(key)]
             if changed:
                 raise ResourceError(
@@ -52,7 +56,10 @@ class StatisticsFolder:
             tensors[lead] = found.moment
             names[name] = json.dumps([lead, found.tokens])
         partial = self._file(block).with_suffix(".partial")
-        save_file(tensors, partial, names)
+        try:
+            save_file(tensors, partial, names)
+        except SafetensorError as error:  # not an OSError, whatever the reason
+            raise ResourceError(f"{partial}: cannot be written ({error}); name another folder") from None
         partial.replace(self._file(block))
 
     def load(self, block: int) -> dict[str, Statistics]:
@@ -69,9 +76,10 @@ class StatisticsFolder:
             raise ResourceError(f"{self._file(block)}: not readable ({error}); delete {self.folder}") from None
         return {name: made[lead] for name, (lead, _) in names.items()}
 
-    def finish(self) -> None:
-        """Declare the folder complete."""
-        self._index.write_text(json.dumps(self.source, indent=2) + "\n", encoding="utf-8")
+    def finish(self, blocks: int) -> None:
+        """Declare the folder complete, if it is: a run may have begun without it."""
+        if all(self._file(block).is_file() for block in range(blocks)):
+            write_synced(self._index, json.dumps(self.source, indent=2) + "\n")
 
     def _file(self, block: int) -> Path:
         return self.folder / f"block-{block:05d}.safetensors"

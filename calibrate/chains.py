@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..runtime.files import reserve
+
 BATCH_TOKENS = 4096  # tokens per micro-batch: enough to fill a GEMM, little enough to stay small beside a block
 
 
@@ -82,11 +84,3 @@ class Chains:
         file = open(path, "wb+")  # noqa: SIM115 (the spill keeps it)
         reserve(file, shape[0] * shape[1] * shape[2] * dtype.itemsize)
         return Spill(file, shape, dtype)
-
-
-def reserve(file: BinaryIO, size: int) -> None:
-    """Give a file its full size now, so that a full disk is an error here and not a crash of a mapped write."""
-    if hasattr(os, "posix_fallocate") and size:
-        os.posix_fallocate(file.fileno(), 0, size)
-    else:
-        file.truncate(size)

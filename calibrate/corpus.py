@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..runtime.errors import RecipeError
+from ..runtime.errors import ModelError, RecipeError
 
 Split = Literal["train", "calibration", "evaluation"]
 Document = str | list[dict[str, Any]]  # plain text, or chat messages
@@ -108,11 +108,31 @@ def _jsonl_documents(path: Path, text: str) -> Iterator[Document]:
         except json.JSONDecodeError as error:
             raise RecipeError(f"{path}:{number}: not a JSON document ({error.msg})") from None
         if isinstance(row, dict) and isinstance(row.get("text"), str):
-            yield row["text"]
+            yield row["text"].encode("utf-8", "replace").decode()  # JSON can say half a surrogate pair
         elif isinstance(row, dict) and isinstance(row.get("messages"), list):
+            if not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in row["messages"]):
+                raise RecipeError(f"{path}:{number}: every message needs a 'role' and a 'content'")
             yield row["messages"]
         else:
             raise RecipeError(f"{path}:{number}: needs a 'text' string or a 'messages' list")
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder.
+
+    Raises:
+        ModelError: there is none that can be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # transformers raises whatever its tokenizers do
+        raise ModelError(f"{folder}: its tokenizer cannot be loaded ({_first_line(error)})") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def tokenize(corpus: Corpus, tokenizer: Any) -> list[int]:
@@ -124,7 +144,11 @@ def tokenize(corpus: Corpus, tokenizer: Any) -> list[int]:
         else:
             if tokenizer.chat_template is None:
                 raise RecipeError(f"{corpus.name} holds chat messages, but the model's tokenizer has no chat template")
-            ids = tokenizer.apply_chat_template(document, tokenize=True, return_dict=True)["input_ids"]
+            try:
+                ids = tokenizer.apply_chat_template(document, tokenize=True, return_dict=True)["input_ids"]
+            except Exception as error:  # whatever a model's template does
+                reason = _first_line(error)
+                raise RecipeError(f"{corpus.name}: the chat template refuses a conversation ({reason})") from None
         stream.extend(ids)
         if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
             stream.append(tokenizer.eos_token_id)

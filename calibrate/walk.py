@@ -206,6 +206,8 @@ class Block:
         """Statistics of all stages in one pass over the original block, which also carries the chain on."""
         assert self.chains is not None
         groups = [group for stage in self.skeleton.stages(self.index) for group in stage]
+        if self.kept is None:
+            groups = [group for group in groups if any(self._disk(name) in self._wanted for name in group)]
         capture = _Capture(self._runners["reference"].layers[0], groups, self.skeleton.dtype, stop=False)
         target = self.chains.create(self.index + 1, "reference")
         sums: dict[tuple[str, ...], Statistics] = {}

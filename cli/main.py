@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,15 +73,21 @@ def apply(
         render.err.print(
             "warning: the built-in text is little for a model of this size; name your own under data.source"
         )
-    job = Job(parsed, text, tuple(edits or ()), folder, out, model, commit)
+    recipe_file = Path(recipe) if Path(recipe).is_file() else None
+    job = Job(parsed, text, tuple(edits or ()), folder, out, model, commit, recipe_file)
     try:
         with render.ApplyProgress(blocks, _state["quiet"]) as progress:
             done = run_job(job, progress, resume=resume, overwrite=overwrite, statistics=statistics)
     except KeyboardInterrupt:
-        again = " ".join(
-            ["compressor apply", recipe, model, str(out), *(f"--set {e}" for e in edits or ()), "--resume"]
-        )
-        render.err.print(f"interrupted; nothing is lost, go on with: {again}")
+        words = ["compressor", "apply", recipe, model, str(out)]
+        for option, values in (
+            ("--set", edits or []),
+            ("--statistics", [str(statistics)] if statistics else []),
+            ("--revision", [revision] if revision else []),
+        ):
+            words += [word for value in values for word in (option, value)]
+        words += ["--overwrite"] * overwrite + ["--resume"]
+        render.err.print(f"interrupted; nothing is lost, go on with: {shlex.join(words)}", soft_wrap=True)
         raise typer.Exit(130) from None
     if as_json:
         render.document(_plan_record(done) | {"out": str(out)})
@@ -106,11 +114,11 @@ def plan(
 
     from ..compress.apply import open_source
     from ..compress.plan import estimated_seconds, make_plan, rows
-    from ..runtime.skeleton import Skeleton
+    from ..runtime.skeleton import Skeleton, calibration_dtype
 
     _, parsed = _recipe(recipe, edits)
-    folder, _ = _model(model, revision)
-    result = make_plan(parsed, Skeleton(open_source(folder)))
+    checkpoint = open_source(_model(model, revision)[0])
+    result = make_plan(parsed, Skeleton(checkpoint, calibration_dtype(checkpoint)))
     seconds, free = estimated_seconds(result), shutil.disk_usage(Path.cwd()).free
     if as_json:
         render.document(_plan_record(result) | {"seconds": seconds, "disk_free": free})
@@ -138,7 +146,7 @@ def inspect(
     folder, _ = _model(model, None)
     opened = open_model(folder)
     record: dict[str, Any] = {
-        "model_type": opened.config["model_type"],
+        "model_type": opened.config.get("model_type"),
         "blocks": len(opened.block_names()),
         "parameters": opened.parameters,
         "bytes": opened.nbytes,
@@ -180,9 +188,8 @@ def evaluate_command(
 ) -> None:
     """Perplexity of MODEL, and how far it is from another model."""
     import torch
-    from transformers import AutoTokenizer
 
-    from ..calibrate.corpus import builtin_corpus, file_corpus, token_windows
+    from ..calibrate.corpus import builtin_corpus, file_corpus, load_tokenizer, token_windows
     from ..compress.evaluate import evaluate
     from ..runtime.errors import RecipeError
     from ..runtime.loader import load
@@ -191,7 +198,7 @@ def evaluate_command(
         raise RecipeError("--max-ppl-ratio compares with another model: name it with --against")
     folder, _ = _model(model, None)
     corpus = builtin_corpus("evaluation") if data == "builtin" else file_corpus(Path(data))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     windows = token_windows(corpus, tokenizer, samples=None, sequence_length=sequence_length)[:samples]
     base = None if against is None else load(_model(against, None)[0], dtype=torch.float32)
     result = evaluate(load(folder, dtype=torch.float32), windows, base)
@@ -248,15 +255,18 @@ def run(
 ) -> None:
     """Generate text."""
     import torch
-    from transformers import AutoTokenizer
 
+    from ..calibrate.corpus import load_tokenizer
+    from ..runtime.errors import RecipeError
     from ..runtime.loader import load
 
     folder, _ = _model(model, None)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     loaded: Any = load(folder)
     torch.manual_seed(seed)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(loaded.device)
+    if not ids.numel():
+        raise RecipeError("--prompt holds no token: give some text to go on from")
     sampling: dict[str, Any] = (
         {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     )
@@ -311,7 +321,10 @@ def recipes_copy(
 
     if destination.exists():
         raise ResourceError(f"{destination}: exists; choose another name")
-    destination.write_text(read_recipe(recipe)[1], encoding="utf-8")
+    try:
+        destination.write_text(read_recipe(recipe)[1], encoding="utf-8")
+    except OSError as error:
+        raise ResourceError(f"{destination}: cannot be written ({error.strerror}); choose another place") from None
     render.out.print(str(destination))
 
 
@@ -381,7 +394,10 @@ def main() -> None:
     except Exception as error:
         from ..runtime.errors import CompressorError
 
-        if _state["debug"] or not isinstance(error, CompressorError):
-            raise
-        print(f"error: {error}", file=sys.stderr)
+        if _state["debug"]:
+            traceback.print_exc()
+        elif isinstance(error, CompressorError):
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            print(f"internal error: {error!r}; `compressor --debug ...` shows where, please report it", file=sys.stderr)
         sys.exit(2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,16 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 def document(content: Any) -> None:
     """One JSON document on stdout."""
-    print(json.dumps(content, indent=2, default=str))
+    print(json.dumps(_without_nan(content), indent=2, default=str))
+
+
+def _without_nan(content: Any) -> Any:
+    """NaN, which JSON does not have, as null."""
+    if isinstance(content, dict):
+        return {key: _without_nan(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_without_nan(value) for value in content]
+    return None if isinstance(content, float) and math.isnan(content) else content
 
 
 def size(count: float) -> str:

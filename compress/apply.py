@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,22 +13,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from ..calibrate.artefact import StatisticsFolder
 from ..calibrate.chains import Chains
-from ..calibrate.corpus import Corpus, builtin_corpus, file_corpus, token_windows
+from ..calibrate.corpus import Corpus, builtin_corpus, file_corpus, load_tokenizer, token_windows
 from ..calibrate.walk import Block, start_chains, walk
+from ..kernels.dispatch import cpu_capability
 from ..runtime.checkpoint import Checkpoint, non_finite
 from ..runtime.errors import ModelError, RecipeError, ResourceError, VerifyError
+from ..runtime.files import file_sha256
 from ..runtime.operators import Operator, from_tensors
 from ..runtime.skeleton import Skeleton, calibration_dtype
 from .events import BlockDone, Event, Fallback, LayerDone
 from .folder import finish_folder
 from .journal import Journal
-from .plan import Plan, chain_names, check_disk, make_plan
+from .plan import Plan, chain_names, check_disk, check_memory, make_plan
 from .recipe import Recipe
-from .writer import ShardedWriter, file_sha256
+from .writer import ShardedWriter
 
 Listener = Callable[[Event], None]
 
@@ -41,6 +42,7 @@ class Job:
         recipe_text: the recipe's file verbatim; `edits` were applied to it.
         model, revision: the folder, and the hub commit it came from, if any.
         source: what the user named as the model.
+        recipe_file: where the recipe lies, if it is a file.
     """
 
     recipe: Recipe
@@ -50,6 +52,13 @@ class Job:
     out: Path
     source: str
     revision: str | None = None
+    recipe_file: Path | None = None
+
+    @property
+    def inputs(self) -> list[Path]:
+        """What the run reads."""
+        data = [] if self.recipe.data.source == "builtin" else [Path(self.recipe.data.source)]
+        return [self.model, *data, *([self.recipe_file] if self.recipe_file else [])]
 
 
 def apply(
@@ -63,7 +72,8 @@ def apply(
     Raises:
         CompressorError: anything a person can mend; what was done so far can be resumed.
     """
-    check_output(job.out, resume=resume, overwrite=overwrite)
+    inputs = [*job.inputs, *([statistics] if statistics else [])]
+    check_output(job.out, resume=resume, overwrite=overwrite, inputs=inputs)
     checkpoint = open_source(job.model)
     skeleton = Skeleton(checkpoint, calibration_dtype(checkpoint))
     plan = make_plan(job.recipe, skeleton)
@@ -73,11 +83,12 @@ def apply(
             "search: true and gptq with sequential: false"
         )
     journal = Journal(job.out)
+    check_memory(plan)
     if not resume:
         check_disk(plan, job.out)
     try:
         corpus, windows = calibration_windows(job.recipe, checkpoint) if plan.needs else (None, None)
-        fingerprint = make_fingerprint(job, checkpoint, corpus, windows)
+        fingerprint = make_fingerprint(job, skeleton, corpus, windows, statistics)
         kept = None if statistics is None else statistics_folder(statistics, fingerprint)
         journal.open(fingerprint, resume=resume)
         if not any(entry.get("step") == "finished" for entry in journal.entries):
@@ -92,18 +103,31 @@ def apply(
             ) from None
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise ResourceError(f"{error.filename or job.out}: {error.strerror}; choose another output") from None
-        raise
+        raise ResourceError(
+            f"{error.filename or job.out}: {error.strerror or error}; mend that and run the same command with --resume"
+        ) from None
     finally:
         journal.close()
     return plan
 
 
-def check_output(out: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuse an output folder that is in the way, before any work."""
-    if out.is_file():
+def check_output(out: Path, *, resume: bool, overwrite: bool, inputs: Sequence[Path]) -> None:
+    """Refuse an output folder that is in the way, before any work; `inputs` may not lie in what would be replaced."""
+    if out.is_symlink():
+        raise ResourceError(f"{out}: is a symbolic link; name the folder itself")
+    if not out.name or out.is_mount() or out.absolute() == Path.cwd():
+        raise ResourceError(f"{out}: cannot be replaced by a finished folder; name a new folder in it")
+    if out.exists() and not out.is_dir():
         raise ResourceError(f"{out}: a file of that name exists; choose another output folder")
-    if out.is_dir() and any(out.iterdir()) and not (overwrite or resume):
+    for path in inputs:
+        if out.resolve() in (path.resolve(), *path.resolve().parents):
+            raise ResourceError(f"{out}: holds {path}, which is read; choose another output folder")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not (overwrite or resume):
         raise ResourceError(f"{out}: not empty; choose another output folder or add --overwrite")
+    if overwrite and not any((out / name).is_file() for name in ("compressor.json", "config.json")):
+        raise ResourceError(f"{out}: is not a model folder, which --overwrite replaces; choose another output")
 
 
 def open_source(model: Path) -> Checkpoint:
@@ -123,10 +147,7 @@ def calibration_windows(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Corpus,
     if limit and data.sequence_length > limit:
         raise RecipeError(f"data.sequence_length {data.sequence_length} is beyond the model's {limit} positions")
     corpus = builtin_corpus("calibration") if data.source == "builtin" else file_corpus(Path(data.source))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
-    except Exception as error:  # transformers raises whatever its tokenizers do
-        raise ModelError(f"{checkpoint.path}: its tokenizer cannot be loaded ({error})") from None
+    tokenizer = load_tokenizer(checkpoint.path)
     windows = token_windows(
         corpus, tokenizer, samples=data.samples, sequence_length=data.sequence_length, seed=data.seed
     )
@@ -136,12 +157,15 @@ def calibration_windows(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Corpus,
     return corpus, windows
 
 
-def make_fingerprint(job: Job, checkpoint: Checkpoint, corpus: Corpus | None, windows: Tensor | None) -> dict[str, Any]:
+def make_fingerprint(
+    job: Job, skeleton: Skeleton, corpus: Corpus | None, windows: Tensor | None, statistics: Path | None
+) -> dict[str, Any]:
     """What must be the same for a run to be resumed; reads every weight once and refuses NaN and infinity.
 
     Raises:
         ModelError: a weight is not finite (named).
     """
+    checkpoint = skeleton.checkpoint
     for name in non_finite((name, checkpoint.tensor(name)) for name in checkpoint.tensors):
         raise ModelError(f"{checkpoint.path}: {name} holds NaN or infinite weights; get a sound copy of the model")
     checkpoint.release()
@@ -155,8 +179,10 @@ def make_fingerprint(job: Job, checkpoint: Checkpoint, corpus: Corpus | None, wi
             **{name: version(name) for name in ("compressor", "torch", "transformers", "safetensors", "numpy")},
             "python": platform.python_version(),
         },
-        "device": "cpu",
-        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "device": str(skeleton.device),
+        "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {cpu_capability()}",
+        "computes": str(skeleton.dtype).removeprefix("torch."),
+        "statistics": None if statistics is None else str(statistics.resolve()),
         "threads": torch.get_num_threads(),
     }
 
@@ -164,7 +190,8 @@ def make_fingerprint(job: Job, checkpoint: Checkpoint, corpus: Corpus | None, wi
 def statistics_folder(folder: Path, fingerprint: dict[str, Any]) -> StatisticsFolder:
     """The folder, if what it holds was collected from the same weights, text and windows."""
     data = {key: value for key, value in fingerprint["recipe"]["data"].items() if key != "source"}
-    return StatisticsFolder(folder, {"model": fingerprint["model"], "corpus": fingerprint["corpus"], "windows": data})
+    same = {key: fingerprint[key] for key in ("model", "corpus", "versions", "device", "cpu", "computes")}
+    return StatisticsFolder(folder, {**same, "windows": data})
 
 
 def _run(
@@ -188,9 +215,13 @@ def _run(
             chains = start_chains(skeleton, windows, journal.chains, chain_names(plan.needs))
         else:
             chains = Chains(journal.chains, chain_names(plan.needs), (*windows.shape, skeleton.config.hidden_size))
+            if first < skeleton.blocks and not chains.exists(first):
+                raise ResourceError(
+                    f"{journal.folder}: the calibration activations are not there (a folder of statistics served in "
+                    "their place?); put that folder back, or delete the work folder to start over"
+                )
     if not done:
-        inside = {name for names in checkpoint.block_names() for name in names}
-        writer.write({name: checkpoint.tensor(name) for name in checkpoint.tensors if name not in inside})
+        writer.write({name: checkpoint.tensor(name) for name in checkpoint.outside_names()})
         journal.done({"step": "outside", "block": -1})
     for entry in journal.entries:
         for record in entry.get("events", ()):
@@ -200,7 +231,8 @@ def _run(
         start = time.monotonic()
         events = list(_rewrite(job.recipe, block, listener))
         _store(block, plan, checkpoint, writer)
-        block.advance()
+        if block.index + 1 < skeleton.blocks:
+            block.advance()
         events.append(_block_done(events, plan, block, skeleton.blocks))
         journal.done({"block": block.index, "events": [event.record() for event in events]})
         journal.timing({"block": block.index, "seconds": round(time.monotonic() - start, 3)})
@@ -209,7 +241,7 @@ def _run(
         checkpoint.release()
         listener(events[-1])
     if kept is not None and not kept.complete:
-        kept.finish()
+        kept.finish(skeleton.blocks)
 
 
 def _rewrite(recipe: Recipe, block: Block, listener: Listener) -> Iterator[Event]:

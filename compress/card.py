@@ -26,11 +26,11 @@ def model_card(
     ratio = plan.bytes_before / plan.bytes_after
     lines = [
         "---",
-        f"base_model: {job.source}",
+        *([f"base_model: {job.source}"] if job.revision else []),
         "tags: [compressor]",
         "---",
         "",
-        f"# {Path(job.source).name}, compressed",
+        f"# {Path(job.source).resolve().name}, compressed",
         "",
         f"{plan.bytes_before:,} → {plan.bytes_after:,} bytes of weights ({ratio:.2f} × smaller), "
         f"format `{plan.format}`, read by {', '.join(plan.readers)}.",

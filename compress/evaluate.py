@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..runtime.errors import ModelError
+
 
 @dataclass(frozen=True)
 class Divergence:
@@ -46,6 +48,11 @@ def evaluate(model: Any, windows: Tensor, base: Any = None, batch_tokens: int = 
         model, base: transformers models over the same vocabulary.
         windows: int64 `[samples, tokens]`; each is read on its own, its first token is not predicted.
     """
+    if base is not None and base.config.vocab_size != model.config.vocab_size:
+        raise ModelError(
+            f"the models have {model.config.vocab_size:,} and {base.config.vocab_size:,} tokens in their vocabularies: "
+            "compare a model with the one it came from"
+        )
     batch = max(1, batch_tokens // windows.shape[1])
     own: list[Tensor] = []
     other: list[Tensor] = []

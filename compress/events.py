@@ -19,7 +19,8 @@ class LayerDone(Event):
     """A pass has rewritten one linear.
 
     Attributes:
-        error: `tr(ΔHΔᵀ) / tr(WHWᵀ)`, the relative output error on calibration data; without data, `‖Δ‖² / ‖W‖²`.
+        error: `tr(ΔHΔᵀ) / tr(VHVᵀ)`, the relative output error on calibration data, Δ and the damped H being those of
+            the pass and V its target; without data, `‖Δ‖² / ‖W‖²`.
         bits: stored bits per weight, scales included.
     """
 

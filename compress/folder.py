@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..runtime.checkpoint import block_index
+from ..runtime.checkpoint import Checkpoint
 from ..runtime.errors import VerifyError
-from ..runtime.skeleton import Skeleton
+from ..runtime.files import copy_synced, file_sha256, sync_folder, write_synced
+from ..runtime.skeleton import Skeleton, calibration_dtype
 from ..runtime.stored import open_model
 from .card import model_card
 from .formats import format_config
 from .plan import Plan
 from .recipe import resolved_yaml
-from .writer import ShardedWriter, sync_folder, write_synced
+from .writer import ShardedWriter
 
 if TYPE_CHECKING:
     from .apply import Job
@@ -30,17 +30,17 @@ def finish_folder(
     """Write everything but the weights, then read the whole folder back and run it once.
 
     Raises:
-        VerifyError: the folder does not load, or its logits are not finite.
+        VerifyError: the folder does not load, or a block of it gives NaN or infinities.
     """
     checkpoint = skeleton.checkpoint
     dense = [name for name, linear in plan.linears.items() if not linear.steps]
-    outside = [n.removesuffix(".weight") for n in checkpoint.tensors if block_index(n) is None and n.endswith("weight")]
+    outside = [name.removesuffix(".weight") for name in checkpoint.outside_names() if name.endswith("weight")]
     dense += [name for name in {*outside, "lm_head"} if not name.endswith("norm")]
     routers = _routers(skeleton)
     config = format_config(plan.format, checkpoint.config, plan.rewritten, [*dense, *routers])
     write_synced(folder / "config.json", json.dumps(config, indent=2) + "\n")
     for path in checkpoint.side_files:
-        shutil.copyfile(path, folder / path.name)
+        copy_synced(path, folder / path.name)
     write_synced(folder / "recipe.yaml", job.recipe_text)
     write_synced(folder / "recipe.resolved.yaml", resolved_yaml(job.recipe))
     report = folder / "report"
@@ -49,6 +49,10 @@ def finish_folder(
     write_synced(report / "layers.jsonl", "".join(json.dumps(event) + "\n" for event in events))
     hashes = ShardedWriter(folder, plan.tensors, job.recipe.output.shard_bytes).finish()
     write_synced(folder / "README.md", model_card(job, plan, skeleton.checkpoint.parameters, fingerprint, events))
+    # The timings are the one file that differs between equal runs; the manifest may be there from before a crash.
+    left_out = {*hashes, "report/timings.jsonl", "compressor.json", "compressor.json.partial"}
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    small = [name for name in names if name not in left_out]
     manifest = {
         "compressor": fingerprint["versions"]["compressor"],
         "source": {"name": job.source, "revision": job.revision, "files": fingerprint["model"]},
@@ -57,12 +61,13 @@ def finish_folder(
         "format": plan.format,
         "readers": list(plan.readers),
         "bytes": {"before": plan.bytes_before, "after": plan.bytes_after},
-        "environment": {key: fingerprint[key] for key in ("versions", "device", "cpu", "threads")},
-        "files": hashes,
+        "environment": {key: fingerprint[key] for key in ("versions", "device", "cpu", "computes", "threads")},
+        "files": hashes | {name: file_sha256(folder / name) for name in small},
     }
     write_synced(folder / "compressor.json", json.dumps(manifest, indent=2) + "\n")
-    sync_folder(folder)
-    check_runs(folder, skeleton)
+    for path in (report, folder):
+        sync_folder(path)
+    check_runs(folder, checkpoint)
 
 
 def _routers(skeleton: Skeleton) -> list[str]:
@@ -74,14 +79,15 @@ def _routers(skeleton: Skeleton) -> list[str]:
     ]
 
 
-def check_runs(folder: Path, original: Skeleton) -> None:
-    """Run sixteen tokens through the folder, one block at a time.
+def check_runs(folder: Path, original: Checkpoint) -> None:
+    """Run sixteen tokens through the folder's blocks, one at a time.
 
     Raises:
-        VerifyError: a tensor is missing or a logit is not finite.
+        VerifyError: a tensor is missing, or a block gives NaN or infinities.
     """
-    skeleton = Skeleton(open_model(folder))
-    if missing := sorted(set(original.checkpoint.tensors).symmetric_difference(skeleton.checkpoint.tensors)):
+    opened = open_model(folder)
+    skeleton = Skeleton(opened, calibration_dtype(opened))
+    if missing := sorted(set(original.tensors).symmetric_difference(opened.tensors)):
         raise VerifyError(f"{folder}: {missing[0]} is in one of the model and its output only")
     ids = torch.arange(16)[None] % skeleton.config.vocab_size
     hidden = skeleton.embed(ids)

@@ -6,12 +6,12 @@ natively. Only readers that a test here runs, or whose own documentation or issu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..runtime.errors import RecipeError
-from ..runtime.operators import IntQuantized, Operator
+from ..runtime.operators import Dense, IntQuantized, Operator
 
 COMPRESSED_TENSORS, NATIVE, PLAIN = "compressed-tensors", "compressor", "plain"
 NATIVE_VERSION = 1
@@ -36,35 +36,66 @@ def compressed_tensors_readers(operator: Operator) -> Readers | None:
         # transformers 5.23 with compressed-tensors 0.19 or 0.20 expects zero points unpacked and refuses packed ones;
         # asymmetric experts fail in any case (huggingface/transformers#47430).
         return None
-    if operator.bits in (4, 8):
+    if operator.bits in (4, 8) and operator.group_size in (-1, 32, 64, 128):
         return Readers(("compressor", "transformers", "vLLM"), "tests/test_formats.py; vLLM's W4A16 / W8A16 schemes")
     return Readers(("compressor", "transformers"), "tests/test_formats.py")
 
 
-def choose_format(wanted: str, operators: Mapping[str, Operator]) -> tuple[str, tuple[str, ...]]:
+def choose_format(
+    wanted: str, linears: Mapping[str, Operator], fused: Iterable[Sequence[str]] = ()
+) -> tuple[str, tuple[str, ...]]:
     """The format that all rewritten operators fit, and its readers.
 
     Args:
         wanted: `auto`, or a format asked for by name.
-        operators: disk name → what the passes leave, rewritten linears only.
+        linears: disk name → what the passes leave, `Dense` where they leave it alone.
+        fused: names that some readers put into one matrix (q, k, v; gate, up).
 
     Raises:
-        RecipeError: the format asked for cannot hold an operator; the first one is named.
+        RecipeError: the format asked for cannot hold the result; what stands in the way is named.
     """
-    readers: set[str] | None = None
-    for name, operator in operators.items():
+    obstacle = _mixture(linears)
+    readers = {"compressor", "transformers", "vLLM"}
+    for name, operator in linears.items():
+        if isinstance(operator, Dense):
+            continue
         taken = compressed_tensors_readers(operator)
         if taken is None:
-            if wanted == COMPRESSED_TENSORS:
-                raise RecipeError(
-                    f"output.format is {COMPRESSED_TENSORS!r}, which cannot hold {name} "
-                    f"({describe(operator)}, {operator.shape[1]} columns); use 'auto' or another group_size"
-                )
-            return NATIVE, ("compressor",)
-        readers = set(taken.names) if readers is None else readers & set(taken.names)
-    if wanted == NATIVE:
+            obstacle = obstacle or f"{name} ({describe(operator)}, {operator.shape[1]} columns)"
+        else:
+            readers &= set(taken.names)
+    if obstacle and wanted == COMPRESSED_TENSORS:
+        raise RecipeError(
+            f"output.format is {COMPRESSED_TENSORS!r}, whose readers cannot take {obstacle}; use 'auto', or change that"
+        )
+    if obstacle or wanted == NATIVE:
         return NATIVE, ("compressor",)
-    return COMPRESSED_TENSORS, tuple(sorted(readers or ()))
+    if any(len({_scheme(linears[name]) for name in group}) > 1 for group in fused):
+        readers -= {"vLLM"}
+    return COMPRESSED_TENSORS, tuple(sorted(readers))
+
+
+def _scheme(operator: Operator) -> str:
+    return repr(operator.scheme())
+
+
+def is_expert(name: str) -> bool:
+    """Whether a disk name is that of a linear of a routed expert."""
+    return ".experts." in name
+
+
+def _mixture(linears: Mapping[str, Operator]) -> str:
+    """What of a model with experts transformers would read wrongly: it takes them to be compressed, decodes all of them
+    by one scheme, and all other linears by one (5.23, `integrations/compressed_tensors.py`)."""
+    experts = {_scheme(operator) for name, operator in linears.items() if is_expert(name)}
+    others = {_scheme(o) for name, o in linears.items() if not is_expert(name) and not isinstance(o, Dense)}
+    if len(experts) > 1:
+        return "experts stored in different ways"
+    if experts and len(others) > 1:
+        return "linears beside experts that are stored in different ways"
+    if any(is_expert(name) and isinstance(operator, Dense) for name, operator in linears.items()):
+        return "experts left as they are"
+    return ""
 
 
 def describe(operator: Operator) -> str:
@@ -92,6 +123,7 @@ def format_config(
         schemes.setdefault(repr(scheme), (scheme, []))[1].append(name)
     if chosen == NATIVE:
         config["base_model_type"] = config["model_type"]
+        config["base_architectures"] = config.get("architectures")
         config["model_type"] = NATIVE
         config["architectures"] = ["CompressorForCausalLM"]
         config["compressor"] = {
@@ -107,7 +139,7 @@ def format_config(
         "ignore": sorted(dense),
         "config_groups": {
             f"group_{number}": {
-                "targets": ["Linear"] if only else names,
+                "targets": ["Linear"] if only else ["re:.*[.]experts[.].*"] if is_expert(names[0]) else names,
                 "weights": {
                     "num_bits": scheme["bits"],
                     "type": "int",

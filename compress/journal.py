@@ -10,11 +10,12 @@ import fcntl
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import ResourceError
-from .writer import sync_folder
+from ..runtime.files import sync_folder
 
 
 class Journal:
@@ -53,7 +54,11 @@ class Journal:
         if not lines:
             if resume and self.out.is_dir() and any(self.out.iterdir()):
                 self._remove()
-                raise ResourceError(f"{self.out}: is complete, there is nothing to resume")
+                done = (self.out / "compressor.json").is_file()
+                state = (
+                    "is complete, there is nothing to resume" if done else "not empty, and no interrupted run is there"
+                )
+                raise ResourceError(f"{self.out}: {state}")
             self._remove(keep_folder=True)
             self._append({"fingerprint": fingerprint})
             return
@@ -83,8 +88,10 @@ class Journal:
         """Move the finished output to OUT; safe to repeat after a crash at any point of it."""
         replaced = self.folder / "replaced"
         if self.result.is_dir():
+            if self.out.exists() and not any(self.out.iterdir()):
+                self.out.rmdir()
             if self.out.exists():
-                if not overwrite and any(self.out.iterdir()):
+                if not overwrite or replaced.exists():
                     raise ResourceError(f"{self.out}: not empty any more; move it away and add --resume")
                 os.rename(self.out, replaced)
             os.rename(self.result, self.out)
@@ -97,6 +104,8 @@ class Journal:
             self._lock = None
 
     def _take_lock(self) -> None:
+        if self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / "lock").exists():
+            raise ResourceError(f"{self.folder}: is in the way and not of a run; move it, or choose another output")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.folder / "lock", "w")  # noqa: SIM115 (held until the run ends)
@@ -115,7 +124,9 @@ class Journal:
         (self.folder / "journal.jsonl").unlink(missing_ok=True)
         if not keep_folder:
             self.close()
-            shutil.rmtree(self.folder, ignore_errors=True)
+            (self.folder / "lock").unlink(missing_ok=True)
+            with suppress(OSError):  # whatever else somebody put there stays
+                self.folder.rmdir()
 
     def _append(self, entry: dict[str, Any]) -> None:
         with open(self.folder / "journal.jsonl", "a", encoding="utf-8") as file:
@@ -135,7 +146,10 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
         with open(path, "rb+") as file:
             file.truncate(len(whole))
             os.fsync(file.fileno())
-    return [json.loads(line) for line in whole.decode().splitlines()]
+    try:
+        return [json.loads(line) for line in whole.decode().splitlines()]
+    except ValueError as error:
+        raise ResourceError(f"{path}: damaged ({error}); delete {path.parent} to start over") from None
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,7 +111,13 @@ def make_plan(recipe: Recipe, skeleton: Skeleton) -> Plan:
                 f"{list(recipe.passes[number].targets)}, ignore {list(recipe.passes[number].ignore)}; "
                 f"names look like {example}"
             )
-    chosen, readers = choose_format(recipe.output.format, {n: p.operator for n, p in linears.items() if p.steps})
+    fused = [
+        [skeleton.disk_name(index, name) for name in group]
+        for index in range(skeleton.blocks)
+        for stage in skeleton.stages(index)
+        for group in stage
+    ]
+    chosen, readers = choose_format(recipe.output.format, {n: p.operator for n, p in linears.items()}, fused)
     tensors = _output_tensors(checkpoint, linears)
     needs = frozenset(need for step in recipe.passes for need in step.needs)
     after = sum(_nbytes(dtype, shape) for dtype, shape in tensors.values())
@@ -143,6 +150,33 @@ def check_disk(plan: Plan, out: Path) -> None:
         raise ResourceError(
             f"{folder}: {free / 1e9:.2f} GB free, {plan.disk / 1e9:.2f} GB needed (weights and calibration "
             "activations); free some space or write elsewhere"
+        )
+
+
+def available_memory() -> int | None:
+    """Bytes this process may still take, or None where the system does not say."""
+    free = []
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free.append(1024 * int(lines["MemAvailable"].split()[0]))
+    except (OSError, KeyError, ValueError):
+        return None
+    for limit, usage in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        with suppress(OSError, ValueError):
+            free.append(int(Path(limit).read_text()) - int(Path(usage).read_text()))
+    return min(free)
+
+
+def check_memory(plan: Plan) -> None:
+    """Refuse to start what the machine cannot hold."""
+    free = available_memory()
+    if free is not None and free < plan.memory:
+        raise ResourceError(
+            f"about {plan.memory / 1e9:.2f} GB of memory are needed and {free / 1e9:.2f} GB are available; close other "
+            "programs, or run on a larger machine"
         )
 
 
@@ -207,13 +241,22 @@ def _peak_memory(recipe: Recipe, skeleton: Skeleton, needs: frozenset[str]) -> i
     hidden = skeleton.config.hidden_size
     chains = len(chain_names(needs))
     peak = 0.0
+    at_once = needs == {"reference"}  # moments of all stages, from one run of the block
     for index in range(skeleton.blocks):
         shapes = {name: (w.out_features, w.in_features) for name, w in skeleton.linears(index).items()}
         held = sum(r * c for r, c in shapes.values()) * (converted if needs else 0)
         done = 0
+        every = sum(
+            4 * shapes[skeleton.disk_name(index, group[0])][1] ** 2
+            for stage in skeleton.stages(index)
+            for group in stage
+        )
+        # At the end the output is run once, each block decoded.
+        largest = max(r * c for r, c in shapes.values())
+        peak = max(peak, sum(r * c for r, c in shapes.values()) * item + 6.0 * largest)
         for stage in skeleton.stages(index):
             groups = [[shapes[skeleton.disk_name(index, name)] for name in group] for group in stage]
-            moments = sum(4 * group[0][1] ** 2 for group in groups) * chains
+            moments = every if at_once else sum(4 * group[0][1] ** 2 for group in groups) * chains
             widest = max(columns for group in groups for _, columns in group)
             running = batch * (4 * item * widest + 8 * widest + 8 * hidden) if needs else 0
             solving = max(step.memory(group) for group in groups for step in recipe.passes)

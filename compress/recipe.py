@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from difflib import get_close_matches
 from functools import cache
 from importlib import resources
@@ -104,6 +105,8 @@ def parse_recipe(text: str, name: str = "recipe", edits: tuple[str, ...] = ()) -
         where: dict[_Path, tuple[yaml.Mark, yaml.Mark]] = {}
         duplicates = list(_marks(node, (), where))
         document = yaml.safe_load(text)
+    except (ValueError, TypeError, RecursionError) as error:  # dates that do not exist, keys that are lists, loops
+        raise RecipeError(f"{name}:1:1: not a recipe ({str(error).splitlines()[0]})") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{mark.line + 1}:{mark.column + 1}" if mark else "1:1"
@@ -171,7 +174,11 @@ def _apply_edit(document: Any, edit: str) -> None:
             place = place[part]
         else:
             raise RecipeError(f"--set {edit}: the recipe has no {'.'.join(map(str, parents))}")
-    value = yaml.safe_load(edit.partition("=")[2])
+    value: Any = edit.partition("=")[2]
+    with suppress(yaml.YAMLError, ValueError):  # what is not YAML, like a glob, is the text itself
+        value = yaml.safe_load(value)
+    if last in ("targets", "ignore") and isinstance(value, str):
+        value = [value]
     if isinstance(place, dict) or (isinstance(place, list) and isinstance(last, int) and last < len(place)):
         place[last] = value  # type: ignore[index]
     else:

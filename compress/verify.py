@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from ..runtime.checkpoint import Checkpoint, non_finite
 from ..runtime.errors import CompressorError, ResourceError, VerifyError
-from ..runtime.skeleton import Skeleton
+from ..runtime.files import copy_synced, file_sha256, sync_folder, write_synced
 from ..runtime.stored import StoredModel, open_model
 from .apply import check_output
 from .folder import check_runs
-from .writer import ShardedWriter, file_sha256, sync_folder, write_synced
+from .writer import ShardedWriter
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -25,7 +25,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / "compressor.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+            raise ValueError("no 'files' object")
+        return manifest
     except FileNotFoundError:
         raise VerifyError(f"{folder}: no compressor.json; it was not written by compressor, or not finished") from None
     except (OSError, ValueError) as error:
@@ -42,6 +45,8 @@ def verify(folder: Path) -> list[str]:
     findings = []
     for name, sha256 in manifest["files"].items():
         path = folder / name
+        if folder.resolve() not in path.resolve().parents:
+            raise VerifyError(f"{folder}/compressor.json: {name!r} is not a file of this folder")
         if not path.is_file():
             findings.append(f"{path}: missing")
         elif file_sha256(path) != sha256:
@@ -52,7 +57,7 @@ def verify(folder: Path) -> list[str]:
         model = open_model(folder)
         findings += [f"{folder}: {name} decodes to NaN or infinity" for name in _bad_weights(model)]
         if not findings:
-            check_runs(folder, Skeleton(model))
+            check_runs(folder, model)
     except CompressorError as error:
         findings.append(str(error))
     return findings
@@ -69,28 +74,39 @@ def export_dense(folder: Path, out: Path, *, overwrite: bool = False) -> None:
         VerifyError: the folder is plain already.
         ResourceError: the output is in the way, or cannot be written.
     """
-    check_output(out, resume=False, overwrite=overwrite)
+    check_output(out, resume=False, overwrite=overwrite, inputs=[folder])
     model = open_model(folder)
     if not isinstance(model, StoredModel):
         raise VerifyError(f"{folder}: nothing in it is compressed; copy the folder instead")
-    work = out.with_name(out.name + ".work")
-    shutil.rmtree(work, ignore_errors=True)
+    out = out.absolute()
     try:
-        specs = {name: (info.dtype, info.shape) for name, info in model.tensors.items()}
-        writer = ShardedWriter(work, specs, 5 * 10**9)
-        writer.start()
-        for name in model.tensors:
-            writer.write({name: model.tensor(name)})
-        writer.finish()
-        write_synced(work / "config.json", json.dumps(model.config, indent=2) + "\n")
-        for path in model.side_files:
-            shutil.copyfile(path, work / path.name)
-        check_runs(work, Skeleton(model))
-        if out.exists():
-            shutil.rmtree(out)
-        os.rename(work, out)
-        sync_folder(out.parent)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            prefix=out.name + ".export-", dir=out.parent, ignore_cleanup_errors=True
+        ) as room:
+            work, replaced = Path(room) / "out", Path(room) / "replaced"
+            _write_dense(model, work)
+            if out.exists():
+                os.rename(out, replaced)
+            try:
+                os.rename(work, out)
+            except BaseException:
+                if replaced.exists():
+                    os.rename(replaced, out)
+                raise
+            sync_folder(out.parent)
     except OSError as error:
         raise ResourceError(f"{out}: cannot be written ({error.strerror}); choose another output") from None
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+
+
+def _write_dense(model: StoredModel, folder: Path) -> None:
+    specs = {name: (info.dtype, info.shape) for name, info in model.tensors.items()}
+    writer = ShardedWriter(folder, specs, 5 * 10**9)
+    writer.start()
+    for name in model.tensors:
+        writer.write({name: model.tensor(name)})
+    writer.finish()
+    write_synced(folder / "config.json", json.dumps(model.config, indent=2) + "\n")
+    for path in model.side_files:
+        copy_synced(path, folder / path.name)
+    check_runs(folder, model)

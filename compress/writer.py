@@ -6,7 +6,6 @@ place: no copy of a shard is ever held, and what a finished block wrote is synce
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -16,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..calibrate.chains import reserve
 from ..runtime.checkpoint import DTYPES
 from ..runtime.errors import VerifyError
+from ..runtime.files import file_sha256, reserve, sync_folder, write_synced
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -66,10 +65,6 @@ class ShardedWriter:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._headers[path] = (len(text).to_bytes(8, "little") + text, offset)
-
-    @property
-    def files(self) -> list[Path]:
-        return list(self._headers)
 
     def start(self) -> None:
         """Create every file at its full size (a full disk is noticed now, where the file system can tell)."""
@@ -126,28 +121,3 @@ class ShardedWriter:
 
 def _bytes(tensor: Tensor) -> np.ndarray:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def write_synced(path: Path, text: str) -> None:
-    """Write a small text file so that it survives a crash from here on."""
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

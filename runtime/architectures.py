@@ -14,6 +14,7 @@ from .errors import ModelError
 
 Stage = tuple[tuple[str, ...], ...]  # groups of linears; a group shares one input
 # Parts of a block that end in a linear: once that is final, the rest of the part need not be computed again.
+ROUTER = "mlp.gate"  # in memory, in every family
 PARTS = {"self_attn": "self_attn.o_proj", "mlp": "mlp.down_proj"}
 
 _ATTENTION: tuple[Stage, ...] = (

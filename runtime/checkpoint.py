@@ -27,7 +27,8 @@ DTYPES = {
 }  # fmt: skip
 _SIDE_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tekken.json", "chat_template.jinja",
+    "chat_template.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE",
 )  # fmt: skip
 
 
@@ -115,14 +116,21 @@ class Checkpoint:
         return self._open[file].get_tensor(name)
 
     def block_names(self) -> list[list[str]]:
-        """Tensor names of each transformer block, in order."""
+        """Tensor names of each transformer block, in order; what config.json does not count is left out (some models
+        carry layers for predicting several tokens after their last block)."""
         blocks: dict[int, list[str]] = {}
         for name in self.tensors:
             if (index := block_index(name)) is not None:
                 blocks.setdefault(index, []).append(name)
-        if sorted(blocks) != list(range(len(blocks))):
-            raise ModelError(f"{self.path}: blocks {sorted(blocks)} are not numbered from 0 without gaps")
-        return [blocks[index] for index in sorted(blocks)]
+        count = self.config.get("num_hidden_layers", len(blocks))
+        if not set(range(count)) <= set(blocks):
+            raise ModelError(f"{self.path}: config.json counts {count} blocks, the weights are of {sorted(blocks)}")
+        return [blocks[index] for index in range(count)]
+
+    def outside_names(self) -> list[str]:
+        """Tensor names that belong to none of the blocks."""
+        inside = {name for names in self.block_names() for name in names}
+        return [name for name in self.tensors if name not in inside]
 
     def release(self) -> None:
         """Close the memory maps; the next `tensor` opens them again."""
@@ -175,6 +183,8 @@ class Checkpoint:
                     self.tensors[name] = TensorInfo(file, DTYPES[view.get_dtype()], tuple(view.get_shape()))
         except FileNotFoundError:
             raise ModelError(f"{path}: named by the index but missing; download the model again") from None
+        except UnicodeEncodeError:
+            raise ModelError(f"{str(path)!a}: safetensors needs paths that are UTF-8; rename the folder") from None
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path}: damaged or cut short ({error}); download the model again") from None
         if promised is not None and promised != set(names):
@@ -194,6 +204,7 @@ def block_index(name: str) -> int | None:
 def non_finite(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[str]:
     """Names of the floating-point tensors that hold a NaN or an infinity."""
     for name, tensor in tensors:
-        # min and max propagate NaN and infinities without a copy of the tensor.
-        if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.float().aminmax()).isfinite().all():
+        # min and max propagate NaN and infinities; a piece at a time, for float8 has to be converted.
+        pieces = tensor.reshape(-1).split(1 << 22) if tensor.is_floating_point() else ()
+        if not all(torch.stack(piece.float().aminmax()).isfinite().all() for piece in pieces if piece.numel()):
             yield name

@@ -7,7 +7,11 @@ from pathlib import Path
 
 from .errors import ModelError
 
-_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.jinja", "merges.txt"]
+_PATTERNS = [
+    "*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt",
+    "LICENSE*", "NOTICE",
+]  # fmt: skip
+_NOT = ["consolidated*", "*/*"]  # the same weights over again, in their makers' own formats
 
 
 def resolve_model(source: str, revision: str | None = None) -> tuple[Path, str | None]:
@@ -29,7 +33,7 @@ def resolve_model(source: str, revision: str | None = None) -> tuple[Path, str |
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(source, revision=revision, allow_patterns=_PATTERNS))
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=_PATTERNS, ignore_patterns=_NOT))
     except Exception as error:  # network, permission, not found: the hub's own words, first line
         first = str(error).strip().splitlines()[0]
         raise ModelError(f"{source}: no such folder, and not to be had from the hub ({first})") from None

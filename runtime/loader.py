@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from .errors import ModelError
 from .modules import IntLinear
 from .skeleton import Skeleton, restore_buffers
 from .stored import NATIVE_TYPE, StoredModel, open_model
@@ -49,9 +50,11 @@ def load(
         disk_name = architecture.disk_name(name)
         if tensor.is_meta and disk_name in checkpoint.tensors:
             stored = checkpoint.tensor(disk_name)
-            state[name] = stored.to(target, kind if stored.is_floating_point() else stored.dtype)
+            state[name] = stored.to(target, skeleton.tensor_dtype(name, stored.dtype))
     model.load_state_dict(state, assign=True, strict=False)
-    model.tie_weights()
+    head = checkpoint.tensors.get("lm_head.weight")
+    if head is None or torch.equal(model.get_input_embeddings().weight, state["lm_head.weight"]):
+        model.tie_weights()  # a head of its own is kept, whatever the config says, as transformers does
     restore_buffers(model, skeleton.config, target)
     left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     assert not left, f"left on meta: {left}"
@@ -59,7 +62,15 @@ def load(
         from transformers import GenerationConfig
 
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
+    if isinstance(checkpoint, StoredModel):
+        model.save_pretrained = _cannot_be_saved
     return model.requires_grad_(False).eval()
+
+
+def _cannot_be_saved(*args: Any, **options: Any) -> None:
+    raise ModelError(
+        "a loaded compressed model is not saved again: copy its folder, or decode it by `compressor export`"
+    )
 
 
 class CompressorConfig(PretrainedConfig):

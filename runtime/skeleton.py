@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from .architectures import Stage
+from .architectures import ROUTER, Stage
 from .checkpoint import Checkpoint
 from .errors import ModelError
 from .experts import unfuse_experts
@@ -21,8 +21,11 @@ from .experts import unfuse_experts
 
 def meta_model(config: Any) -> Any:
     """The causal language model of a transformers config on `meta`, experts as separate linears."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # transformers raises whatever its models do
+        raise ModelError(f"config.json: transformers cannot build the model ({error!r})") from None
     unfuse_experts(model)
     return model.eval()
 
@@ -53,6 +56,17 @@ def calibration_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return torch.bfloat16 if checkpoint.dtype == torch.bfloat16 and fast else torch.float32
 
 
+def _without_autocast(router: nn.Module, device: str) -> None:
+    """Let a router compute in float32: rounding would send tokens to other experts."""
+    forward = router.forward
+
+    def exact(hidden: Tensor) -> Any:
+        with torch.autocast(device, enabled=False):
+            return forward(hidden.float())
+
+    router.forward = exact
+
+
 class Skeleton:
     """A checkpoint's model on `meta`, and the means to run it one block at a time on `device`.
 
@@ -69,14 +83,23 @@ class Skeleton:
         self.dtype = dtype
         self.device = torch.device(device)
         self.model: Any = meta_model(self.config)
-        self.extra = self._check_tensors()
+        self._check_tensors()
 
     @property
     def blocks(self) -> int:
         return len(self.model.model.layers)
 
-    def _check_tensors(self) -> list[str]:
-        """Names the checkpoint has and the model has not (they are carried along); refuse the reverse."""
+    def tensor_dtype(self, name: str, stored: torch.dtype) -> torch.dtype:
+        """What a tensor, by its name in memory, is held in: the family may ask for float32 in any case."""
+        if not stored.is_floating_point:
+            return stored
+        kept = set(self.model._keep_in_fp32_modules_strict or ())
+        if self.dtype == torch.float16:
+            kept |= set(self.model._keep_in_fp32_modules or ())
+        return torch.float32 if kept.intersection(name.split(".")) else self.dtype
+
+    def _check_tensors(self) -> None:
+        """Refuse a checkpoint that lacks a tensor of the model; what it has besides is carried along."""
         expected = {
             self.architecture.disk_name(name): tuple(tensor.shape) for name, tensor in self.model.state_dict().items()
         }
@@ -89,7 +112,6 @@ class Skeleton:
             if self.checkpoint.tensors[name].shape != shape:
                 found = list(self.checkpoint.tensors[name].shape)
                 raise ModelError(f"{where}: {name} has shape {found}, config.json says {list(shape)}")
-        return [name for name in self.checkpoint.tensors if name not in expected]
 
     def disk_name(self, index: int, name: str) -> str:
         """A name inside block `index` in memory → its name in the checkpoint."""
@@ -124,11 +146,11 @@ class Skeleton:
     def block(self, index: int) -> Any:
         """Block `index` with its weights."""
         layer = copy.deepcopy(self.model.model.layers[index])
-        state = {
-            name: self.checkpoint.tensor(self.disk_name(index, name)).to(self.device, self.dtype)
-            for name in layer.state_dict()
-        }
+        state = {name: self.checkpoint.tensor(self.disk_name(index, name)) for name in layer.state_dict()}
+        state = {name: tensor.to(self.device, self.tensor_dtype(name, tensor.dtype)) for name, tensor in state.items()}
         layer.load_state_dict(state, assign=True)
+        if any(name.startswith(ROUTER + ".") for name in state):
+            _without_autocast(layer.get_submodule(ROUTER).float(), self.device.type)
         return layer.requires_grad_(False)
 
     def block_like(self, index: int, block: nn.Module) -> Any:

@@ -33,7 +33,12 @@ class StoredModel(Checkpoint):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self.stored = dict(self.tensors)
-        self.format, self.schemes = _read_schemes(self.path, self.config, self.stored)
+        try:
+            self.format, self.schemes = _read_schemes(self.path, self.config, self.stored)
+        except (KeyError, TypeError, AttributeError, ValueError, re.error) as error:
+            raise ModelError(
+                f"{self.path}/config.json: its description of the compressed weights is damaged ({error!r})"
+            ) from None
         self.config = _original_config(self.config)
         for name in self.schemes:
             parts = {part: self.tensors.pop(f"{name}.{part}", None) for part in _PARTS}
@@ -92,10 +97,15 @@ def _read_schemes(
     if quantization.get("quant_method") != "compressed-tensors" or quantization.get("format") != "pack-quantized":
         method = quantization.get("format") or quantization.get("quant_method")
         raise ModelError(f"{path}: quantized as {method!r}, which is not read here; only pack-quantized integers are")
-    groups = list(quantization["config_groups"].values())
+    targets = [
+        (target, group["weights"]) for group in quantization["config_groups"].values() for target in group["targets"]
+    ]
+    literal = dict(reversed(targets))
+    patterns = [(re.compile(target[3:]), weights) for target, weights in targets if target.startswith("re:")]
     schemes = {}
     for name in (key.removesuffix(".weight_packed") for key in stored if key.endswith(".weight_packed")):
-        weights = next((g["weights"] for g in groups if _targets(g["targets"], name)), None)
+        matched = (weights for pattern, weights in patterns if pattern.match(name))
+        weights = literal.get(name) or next(matched, None) or literal.get("Linear")
         if weights is None or weights.get("type", "int") != "int":
             raise ModelError(f"{path}: no integer config group targets {name}")
         schemes[name] = {
@@ -107,14 +117,10 @@ def _read_schemes(
     return "compressed-tensors", schemes
 
 
-def _targets(targets: Iterable[str], name: str) -> bool:
-    return any(t in ("Linear", name) or (t.startswith("re:") and re.match(t[3:], name)) for t in targets)
-
-
 def _original_config(config: Mapping[str, Any]) -> dict[str, Any]:
     left_out = ("quantization_config", "compressor")
     original = {key: value for key, value in config.items() if key not in left_out}
     if "base_model_type" in original:
         original["model_type"] = original.pop("base_model_type")
-        original.pop("architectures", None)
+        original["architectures"] = original.pop("base_architectures", None)
     return original

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from compressor.compress import journal as journal_module
 from compressor.compress.apply import Job, apply
 from compressor.compress.recipe import parse_recipe
+from compressor.compress.verify import export_dense
 from compressor.compress.writer import ShardedWriter
 from compressor.runtime.errors import CompressorError, ModelError, ResourceError
 from compressor.runtime.stored import StoredModel
@@ -92,6 +94,7 @@ def test_a_kill_while_overwriting_never_loses_both(job: Job, monkeypatch: pytest
     for deadly in (1, 2):
         for path in job.out.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+        (job.out / "config.json").write_text("{}")
         (job.out / "old").write_text("old")
         calls = iter(range(deadly - 1))
 
@@ -258,3 +261,107 @@ def test_statistics_are_kept_and_used_again(job: Job, tmp_path: Path, monkeypatc
         apply(other, quiet, statistics=folder)
     with pytest.raises(CompressorError, match="which this recipe does not use"):
         apply(job, quiet, statistics=folder)
+
+
+def test_what_is_read_is_never_replaced(job: Job, tmp_path: Path) -> None:
+    zoo = tmp_path / "zoo"
+    zoo.mkdir()
+    (zoo / "config.json").write_text("{}")
+    shutil.copytree(job.model, zoo / "model")
+    for model, out in ((zoo / "model", zoo / "model"), (zoo / "model", zoo)):
+        with pytest.raises(ResourceError, match="which is read; choose another output folder"):
+            apply(replace(job, model=model, out=out), quiet, overwrite=True)
+        with pytest.raises(ResourceError, match="which is read"):
+            export_dense(model, out, overwrite=True)
+    recipe = zoo / "recipe.yaml"
+    recipe.write_text(job.recipe_text)
+    with pytest.raises(ResourceError, match=r"holds .*recipe\.yaml, which is read"):
+        apply(replace(job, recipe_file=recipe, out=zoo), quiet, overwrite=True)
+    assert (zoo / "model" / "model.safetensors").is_file()
+
+
+def test_only_a_model_folder_is_overwritten(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    letters = tmp_path / "letters"
+    letters.mkdir()
+    (letters / "mine.txt").write_text("mine")
+    with pytest.raises(ResourceError, match="is not a model folder"):
+        apply(replace(job, out=letters), quiet, overwrite=True)
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ResourceError, match="is a symbolic link"):
+        apply(replace(job, out=link), quiet)
+    monkeypatch.chdir(letters)
+    for here in (Path("."), letters, Path("/")):
+        with pytest.raises(ResourceError, match="cannot be replaced by a finished folder"):
+            apply(replace(job, out=here), quiet, overwrite=True)
+    assert (letters / "mine.txt").read_text() == "mine"
+
+
+def test_a_folder_that_only_looks_like_a_work_folder_is_left_alone(job: Job) -> None:
+    other = job.out.with_name("out.work")
+    other.mkdir()
+    (other / "thesis.txt").write_text("mine")
+    with pytest.raises(ResourceError, match="is in the way and not of a run"):
+        apply(job, quiet)
+    assert (other / "thesis.txt").read_text() == "mine"
+
+
+def test_export_leaves_work_folders_alone(job: Job, tmp_path: Path) -> None:
+    apply(job, quiet)
+    work = tmp_path / "plain.work"
+    work.mkdir()
+    (work / "journal.jsonl").write_text("{}\n")
+    export_dense(job.out, tmp_path / "plain")
+    assert (work / "journal.jsonl").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "plain", "plain.work"]
+
+
+def test_a_damaged_journal_is_said(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        kill_at(12, patch)
+        with pytest.raises(Killed):
+            apply(job, quiet)
+    path = job.out.with_name("out.work") / "journal.jsonl"
+    path.write_bytes(b"\0" * 40 + b"\n" + path.read_bytes())
+    with pytest.raises(ResourceError, match=r"journal\.jsonl: damaged"):
+        apply(job, quiet, resume=True)
+
+
+def test_a_run_with_statistics_is_resumed_with_them(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = job.recipe_text.replace("gptq,", "gptq, sequential: false, correction: 0,")
+    job, kept = replace(job, recipe=parse_recipe(text), recipe_text=text), tmp_path / "kept"
+    apply(job, quiet, statistics=kept)
+    expected = contents(job.out)
+    shutil.rmtree(job.out)
+    with monkeypatch.context() as patch:
+        kill_at(14, patch)
+        with pytest.raises(Killed):
+            apply(job, quiet, statistics=kept)
+    with pytest.raises(ResourceError, match="this run differs in statistics"):
+        apply(job, quiet, resume=True)
+    kept.rename(tmp_path / "away")
+    with pytest.raises(ResourceError, match="put that folder back"):
+        apply(job, quiet, resume=True, statistics=kept)
+    (tmp_path / "away").rename(kept)
+    apply(job, quiet, resume=True, statistics=kept)
+    assert contents(job.out) == expected
+
+
+def test_too_little_memory_is_refused_before_work(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("compressor.compress.plan.available_memory", lambda: 1000)
+    with pytest.raises(ResourceError, match=r"of memory are needed and 0\.00 GB are available"):
+        apply(job, quiet)
+    assert not job.out.with_name("out.work").exists()
+
+
+def test_layers_beyond_the_last_block_are_carried_along(pico: Pico, tmp_path: Path) -> None:
+    """DeepSeek-V3 stores a layer for predicting a second token as `model.layers.<last + 1>`."""
+    model = tmp_path / "model"
+    shutil.copytree(pico("deepseek_v3"), model)
+    tensors = load_file(model / "model.safetensors")
+    extra = {f"model.layers.2.{name}": torch.randn(8, 64) for name in ("eh_proj.weight", "embed_tokens.weight")}
+    save_file(tensors | extra, model / "model.safetensors", {"format": "pt"})
+    text = "passes: [{kind: rtn, bits: 4, group_size: 32}]"
+    apply(Job(parse_recipe(text), text, (), model, tmp_path / "out", "pico"), quiet)
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(found[name], extra[name]) for name in extra)

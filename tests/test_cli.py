@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -115,3 +116,38 @@ def test_readme_commands_run(tmp_path: Path) -> None:
     for command in commands:
         done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("run", "MODEL", "-p", ""), "--prompt holds no token"),
+        (("eval", "BARE"), "its tokenizer cannot be loaded"),
+        (("eval", "MODEL", "--against", "OTHER"), "tokens in their vocabularies"),
+        (("recipes", "copy", "w8a16", "nowhere/x.yaml"), "cannot be written"),
+        (("inspect", "EMPTY"), "model.safetensors"),
+    ],
+)
+def test_odd_models_and_prompts_are_one_line_and_exit_2(
+    pico: Pico, tmp_path: Path, words: tuple[str, ...], said: str
+) -> None:
+    bare, empty = tmp_path / "bare", tmp_path / "empty"
+    shutil.copytree(pico(), bare, ignore=shutil.ignore_patterns("tokenizer*"))
+    empty.mkdir()
+    (empty / "config.json").write_text("{}")
+    places = {"MODEL": pico(), "OTHER": pico(vocab_size=96), "BARE": bare, "EMPTY": empty}
+    done = run(*(places.get(word, word) for word in words), cwd=tmp_path, code=2)
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1
+
+
+def test_an_error_of_ours_is_not_an_answer(tmp_path: Path) -> None:
+    """Exit code 1 is `the answer is no`; a crash must not look like one."""
+    code = (
+        "import sys\nfrom compressor.cli import doctor, main\n"
+        "doctor.examine = lambda: 1 / 0\nsys.argv = ['compressor', 'doctor']\nmain.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("internal error: ZeroDivisionError")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationConfig
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from compressor.compress.apply import Job, apply
@@ -110,7 +112,7 @@ def test_what_no_one_else_can_say_goes_native(pico: Pico, tmp_path: Path, step: 
     torch.testing.assert_close(logits(load(out, dtype=torch.float32)), reference, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)), reference)
     assert verify(out) == []
-    with pytest.raises(RecipeError, match="which cannot hold"):
+    with pytest.raises(RecipeError, match="whose readers cannot take"):
         compress(pico(family), tmp_path / "x", step, extra="output: {format: compressed-tensors}\n")
     assert not (tmp_path / "x").exists()
     assert not (tmp_path / "x.work").exists()
@@ -193,3 +195,94 @@ def test_the_trained_moe_reloads_in_stock_transformers(tmp_path: Path, step: str
     assert sum(".experts." in name for name in StoredModel(out).schemes) == 4 * 8 * 3
     found = logits(load(out, dtype=torch.float32))
     assert (logits(stock) - found).norm() / found.norm() < 1e-2
+
+
+FOUR, EIGHT = "{kind: rtn, bits: 4, group_size: 32, ", "{kind: rtn, bits: 8, group_size: 32, "
+ATTENTION, EXPERTS = "'*.self_attn.*'", "'*.experts.*'"
+
+
+@pytest.mark.parametrize(
+    ("family", "passes", "format"),
+    [
+        ("qwen3_moe", (FOUR + f"ignore: [{ATTENTION}]}}", EIGHT + f"targets: [{ATTENTION}]}}"), "compressed-tensors"),
+        ("mixtral", (EIGHT + f"targets: [{ATTENTION}]}}", FOUR + f"targets: [{EXPERTS}]}}"), "compressed-tensors"),
+        ("qwen3_moe", (FOUR + f"targets: [{ATTENTION}]}}",), "compressor"),
+        ("qwen2_moe", (FOUR + f"targets: [{EXPERTS}]}}",), "compressed-tensors"),
+        ("qwen3_moe", (FOUR + "ignore: ['*.0.self_attn.q_proj']}",), "compressed-tensors"),
+        ("qwen3_moe", (FOUR + "ignore: ['*.layers.0.*']}", EIGHT + "targets: ['*.layers.0.*']}"), "compressor"),
+        ("qwen3_moe", (FOUR + "ignore: ['*.layers.0.*']}",), "compressor"),
+        ("qwen3_moe", (FOUR + "ignore: ['*.experts.1.*']}",), "compressor"),
+        ("mixtral", (FOUR + "ignore: ['*.w2']}", EIGHT + "targets: ['*.w2']}"), "compressor"),
+        ("qwen2_moe", (FOUR + "ignore: ['*.q_proj']}", EIGHT + "targets: ['*.q_proj']}"), "compressor"),
+        ("llama", (FOUR + "ignore: ['*.layers.0.*']}", EIGHT + "targets: ['*.layers.0.*']}"), "compressed-tensors"),
+    ],
+)
+def test_mixtures_are_written_only_for_readers_that_decode_them(
+    pico: Pico, tmp_path: Path, family: str, passes: tuple[str, ...], format: str
+) -> None:
+    out = compress(pico(family, **EXACT), tmp_path / "out", *passes)
+    assert json.loads((out / "compressor.json").read_text())["format"] == format
+    model, report = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32), {}
+    if format == "compressed-tensors":
+        model, report = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    assert not any(report.values())
+    reference = decoded_reference(out)
+    torch.testing.assert_close(logits(model), reference, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(load(out, dtype=torch.float32)), reference, rtol=1e-4, atol=1e-4)
+
+
+def test_readers_that_fuse_linears_need_one_scheme_for_them() -> None:
+    make = {
+        bits: IntQuantized(torch.zeros(16, 64, dtype=torch.int8), torch.ones(16, 1), None, bits, 64) for bits in (4, 8)
+    }
+    linears = {"q": make[4], "k": make[8]}
+    assert "vLLM" in choose_format("auto", linears, [["q"], ["k"]])[1]
+    assert "vLLM" not in choose_format("auto", linears, [["q", "k"]])[1]
+    odd = {"q": IntQuantized(torch.zeros(16, 64, dtype=torch.int8), torch.ones(16, 4), None, 4, 16)}
+    assert choose_format("auto", odd)[1] == ("compressor", "transformers")
+
+
+def test_an_exported_native_folder_names_its_architecture(pico: Pico, tmp_path: Path) -> None:
+    out = compress(pico(), tmp_path / "out", "{kind: rtn, bits: 4, group_size: 64}")
+    export_dense(out, tmp_path / "plain")
+    assert json.loads((tmp_path / "plain" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_a_loaded_model_is_not_saved_without_its_linears(pico: Pico, tmp_path: Path) -> None:
+    model = load(compress(pico(), tmp_path / "out", "{kind: rtn, bits: 4, group_size: 32}"))
+    with pytest.raises(CompressorError, match="compressor export"):
+        model.save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_the_manifest_covers_every_file(pico: Pico, tmp_path: Path) -> None:
+    out = compress(pico(), tmp_path / "out", "{kind: rtn, bits: 4, group_size: 32}")
+    listed = json.loads((out / "compressor.json").read_text())["files"]
+    present = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert present - set(listed) == {"compressor.json", "report/timings.jsonl"}
+    (out / "tokenizer.json").write_text("")
+    assert "tokenizer.json: its hash is not" in verify(out)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_weights_that_are_not_plain_floats_are_refused(pico: Pico, tmp_path: Path, dtype: torch.dtype) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(pico(), model)
+    tensors = load_file(model / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj"
+    tensors[name + ".weight"] = tensors[name + ".weight"].to(dtype)
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RecipeError, match=f"rtn cannot quantize {name}: it is stored as"):
+        compress(model, tmp_path / "out", "{kind: rtn, bits: 4, group_size: 32}")
+
+
+def test_a_damaged_description_is_said(pico: Pico, tmp_path: Path) -> None:
+    out = compress(pico(), tmp_path / "out", "{kind: rtn, bits: 4, group_size: 32}")
+    config = json.loads((out / "config.json").read_text())
+    del config["quantization_config"]["config_groups"]
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CompressorError, match="its description of the compressed weights is damaged"):
+        load(out)
+    (out / "compressor.json").write_text("{}")
+    with pytest.raises(CompressorError, match=r"compressor\.json: not readable"):
+        verify(out)

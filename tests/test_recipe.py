@@ -78,9 +78,23 @@ def test_edits_change_the_recipe_and_are_named_when_wrong() -> None:
     assert (recipe.passes[0].bits, recipe.data.seed, recipe.output.format) == (3, 5, "compressor")
     assert mistakes(GOOD, "data.seed=-1") == ["--set data.seed: Input should be greater than or equal to 0"]
     assert mistakes(GOOD, "passes.0.bit=3")[0].startswith("--set passes.0.bit: unknown key (did you mean 'bits'?)")
+    for value in ("*.mlp.*", "re:.*[.]mlp[.].*", "['*.mlp.*']"):  # a single pattern need not be a list
+        assert (
+            parse_recipe(GOOD, "r", (f"passes.0.targets={value}",))
+            .passes[0]
+            .targets[0]
+            .endswith("mlp.*" if value[0] != "r" else "[.].*")
+        )
     for edit in ("bits", "passes.4.bits=3", "version.x=1"):
         with pytest.raises(RecipeError, match="--set"):
             parse_recipe(GOOD, "r", (edit,))
+
+
+@pytest.mark.parametrize("text", ["description: 2020-13-45\n", "? [a, b]\n: 1\n", "passes: &a [*a]\n"])
+def test_odd_yaml_is_refused_in_a_line(text: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(text, "r.yaml")
+    assert str(caught.value).startswith("r.yaml:")
 
 
 def test_unknown_recipe_names_offer_the_nearest() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 import time
@@ -11,10 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from pico import FAMILIES
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from compressor.kernels.dispatch import CpuCapability, has_int4_kernel, int4_path
 from compressor.runtime import load
+from compressor.runtime.checkpoint import Checkpoint
+from compressor.runtime.skeleton import Skeleton
 
 Pico = Callable[..., Path]
 AMX, PLAIN = CpuCapability(True), CpuCapability(False)
@@ -71,3 +76,43 @@ def test_dispatch_is_by_shape_and_capability() -> None:
     assert int4_path(64, torch.bfloat16, PLAIN) == "int4pack"
     assert int4_path(65, torch.bfloat16, PLAIN) == "dequantize"
     assert int4_path(1, torch.float32, PLAIN) == "dequantize"
+
+
+def test_a_head_of_its_own_is_not_tied(pico: Pico, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(pico(), model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    ids = torch.arange(30)[None]
+    expected = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with torch.no_grad():
+        found = load(model, dtype=torch.float32)(ids).logits
+        torch.testing.assert_close(found, expected(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_what_chooses_experts_stays_in_float32(pico: Pico, tmp_path: Path) -> None:
+    """DeepSeek-V3's correction bias: differences that bfloat16 would round away decide which experts run."""
+    model = tmp_path / "model"
+    shutil.copytree(pico("deepseek_v3"), model)
+    tensors = load_file(model / "model.safetensors")
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    tensors[name] = torch.linspace(7, 7.1, 8)
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    ids = torch.arange(30)[None]
+    stock = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    loaded = load(model, dtype=torch.bfloat16)
+    assert torch.equal(loaded.get_buffer(name), tensors[name])
+    seen = {}
+    for label, one in (("stock", stock), ("ours", loaded)):
+        one.model.layers[1].mlp.gate.register_forward_hook(lambda m, a, out, label=label: seen.update({label: out[2]}))
+        with torch.no_grad():
+            one(ids)
+    assert (seen["stock"].sort(-1).values == seen["ours"].sort(-1).values).float().mean() > 0.95
+    skeleton = Skeleton(Checkpoint(model), torch.bfloat16)
+    block = skeleton.block(1)
+    assert torch.equal(block.mlp.gate.e_score_correction_bias, tensors[name])
+    scores = []
+    block.mlp.gate.register_forward_hook(lambda m, a, out: scores.append(out[0]))
+    skeleton.run(skeleton.runner(1, block), torch.randn(1, 10, 64))
+    assert scores[0].dtype == torch.float32
+    assert not torch.equal(scores[0], scores[0].bfloat16().float())

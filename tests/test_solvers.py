@@ -292,3 +292,10 @@ def test_rows_solved_in_parts_are_rows_solved_at_once(monkeypatch: pytest.Monkey
     parts, _ = step._solve(weight.bfloat16(), statistics)
     assert (whole.codes == parts.codes).float().mean() > 0.99  # GEMMs of another shape round differently
     torch.testing.assert_close(whole.losses, parts.losses, rtol=0.05, atol=1e-3)
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32])
+def test_scales_of_small_weights_are_kept(stored: torch.dtype) -> None:
+    weight = 5e-4 * torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    grid = range_grid(weight, 8, 128, True, stored)
+    assert (grid.values(grid.codes(weight)) - weight).norm() / weight.norm() < 0.01

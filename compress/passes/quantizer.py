@@ -38,6 +38,12 @@ class Quantizer(Pass):
                 f"{self.step} cannot quantize {name}: an earlier pass left it {operator.kind}; "
                 "let one of the two passes ignore it"
             )
+        if operator.weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            stored = str(operator.weight.dtype).removeprefix("torch.")
+            raise RecipeError(
+                f"{self.step} cannot quantize {name}: it is stored as {stored}; "
+                "let the pass ignore it, or start from a bf16, fp16 or fp32 model"
+            )
         rows, columns = operator.shape
         size = self.group_for(columns)
         groups = 1 if size < 0 else -(-columns // size)

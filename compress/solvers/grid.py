@@ -97,7 +97,8 @@ def round_to_grid(weight: Tensor, scales: Tensor, zeros: Tensor | None, low: int
 
 def storable(scales: Tensor, stored: torch.dtype) -> Tensor:
     """Scales as they will be read back: rounded to `stored`, and never zero there."""
-    tiny = torch.finfo(stored).tiny
+    # float16's subnormals are scales like others; those of wider exponents are below what float32 can divide by.
+    tiny = 2.0**-24 if stored == torch.float16 else torch.finfo(torch.float32).tiny
     rounded = scales.to(stored).to(scales.dtype)
     return torch.where(rounded.abs() < tiny, torch.full_like(rounded, tiny), rounded)
 
