@@ -222,7 +222,7 @@ def _run(
                 )
     if not done:
         writer.write({name: checkpoint.tensor(name) for name in checkpoint.outside_names()})
-        journal.done({"step": "outside", "block": -1})
+        journal.done({"step": "outside", "block": -1, "files": writer.hashes(-1, skeleton.blocks)})
     for entry in journal.entries:
         for record in entry.get("events", ()):
             listener(_summary(record))
@@ -234,7 +234,8 @@ def _run(
         if block.index + 1 < skeleton.blocks:
             block.advance()
         events.append(_block_done(events, plan, block, skeleton.blocks))
-        journal.done({"block": block.index, "events": [event.record() for event in events]})
+        files = writer.hashes(block.index, skeleton.blocks)
+        journal.done({"block": block.index, "events": [event.record() for event in events], "files": files})
         journal.timing({"block": block.index, "seconds": round(time.monotonic() - start, 3)})
         if chains is not None:
             chains.drop(block.index)

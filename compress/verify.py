@@ -105,7 +105,7 @@ def _write_dense(model: StoredModel, folder: Path) -> None:
     writer.start()
     for name in model.tensors:
         writer.write({name: model.tensor(name)})
-    writer.finish()
+    writer.write_index()
     write_synced(folder / "config.json", json.dumps(model.config, indent=2) + "\n")
     for path in model.side_files:
         copy_synced(path, folder / path.name)

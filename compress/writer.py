@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..runtime.checkpoint import DTYPES
+from ..runtime.checkpoint import DTYPES, block_index
 from ..runtime.errors import VerifyError
 from ..runtime.files import file_sha256, reserve, sync_folder, write_synced
 
@@ -110,13 +110,20 @@ class ShardedWriter:
             raise VerifyError(f"{path}: {name} is cut short")
         return torch.frombuffer(raw, dtype=dtype).view(shape) if raw else torch.empty(shape, dtype=dtype)
 
-    def finish(self) -> dict[str, str]:
-        """Write the index where there are several files; return file name → sha256."""
+    def hashes(self, block: int, blocks: int) -> dict[str, str]:
+        """File name → sha256 of the files whose last tensor came with a block; -1: with what is in none of `blocks`."""
+        last: dict[str, int] = {}
+        for name, file in self.weight_map.items():
+            index = block_index(name)
+            last[file] = max(last.get(file, -1), -1 if index is None or index >= blocks else index)
+        return {file: file_sha256(self.folder / file) for file, index in last.items() if index == block}
+
+    def write_index(self) -> None:
+        """Write the index where there are several files."""
         if len(self._headers) > 1:
             total = sum(size for _, size in self._headers.values())
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(self.weight_map.items()))}
             write_synced(self.folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
-        return {path.name: file_sha256(path) for path in self._headers}
 
 
 def _bytes(tensor: Tensor) -> np.ndarray:
