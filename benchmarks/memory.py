@@ -1,26 +1,45 @@
 """Peak anonymous memory of `apply` against the plan's prediction, on random models of several shapes.
 
-    MALLOC_MMAP_THRESHOLD_=65536 python benchmarks/memory.py
+    python benchmarks/memory.py
 
-With a fixed threshold malloc gives large blocks back at once, so that resident means in use.
+Runs with a fixed threshold of malloc, which then gives large blocks back at once, so that resident means in use.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
 import threading
 from pathlib import Path
 
+_LLAMA = {"vocab_size": 4096, "num_hidden_layers": 2, "head_dim": 64}
+_MOE = {
+    **_LLAMA, "hidden_size": 512, "num_experts": 32, "num_experts_per_tok": 2, "moe_intermediate_size": 512,
+    "num_attention_heads": 8, "num_key_value_heads": 4,
+}  # fmt: skip
+
+
+def _llama(hidden: int, inner: int) -> tuple[str, dict[str, int]]:
+    heads = {"num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 128}
+    return "llama", {**_LLAMA, "hidden_size": hidden, "intermediate_size": inner, **heads}
+
+
+# name → family and sizes, pass
 CASES = {
-    "hidden 512": (512, 1536, "{kind: gptq, bits: 4}"),
-    "hidden 1024": (1024, 4096, "{kind: gptq, bits: 4}"),
-    "hidden 1024, plain": (1024, 4096, "{kind: gptq, bits: 4, correction: 0, refinements: 0, search: false}"),
-    "hidden 1024, rtn": (1024, 4096, "{kind: rtn, bits: 4}"),
-    "hidden 2048": (2048, 5632, "{kind: gptq, bits: 4}"),
-}
+    "hidden 512": (_llama(512, 1536), "{kind: gptq, bits: 4}"),
+    "hidden 1024": (_llama(1024, 4096), "{kind: gptq, bits: 4}"),
+    "hidden 1024, plain": (
+        _llama(1024, 4096), "{kind: gptq, bits: 4, correction: 0, refinements: 0, search: false}"
+    ),
+    "hidden 1024, rtn": (_llama(1024, 4096), "{kind: rtn, bits: 4}"),
+    "hidden 1024, rtn with search": (_llama(1024, 4096), "{kind: rtn, bits: 4, search: true}"),
+    "32 experts": (("qwen3_moe", _MOE), "{kind: gptq, bits: 4}"),
+    "32 experts, rtn": (("qwen3_moe", _MOE), "{kind: rtn, bits: 4}"),
+    "hidden 2048": (_llama(2048, 5632), "{kind: gptq, bits: 4}"),
+}  # fmt: skip
 
 
 def anonymous() -> int:
@@ -31,7 +50,8 @@ def anonymous() -> int:
 
 def child(recipe_text: str, model: Path) -> None:
     """Measure one run in a process of its own."""
-    import transformers.models.llama.modeling_llama  # noqa: F401
+    import transformers.models.llama.modeling_llama
+    import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
 
     import compressor.cli.main  # noqa: F401  (what a person's run imports)
     from compressor.compress.apply import Job, apply, open_source
@@ -58,27 +78,37 @@ def child(recipe_text: str, model: Path) -> None:
     print(predicted, peak - base, base)
 
 
+def measure(name: str) -> tuple[int, int, int]:
+    """Bytes of anonymous memory of a case: predicted, measured, and in use before it began."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    (family, sizes), step = CASES[name]
+    examples = Path(__file__).resolve().parent.parent / "examples"
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model"
+        config = CONFIG_MAPPING[family](**sizes)
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(model)
+        AutoTokenizer.from_pretrained(examples / "tiny-llama").save_pretrained(model)
+        text = f"data: {{samples: 16}}\npasses:\n  - {step}\n"
+        command = [sys.executable, __file__, "--child", text, str(model)]
+        settings = {
+            "MALLOC_MMAP_THRESHOLD_": "65536",
+            "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
+            "LRU_CACHE_CAPACITY": "64",
+        }
+        environment = {**os.environ, **settings, "MALLOC_MMAP_THRESHOLD_": "65536"}
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    predicted, measured, base = (int(word) for word in done.stdout.split())
+    return predicted, measured, base
+
+
 def main() -> None:
     """Print predicted and measured megabytes for every case."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    tokenizer = AutoTokenizer.from_pretrained(Path(__file__).resolve().parent.parent / "examples" / "tiny-llama")
     print("case: predicted MB, measured MB (beyond the imports), error of the whole")
-    for name, (hidden, inner, step) in CASES.items():
-        with tempfile.TemporaryDirectory() as folder:
-            config = LlamaConfig(
-                vocab_size=4096, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=2,
-                num_attention_heads=hidden // 64, num_key_value_heads=hidden // 128, head_dim=64,
-            )  # fmt: skip
-            import torch
-
-            model = Path(folder) / "model"
-            LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(model)
-            tokenizer.save_pretrained(model)
-            text = f"data: {{samples: 16}}\npasses:\n  - {step}\n"
-            command = [sys.executable, __file__, "--child", text, str(model)]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            predicted, measured, base = (int(word) for word in done.stdout.split())
+    for name in CASES:
+        predicted, measured, base = measure(name)
         error = (predicted - measured) / (base + measured)
         print(f"{name}: {predicted / 1e6:.0f}, {measured / 1e6:.0f}, {100 * error:+.1f} %", flush=True)
 

@@ -139,9 +139,10 @@ class Block:
             if sequential:
                 work.statistics = self._collect(stage)
             else:
-                work.statistics = {name: known[name] for name in names if name in known}
+                work.statistics = {name: known.pop(name) for name in names if name in known}
             before = dict(work.linears)
             yield work
+            work.statistics.clear()  # the caller still holds the work while the next stage is measured
             self.linears.update(work.linears)
             for group in stage:
                 for name in group:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
@@ -389,6 +390,9 @@ def _terminate(number: int, frame: object) -> None:
 def main() -> None:
     """Entry point: errors that people can mend are one line and exit code 2."""
     signal.signal(signal.SIGTERM, _terminate)
+    # A kernel is compiled and kept for every batch size, and experts see all of them: the default of 1024 is 400 MB.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
     try:
         app()
     except Exception as error:

@@ -20,6 +20,8 @@ from ..runtime.skeleton import Skeleton
 from .formats import choose_format, describe
 from .recipe import Recipe
 
+_BUFFERS = 48e6  # compiled kernels and scratch of the matrix library
+
 
 @dataclass(frozen=True)
 class LinearPlan:
@@ -258,9 +260,10 @@ def _peak_memory(recipe: Recipe, skeleton: Skeleton, needs: frozenset[str]) -> i
             groups = [[shapes[skeleton.disk_name(index, name)] for name in group] for group in stage]
             moments = every if at_once else sum(4 * group[0][1] ** 2 for group in groups) * chains
             widest = max(columns for group in groups for _, columns in group)
-            running = batch * (4 * item * widest + 8 * widest + 8 * hidden) if needs else 0
+            # The widest activations of a forward pass, or one of them measured; the residual stream of both chains.
+            running = batch * (max(3 * item, item + 6) * widest + 12 * hidden) if needs else 0
             solving = max(step.memory(group) for group in groups for step in recipe.passes)
-            peak = max(peak, held + done + moments + max(running, solving))
+            peak = max(peak, held + done + moments + (_BUFFERS if needs else 0) + max(running, solving))
             done += sum(r * c for group in groups for r, c in group) * (1 + (item if needs else 0))
     return int(peak)
 
