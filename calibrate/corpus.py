@@ -79,16 +79,21 @@ def _stdlib_documents() -> Iterator[tuple[str, str]]:
         yield f"pydoc_data/topics/{topic}", text
 
 
+def find_text(path: Path) -> None:
+    """Refuse a data file that is missing or of another kind."""
+    if not path.is_file():
+        raise RecipeError(f"{path}: no such text file; give a .txt or .jsonl file under data.source, or 'builtin'")
+    if path.suffix not in (".txt", ".jsonl"):
+        raise RecipeError(f"{path}: data files are .txt or .jsonl, not {path.suffix or 'a file without a suffix'}")
+
+
 def file_corpus(path: Path) -> Corpus:
     """A local `.txt` (one document), or `.jsonl` with `text` or chat `messages` on each line.
 
     Raises:
         RecipeError: the file is missing, of another kind, or a line of it cannot be used (the line is named).
     """
-    if not path.is_file():
-        raise RecipeError(f"{path}: no such text file; give a .txt or .jsonl file under data.source, or 'builtin'")
-    if path.suffix not in (".txt", ".jsonl"):
-        raise RecipeError(f"{path}: data files are .txt or .jsonl, not {path.suffix or 'a file without a suffix'}")
+    find_text(path)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -125,10 +130,19 @@ def load_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
+    if not has_tokenizer(folder):
+        raise ModelError(f"{folder}: has no tokenizer; copy tokenizer.json from where the model came from")
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers raises whatever its tokenizers do
         raise ModelError(f"{folder}: its tokenizer cannot be loaded ({_first_line(error)})") from None
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model folder holds any file that a tokenizer is made of."""
+    return any(
+        (folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -30,7 +30,9 @@ FolderArgument = Annotated[Path, typer.Argument(help="a folder that apply wrote"
 JsonOption = Annotated[bool, typer.Option("--json", help="one JSON document on stdout")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="change the recipe: path=value, may be repeated")]
 RevisionOption = Annotated[str | None, typer.Option(help="branch, tag or commit of a hub model")]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="replace a non-empty OUT, once the new one is done")]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="replace the model folder at OUT, once the new one is done")
+]
 
 
 @app.callback()
@@ -60,6 +62,7 @@ def apply(
     if dry_run:
         plan(recipe, model, edits, revision, as_json)
         return
+    from ..calibrate.corpus import has_tokenizer
     from ..compress.apply import Job
     from ..compress.apply import apply as run_job
     from ..compress.card import LARGE_MODEL
@@ -75,6 +78,8 @@ def apply(
             "warning: the built-in text is little for a model of this size; name your own under data.source"
         )
     recipe_file = Path(recipe) if Path(recipe).is_file() else None
+    if not has_tokenizer(folder):
+        render.err.print(f"warning: {model} has no tokenizer, so {out} will have none: eval and run will need one")
     job = Job(parsed, text, tuple(edits or ()), folder, out, model, commit, recipe_file)
     try:
         with render.ApplyProgress(blocks, _state["quiet"]) as progress:
@@ -129,7 +134,8 @@ def plan(
         f"\nweights {render.size(result.bytes_before)} → {render.size(result.bytes_after)} "
         f"({result.bytes_before / result.bytes_after:.2f} × smaller), format {result.format}, read by "
         f"{', '.join(result.readers)}\nmemory {render.size(result.memory)} beyond the imports, disk "
-        f"{render.size(result.disk)} of {render.size(free)} free here, about {seconds:.0f} s"
+        f"{render.size(result.disk)} of {render.size(free)} free here (activations in it are deleted at the end), "
+        f"roughly {seconds:.0f} s"
     )
 
 
@@ -142,6 +148,7 @@ def inspect(
     """Say what a model folder, plain or compressed, consists of."""
     import fnmatch
 
+    from ..runtime.errors import ModelError
     from ..runtime.stored import StoredModel, open_model
 
     folder, _ = _model(model, None)
@@ -156,15 +163,19 @@ def inspect(
     if isinstance(opened, StoredModel):
         kinds: dict[str, int] = {}
         for scheme in opened.schemes.values():
-            label = ", ".join(f"{key} {value}" for key, value in scheme.items())
+            group = "one scale a row" if scheme["group_size"] < 0 else f"groups of {scheme['group_size']}"
+            label = f"int{scheme['bits']}, {group}{'' if scheme['symmetric'] else ', asymmetric'}"
             kinds[label] = kinds.get(label, 0) + 1
-        record |= {"format": opened.format, "schemes": kinds}
+        record |= {"format": opened.format, "linears stored as": kinds}
     if tensors is not None:
-        record["tensors"] = {
+        found = {
             name: {"dtype": str(info.dtype).removeprefix("torch."), "shape": list(info.shape), "file": info.file}
             for name, info in opened.stored.items()
             if fnmatch.fnmatchcase(name, tensors)
         }
+        if not found:
+            raise ModelError(f"{model}: no tensor matches {tensors}; names look like {next(iter(opened.stored))}")
+        record["tensors"] = found
     if as_json:
         render.document(record)
         return
@@ -172,7 +183,8 @@ def inspect(
         if isinstance(value, dict):
             render.out.print(f"{key}:")
             for name, detail in value.items():
-                render.out.print(f"  {name}: {detail}")
+                words = detail.values() if isinstance(detail, dict) else [detail]
+                render.out.print(f"  {name}: {'  '.join(map(str, words))}")
         else:
             render.out.print(f"{key}: {value:,}" if isinstance(value, int) else f"{key}: {value}")
 
@@ -235,6 +247,7 @@ def export(
     out: Annotated[Path, typer.Argument(help="the folder to write")],
     form: Annotated[str, typer.Option("--format", help="dense: plain weights that every tool reads")] = "dense",
     overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Decode FOLDER into another format."""
     from ..compress.verify import export_dense
@@ -243,7 +256,11 @@ def export(
     if form != "dense":
         raise RecipeError(f"--format {form}: only 'dense' can be exported")
     export_dense(folder, out, overwrite=overwrite)
-    render.out.print(f"{out}: a plain model folder")
+    size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    if as_json:
+        render.document({"out": str(out), "format": form, "bytes": size})
+    else:
+        render.out.print(f"{out}: a plain model folder, {render.size(size)}")
 
 
 @app.command()
@@ -344,6 +361,14 @@ def recipes_validate(files: Annotated[list[str], typer.Argument(help="recipe fil
             print(error)
     if bad:
         raise typer.Exit(1)
+
+
+@recipes_app.command("options")
+def recipes_options() -> None:
+    """Every key of a recipe, what it may be and what it does, as Markdown."""
+    from ..compress.recipe import options_table
+
+    print(options_table(), end="")
 
 
 @recipes_app.command("schema")

@@ -61,13 +61,13 @@ def plan_table(rows: list[Row]) -> Table:
 def evaluation_table(name: str, result: Evaluation) -> Table:
     table = Table("measure", name, box=None)
     table.columns[1].justify = "right"
-    table.add_row("tokens", f"{result.tokens:,}")
-    table.add_row("perplexity", f"{result.perplexity:.4f} ± {result.perplexity_error:.4f}")
+    table.add_row("tokens predicted", f"{result.tokens:,}")
+    table.add_row("perplexity ± standard error", f"{result.perplexity:.4f} ± {result.perplexity_error:.4f}")
     if (d := result.against) is not None:
         table.add_row("perplexity of the base", f"{d.base_perplexity:.4f}")
         table.add_row("ratio", f"{d.perplexity_ratio:.5f} ± {d.ratio_error:.5f}")
-        table.add_row("KL mean", f"{d.kl_mean:.6f} ± {d.kl_error:.6f}")
-        table.add_row("KL median / p99", f"{d.kl_median:.6f} / {d.kl_p99:.6f}")
+        table.add_row("KL per token in nats, mean", f"{d.kl_mean:.6f} ± {d.kl_error:.6f}")
+        table.add_row("median / p99", f"{d.kl_median:.6f} / {d.kl_p99:.6f}")
         table.add_row("top-1 agreement", f"{100 * d.top1_agreement:.2f} %")
     return table
 
@@ -100,7 +100,12 @@ class ApplyProgress:
         if record["kind"] == "LayerDone" and self._bar is not None:
             self._bar.update(self._task, now=record["name"])
         elif record["kind"] == "Fallback" and not self.quiet:
-            err.print(f"  {record['name']}: {record['step']} took its fallback: {record['reason']}")
+            err.print(f"  {record['name']}: {record['reason']}")
+        elif record["kind"] == "Resumed":
+            if self._bar is not None:
+                self._bar.update(self._task, completed=record["done"])
+            if not self.quiet:
+                err.print(f"{record['done']} of {record['blocks']} blocks are done already")
         elif record["kind"] == "BlockDone":
             if self._bar is not None:
                 self._bar.update(self._task, completed=record["block"] + 1)

@@ -24,7 +24,7 @@ from ..runtime.errors import ModelError, RecipeError, ResourceError, VerifyError
 from ..runtime.files import file_sha256
 from ..runtime.operators import Operator, from_tensors
 from ..runtime.skeleton import Skeleton, calibration_dtype
-from .events import BlockDone, Event, Fallback, LayerDone
+from .events import BlockDone, Event, Fallback, LayerDone, Resumed
 from .folder import finish_folder
 from .journal import Journal
 from .plan import Plan, chain_names, check_disk, check_memory, make_plan
@@ -124,9 +124,11 @@ def check_output(out: Path, *, resume: bool, overwrite: bool, inputs: Sequence[P
             raise ResourceError(f"{out}: holds {path}, which is read; choose another output folder")
     if not out.is_dir() or not any(out.iterdir()):
         return
+    a_model = any((out / name).is_file() for name in ("compressor.json", "config.json"))
     if not (overwrite or resume):
-        raise ResourceError(f"{out}: not empty; choose another output folder or add --overwrite")
-    if overwrite and not any((out / name).is_file() for name in ("compressor.json", "config.json")):
+        hint = " or add --overwrite" if a_model else ""
+        raise ResourceError(f"{out}: not empty; choose another output folder{hint}")
+    if overwrite and not a_model:
         raise ResourceError(f"{out}: is not a model folder, which --overwrite replaces; choose another output")
 
 
@@ -223,9 +225,8 @@ def _run(
     if not done:
         writer.write({name: checkpoint.tensor(name) for name in checkpoint.outside_names()})
         journal.done({"step": "outside", "block": -1, "files": writer.hashes(-1, skeleton.blocks)})
-    for entry in journal.entries:
-        for record in entry.get("events", ()):
-            listener(_summary(record))
+    if done:
+        listener(Resumed(first, skeleton.blocks))
     wanted = {name for name in plan.linears for step in job.recipe.passes if step.needs and step.wants(name)}
     for block in walk(skeleton, chains, wanted, first, kept):
         start = time.monotonic()
@@ -283,8 +284,3 @@ def _block_done(events: list[Event], plan: Plan, block: Block, blocks: int) -> B
     bits = sum(e.bits * sizes[e.name][0] * sizes[e.name][1] for e in layers) / weights if weights else 0.0
     error = sum(e.error * sizes[e.name][0] * sizes[e.name][1] for e in layers) / weights if weights else 0.0
     return BlockDone(block.index, blocks, bits, error, sum(isinstance(event, Fallback) for event in events))
-
-
-def _summary(record: dict[str, Any]) -> Event:
-    kinds: dict[str, type[Event]] = {kind.__name__: kind for kind in (LayerDone, Fallback, BlockDone)}
-    return kinds[record["kind"]](**{key: value for key, value in record.items() if key != "kind"})

@@ -32,8 +32,16 @@ class LayerDone(Event):
 
 
 @dataclass(frozen=True)
+class Resumed(Event):
+    """A run goes on after blocks that an earlier one finished."""
+
+    done: int
+    blocks: int
+
+
+@dataclass(frozen=True)
 class Fallback(Event):
-    """A pass took its simple way for one linear, and why."""
+    """A pass took its simple way for one linear: which, and why."""
 
     name: str
     step: str

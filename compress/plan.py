@@ -8,12 +8,14 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..calibrate.chains import BATCH_TOKENS
+from ..calibrate.corpus import find_text
 from ..runtime.architectures import PARTS
-from ..runtime.checkpoint import Checkpoint
+from ..runtime.checkpoint import Checkpoint, block_index
 from ..runtime.errors import RecipeError, ResourceError
 from ..runtime.operators import Dense, Operator, stored_bytes
 from ..runtime.skeleton import Skeleton
@@ -84,6 +86,8 @@ def make_plan(recipe: Recipe, skeleton: Skeleton) -> Plan:
             or a format that cannot hold the result.
     """
     checkpoint = skeleton.checkpoint
+    if recipe.data.source != "builtin" and any(step.needs for step in recipe.passes):
+        find_text(Path(recipe.data.source))
     linears: dict[str, LinearPlan] = {}
     matched = [0] * len(recipe.passes)
     for index in range(skeleton.blocks):
@@ -96,7 +100,10 @@ def make_plan(recipe: Recipe, skeleton: Skeleton) -> Plan:
                 if not step.wants(name):
                     continue
                 matched[number] += 1
-                result = step.plan(name, operator)
+                try:
+                    result = step.plan(name, operator)
+                except RecipeError as error:
+                    raise RecipeError(f"passes.{number}: {error}") from None
                 if stored_bytes(result) > stored_bytes(operator):
                     raise RecipeError(
                         f"passes.{number} ({step.step}) would make {name} larger: {stored_bytes(operator):,} → "
@@ -133,11 +140,20 @@ def make_plan(recipe: Recipe, skeleton: Skeleton) -> Plan:
 def rows(plan: Plan) -> list[Row]:
     """The plan folded: layer and expert numbers become `*`, equal lines are counted."""
     folded: dict[tuple[str, tuple[str, ...], str, tuple[int, int]], list[tuple[int, int]]] = {}
+    blocks: dict[Any, set[int]] = {}
     for name, linear in plan.linears.items():
-        key = (re.sub(r"\.\d+\.", ".*.", name), linear.steps, describe(linear.operator), linear.operator.shape)
+        short = re.sub(r"\.\d+\.", ".*.", name)
+        key = (short, linear.steps, describe(linear.operator), linear.operator.shape)
         folded.setdefault(key, []).append((linear.before, stored_bytes(linear.operator)))
+        index = block_index(name + ".weight")
+        assert index is not None
+        blocks.setdefault(key, set()).add(index)
+        blocks.setdefault(short, set()).add(index)
     result = []
-    for (name, steps, becomes, shape), sizes in folded.items():
+    for key, sizes in folded.items():
+        name, steps, becomes, shape = key
+        if blocks[key] != blocks[name]:
+            name = name.replace(".layers.*.", f".layers.{_ranges(blocks[key])}.", 1)
         parameters = len(sizes) * shape[0] * shape[1]
         before, after = (sum(column) for column in zip(*sizes, strict=True))
         result.append(Row(name, len(sizes), parameters, steps, becomes, 8 * after / parameters, before, after))
@@ -153,6 +169,17 @@ def check_disk(plan: Plan, out: Path) -> None:
             f"{folder}: {free / 1e9:.2f} GB free, {plan.disk / 1e9:.2f} GB needed (weights and calibration "
             "activations); free some space or write elsewhere"
         )
+
+
+def _ranges(numbers: set[int]) -> str:
+    """`0,2-4` for 0, 2, 3, 4."""
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
 
 
 def available_memory() -> int | None:
@@ -190,7 +217,8 @@ def estimated_seconds(plan: Plan) -> float:
     for _ in range(3):
         a @ a
     speed = 3 * 2 * 1024**3 / (time.perf_counter() - start)
-    return plan.flops / speed + plan.disk / 2e8
+    blocks = 1 + max(index for name in plan.linears if (index := block_index(name + ".weight")) is not None)
+    return plan.flops / speed + plan.disk / 2e8 + 5 + 0.5 * blocks  # reading text, checks, steps too small to count
 
 
 def _nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:

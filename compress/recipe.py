@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import suppress
 from difflib import get_close_matches
@@ -12,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticUndefined
 
 from ..runtime.errors import RecipeError
 from .passes.base import Pass
@@ -110,7 +112,9 @@ def parse_recipe(text: str, name: str = "recipe", edits: tuple[str, ...] = ()) -
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{mark.line + 1}:{mark.column + 1}" if mark else "1:1"
-        raise RecipeError(f"{name}:{place}: {error.problem}") from None
+        lines = text.splitlines()
+        shown = f"\n    {lines[mark.line]}\n    {' ' * mark.column}^" if mark and mark.line < len(lines) else ""
+        raise RecipeError(f"{name}:{place}: not YAML: {error.problem}{shown}") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{name}:1:1: not YAML ({error})") from None
     problems = [f"{name}:{line}: {message}" for line, message in duplicates]
@@ -119,7 +123,8 @@ def parse_recipe(text: str, name: str = "recipe", edits: tuple[str, ...] = ()) -
     try:
         recipe = Recipe.model_validate(document)
     except ValidationError as error:
-        edited = {tuple(path[:end]) for path in map(_edit_path, edits) for end in range(1, len(path) + 1)} - set(where)
+        paths = [tuple(_edit_path(edit)) for edit in edits]
+        edited = {*paths, *({path[:end] for path in paths for end in range(1, len(path))} - set(where))}
         # A list whose items are wrong is also reported as too short.
         items = [dict(e) for e in error.errors(include_url=False) if not (e["type"] == "too_short" and e["input"])]
         problems += [_explain(name, text, where, edited, item) for item in items]
@@ -138,6 +143,37 @@ def json_schema() -> dict[str, Any]:
     """JSON schema of recipes, for editors."""
     schema = Recipe.model_json_schema()
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def options_table() -> str:
+    """Every key of a recipe as Markdown: what it may be, its default, what it does."""
+    lines = []
+    models: list[tuple[str, type[BaseModel]]] = [("recipe", Recipe), ("data", Data), ("output", Output)]
+    for title, model in [*models, *((f"passes: kind {name}", kind) for name, kind in PASSES.items())]:
+        lines += [f"### {title}", "", (model.__doc__ or "").strip().splitlines()[0], ""]
+        lines += ["| key | may be | default | what it does |", "|---|---|---|---|"]
+        for key, spec in model.model_json_schema()["properties"].items():
+            if key != "kind" and key not in {name for name, _ in models}:
+                default = model.model_fields[key].get_default()
+                shown = "" if default is PydanticUndefined else f"`{json.dumps(default)}`"
+                lines.append(f"| `{key}` | {_allowed(spec)} | {shown} | {spec.get('description', '')} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _allowed(spec: dict[str, Any]) -> str:
+    """What a JSON schema's property may be, in words."""
+    if "enum" in spec or "const" in spec:
+        return ", ".join(str(value) for value in spec.get("enum", [spec.get("const")]))
+    if spec.get("type") == "array":
+        return "a list"
+    signs = {"minimum": "≥", "maximum": "≤", "exclusiveMinimum": ">", "exclusiveMaximum": "<"}
+    words = [
+        {"integer": "a whole number", "boolean": "true or false", "string": "text"}.get(
+            spec.get("type", ""), "a number"
+        )
+    ]
+    return " ".join([*words, *(f"{sign} {spec[key]}" for key, sign in signs.items() if key in spec)])
 
 
 def _marks(node: yaml.Node, path: _Path, where: dict[_Path, tuple[yaml.Mark, yaml.Mark]]) -> Iterator[tuple[str, str]]:
@@ -177,8 +213,6 @@ def _apply_edit(document: Any, edit: str) -> None:
     value: Any = edit.partition("=")[2]
     with suppress(yaml.YAMLError, ValueError):  # what is not YAML, like a glob, is the text itself
         value = yaml.safe_load(value)
-    if last in ("targets", "ignore") and isinstance(value, str):
-        value = [value]
     if isinstance(place, dict) or (isinstance(place, list) and isinstance(last, int) and last < len(place)):
         place[last] = value  # type: ignore[index]
     else:

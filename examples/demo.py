@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,11 +12,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "examples/tiny-llama"
 OUT = "build/demo"
-PROMPT = "import os\n\ndef read_lines(path):\n"
+PROMPT = "def read_lines(path):"
 
 
 def run(*command: str) -> None:
-    print("\n$ compressor", *(repr(word) if "\n" in word else word for word in command), flush=True)
+    print("\n$ compressor", shlex.join(command), flush=True)
     subprocess.run([sys.executable, "-m", "compressor.cli", *command], cwd=ROOT, check=True)
 
 

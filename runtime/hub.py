@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from difflib import get_close_matches
 from pathlib import Path
 
 from .errors import ModelError
@@ -36,5 +37,8 @@ def resolve_model(source: str, revision: str | None = None) -> tuple[Path, str |
         folder = Path(snapshot_download(source, revision=revision, allow_patterns=_PATTERNS, ignore_patterns=_NOT))
     except Exception as error:  # network, permission, not found: the hub's own words, first line
         first = str(error).strip().splitlines()[0]
-        raise ModelError(f"{source}: no such folder, and not to be had from the hub ({first})") from None
+        beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        close = get_close_matches(path.name, beside, 1)
+        hint = f"; did you mean {path.with_name(close[0])}?" if close else ""
+        raise ModelError(f"{source}: no such folder, and not to be had from the hub ({first}){hint}") from None
     return folder, folder.name

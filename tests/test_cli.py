@@ -122,7 +122,7 @@ def test_readme_commands_run(tmp_path: Path) -> None:
     ("words", "said"),
     [
         (("run", "MODEL", "-p", ""), "--prompt holds no token"),
-        (("eval", "BARE"), "its tokenizer cannot be loaded"),
+        (("eval", "BARE"), "has no tokenizer"),
         (("eval", "MODEL", "--against", "OTHER"), "tokens in their vocabularies"),
         (("recipes", "copy", "w8a16", "nowhere/x.yaml"), "cannot be written"),
         (("inspect", "EMPTY"), "model.safetensors"),

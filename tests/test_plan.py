@@ -43,8 +43,8 @@ def test_the_plan_is_what_is_written(pico: Pico, tmp_path: Path) -> None:
     assert folded["model.layers.*.mlp.gate_proj"].steps == ("rtn",)
     assert folded["model.layers.*.mlp.gate_proj"].count == 2
     assert folded["model.layers.*.self_attn.q_proj"].steps == ()
-    down = [row for row in rows(plan) if row.name == "model.layers.*.mlp.down_proj"]
-    assert sorted(row.becomes for row in down) == ["dense", "int3 g32"]
+    assert folded["model.layers.0.mlp.down_proj"].becomes == "dense"
+    assert folded["model.layers.1.mlp.down_proj"].becomes == "int3 g32"
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,10 @@ def test_the_plan_is_what_is_written(pico: Pico, tmp_path: Path) -> None:
             "  - {kind: rtn, targets: ['*.qproj']}\n",
             r"passes\.0 \(rtn\) matches no linear.*names look like model\.layers",
         ),
-        ("  - {kind: rtn}\n  - {kind: gptq}\n", "gptq cannot quantize .*: an earlier pass left it int"),
+        (
+            "  - {kind: rtn}\n  - {kind: gptq}\n",
+            "passes.1: gptq cannot quantize .*, which an earlier pass has quantized",
+        ),
     ],
 )
 def test_senseless_recipes_are_refused(pico: Pico, passes: str, match: str) -> None:
@@ -72,3 +75,9 @@ def test_a_pass_may_not_make_a_tensor_larger(pico: Pico) -> None:
     }
     with pytest.raises(RecipeError, match=r"would make .*q_proj larger: 32 → 34 bytes; ignore it"):
         planned(pico("llama", **tiny), "  - {kind: rtn, bits: 8, group_size: 16}\n")
+
+
+def test_a_missing_text_is_said_before_anything_else(pico: Pico) -> None:
+    text = "data: {source: nowhere.txt}\npasses: [{kind: gptq}]"
+    with pytest.raises(RecipeError, match=r"nowhere\.txt: no such text file"):
+        make_plan(parse_recipe(text), Skeleton(open_source(pico())))

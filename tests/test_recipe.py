@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 import yaml
 
-from compressor.compress.recipe import json_schema, parse_recipe, read_recipe, resolved_yaml, shipped
+from compressor.compress.recipe import json_schema, options_table, parse_recipe, read_recipe, resolved_yaml, shipped
 from compressor.runtime.errors import RecipeError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,6 +95,15 @@ def test_odd_yaml_is_refused_in_a_line(text: str) -> None:
     with pytest.raises(RecipeError) as caught:
         parse_recipe(text, "r.yaml")
     assert str(caught.value).startswith("r.yaml:")
+
+
+def test_the_page_of_options_is_current() -> None:
+    page = (Path(__file__).resolve().parent.parent / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert page.endswith(options_table()), "write it anew: compressor recipes options"
+
+
+def test_a_wrong_edit_is_named_and_not_the_line_it_replaced() -> None:
+    assert mistakes(GOOD, "passes.0.bits=7")[0].startswith("--set passes.0.bits: ")
 
 
 def test_unknown_recipe_names_offer_the_nearest() -> None:

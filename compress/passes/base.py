@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from ...calibrate.walk import StageWork
 from ...runtime.operators import Operator
@@ -26,6 +26,8 @@ def _check_pattern(pattern: str) -> str:
 
 
 Pattern = Annotated[str, AfterValidator(_check_pattern)]
+# A single pattern may be written without the brackets of a list.
+Patterns = Annotated[tuple[Pattern, ...], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -41,10 +43,10 @@ class Pass(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     step: ClassVar[str]
-    targets: tuple[Pattern, ...] = Field(
+    targets: Patterns = Field(
         ("*",), description="linears to work on: globs over names without .weight, or re: patterns"
     )
-    ignore: tuple[Pattern, ...] = Field((), description="linears to leave alone, of those that match targets")
+    ignore: Patterns = Field((), description="linears to leave alone, of those that match targets")
 
     @property
     def needs(self) -> frozenset[Need]:

@@ -62,8 +62,10 @@ class Gptq(Quantizer):
         return frozenset({"moment", "cross"} if self.correction else {"moment"})
 
     def flops(self, rows: int, columns: int) -> float:
-        solve = 2.0 * columns**3 + (1 + 4 * (self.correction > 0) + 6 * self.refinements) * rows * columns**2
-        return solve + 2000.0 * columns * rows
+        sweeps = len(_SHRINKS) if self.search else 1
+        products = (1 + 2 * (self.correction > 0) + sweeps + 2 * self.refinements) * rows * columns**2
+        # Column after column, a weight costs as much time as this many operations of a GEMM.
+        return 2.0 * columns**3 + products + (3000.0 * sweeps + 6000.0 * self.refinements) * rows * columns
 
     def memory(self, shapes: Sequence[tuple[int, int]]) -> float:
         rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
@@ -100,17 +102,17 @@ class Gptq(Quantizer):
     def _solve(self, weight: Tensor, statistics: Statistics | None) -> tuple[Solution, str]:
         """The best solution for a stored weight `[rows, columns]`, and why it is the simple one where it is."""
         if statistics is None or statistics.tokens == 0:
-            return self._rounded(weight), "no calibration tokens"
+            return self._rounded(weight), "rounded to nearest, for no calibration token came by (more data.samples?)"
         try:
             system = damped_system(statistics.moment, self.damping, act_order=self.act_order)
         except NotSolvable as error:
-            return self._rounded(weight), str(error)
+            return self._rounded(weight), f"rounded to nearest, for {error}"
         system = system.to(products_dtype(weight.device))
         shift = None
         if self.correction and statistics.cross is not None:
             shift = Shift.of(statistics.cross, system, weight.shape[0])
         solution = Solution.joined([self._solve_rows(part, shift, system) for part in weight.split(_ROWS)])
-        return solution, "rounding to nearest had the lower loss in every row" if solution.simple.all() else ""
+        return solution, "rounded to nearest, which had the lower loss" if solution.simple.all() else ""
 
     def _grid(self, weight: Tensor, stored: torch.dtype, shrink: float = 1.0) -> Grid:
         return range_grid(weight, self.bits, self.group_for(weight.shape[1]), self.symmetric, stored, shrink)

@@ -18,7 +18,7 @@ class Quantizer(Pass):
     """Options of every integer quantizer."""
 
     bits: Literal[2, 3, 4, 5, 6, 8] = Field(4, description="bits of a code, scales not counted")
-    group_size: int = Field(128, description="columns that share a scale; -1: one scale a row")
+    group_size: int = Field(128, description="columns that share a scale: 16, 32, 64, 128 or 256; -1: one scale a row")
     symmetric: bool = Field(True, description="signed full-range scales; false: a zero point for each group")
 
     @field_validator("group_size")
@@ -35,8 +35,7 @@ class Quantizer(Pass):
     def plan(self, name: str, operator: Operator) -> Operator:
         if not isinstance(operator, Dense):
             raise RecipeError(
-                f"{self.step} cannot quantize {name}: an earlier pass left it {operator.kind}; "
-                "let one of the two passes ignore it"
+                f"{self.step} cannot quantize {name}, which an earlier pass has quantized: let one of the two ignore it"
             )
         if operator.weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             stored = str(operator.weight.dtype).removeprefix("torch.")
@@ -62,4 +61,5 @@ def bits_per_weight(operator: IntQuantized) -> float:
     """Stored bits per weight, scales and zero points included."""
     columns, groups = operator.shape[1], operator.scales.shape[1]
     extra = operator.scales.element_size() * 8 + (0 if operator.zeros is None else operator.bits)
-    return operator.bits + extra * groups / columns
+    shape = 128 / (operator.shape[0] * columns)  # two int64
+    return operator.bits + extra * groups / columns + shape
