@@ -17,8 +17,8 @@ from pathlib import Path
 
 _LLAMA = {"vocab_size": 4096, "num_hidden_layers": 2, "head_dim": 64}
 _MOE = {
-    **_LLAMA, "hidden_size": 512, "num_experts": 32, "num_experts_per_tok": 2, "moe_intermediate_size": 512,
-    "num_attention_heads": 8, "num_key_value_heads": 4,
+    **_LLAMA, "num_hidden_layers": 1, "hidden_size": 512, "num_experts": 32, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4,
 }  # fmt: skip
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -84,7 +83,9 @@ def child(tool: str, model: str, ids_file: str, out: str, bits: int, group: int,
     else:
         run_compressor(model, ids, out, bits, group, PLAIN if tool == "compressor, plain" else "", seed)
     done = time.perf_counter()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+    # Not getrusage, whose peak a child inherits from the process that started it.
+    status = Path("/proc/self/status").read_text().splitlines()
+    peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1000
     size = sum(path.stat().st_size for path in Path(out).glob("*.safetensors"))
     print("RESULT " + json.dumps({"imports": ready - start, "work": done - ready, "peak_mb": peak, "bytes": size}))
     sys.stdout.flush()

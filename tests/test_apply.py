@@ -198,7 +198,7 @@ def test_the_report_tells_every_linear(job: Job) -> None:
     events = [json.loads(line) for line in (job.out / "report" / "layers.jsonl").read_text().splitlines()]
     layers = [event for event in events if event["kind"] == "LayerDone"]
     assert len(layers) == 4 * 7
-    assert all(0 < event["error"] < 0.05 and event["bits"] == 4.5 and event["tokens"] == 512 for event in layers)
+    assert all(0 < event["error"] < 0.05 and 4.5 < event["bits"] < 4.6 and event["tokens"] == 512 for event in layers)
     assert sum(event["kind"] == "BlockDone" for event in events) == 4
     assert len((job.out / "report" / "timings.jsonl").read_text().splitlines()) == 4
     assert (job.out / "recipe.yaml").read_text() == job.recipe_text

@@ -283,6 +283,33 @@ def test_better_methods_have_lower_losses() -> None:
     assert losses[-1] < 0.6 * losses[0]
 
 
+def test_no_row_is_worse_than_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows whose sweep went wrong (here: some are spoilt on purpose) take the nearest values, and only they do."""
+    weight, moment = problem(rows=40, columns=64)
+    statistics = Statistics(200, moment.float())
+    step = Gptq(kind="gptq", bits=4, group_size=32, refinements=0)
+    grid = range_grid(weight.float(), 4, 32, True, torch.float32)
+    rounded = grid.codes(weight.float())
+
+    def spoilt(target: Tensor, grids: list[Grid], system: System):  # type: ignore[no-untyped-def]
+        chosen, codes, losses = best_sweep(target, grids, system)
+        codes[:, ::3] = 0
+        losses[::3] = row_losses(-target[:, ::3], system.moment)
+        return chosen, codes, losses
+
+    monkeypatch.setattr("compressor.compress.passes.gptq.best_sweep", spoilt)
+    solution, reason = step._solve(weight.float(), statistics)
+    assert solution.simple[::3].all()
+    assert not solution.simple.all()
+    assert torch.equal(solution.codes[::3].float(), rounded[::3])
+    assert torch.equal(solution.grid.scales[::3], grid.scales[::3])
+    assert not reason
+    monkeypatch.setattr("compressor.compress.passes.gptq.best_sweep", lambda t, g, s: (g[0], 0 * t, 1e30 + 0 * t[0]))
+    solution, reason = step._solve(weight.float(), statistics)
+    assert torch.equal(solution.codes.float(), rounded)
+    assert reason == "rounded to nearest, which had the lower loss"
+
+
 def test_rows_solved_in_parts_are_rows_solved_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, moment = problem(rows=30, columns=48)
     statistics = Statistics(200, moment.float(), 0.01 * moment.float())
