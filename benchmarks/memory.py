@@ -93,11 +93,7 @@ def measure(name: str) -> tuple[int, int, int]:
         AutoTokenizer.from_pretrained(examples / "tiny-llama").save_pretrained(model)
         text = f"data: {{samples: 16}}\npasses:\n  - {step}\n"
         command = [sys.executable, __file__, "--child", text, str(model)]
-        settings = {
-            "MALLOC_MMAP_THRESHOLD_": "65536",
-            "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
-            "LRU_CACHE_CAPACITY": "64",
-        }
+        settings = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}  # as the command line has them
         environment = {**os.environ, **settings, "MALLOC_MMAP_THRESHOLD_": "65536"}
         done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     predicted, measured, base = (int(word) for word in done.stdout.split())

@@ -170,9 +170,17 @@ def main() -> None:
             folders = {}
             for tool, python in pythons.items():
                 folders[tool] = Path(room) / tool.replace(", ", "-")
-                words = [python, __file__, "--child", tool, options.model, f"{room}/ids.json", str(folders[tool])]
+                words = [
+                    python,
+                    str(Path(__file__).resolve()),
+                    "--child",
+                    tool,
+                    str(Path(options.model).resolve()),
+                    f"{room}/ids.json",
+                    str(folders[tool]),
+                ]
                 words += [str(options.bits), str(options.group_size), str(seed)]
-                done = subprocess.run(words, capture_output=True, text=True, env=_environment())
+                done = subprocess.run(words, capture_output=True, text=True, env=_environment(), cwd=room)
                 line = next((text for text in done.stdout.splitlines() if text.startswith("RESULT ")), None)
                 assert line is not None, done.stdout[-2000:] + done.stderr[-2000:]
                 result = json.loads(line.removeprefix("RESULT "))

@@ -22,8 +22,8 @@ _BLOCK = 256  # columns of the moment multiplied at a time: large enough for a f
 
 @contextmanager
 def _exact_products(dtype: torch.dtype) -> Iterator[None]:
-    """Inside, float32 products on the CPU read their inputs as bfloat16 if they come from there: nothing is lost, sums
-    stay float32, and processors that multiply bfloat16 are several times as fast."""
+    """Inside, float32 products on the CPU read inputs that were bfloat16 as such again: products are exact, sums stay
+    float32, and processors that multiply bfloat16 are several times as fast."""
     settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
     settings.fp32_precision = "bf16" if dtype == torch.bfloat16 else before

@@ -111,7 +111,7 @@ class ShardedWriter:
         return torch.frombuffer(raw, dtype=dtype).view(shape) if raw else torch.empty(shape, dtype=dtype)
 
     def hashes(self, block: int, blocks: int) -> dict[str, str]:
-        """File name → sha256 of the files whose last tensor came with a block; -1: with what is in none of `blocks`."""
+        """File name → sha256 of the files whose last tensor came with a block; -1: with what is in none of them."""
         last: dict[str, int] = {}
         for name, file in self.weight_map.items():
             index = block_index(name)

@@ -13,7 +13,7 @@ class CpuCapability:
     """What of the processor the choice depends on."""
 
     bf16_matrix: bool  # AMX tiles: bf16 GEMMs far ahead of everything else at many rows
-    bf16: bool = True  # instructions for bf16 products at all; without them bf16 is emulated
+    bf16: bool  # instructions for bf16 products at all; without them bf16 is emulated
 
 
 @cache
@@ -22,10 +22,9 @@ def cpu_capability() -> CpuCapability:
     return CpuCapability(matrix, matrix or bool(torch.cpu._is_avx512_bf16_supported()))
 
 
-def products_dtype(device: torch.device, cpu: CpuCapability | None = None) -> torch.dtype:
-    """What GEMMs that tolerate rounded inputs multiply in: bfloat16 where the device is fast at it."""
-    fast = (cpu or cpu_capability()).bf16 if device.type == "cpu" else True
-    return torch.bfloat16 if fast else torch.float32
+def products_dtype(capability: CpuCapability) -> torch.dtype:
+    """What GEMMs that tolerate rounded inputs multiply in: bfloat16 where the processor is fast at it."""
+    return torch.bfloat16 if capability.bf16 else torch.float32
 
 
 def has_int4_kernel(bits: int, rows: int, group_size: int, columns: int, symmetric: bool) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ..kernels.dispatch import cpu_capability, products_dtype
 from .architectures import ROUTER, Stage
 from .checkpoint import Checkpoint
 from .errors import ModelError
@@ -52,8 +53,7 @@ def calibration_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
     Hidden states and statistics stay float32 in any case.
     """
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if checkpoint.dtype == torch.bfloat16 and fast else torch.float32
+    return products_dtype(cpu_capability()) if checkpoint.dtype == torch.bfloat16 else torch.float32
 
 
 def _without_autocast(router: nn.Module, device: str) -> None:

@@ -24,7 +24,7 @@ from compressor.runtime import load
 
 ROOT = Path(__file__).resolve().parent.parent
 BASELINES = Path(__file__).with_name("baselines.json")
-EDITS = ("data.samples=16", "data.sequence_length=256")
+EDITS = ("data.samples=32", "data.sequence_length=512")  # with less, experts make the result a matter of chance
 MODELS = ("tiny-llama", "tiny-moe")
 
 
@@ -62,9 +62,8 @@ def test_baseline(recipe: str, name: str, tmp_path: Path) -> None:
     expected = baselines["models"][name][recipe]
     found = measure(recipe, name, tmp_path / "out")
     assert (found["bytes"], found["format"]) == (expected["bytes"], expected["format"])
-    # Thread counts and processors round differently, which so little text makes visible (tiny-moe at 4 bits: ± 6 %
-    # over three seeds and two precisions); rounding to nearest is outside of the tolerance.
-    tolerance = 0.15 if baselines["corpus"] == corpus_hash() else 0.5
+    # Thread counts and processors round differently; a broken solver is far outside of either tolerance.
+    tolerance = 0.08 if baselines["corpus"] == corpus_hash() else 0.5
     assert found["kl_mean"] == pytest.approx(expected["kl_mean"], rel=tolerance)
 
 

@@ -16,13 +16,13 @@ from pico import FAMILIES
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from compressor.kernels.dispatch import CpuCapability, has_int4_kernel, int4_path
+from compressor.kernels.dispatch import CpuCapability, has_int4_kernel, int4_path, products_dtype
 from compressor.runtime import load
 from compressor.runtime.checkpoint import Checkpoint
 from compressor.runtime.skeleton import Skeleton
 
 Pico = Callable[..., Path]
-AMX, PLAIN = CpuCapability(True), CpuCapability(False)
+AMX, PLAIN, OLD = CpuCapability(True, True), CpuCapability(False, True), CpuCapability(False, False)
 
 
 def test_imports_nothing_of_the_floors_above(tmp_path: Path) -> None:
@@ -76,6 +76,7 @@ def test_dispatch_is_by_shape_and_capability() -> None:
     assert int4_path(64, torch.bfloat16, PLAIN) == "int4pack"
     assert int4_path(65, torch.bfloat16, PLAIN) == "dequantize"
     assert int4_path(1, torch.float32, PLAIN) == "dequantize"
+    assert [products_dtype(cpu) for cpu in (AMX, PLAIN, OLD)] == [torch.bfloat16, torch.bfloat16, torch.float32]
 
 
 def test_a_head_of_its_own_is_not_tied(pico: Pico, tmp_path: Path) -> None:

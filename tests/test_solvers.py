@@ -326,3 +326,19 @@ def test_scales_of_small_weights_are_kept(stored: torch.dtype) -> None:
     weight = 5e-4 * torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
     grid = range_grid(weight, 8, 128, True, stored)
     assert (grid.values(grid.codes(weight)) - weight).norm() / weight.norm() < 0.01
+
+
+def test_bfloat16_products_cost_next_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The true loss, in float64, of what is solved with rounded products against that of float32 products."""
+    weight, moment = problem(rows=64, columns=256, tokens=2000)
+    cross = 0.02 * moment.float() @ torch.eye(256).roll(1, 0)
+    statistics, system = Statistics(2000, moment.float(), cross), damped_system(moment, 0.01)
+    target = Shift.of(cross.double(), system, rows=64).corrected(weight, 1.0)
+    losses = []
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr("compressor.compress.passes.gptq.products_dtype", lambda _, dtype=dtype: dtype)
+        solution, _ = Gptq(kind="gptq", bits=4, group_size=64)._solve(weight.float(), statistics)
+        values = solution.grid.values(solution.codes.float()).double()
+        losses.append(float(losses_of(values - target, system.moment).sum()))
+        assert float(solution.losses.sum()) == pytest.approx(losses[-1], rel=0.01)
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from compressor.calibrate.statistics import Statistics
@@ -26,3 +27,17 @@ def test_two_halves_are_the_whole_and_the_whole_is_brute_force() -> None:
         torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(merged.moment, whole.moment)
     torch.testing.assert_close(merged.cross, whole.cross)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_are_exact_in_the_dtype_of_the_inputs(dtype: torch.dtype) -> None:
+    """bfloat16 inputs lose nothing to fast products, and float32 inputs are never rounded for them."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3000, 300, generator=generator).to(dtype)
+    reference = (x.float() * (1 + 0.05 * torch.randn(3000, 300, generator=generator))).to(dtype)
+    found = Statistics.empty(300, cross=True)
+    found.add(x, None, reference)
+    assert found.cross is not None
+    exact, moved = x.double(), reference.double() - x.double()
+    for ours, expected in ((found.moment, exact.T @ exact), (found.cross, moved.T @ exact)):
+        assert float((ours.double() - expected).abs().max() / expected.std()) < 2e-5

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...calibrate.statistics import Statistics
 from ...calibrate.walk import StageWork
-from ...kernels.dispatch import products_dtype
+from ...kernels.dispatch import cpu_capability, products_dtype
 from ...runtime.operators import Dense
 from ..events import Event, Fallback, LayerDone
 from ..solvers.grid import Grid, group_span, range_grid, round_to_grid
@@ -107,7 +107,7 @@ class Gptq(Quantizer):
             system = damped_system(statistics.moment, self.damping, act_order=self.act_order)
         except NotSolvable as error:
             return self._rounded(weight), f"rounded to nearest, for {error}"
-        system = system.to(products_dtype(weight.device))
+        system = system.to(products_dtype(cpu_capability()))
         shift = None
         if self.correction and statistics.cross is not None:
             shift = Shift.of(statistics.cross, system, weight.shape[0])

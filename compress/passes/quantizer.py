@@ -33,6 +33,7 @@ class Quantizer(Pass):
         return self.group_size if self.group_size <= columns else -1
 
     def plan(self, name: str, operator: Operator) -> Operator:
+        """Codes, scales and zero points on `meta`; refuses what is quantized already or not stored as plain floats."""
         if not isinstance(operator, Dense):
             raise RecipeError(
                 f"{self.step} cannot quantize {name}, which an earlier pass has quantized: let one of the two ignore it"
