@@ -31,11 +31,15 @@ class StageWork:
 
     Attributes:
         linears: disk name → operator, in execution order.
+        originals: disk name → the weight as the checkpoint has it.
+        groups: disk names of linears that read the same input.
         statistics: disk name → statistics; linears that read the same input share one object. Empty without data,
             and without an entry for an expert no token was routed to.
     """
 
     linears: dict[str, Operator]
+    originals: dict[str, Tensor]
+    groups: list[list[str]]
     statistics: dict[str, Statistics] = field(default_factory=dict)
 
 
@@ -134,8 +138,10 @@ class Block:
             if not sequential:
                 known = self._collect_reference()
         for stage in self.skeleton.stages(self.index):
-            names = [self._disk(name) for group in stage for name in group]
-            work = StageWork({name: Dense(self.skeleton.checkpoint.tensor(name + ".weight")) for name in names})
+            groups = [[self._disk(name) for name in group] for group in stage]
+            names = [name for group in groups for name in group]
+            originals = {name: self.skeleton.checkpoint.tensor(name + ".weight") for name in names}
+            work = StageWork({name: Dense(weight) for name, weight in originals.items()}, originals, groups)
             if sequential:
                 work.statistics = self._collect(stage)
             else:

@@ -22,10 +22,11 @@ from ..kernels.dispatch import cpu_capability
 from ..runtime.checkpoint import Checkpoint, non_finite
 from ..runtime.errors import ModelError, RecipeError, ResourceError, VerifyError
 from ..runtime.files import file_sha256
-from ..runtime.operators import Operator, from_tensors
+from ..runtime.operators import Operator, from_tensors, stored_name
 from ..runtime.skeleton import Skeleton, calibration_dtype
 from .events import BlockDone, Event, Fallback, LayerDone, Resumed
 from .folder import finish_folder
+from .formats import as_written
 from .journal import Journal
 from .plan import Plan, chain_names, check_disk, check_memory, make_plan
 from .recipe import Recipe
@@ -262,9 +263,10 @@ def _store(block: Block, plan: Plan, checkpoint: Checkpoint, writer: ShardedWrit
     for name in (n for n in checkpoint.tensors if n.startswith(prefix)):
         linear = name.removesuffix(".weight")
         if linear in plan.rewritten:
-            rewritten[linear] = block.linears[linear]
-            stored = block.linears[linear].to_tensors()
-            tensors.update({f"{linear}.{suffix}": tensor for suffix, tensor in stored.items()})
+            operator = as_written(block.linears[linear], plan.format, checkpoint.tensors[name].dtype)
+            rewritten[linear] = operator
+            stored = operator.to_tensors()
+            tensors.update({stored_name(linear, suffix): tensor for suffix, tensor in stored.items()})
         else:
             tensors[name] = checkpoint.tensor(name)
     writer.write(tensors)
@@ -272,7 +274,7 @@ def _store(block: Block, plan: Plan, checkpoint: Checkpoint, writer: ShardedWrit
         if not torch.equal(writer.read(name), tensors[name]):
             raise VerifyError(f"{name}: what was read back is not what was written; check the disk")
     for linear, operator in rewritten.items():
-        parts = {suffix: writer.read(f"{linear}.{suffix}") for suffix in operator.to_tensors()}
+        parts = {suffix: writer.read(stored_name(linear, suffix)) for suffix in operator.to_tensors()}
         if not torch.equal(from_tensors(parts, operator.scheme()).dense(), operator.dense()):
             raise VerifyError(f"{linear}: decodes to other weights than were meant; this is a bug, please report it")
 

@@ -10,10 +10,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..runtime.errors import RecipeError
-from ..runtime.operators import Dense, IntQuantized, Operator
+import torch
 
-COMPRESSED_TENSORS, NATIVE, PLAIN = "compressed-tensors", "compressor", "plain"
+from ..kernels.layouts import expand24
+from ..runtime.errors import RecipeError
+from ..runtime.operators import Armor, Dense, IntQuantized, LowRank, Operator, Sparse24, WithResidual
+
+COMPRESSED_TENSORS, NATIVE, PLAIN = "compressed-tensors", "compressor", "dense"
 NATIVE_VERSION = 1
 
 
@@ -54,6 +57,10 @@ def choose_format(
     Raises:
         RecipeError: the format asked for cannot hold the result; what stands in the way is named.
     """
+    if wanted == PLAIN:
+        return PLAIN, ("compressor", "transformers", "vLLM")
+    if wanted == COMPRESSED_TENSORS:
+        linears = {name: as_written(operator, wanted) for name, operator in linears.items()}
     obstacle = _mixture(linears)
     readers = {"compressor", "transformers", "vLLM"}
     for name, operator in linears.items():
@@ -73,6 +80,24 @@ def choose_format(
     if any(len({_scheme(linears[name]) for name in group}) > 1 for group in fused):
         readers -= {"vLLM"}
     return COMPRESSED_TENSORS, tuple(sorted(readers))
+
+
+def as_written(operator: Operator, chosen: str, dtype: torch.dtype = torch.float32) -> Operator:
+    """What a format holds of an operator: plain weights of `dtype`, or the zeros of a 2:4 pattern as codes; a native
+    folder holds it as it is."""
+    if chosen == PLAIN and not isinstance(operator, Dense):
+        meta = next(iter(operator.to_tensors().values())).is_meta
+        return Dense(torch.empty(operator.shape, dtype=dtype, device="meta") if meta else operator.dense(dtype))
+    if chosen == COMPRESSED_TENSORS and isinstance(operator, Sparse24) and isinstance(operator.values, IntQuantized):
+        kept = operator.values
+        size = kept.group_size if kept.group_size < 0 else 2 * kept.group_size
+        if kept.codes.is_meta:
+            codes = torch.empty(operator.shape, dtype=torch.int8, device="meta")
+        else:
+            codes = expand24(kept.codes, operator.indices)
+        if kept.zeros is None:
+            return IntQuantized(codes, kept.scales, None, kept.bits, size)
+    return operator
 
 
 def _scheme(operator: Operator) -> str:
@@ -103,7 +128,26 @@ def describe(operator: Operator) -> str:
     if isinstance(operator, IntQuantized):
         group = "per row" if operator.group_size < 0 else f"g{operator.group_size}"
         return f"int{operator.bits} {group}" + ("" if operator.zeros is None else " asymmetric")
+    if isinstance(operator, Sparse24):
+        return "2:4" if isinstance(operator.values, Dense) else f"2:4 {describe(_spread(operator))}"
+    if isinstance(operator, Armor):
+        sizes = sorted(set(operator.block_sizes))
+        wrappers = "" if isinstance(operator.a, Dense) else f" {describe(operator.a).split()[0]}"
+        return f"armor b{'/'.join(map(str, sizes))}{wrappers} {describe(operator.core)}"
+    if isinstance(operator, WithResidual):
+        return f"{describe(operator.base)} + {describe(operator.residual)}"
+    if isinstance(operator, LowRank):
+        factors = "" if isinstance(operator.up, Dense) else f" {describe(operator.up).split()[0]}"
+        return f"rank {operator.rank}{factors}"
     return operator.kind
+
+
+def _spread(sparse: Sparse24) -> Operator:
+    """The values of a 2:4 weight, their groups counted in columns of the weight."""
+    values = sparse.values
+    assert isinstance(values, IntQuantized)
+    size = values.group_size if values.group_size < 0 else 2 * values.group_size
+    return IntQuantized(values.codes, values.scales, values.zeros, values.bits, size)
 
 
 def format_config(
@@ -130,6 +174,8 @@ def format_config(
             "version": NATIVE_VERSION,
             "operators": [{**scheme, "targets": names} for scheme, names in schemes.values()],
         }
+        return config
+    if chosen == PLAIN:
         return config
     only = len(schemes) == 1
     config["quantization_config"] = {

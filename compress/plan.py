@@ -6,7 +6,7 @@ import re
 import shutil
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ from ..calibrate.corpus import find_text
 from ..runtime.architectures import PARTS
 from ..runtime.checkpoint import Checkpoint, block_index
 from ..runtime.errors import RecipeError, ResourceError
-from ..runtime.operators import Dense, Operator, stored_bytes
+from ..runtime.operators import Dense, Operator, stored_name
 from ..runtime.skeleton import Skeleton
-from .formats import choose_format, describe
+from .formats import as_written, choose_format, describe
 from .recipe import Recipe
 
 _BUFFERS = 48e6  # compiled kernels and scratch of the matrix library
@@ -90,28 +90,10 @@ def make_plan(recipe: Recipe, skeleton: Skeleton) -> Plan:
         find_text(Path(recipe.data.source))
     linears: dict[str, LinearPlan] = {}
     matched = [0] * len(recipe.passes)
+    groups = {name: group for group in input_groups(skeleton) for name in group}
     for index in range(skeleton.blocks):
         for name in skeleton.linears(index):
-            info = checkpoint.tensors[name + ".weight"]
-            operator: Operator = Dense(torch.empty(info.shape, dtype=info.dtype, device="meta"))
-            before = stored_bytes(operator)
-            steps = []
-            for number, step in enumerate(recipe.passes):
-                if not step.wants(name):
-                    continue
-                matched[number] += 1
-                try:
-                    result = step.plan(name, operator)
-                except RecipeError as error:
-                    raise RecipeError(f"passes.{number}: {error}") from None
-                if stored_bytes(result) > stored_bytes(operator):
-                    raise RecipeError(
-                        f"passes.{number} ({step.step}) would make {name} larger: {stored_bytes(operator):,} → "
-                        f"{stored_bytes(result):,} bytes; ignore it, or use fewer bits or larger groups"
-                    )
-                operator = result
-                steps.append(step.step)
-            linears[name] = LinearPlan(tuple(steps), before, operator)
+            linears[name] = _plan_linear(recipe, checkpoint, name, groups[name], matched)
     for number, count in enumerate(matched):
         if not count:
             example = next(iter(linears))
@@ -120,13 +102,11 @@ def make_plan(recipe: Recipe, skeleton: Skeleton) -> Plan:
                 f"{list(recipe.passes[number].targets)}, ignore {list(recipe.passes[number].ignore)}; "
                 f"names look like {example}"
             )
-    fused = [
-        [skeleton.disk_name(index, name) for name in group]
-        for index in range(skeleton.blocks)
-        for stage in skeleton.stages(index)
-        for group in stage
-    ]
-    chosen, readers = choose_format(recipe.output.format, {n: p.operator for n, p in linears.items()}, fused)
+    operators = {name: linear.operator for name, linear in linears.items()}
+    chosen, readers = choose_format(recipe.output.format, operators, input_groups(skeleton))
+    for name, linear in linears.items():
+        dtype = checkpoint.tensors[name + ".weight"].dtype
+        linears[name] = replace(linear, operator=as_written(linear.operator, chosen, dtype))
     tensors = _output_tensors(checkpoint, linears)
     needs = frozenset(need for step in recipe.passes for need in step.needs)
     after = sum(_nbytes(dtype, shape) for dtype, shape in tensors.values())
@@ -137,14 +117,48 @@ def make_plan(recipe: Recipe, skeleton: Skeleton) -> Plan:
     )  # fmt: skip
 
 
+def input_groups(skeleton: Skeleton) -> list[list[str]]:
+    """Disk names of the linears that read the same input (and that some readers put into one matrix)."""
+    return [
+        [skeleton.disk_name(index, name) for name in group]
+        for index in range(skeleton.blocks)
+        for stage in skeleton.stages(index)
+        for group in stage
+    ]
+
+
+def _plan_linear(recipe: Recipe, checkpoint: Checkpoint, name: str, group: list[str], matched: list[int]) -> LinearPlan:
+    """One linear through all passes that want it; they count it in `matched`."""
+    info = checkpoint.tensors[name + ".weight"]
+    operator: Operator = Dense(torch.empty(info.shape, dtype=info.dtype, device="meta"))
+    before = info.nbytes
+    steps = []
+    for number, step in enumerate(recipe.passes):
+        if not step.wants(name):
+            continue
+        matched[number] += 1
+        try:
+            result = step.plan(name, operator, [other for other in group if step.wants(other)])
+        except RecipeError as error:
+            raise RecipeError(f"passes.{number}: {error}") from None
+        if result.nbytes > before:
+            raise RecipeError(
+                f"passes.{number} ({step.step}) would make {name} larger: {before:,} → "
+                f"{result.nbytes:,.0f} bytes; ignore it, or use fewer bits or larger groups"
+            )
+        operator = result
+        steps.append(step.step)
+    return LinearPlan(tuple(steps), before, operator)
+
+
 def rows(plan: Plan) -> list[Row]:
     """The plan folded: layer and expert numbers become `*`, equal lines are counted."""
-    folded: dict[tuple[str, tuple[str, ...], str, tuple[int, int]], list[tuple[int, int]]] = {}
+    folded: dict[tuple[str, tuple[str, ...], str, tuple[int, int]], list[tuple[int, float]]] = {}
     blocks: dict[Any, set[int]] = {}
     for name, linear in plan.linears.items():
         short = re.sub(r"\.\d+\.", ".*.", name)
         key = (short, linear.steps, describe(linear.operator), linear.operator.shape)
-        folded.setdefault(key, []).append((linear.before, stored_bytes(linear.operator)))
+        folded.setdefault(key, []).append((linear.before, linear.operator.nbytes))
         index = block_index(name + ".weight")
         assert index is not None
         blocks.setdefault(key, set()).add(index)
@@ -156,7 +170,7 @@ def rows(plan: Plan) -> list[Row]:
             name = name.replace(".layers.*.", f".layers.{_ranges(blocks[key])}.", 1)
         parameters = len(sizes) * shape[0] * shape[1]
         before, after = (sum(column) for column in zip(*sizes, strict=True))
-        result.append(Row(name, len(sizes), parameters, steps, becomes, 8 * after / parameters, before, after))
+        result.append(Row(name, len(sizes), parameters, steps, becomes, 8 * after / parameters, before, round(after)))
     return result
 
 
@@ -235,7 +249,7 @@ def _output_tensors(
             tensors[name] = (info.dtype, info.shape)
             continue
         for suffix, tensor in linear.operator.to_tensors().items():
-            tensors[f"{name.removesuffix('.weight')}.{suffix}"] = (tensor.dtype, tuple(tensor.shape))
+            tensors[stored_name(name.removesuffix(".weight"), suffix)] = (tensor.dtype, tuple(tensor.shape))
     return tensors
 
 

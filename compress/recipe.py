@@ -16,12 +16,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticUndefined
 
 from ..runtime.errors import RecipeError
+from .passes.armor import ArmorPass
 from .passes.base import Pass
+from .passes.eora import Eora
 from .passes.gptq import Gptq
 from .passes.rtn import Rtn
+from .passes.sparse24 import SparsePass
 
-PASSES: dict[str, type[Pass]] = {"rtn": Rtn, "gptq": Gptq}
-AnyPass = Annotated[Rtn | Gptq, Field(discriminator="kind")]
+PASSES: dict[str, type[Pass]] = {"rtn": Rtn, "gptq": Gptq, "sparse24": SparsePass, "armor": ArmorPass, "eora": Eora}
+AnyPass = Annotated[Rtn | Gptq | SparsePass | ArmorPass | Eora, Field(discriminator="kind")]
 _Path = tuple[str | int, ...]
 
 
@@ -43,8 +46,10 @@ class Output(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: Literal["auto", "compressed-tensors", "compressor"] = Field(
-        "auto", description="auto: compressed-tensors wherever a reader of it can take every tensor, else compressor"
+    format: Literal["auto", "compressed-tensors", "compressor", "dense"] = Field(
+        "auto",
+        description="auto: compressed-tensors wherever a reader of it can take every tensor, else compressor; dense: "
+        "decoded to plain weights, which is no smaller",
     )
     shard_size: str = Field("5GB", pattern=r"^\d+(\.\d+)?(MB|GB)$", description="largest weight file, as 500MB or 5GB")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -53,16 +55,9 @@ def decode_packed(
     return weight.mul_(scales[:, :, None]).view(-1, columns)
 
 
-def linear_packed(
-    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, columns: int, group_size: int
-) -> Tensor:
-    """`x @ W.T` for x `[..., columns]`, the weight decoded a tile of rows at a time."""
-    parts = []
-    for start in range(0, packed.shape[0], TILE_ROWS):
-        rows = slice(start, start + TILE_ROWS)
-        zero = None if zeros is None else zeros[rows]
-        weight = decode_packed(packed[rows], scales[rows], zero, bits, columns, group_size, x.dtype)
-        parts.append(F.linear(x, weight))
+def linear_tiles(x: Tensor, decode: Callable[[slice], Tensor], rows: int) -> Tensor:
+    """`x @ W.T` for x `[..., columns]`; `decode` gives some rows of W, asked for a tile at a time."""
+    parts = [F.linear(x, decode(slice(start, min(start + TILE_ROWS, rows)))) for start in range(0, rows, TILE_ROWS)]
     return torch.cat(parts, -1)
 
 

@@ -79,3 +79,106 @@ def _unpack_rows(packed: Tensor, bits: int) -> Tensor:
             value = value | (lanes[..., word + 1] << (32 - shift))
         codes[..., j] = ((value & mask) - offset).to(torch.int8)
     return codes.view(rows, -1)
+
+
+def compress24(weight: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """The two entries of every four that are kept, and where they were.
+
+    Args:
+        weight: `[rows, columns]`, columns a multiple of four.
+        keep: bool, alike, two true in every four.
+
+    Returns:
+        values `[rows, columns / 2]` of weight's dtype, no zero among them negative; indices uint8
+        `[rows, columns / 4]`, `first | second << 2`.
+    """
+    rows, columns = weight.shape
+    if weight.is_meta:
+        indices = torch.empty(rows, columns // 4, dtype=torch.uint8, device="meta")
+        return torch.empty(rows, columns // 2, dtype=weight.dtype, device="meta"), indices
+    # Kept entries come before the others, each from left to right.
+    order = torch.sort((~keep).view(rows, -1, 4).to(torch.uint8), dim=2, stable=True).indices[..., :2]
+    values = weight.view(rows, -1, 4).gather(2, order).view(rows, -1)
+    return values + 0, (order[..., 0] | order[..., 1] << 2).to(torch.uint8)
+
+
+def expand24(values: Tensor, indices: Tensor) -> Tensor:
+    """The inverse of `compress24`: `[rows, columns]` with zeros elsewhere."""
+    rows, groups = indices.shape
+    result = torch.zeros(rows, groups, 4, dtype=values.dtype, device=values.device)
+    places = torch.stack([indices & 3, indices >> 2], -1).to(torch.int64)
+    return result.scatter_(2, places, values.view(rows, groups, 2)).view(rows, -1)
+
+
+def kept24(indices: Tensor) -> Tensor:
+    """bool `[rows, columns]`: which entries are kept."""
+    return expand24(
+        torch.ones(indices.shape[0], 2 * indices.shape[1], dtype=torch.bool, device=indices.device), indices
+    )
+
+
+def packed_indices(groups: int) -> int:
+    """Bytes of a row's indices on disk."""
+    return -(-groups // 2)
+
+
+def pack_indices(indices: Tensor) -> Tensor:
+    """Indices as they lie on disk, uint8 `[rows, ceil(groups / 2)]`: two groups a byte, the left in the low half."""
+    rows, groups = indices.shape
+    if indices.is_meta:
+        return torch.empty(rows, packed_indices(groups), dtype=torch.uint8, device="meta")
+    padded = torch.nn.functional.pad(indices, (0, groups % 2))
+    return padded[:, 0::2] | padded[:, 1::2] << 4
+
+
+def unpack_indices(packed: Tensor, groups: int) -> Tensor:
+    """The inverse of `pack_indices`: uint8 `[rows, groups]`."""
+    if packed.is_meta:
+        return torch.empty(packed.shape[0], groups, dtype=torch.uint8, device="meta")
+    return torch.stack([packed & 15, packed >> 4], -1).view(packed.shape[0], -1)[:, :groups].contiguous()
+
+
+def swizzle_indices(packed: Tensor) -> Tensor:
+    """Disk layout → the decode kernel's: eight groups a word, int32 `[rows, ceil(bytes / 4)]`."""
+    padded = torch.nn.functional.pad(packed, (0, -packed.shape[1] % 4)).contiguous()
+    return padded.view(torch.int32)
+
+
+def unswizzle_indices(words: Tensor, groups: int) -> Tensor:
+    """The inverse of `swizzle_indices`, for rows of `groups`."""
+    return words.view(torch.uint8)[:, : packed_indices(groups)].contiguous()
+
+
+def cutlass_metadata(indices: Tensor, itemsize: int = 2) -> Tensor:
+    """Indices in the order in which CUTLASS's sparse tensor-core GEMM reads them (torch's semi-structured layout).
+
+    Words of four (16-bit values) or eight groups (8-bit values); rows interleaved within 32 or 16, 2 × 2 blocks of
+    words transposed, and pairs of word columns stored one after the other.
+
+    Args:
+        indices: uint8 `[rows, groups]`; rows a multiple of 32 (16), groups of 8 (16).
+        itemsize: bytes of a value, 2 or 1.
+
+    Returns:
+        int16 or int32 `[rows, groups / 4 (8)]`, of which only the flat order matters.
+    """
+    rows, dtype = indices.shape[0], torch.int16 if itemsize == 2 else torch.int32
+    height = 32 if itemsize == 2 else 16
+    if rows % height or indices.shape[1] % (4 * dtype.itemsize):
+        raise ValueError(f"[{rows}, {indices.shape[1]}] groups do not fill tiles of [{height}, {4 * dtype.itemsize}]")
+    words = pack_indices(indices).contiguous().view(dtype)
+    count = words.shape[1]
+    words = words.view(rows // height, height // 8, 8, count).transpose(1, 2).reshape(rows, count)
+    words = words.view(rows // 2, 2, count // 2, 2).transpose(1, 3).reshape(rows, count)
+    return words.view(rows, count // 2, 2).transpose(0, 1).reshape(rows, count)
+
+
+def from_cutlass_metadata(metadata: Tensor) -> Tensor:
+    """The inverse of `cutlass_metadata`: uint8 `[rows, groups]`."""
+    rows, count = metadata.shape
+    height = 32 if metadata.dtype == torch.int16 else 16
+    words = metadata.reshape(count // 2, rows, 2).transpose(0, 1).reshape(rows, count)
+    words = words.view(rows // 2, 2, count // 2, 2).transpose(1, 3).reshape(rows, count)
+    words = words.view(rows // height, 8, height // 8, count).transpose(1, 2).reshape(rows, count)
+    packed = words.contiguous().view(torch.uint8)
+    return unpack_indices(packed, 2 * packed.shape[1])

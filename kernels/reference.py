@@ -35,3 +35,10 @@ def linear_int(
 ) -> Tensor:
     """`x @ W.T + bias` with the dequantized weight in x's dtype; x is `[..., columns]`."""
     return F.linear(x, dequantize_int(codes, scales, zeros, group_size, x.dtype), bias)
+
+
+def block_diagonal(x: Tensor, blocks: Tensor) -> Tensor:
+    """`y = D x` for every row of `[..., n]`, D having `blocks` `[n / b, b, b]` on its diagonal."""
+    count, size, _ = blocks.shape
+    parts = x.reshape(-1, count, size).transpose(0, 1)
+    return torch.bmm(parts, blocks.mT).transpose(0, 1).reshape(x.shape)

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from .errors import ModelError
-from .modules import IntLinear
+from .modules import stored_linear
 from .skeleton import Skeleton, restore_buffers
 from .stored import NATIVE_TYPE, StoredModel, open_model
 
@@ -43,7 +43,7 @@ def load(
                 checkpoint.tensor(disk_name + ".bias").to(target) if disk_name + ".bias" in checkpoint.tensors else None
             )
             tensors = {part: tensor.to(target) for part, tensor in checkpoint.parts(disk_name).items()}
-            linear = IntLinear(tensors, checkpoint.schemes[disk_name], bias, kind)
+            linear = stored_linear(tensors, checkpoint.schemes[disk_name], bias, kind)
             setattr(model.get_submodule(parent), child, linear)
     state = {}
     for name, tensor in model.state_dict().items():

@@ -7,15 +7,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import operators
 from .checkpoint import Checkpoint, TensorInfo
 from .errors import ModelError
-from .operators import Operator
+from .operators import Operator, stored_name
 
 NATIVE_TYPE, NATIVE_VERSION = "compressor", 1
-_PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 
 
 class StoredModel(Checkpoint):
@@ -40,13 +40,30 @@ class StoredModel(Checkpoint):
                 f"{self.path}/config.json: its description of the compressed weights is damaged ({error!r})"
             ) from None
         self.config = _original_config(self.config)
-        for name in self.schemes:
-            parts = {part: self.tensors.pop(f"{name}.{part}", None) for part in _PARTS}
-            scale = parts["weight_scale"]
-            if scale is None or parts["weight_packed"] is None or parts["weight_shape"] is None:
-                raise ModelError(f"{self.path}: {name} lacks one of {', '.join(_PARTS[:2])}, weight_shape")
-            shape = tuple(int(n) for n in self.stored_tensor(f"{name}.weight_shape"))
-            self.tensors[name + ".weight"] = TensorInfo(scale.file, scale.dtype, shape)
+        self._suffixes = _suffixes(self.schemes, self.stored)
+        for name, scheme in self.schemes.items():
+            shape, dtype = self._headers(name, scheme)
+            owned = [stored_name(name, suffix) for suffix in self._suffixes[name]]
+            file = next(self.stored[part].file for part in owned)
+            for part in owned:
+                self.tensors.pop(part, None)
+            self.tensors[name + ".weight"] = TensorInfo(file, dtype, shape)
+
+    def _headers(self, name: str, scheme: Mapping[str, Any]) -> tuple[tuple[int, int], torch.dtype]:
+        """Shape and dtype of the weight that the linear `name` stands for."""
+        parts: dict[str, Tensor] = {}
+        for suffix in self._suffixes[name]:
+            info = self.stored[stored_name(name, suffix)]
+            parts[suffix] = torch.empty(info.shape, dtype=info.dtype, device="meta")
+            if suffix.endswith("weight_shape"):  # the one tensor whose values are a shape
+                parts[suffix] = self.stored_tensor(stored_name(name, suffix))
+        try:
+            shape = operators.from_tensors(parts, scheme).shape
+            floats = [part.dtype for part in parts.values() if part.dtype.is_floating_point]
+            return shape, floats[0]
+        except (KeyError, IndexError, RuntimeError, ValueError) as error:
+            found = ", ".join(parts) or "nothing"
+            raise ModelError(f"{self.path}: {name} is not whole ({error}); it has {found}") from None
 
     @property
     def nbytes(self) -> int:
@@ -60,7 +77,7 @@ class StoredModel(Checkpoint):
 
     def parts(self, name: str) -> dict[str, Tensor]:
         """The stored tensors of a compressed linear by suffix."""
-        return {part: self.stored_tensor(f"{name}.{part}") for part in _PARTS if f"{name}.{part}" in self.stored}
+        return {suffix: self.stored_tensor(stored_name(name, suffix)) for suffix in self._suffixes[name]}
 
     def tensor(self, name: str) -> Tensor:
         """A tensor by its original name, decoded where it is compressed."""
@@ -115,6 +132,24 @@ def _read_schemes(
             "symmetric": weights.get("symmetric", True),
         }
     return "compressed-tensors", schemes
+
+
+def _suffixes(schemes: Mapping[str, Mapping[str, Any]], stored: Iterable[str]) -> dict[str, list[str]]:
+    """For each compressed linear, the suffixes of its stored tensors (`operators.stored_name`)."""
+    found: dict[str, list[str]] = {name: [] for name in schemes}
+    prefixes: dict[str, list[str]] = {}
+    for name, scheme in schemes.items():
+        for prefix in operators.shared_prefixes(scheme):
+            prefixes.setdefault(prefix, []).append(name)
+    for key in stored:
+        parts = key.split(".")
+        for end in range(len(parts) - 1, 0, -1):
+            start = ".".join(parts[:end])
+            if start in found and key != f"{start}.bias":
+                found[start].append(key.removeprefix(start + "."))
+            for name in prefixes.get(start, ()):
+                found[name].append("/" + key)
+    return found
 
 
 def _original_config(config: Mapping[str, Any]) -> dict[str, Any]:

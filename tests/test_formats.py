@@ -272,7 +272,7 @@ def test_weights_that_are_not_plain_floats_are_refused(pico: Pico, tmp_path: Pat
     name = "model.layers.1.mlp.up_proj"
     tensors[name + ".weight"] = tensors[name + ".weight"].to(dtype)
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
-    with pytest.raises(RecipeError, match=f"rtn cannot quantize {name}: it is stored as"):
+    with pytest.raises(RecipeError, match=f"rtn cannot take {name}: it is stored as"):
         compress(model, tmp_path / "out", "{kind: rtn, bits: 4, group_size: 32}")
 
 

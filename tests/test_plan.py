@@ -56,7 +56,7 @@ def test_the_plan_is_what_is_written(pico: Pico, tmp_path: Path) -> None:
         ),
         (
             "  - {kind: rtn}\n  - {kind: gptq}\n",
-            "passes.1: gptq cannot quantize .*, which an earlier pass has quantized",
+            "passes.1: gptq cannot take .*, which an earlier pass has compressed",
         ),
     ],
 )

@@ -9,11 +9,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compressor.calibrate.statistics import Statistics
-from compressor.compress.passes.gptq import Gptq, Shift, best_sweep, gptq_codes
+from compressor.calibrate.walk import StageWork
+from compressor.compress.passes.calibrated import Shift
+from compressor.compress.passes.gptq import Gptq, Solution
 from compressor.compress.solvers.grid import Grid, range_grid, searched_grid
 from compressor.compress.solvers.refine import best_scale, differences, refine, row_losses
-from compressor.compress.solvers.sweep import column_sweep
+from compressor.compress.solvers.sweep import best_sweep, column_sweep, gptq_codes
 from compressor.compress.solvers.system import NotSolvable, System, damped_system
+from compressor.runtime.operators import Dense
 
 DOUBLE = torch.float64
 
@@ -24,6 +27,14 @@ def problem(rows: int = 12, columns: int = 40, tokens: int = 200, seed: int = 0)
     mix = torch.randn(columns, columns, generator=generator, dtype=DOUBLE) / columns**0.5 + torch.eye(columns) * 0.5
     x = torch.randn(tokens, columns, generator=generator, dtype=DOUBLE) @ mix
     return torch.randn(rows, columns, generator=generator, dtype=DOUBLE), x.T @ x
+
+
+def solved(step: Gptq, weight: Tensor, statistics: Statistics) -> tuple[Solution, str]:
+    """What the pass makes of one linear."""
+    work = StageWork({"x": Dense(weight)}, {"x": weight}, [["x"]], {"x": statistics})
+    (group,) = step.groups(work, act_order=step.act_order)
+    (target,) = group.targets()
+    return step._solve(weight, target, None, group)
 
 
 def losses_of(delta: Tensor, moment: Tensor) -> Tensor:
@@ -188,7 +199,7 @@ def test_the_best_scale_is_that_of_least_squares() -> None:
     root = torch.linalg.cholesky(moment).T  # ‖root δ‖² = δᵀ H δ
     for group in (slice(0, 16), slice(16, 32)):
         number = group.start // 16
-        change, _ = best_scale(
+        change = best_scale(
             grid.scales[:, number], codes.T[group], gradient[group], moment[group, group], stored=DOUBLE
         )
         for row in range(3):
@@ -220,7 +231,7 @@ def test_every_row_keeps_the_best_of_several_grids(symmetric: bool) -> None:
     weight, moment = problem(rows=30, columns=48)
     system = damped_system(moment, act_order=True)
     grids = [range_grid(weight, 3, 16, symmetric, torch.bfloat16, shrink) for shrink in (1.0, 0.8, 0.6)]
-    grid, codes, best = best_sweep(weight.T.contiguous(), grids, system)
+    grid, codes, best = best_sweep(weight.T.contiguous(), grids, system, 4096)
     codes = codes.T
     losses = torch.stack([swept(weight, one, system)[1] for one in grids])
     torch.testing.assert_close(losses_of(grid.values(codes) - weight, system.moment), losses.min(0).values)
@@ -276,7 +287,7 @@ def test_better_methods_have_lower_losses() -> None:
     grid = range_grid(weight, 3, 32, True, DOUBLE)
     losses = [float(losses_of(grid.values(grid.codes(weight)) - weight, moment).sum())]
     for option in options:
-        solution, reason = Gptq(kind="gptq", bits=3, group_size=32, **option)._solve(weight.float(), statistics)
+        solution, reason = solved(Gptq(kind="gptq", bits=3, group_size=32, **option), weight.float(), statistics)
         assert not reason
         losses.append(float(solution.losses.sum()))
     assert losses == sorted(losses, reverse=True)
@@ -291,21 +302,21 @@ def test_no_row_is_worse_than_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     grid = range_grid(weight.float(), 4, 32, True, torch.float32)
     rounded = grid.codes(weight.float())
 
-    def spoilt(target: Tensor, grids: list[Grid], system: System):  # type: ignore[no-untyped-def]
-        chosen, codes, losses = best_sweep(target, grids, system)
+    def spoilt(target: Tensor, grids: list[Grid], system: System, *_: object):  # type: ignore[no-untyped-def]
+        chosen, codes, losses = best_sweep(target, grids, system, 4096)
         codes[:, ::3] = 0
         losses[::3] = row_losses(-target[:, ::3], system.moment)
         return chosen, codes, losses
 
     monkeypatch.setattr("compressor.compress.passes.gptq.best_sweep", spoilt)
-    solution, reason = step._solve(weight.float(), statistics)
+    solution, reason = solved(step, weight.float(), statistics)
     assert solution.simple[::3].all()
     assert not solution.simple.all()
     assert torch.equal(solution.codes[::3].float(), rounded[::3])
     assert torch.equal(solution.grid.scales[::3], grid.scales[::3])
     assert not reason
-    monkeypatch.setattr("compressor.compress.passes.gptq.best_sweep", lambda t, g, s: (g[0], 0 * t, 1e30 + 0 * t[0]))
-    solution, reason = step._solve(weight.float(), statistics)
+    monkeypatch.setattr("compressor.compress.passes.gptq.best_sweep", lambda t, g, *_: (g[0], 0 * t, 1e30 + 0 * t[0]))
+    solution, reason = solved(step, weight.float(), statistics)
     assert torch.equal(solution.codes.float(), rounded)
     assert reason == "rounded to nearest, which had the lower loss"
 
@@ -314,9 +325,9 @@ def test_rows_solved_in_parts_are_rows_solved_at_once(monkeypatch: pytest.Monkey
     weight, moment = problem(rows=30, columns=48)
     statistics = Statistics(200, moment.float(), 0.01 * moment.float())
     step = Gptq(kind="gptq", bits=3, group_size=16, symmetric=False)
-    whole, _ = step._solve(weight.bfloat16(), statistics)
-    monkeypatch.setattr("compressor.compress.passes.gptq._ROWS", 7)
-    parts, _ = step._solve(weight.bfloat16(), statistics)
+    whole, _ = solved(step, weight.bfloat16(), statistics)
+    monkeypatch.setattr("compressor.compress.passes.gptq.ROWS", 7)
+    parts, _ = solved(step, weight.bfloat16(), statistics)
     assert (whole.codes == parts.codes).float().mean() > 0.99  # GEMMs of another shape round differently
     torch.testing.assert_close(whole.losses, parts.losses, rtol=0.05, atol=1e-3)
 
@@ -336,8 +347,8 @@ def test_bfloat16_products_cost_next_to_nothing(monkeypatch: pytest.MonkeyPatch)
     target = Shift.of(cross.double(), system, rows=64).corrected(weight, 1.0)
     losses = []
     for dtype in (torch.float32, torch.bfloat16):
-        monkeypatch.setattr("compressor.compress.passes.gptq.products_dtype", lambda _, dtype=dtype: dtype)
-        solution, _ = Gptq(kind="gptq", bits=4, group_size=64)._solve(weight.float(), statistics)
+        monkeypatch.setattr("compressor.compress.passes.calibrated.products_dtype", lambda _, dtype=dtype: dtype)
+        solution, _ = solved(Gptq(kind="gptq", bits=4, group_size=64), weight.float(), statistics)
         values = solution.grid.values(solution.codes.float()).double()
         losses.append(float(losses_of(values - target, system.moment).sum()))
         assert float(solution.losses.sum()) == pytest.approx(losses[-1], rel=0.01)

@@ -61,8 +61,13 @@ class Pass(BaseModel):
         """Whether a linear, by its disk name without `.weight`, is this pass's to rewrite."""
         return any(matches(p, name) for p in self.targets) and not any(matches(p, name) for p in self.ignore)
 
-    def plan(self, name: str, operator: Operator) -> Operator:
+    def plan(self, name: str, operator: Operator, group: Sequence[str]) -> Operator:
         """The operator that `apply` will leave, on `meta`.
+
+        Args:
+            name: disk name of the linear.
+            operator: what the passes before leave of it.
+            group: names of the linears that read the same input and are this pass's, the linear among them.
 
         Raises:
             RecipeError: this pass cannot follow what was done to the linear before.

@@ -8,58 +8,44 @@ Per group of linears that read the same input (their rows stacked, since rows ar
 3. the column sweep of GPTQ (arXiv:2210.17323), for a few ranges of the grid; each row keeps the best;
 4. rounds of scale refit and coordinate descent on the codes, which never raise the loss;
 5. rows that rounding to nearest serves better take that.
+
+A 2:4 pattern stays as it is: what is not stored is a zero that the sweep cannot move. The core of an ARMOR matrix is
+swept for the inputs `B x`, and then improved in turns with A and B (`solvers/armor.py`); what has a low-rank residual
+aims at what that leaves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from ...calibrate.statistics import Statistics
 from ...calibrate.walk import StageWork
-from ...kernels.dispatch import cpu_capability, products_dtype
-from ...runtime.operators import Dense
+from ...runtime.operators import Armor, Dense, Operator, Sparse24, WithResidual, bits_per_weight
 from ..events import Event, Fallback, LayerDone
-from ..solvers.grid import Grid, group_span, range_grid, round_to_grid
+from ..solvers.armor_codes import quantize_core
+from ..solvers.grid import Grid, range_grid
 from ..solvers.refine import differences, refine, row_losses
-from ..solvers.sweep import column_sweep
-from ..solvers.system import NotSolvable, System, damped_system
-from .base import Need
-from .quantizer import Quantizer, bits_per_weight, quantized
+from ..solvers.sweep import best_sweep
+from ..solvers.system import System
+from .calibrated import ROWS, Calibrated, Group, relative
+from .quantizer import Quantizer, quantized
 
-_ROWS = 4096  # solved at a time: memory is bounded, and GEMMs are large enough
 _SHRINKS = (1.0, 0.95, 0.9, 0.85)  # of a group's range: cutting off the extremes makes every step smaller
 
 
-class Gptq(Quantizer):
+class Gptq(Quantizer, Calibrated):
     """Quantize column after column, letting the columns that remain make up for the error."""
 
     step: ClassVar[str] = "gptq"
     kind: Literal["gptq"]
     act_order: bool = Field(True, description="columns with large inputs first; costs nothing at run time")
-    correction: float = Field(
-        1.0, ge=0, le=1, description="how much of the error of earlier layers to make up for (α); 0: plain GPTQ"
-    )
     refinements: int = Field(3, ge=0, le=20, description="rounds of scale refit and coordinate descent; 0: plain GPTQ")
     search: bool = Field(True, description="try narrower ranges too, and keep the best for each row; false: plain GPTQ")
-    damping: float = Field(0.01, gt=0, le=1, description="share of the mean diagonal added to the second moment")
-
-    sequential: bool = Field(
-        True,
-        description="statistics of the model as compressed so far; false: of the original model, which can be kept and "
-        "used again (--statistics), but cannot be corrected for earlier errors",
-    )
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        if not self.sequential:
-            return frozenset({"reference"})
-        return frozenset({"moment", "cross"} if self.correction else {"moment"})
 
     def flops(self, rows: int, columns: int) -> float:
         sweeps = len(_SHRINKS) if self.search else 1
@@ -71,48 +57,70 @@ class Gptq(Quantizer):
         rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
         # Factoring holds two float64 copies of the moment and two float32 ones; solving, four in bfloat16 at most, the
         # weights, codes and grids of all rows, and about six float32 copies of the rows at hand.
-        return max(24.0 * columns**2, 8.0 * columns**2 + 4.0 * rows * columns + 24.0 * min(rows, _ROWS) * columns)
+        return max(24.0 * columns**2, 8.0 * columns**2 + 4.0 * rows * columns + 24.0 * min(rows, ROWS) * columns)
 
     def apply(self, work: StageWork) -> Iterator[Event]:
-        groups: dict[int, list[str]] = {}
-        for name in work.linears:
-            if self.wants(name):
-                statistics = work.statistics.get(name)
-                groups.setdefault(id(statistics if statistics is not None else name), []).append(name)
-        for names in groups.values():
-            yield from self._apply_group(work, names)
+        for group in self.groups(work, act_order=self.act_order):
+            targets = group.targets()
+            # What is quantized of each linear, and its target: the whole, or what a residual leaves.
+            aims = []
+            for operator, target in zip(group.operators, targets, strict=True):
+                aimed = operator.residual.dense() if isinstance(operator, WithResidual) else 0.0
+                aims.append((operator.base if isinstance(operator, WithResidual) else operator, target - aimed))
+            alone = [number for number, (base, _) in enumerate(aims) if isinstance(base, Armor) and group.system]
+            for kind in (Dense, Sparse24, Armor):
+                which = [n for n, (base, _) in enumerate(aims) if isinstance(base, kind) and n not in alone]
+                if which:
+                    yield from self._apply_stacked(work, group, which, [aims[n] for n in which])
+            for number in alone:
+                yield from self._apply_armor(work, group, number, aims[number][1])
 
-    def _apply_group(self, work: StageWork, names: list[str]) -> Iterator[Event]:
-        operators = [work.linears[name] for name in names]
-        weights = [operator.weight for operator in operators if isinstance(operator, Dense)]
-        statistics = work.statistics.get(names[0])
-        solution, reason = self._solve(torch.cat(weights), statistics)
+    def _finish(
+        self, work: StageWork, group: Group, number: int, result: Operator, error: float, reason: str
+    ) -> Iterator[Event]:
+        name, operator = group.names[number], group.operators[number]
+        if isinstance(operator, WithResidual):
+            result = operator.with_inner(result)
+        work.linears[name] = result
+        if reason:
+            yield Fallback(name, self.step, reason)
+        yield LayerDone(name, self.step, error, bits_per_weight(result), group.tokens)
+
+    def _apply_stacked(
+        self, work: StageWork, group: Group, which: list[int], aims: list[tuple[Operator, Tensor]]
+    ) -> Iterator[Event]:
+        """Linears of one kind, their rows stacked."""
+        leaves = [base.inner if isinstance(base, Armor) else base for base, _ in aims]
+        weight = torch.cat([leaf.dense(group.originals[0].dtype) for leaf in leaves])
+        kept = [leaf.keep for leaf in leaves if isinstance(leaf, Sparse24)]
+        target = torch.cat([target for _, target in aims])
+        solution, reason = self._solve(weight, target, torch.cat(kept) if kept else None, group)
         start = 0
-        for name, weight in zip(names, weights, strict=True):
-            rows = slice(start, start + weight.shape[0])
-            start += weight.shape[0]
-            result = quantized(solution.codes[rows], solution.grid.rows(rows))
-            work.linears[name] = result
-            if reason:
-                yield Fallback(name, self.step, reason)
-            error = float(solution.losses[rows].sum() / solution.scale[rows].sum().clamp(min=1e-30))
-            tokens = 0 if statistics is None else statistics.tokens
-            yield LayerDone(name, self.step, error, bits_per_weight(result), tokens)
+        for number, (base, _), leaf in zip(which, aims, leaves, strict=True):
+            rows = slice(start, start + leaf.shape[0])
+            start = rows.stop
+            result = quantized(solution.codes[rows], solution.grid.rows(rows), leaf)
+            whole = base.with_inner(result) if isinstance(base, Armor) else result
+            error = relative(solution.losses[rows], solution.scale[rows])
+            yield from self._finish(work, group, number, whole, error, reason)
 
-    def _solve(self, weight: Tensor, statistics: Statistics | None) -> tuple[Solution, str]:
-        """The best solution for a stored weight `[rows, columns]`, and why it is the simple one where it is."""
-        if statistics is None or statistics.tokens == 0:
-            return self._rounded(weight), "rounded to nearest, for no calibration token came by (more data.samples?)"
-        try:
-            system = damped_system(statistics.moment, self.damping, act_order=self.act_order)
-        except NotSolvable as error:
-            return self._rounded(weight), f"rounded to nearest, for {error}"
-        system = system.to(products_dtype(cpu_capability()))
-        shift = None
-        if self.correction and statistics.cross is not None:
-            shift = Shift.of(statistics.cross, system, weight.shape[0])
-        solution = Solution.joined([self._solve_rows(part, shift, system) for part in weight.split(_ROWS)])
-        return solution, "rounded to nearest, which had the lower loss" if solution.simple.all() else ""
+    def _apply_armor(self, work: StageWork, group: Group, number: int, target: Tensor) -> Iterator[Event]:
+        operator, system = group.operators[number], group.system
+        base = operator.base if isinstance(operator, WithResidual) else operator
+        assert isinstance(base, Armor)
+        assert isinstance(base.core, Sparse24)
+        assert system is not None
+        stored = group.originals[number].dtype
+        grids = [self._grid(base.core.dense(), stored, shrink) for shrink in self._shrinks]
+        result, lost, scale = quantize_core(base, target, system.moment, grids, self.refinements)
+        codes, grid = result.codes, result.grid
+        core = quantized(codes.T.contiguous(), grid, base.core)
+        whole = replace(base, a=result.a, core=core, b=result.b)
+        yield from self._finish(work, group, number, whole, lost / max(scale, 1e-30), "")
+
+    @property
+    def _shrinks(self) -> Sequence[float]:
+        return _SHRINKS if self.search else _SHRINKS[:1]
 
     def _grid(self, weight: Tensor, stored: torch.dtype, shrink: float = 1.0) -> Grid:
         return range_grid(weight, self.bits, self.group_for(weight.shape[1]), self.symmetric, stored, shrink)
@@ -126,22 +134,44 @@ class Gptq(Quantizer):
         everything = torch.ones_like(losses, dtype=torch.bool)
         return Solution(grid, codes.to(torch.int8), losses, exact.square().sum(1), everything)
 
-    def _solve_rows(self, weight: Tensor, shift: Shift | None, system: System) -> Solution:
+    def _solve(self, weight: Tensor, target: Tensor, keep: Tensor | None, group: Group) -> tuple[Solution, str]:
+        """The best solution for rows of a group, and why it is the simple one where it is.
+
+        Args:
+            weight: what is to be quantized, in the dtype in which scales are stored, `[rows, columns]`.
+            target: what it aims at, float32.
+            keep: bool alike, false where zeros are to stay; None for nowhere.
+        """
+        if group.system is None:
+            return self._rounded(weight), f"rounded to nearest, for {group.reason}"
+        parts = []
+        for start in range(0, len(weight), ROWS):
+            rows = slice(start, start + ROWS)
+            kept = None if keep is None else keep[rows]
+            parts.append(self._solve_rows(weight[rows], target[rows], kept, group.system))
+        solution = Solution.joined(parts)
+        return solution, "rounded to nearest, which had the lower loss" if solution.simple.all() else ""
+
+    def _solve_rows(self, weight: Tensor, target: Tensor, keep: Tensor | None, system: System) -> Solution:
         exact = weight.float()
-        target = exact if shift is None else shift.corrected(exact, self.correction)
-        grids = [self._grid(target, weight.dtype, shrink) for shrink in (_SHRINKS if self.search else _SHRINKS[:1])]
+        # What is sparse was solved for already, values and pattern together: the sweep starts from that.
+        start = target if keep is None else exact
+        grids = [self._grid(start, weight.dtype, shrink) for shrink in self._shrinks]
         simple = self._grid(exact, weight.dtype)
-        target, rounded = target.T.contiguous(), simple.codes(exact).T.contiguous()
+        rounded = simple.codes(exact).T.contiguous()
+        same, start, target = start is target, start.T.contiguous(), target.T.contiguous()
+        kept = None if keep is None else keep.T.contiguous()
         del exact
         scale = row_losses(target, system.moment)
         simple_losses = row_losses(differences(rounded, simple, target), system.moment)
         rounded = rounded.to(torch.int8)
-        grid, codes, losses = best_sweep(target, grids, system)
-        if self.refinements:
+        grid, codes, losses = best_sweep(start, grids, system, ROWS, kept)
+        del start
+        if self.refinements or not same:
             delta = differences(codes, grid, target)
             del target
             for _ in range(self.refinements):
-                grid = refine(codes, delta, grid, system.moment)
+                grid = refine(codes, delta, grid, system.moment, kept)
             losses = row_losses(delta, system.moment)
         worse = simple_losses < losses
         codes = torch.where(worse, rounded, codes.to(torch.int8)).T.contiguous()
@@ -164,80 +194,3 @@ class Solution:
         """One solution of all rows."""
         columns = zip(*((part.codes, part.losses, part.scale, part.simple) for part in parts), strict=True)
         return cls(Grid.stacked([part.grid for part in parts]), *map(torch.cat, columns))
-
-
-@dataclass(frozen=True)
-class Shift:
-    """What corrects a target for the errors before it: `W → W + α W C H⁻¹`, C the cross moment `[columns, columns]`.
-
-    Attributes:
-        matrix: `C H⁻¹`, or C where the rows are few and it is cheaper to multiply them first.
-        system: of H in the latter case.
-    """
-
-    matrix: Tensor
-    system: System | None
-
-    @classmethod
-    def of(cls, cross: Tensor, system: System, rows: int) -> Shift:
-        if rows < cross.shape[0]:
-            return cls(cross.to(system.factor.dtype), system)
-        return cls(system.solve_right(cross), None)
-
-    def corrected(self, weight: Tensor, alpha: float) -> Tensor:
-        """The target of `[rows, columns]`."""
-        moved = weight.to(self.matrix.dtype) @ self.matrix
-        if self.system is not None:
-            moved = self.system.solve_right(moved)
-        return torch.add(weight, moved, alpha=alpha)
-
-
-def best_sweep(target: Tensor, grids: Sequence[Grid], system: System) -> tuple[Grid, Tensor, Tensor]:
-    """Sweep on each grid; every row keeps the scales, zeros and codes of its lowest loss.
-
-    Args:
-        target: columns first, `[columns, rows]`.
-
-    Returns:
-        Grid, codes `[columns, rows]` (as floats) and losses `[rows]`.
-    """
-    found = []
-    at_once = max(1, _ROWS // len(grids))  # the grids' rows are swept side by side
-    for start in range(0, target.shape[1], at_once):
-        rows = slice(start, min(start + at_once, target.shape[1]))
-        stacked = Grid.stacked([grid.rows(rows) for grid in grids])
-        codes, losses = gptq_codes(target[:, rows], stacked, system)
-        count = rows.stop - rows.start
-        best = losses.view(len(grids), count).argmin(0) * count + torch.arange(count, device=losses.device)
-        found.append((stacked.rows(best), codes[:, best], losses[best]))
-    chosen, swept, lowest = zip(*found, strict=True)
-    return Grid.stacked(chosen), torch.cat(swept, 1), torch.cat(lowest)
-
-
-def gptq_codes(target: Tensor, grid: Grid, system: System) -> tuple[Tensor, Tensor]:
-    """Codes (as floats) of the column sweep on a static grid, in the system's order, and row losses.
-
-    Args:
-        target: columns first, `[columns, rows]`.
-        grid: of these rows, or of several times as many: each of the stacked grids is swept.
-
-    Returns:
-        `[columns, rows of the grid]` and `[rows of the grid]`.
-    """
-    columns, rows = target.shape
-    span = group_span(grid.group_size, columns)
-    scales = grid.scales.T.contiguous()
-    zeros = None if grid.zeros is None else grid.zeros.T.contiguous()
-    work = target[system.order].repeat(1, grid.scales.shape[0] // rows)
-    codes = torch.empty_like(work)
-    places = system.order.tolist()
-
-    def fix(j: int, column: Tensor) -> Tensor:
-        place = places[j]
-        scale, zero = scales[place // span], None if zeros is None else zeros[place // span]
-        code = round_to_grid(column, scale, zero, grid.low, grid.high)
-        codes[place] = code
-        return (code if zero is None else code - zero) * scale
-
-    losses = column_sweep(work, system.factor, fix)
-    return codes, losses

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from ...runtime.errors import RecipeError
-from ...runtime.operators import Dense, IntQuantized, Operator
+from ...kernels.layouts import compress24
+from ...runtime.operators import Composite, IntQuantized, Operator, Sparse24
 from ..solvers.grid import Grid
 from .base import Pass
+from .calibrated import plain_floats
 
 
 class Quantizer(Pass):
@@ -32,35 +34,32 @@ class Quantizer(Pass):
         """The group size that applies to a row of `columns`: a row shorter than a group is one group, -1."""
         return self.group_size if self.group_size <= columns else -1
 
-    def plan(self, name: str, operator: Operator) -> Operator:
-        """Codes, scales and zero points on `meta`; refuses what is quantized already or not stored as plain floats."""
-        if not isinstance(operator, Dense):
-            raise RecipeError(
-                f"{self.step} cannot quantize {name}, which an earlier pass has quantized: let one of the two ignore it"
-            )
-        if operator.weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-            stored = str(operator.weight.dtype).removeprefix("torch.")
-            raise RecipeError(
-                f"{self.step} cannot quantize {name}: it is stored as {stored}; "
-                "let the pass ignore it, or start from a bf16, fp16 or fp32 model"
-            )
-        rows, columns = operator.shape
+    def plan(self, name: str, operator: Operator, group: Sequence[str]) -> Operator:
+        """Codes, scales and zero points on `meta`, in the place of the plain floats of whatever holds them."""
+        if isinstance(operator, Composite):
+            if not isinstance(operator, Sparse24):
+                return operator.with_inner(self.plan(name, operator.inner, group))
+            values = plain_floats(self.step, name, operator.values).weight
+            weight = torch.empty(operator.shape, dtype=values.dtype, device="meta")
+        else:
+            weight = plain_floats(self.step, name, operator).weight
+        rows, columns = weight.shape
         size = self.group_for(columns)
-        groups = 1 if size < 0 else -(-columns // size)
-        scales = torch.empty(rows, groups, dtype=operator.weight.dtype, device="meta")
-        zeros = None if self.symmetric else scales.to(torch.int8)
-        return IntQuantized(torch.empty(rows, columns, dtype=torch.int8, device="meta"), scales, zeros, self.bits, size)
+        scales = torch.empty(rows, 1 if size < 0 else -(-columns // size), dtype=weight.dtype, device="meta")
+        zeros = None if self.symmetric else scales
+        grid = Grid(scales, zeros, self.bits, size, weight.dtype)
+        return quantized(torch.empty(rows, columns, dtype=torch.int8, device="meta"), grid, operator)
 
 
-def quantized(codes: Tensor, grid: Grid) -> IntQuantized:
-    """The operator of float codes on a grid."""
+def quantized(codes: Tensor, grid: Grid, leaf: Operator | None = None) -> IntQuantized | Sparse24:
+    """The operator of codes `[rows, columns]` on a grid, with the pattern of a leaf that is 2:4.
+
+    Of those, the codes that are kept are stored, in groups half as wide.
+    """
     zeros = None if grid.zeros is None else grid.zeros.to(torch.int8)
-    return IntQuantized(codes.to(torch.int8), grid.scales.to(grid.stored), zeros, grid.bits, grid.group_size)
-
-
-def bits_per_weight(operator: IntQuantized) -> float:
-    """Stored bits per weight, scales and zero points included."""
-    columns, groups = operator.shape[1], operator.scales.shape[1]
-    extra = operator.scales.element_size() * 8 + (0 if operator.zeros is None else operator.bits)
-    shape = 128 / (operator.shape[0] * columns)  # two int64
-    return operator.bits + extra * groups / columns + shape
+    scales, size = grid.scales.to(grid.stored), grid.group_size
+    if not isinstance(leaf, Sparse24):
+        return IntQuantized(codes.to(torch.int8), scales, zeros, grid.bits, size)
+    keep = leaf.keep if not codes.is_meta else codes
+    kept, indices = compress24(codes.to(torch.int8), keep)
+    return Sparse24(IntQuantized(kept, scales, zeros, grid.bits, size if size < 0 else size // 2), indices)

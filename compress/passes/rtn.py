@@ -8,12 +8,13 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
+from ...calibrate.statistics import Statistics
 from ...calibrate.walk import StageWork
-from ...runtime.operators import Dense
+from ...runtime.operators import Armor, Composite, Operator, Sparse24, bits_per_weight
 from ..events import Event, LayerDone
 from ..solvers.grid import range_grid, searched_grid
 from .base import Need
-from .quantizer import Quantizer, bits_per_weight, quantized
+from .quantizer import Quantizer, quantized
 
 
 class Rtn(Quantizer):
@@ -39,21 +40,28 @@ class Rtn(Quantizer):
         for name, operator in list(work.linears.items()):
             if not self.wants(name):
                 continue
-            assert isinstance(operator, Dense)
-            weight = operator.weight.float()
-            options = (self.bits, self.group_for(weight.shape[1]), self.symmetric, operator.weight.dtype)
-            importance = torch.ones(weight.shape[1])
-            tokens = 0
-            if name in work.statistics:
-                importance, tokens = work.statistics[name].moment.diagonal().clone(), work.statistics[name].tokens
-            if self.search and tokens:
-                grid = searched_grid(weight, importance, *options)
-            else:
-                grid = range_grid(weight, *options)
-            codes = grid.codes(weight)
-            result = quantized(codes, grid)
+            statistics = work.statistics.get(name)
+            result, error = self._rounded(operator, statistics, work.originals[name].dtype)
             work.linears[name] = result
-            error = (grid.values(codes) - weight).square().mul_(importance).sum() / (
-                weight.square().mul_(importance).sum().clamp(min=torch.finfo(torch.float32).tiny)
-            )
-            yield LayerDone(name, self.step, float(error), bits_per_weight(result), tokens)
+            yield LayerDone(name, self.step, error, bits_per_weight(result), statistics.tokens if statistics else 0)
+
+    def _rounded(
+        self, operator: Operator, statistics: Statistics | None, stored: torch.dtype
+    ) -> tuple[Operator, float]:
+        """The operator, its floats rounded, and their relative error weighted by what they meet where that is known."""
+        if isinstance(operator, Composite) and not isinstance(operator, Sparse24):
+            inner, error = self._rounded(operator.inner, None if isinstance(operator, Armor) else statistics, stored)
+            return operator.with_inner(inner), error
+        weight = operator.dense()
+        options = (self.bits, self.group_for(weight.shape[1]), self.symmetric, stored)
+        importance = torch.ones(weight.shape[1])
+        if statistics is not None and statistics.tokens:
+            importance = statistics.moment.diagonal().clone()
+            grid = searched_grid(weight, importance, *options) if self.search else range_grid(weight, *options)
+        else:
+            grid = range_grid(weight, *options)
+        codes = grid.codes(weight)
+        lost = (grid.values(codes) - weight).square().mul_(importance).sum() / (
+            weight.square().mul_(importance).sum().clamp(min=torch.finfo(torch.float32).tiny)
+        )
+        return quantized(codes, grid, operator), float(lost)

@@ -1,8 +1,8 @@
 """Improve a quantized weight in place of its grid: scales in closed form, codes by coordinate descent.
 
-Everything is columns first (`[columns, rows]`), and lowers the loss `δᵀ H δ`, δ = q - v, of every row or leaves it.
-A moment in bfloat16 makes products in bfloat16: they carry differences, so that a proposal is off by less than a
-hundredth of a rounding step.
+Everything is columns first (`[columns, rows]`), and lowers the loss `δᵀ H δ`, δ = q - v, of every row or leaves it
+(with a metric over the rows, that of every block of rows). A moment in bfloat16 makes products in bfloat16: they carry
+differences, so that a proposal is off by less than a hundredth of a rounding step.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .grid import Grid, group_span, round_to_grid, storable
+from .metric import Metric, settle, times_blocks
 from .sweep import LEAF, halves
 
 _BLOCK = 128  # columns whose gradient is computed in one GEMM, if a group is not wider
@@ -33,17 +34,15 @@ def differences(codes: Tensor, grid: Grid, target: Tensor) -> Tensor:
     return delta.sub_(target)
 
 
-def refine(codes: Tensor, delta: Tensor, grid: Grid, moment: Tensor) -> Grid:
+def refine(codes: Tensor, delta: Tensor, grid: Grid, moment: Tensor, keep: Tensor | None = None) -> Grid:
     """One round over the groups: the best scale with all else fixed, then every code in turn.
-
-    With g the gradient `H δ` (half of it, strictly), the best value of column j is `q_j - g_j / H_jj`, rounded to the
-    grid; the best scale of a group whose centred codes are k is `s - kᵀ g / kᵀ H k`.
 
     Args:
         codes: `[columns, rows]`, as floats; overwritten.
         delta: `grid.values(codes) - target`, alike; overwritten.
         grid: of the codes.
         moment: H `[columns, columns]`.
+        keep: bool like codes, false where a code is to stay the zero it is; None for nowhere.
 
     Returns:
         The grid with its new scales.
@@ -51,63 +50,124 @@ def refine(codes: Tensor, delta: Tensor, grid: Grid, moment: Tensor) -> Grid:
     columns = codes.shape[0]
     span = group_span(grid.group_size, columns)
     scales = grid.scales.T.contiguous()
-    zeros = None if grid.zeros is None else grid.zeros.T.contiguous()
     coarse = delta.to(moment.dtype)
-    block = span * max(1, _BLOCK // span)
-    for start in range(0, columns, block):
-        end = min(start + block, columns)
-        gradient = (moment[start:end] @ coarse).to(delta.dtype)
-        for left in range(start, end, span):
-            right = min(left + span, end)
-            part, own = slice(left, right), gradient[left - start : right - start]
-            before = delta[part].clone()
-            zero = None if zeros is None else zeros[left // span]
-            centred = codes[part] if zero is None else codes[part] - zero
-            change, curved = best_scale(scales[left // span], centred, own, moment[part, part], grid.stored)
-            scales[left // span] += change
-            delta[part].addcmul_(centred, change)
-            own.addcmul_(curved, change)
-            _descend(codes[part], delta[part], own, scales[left // span], zero, moment[part, part], grid)
-            if right < end:
-                moved = (delta[part] - before).to(moment.dtype)
-                gradient[right - start :].add_(moment[right:end, part] @ moved)
-        coarse[start:end] = delta[start:end]
+    chunk = span * max(1, _BLOCK // span)
+    for start in range(0, columns, chunk):
+        part = slice(start, min(start + chunk, columns))
+        gradient = (moment[part] @ coarse).to(delta.dtype)
+        refine_chunk(part, codes, delta[part], gradient, scales, grid, moment[part, part], keep)
+        coarse[part] = delta[part]
     return grid.with_scales(scales.T.contiguous())
 
 
+def refine_chunk(
+    part: slice,
+    codes: Tensor,
+    values: Tensor,
+    gradient: Tensor,
+    scales: Tensor,
+    grid: Grid,
+    moment: Tensor,
+    keep: Tensor | None = None,
+    metric: Metric | None = None,
+) -> None:
+    """The same within some columns that begin with a group.
+
+    With g the gradient `H δ M` (half of it, strictly), the best value of column j is `q_j - g_j / (H_jj m)`, rounded
+    to the grid; the best scale of a group whose centred codes are k is `s - kᵀ g / (kᵀ H k m)`; m is the row's entry on
+    the diagonal of M.
+
+    Args:
+        part: the columns; of the following, only values, gradient and moment are theirs alone.
+        codes, keep: as in `refine`; codes are overwritten.
+        values: what the codes stand for, or their difference to something, `[n, rows]`; overwritten.
+        gradient: `[n, rows]`; overwritten.
+        scales: `[groups, rows]`; overwritten.
+    """
+    span = group_span(grid.group_size, len(codes))
+    zeros = None if grid.zeros is None else grid.zeros.T
+    for left in range(part.start, part.stop, span):
+        whole, group = slice(left, min(left + span, part.stop)), left // span
+        own = slice(left - part.start, whole.stop - part.start)
+        before = values[own].clone()
+        zero = None if zeros is None else zeros[group]
+        centred = codes[whole] if zero is None else codes[whole] - zero
+        change = best_scale(scales[group], centred, gradient[own], moment[own, own], grid.stored, metric)
+        scales[group] += change
+        moved = centred * change
+        values[own] += moved
+        gradient[own].add_(times(moment[own, own], moved if metric is None else times_blocks(moved, metric.blocks)))
+        kept = None if keep is None else keep[whole]
+        state = codes[whole], values[own], gradient[own]
+        _descend(*state, scales[group], zero, moment[own, own], grid, kept, metric)
+        if own.stop < len(values):
+            moved = values[own] - before
+            moved = moved if metric is None else times_blocks(moved, metric.blocks)
+            gradient[own.stop :].add_(times(moment[own.stop :, own], moved))
+
+
+def times(moment: Tensor, matrix: Tensor) -> Tensor:
+    """`moment @ matrix`, multiplied in the moment's dtype."""
+    return (moment @ matrix.to(moment.dtype)).to(matrix.dtype)
+
+
 def best_scale(
-    scale: Tensor, centred: Tensor, gradient: Tensor, moment: Tensor, stored: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """The change of a group's scale `[rows]` that lowers each row's loss most, and `H k` `[columns, rows]`.
+    scale: Tensor, centred: Tensor, gradient: Tensor, moment: Tensor, stored: torch.dtype, metric: Metric | None = None
+) -> Tensor:
+    """The change of a group's scale `[rows]` that lowers each row's loss most.
 
     No change where the scale would move by more than half, or where, rounded to `stored`, it would not lower the loss.
     """
-    curved = (moment @ centred.to(moment.dtype)).to(centred.dtype)
-    curvature, slope = torch.linalg.vecdot(centred, curved, dim=0), torch.linalg.vecdot(centred, gradient, dim=0)
-    change = storable(scale - slope / curvature, stored) - scale
-    sane = (change.abs() < 0.5 * scale.abs()) & (change * (2 * slope + change * curvature) < 0)
-    return torch.where(sane, change, 0.0), curved
+    curvature = torch.linalg.vecdot(centred, times(moment, centred), dim=0)
+    slope = torch.linalg.vecdot(centred, gradient, dim=0)
+    weight = 1.0 if metric is None else metric.diagonal
+    change = storable(scale - slope / (curvature * weight), stored) - scale
+    sane = (change.abs() < 0.5 * scale.abs()) & (change * (2 * slope + change * curvature * weight) < 0)
+    change = torch.where(sane, change, 0.0)
+    if metric is not None:
+        moved = centred * change
+        settle(moved, None, gradient, moment.to(moved.dtype), metric)
+        change = torch.where(moved.any(0), change, 0.0)
+    return change
 
 
 def _descend(
-    codes: Tensor, delta: Tensor, gradient: Tensor, scale: Tensor, zero: Tensor | None, moment: Tensor, grid: Grid
+    codes: Tensor,
+    values: Tensor,
+    gradient: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    moment: Tensor,
+    grid: Grid,
+    keep: Tensor | None,
+    metric: Metric | None,
 ) -> None:
     """Set every code of a group in turn to the best one; gradients of later columns follow, in GEMMs of halves."""
     columns = codes.shape[0]
     if columns > LEAF:
         left, right = slice(halves(0, columns)), slice(halves(0, columns), columns)
-        before = delta[left].clone()
-        _descend(codes[left], delta[left], gradient[left], scale, zero, moment[left, left], grid)
-        gradient[right].add_(moment[right, left] @ (delta[left] - before).to(moment.dtype))
-        _descend(codes[right], delta[right], gradient[right], scale, zero, moment[right, right], grid)
+        before = values[left].clone()
+        kept = (None, None) if keep is None else (keep[left], keep[right])
+        _descend(codes[left], values[left], gradient[left], scale, zero, moment[left, left], grid, kept[0], metric)
+        moved = values[left] - before
+        moved = moved if metric is None else times_blocks(moved, metric.blocks)
+        gradient[right].add_(times(moment[right, left], moved))
+        _descend(codes[right], values[right], gradient[right], scale, zero, moment[right, right], grid, kept[1], metric)
         return
-    own = moment.to(delta.dtype)
+    own = moment.to(values.dtype)
     for j in range(columns):
         centred = codes[j] if zero is None else codes[j] - zero
-        best = torch.addcdiv(centred * scale, gradient[j], own[j, j], value=-1)
+        curvature = own[j, j] if metric is None else own[j, j] * metric.diagonal
+        best = torch.addcdiv(centred * scale, gradient[j], curvature, value=-1)
         code = round_to_grid(best, scale, zero, grid.low, grid.high)
+        if keep is not None:
+            code = torch.where(keep[j], code, codes[j])
         change = torch.sub(code, codes[j]).mul_(scale)
+        spread = change
+        if metric is not None:
+            spread = settle(change[None], None, gradient[j : j + 1], own[j : j + 1, j : j + 1], metric)[0]
+            code = torch.where(change != 0, code, codes[j])
         codes[j] = code
-        delta[j] += change
+        values[j] += change
         if j + 1 < columns:
-            gradient[j + 1 :].addr_(own[j, j + 1 :], change)
+            gradient[j + 1 :].addr_(own[j, j + 1 :], spread)

@@ -5,10 +5,13 @@ GPTQ (arXiv:2210.17323, algorithm 1) and SparseGPT are this loop with different 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from .grid import Grid, group_span, round_to_grid
+from .system import System
 
 LEAF = 32  # columns that hand on their errors one by one; beyond, halves hand on theirs in one GEMM
 
@@ -54,3 +57,62 @@ def _sweep(
         if j + 1 < end:
             work[j + 1 : end].addr_(own[j - start, j - start + 1 :], error, alpha=-1)
     losses.add_(work[start:end].square().sum(0))
+
+
+def best_sweep(
+    target: Tensor, grids: Sequence[Grid], system: System, at_once: int, keep: Tensor | None = None
+) -> tuple[Grid, Tensor, Tensor]:
+    """Sweep on each grid; every row keeps the scales, zeros and codes of its lowest loss.
+
+    Args:
+        target: columns first, `[columns, rows]`.
+        at_once: rows of all grids together that are swept side by side.
+        keep: bool like the target, false where a zero is to stay.
+
+    Returns:
+        Grid, codes `[columns, rows]` (as floats) and losses `[rows]`.
+    """
+    found = []
+    at_once = max(1, at_once // len(grids))
+    for start in range(0, target.shape[1], at_once):
+        rows = slice(start, min(start + at_once, target.shape[1]))
+        stacked = Grid.stacked([grid.rows(rows) for grid in grids])
+        codes, losses = gptq_codes(target[:, rows], stacked, system, None if keep is None else keep[:, rows])
+        count = rows.stop - rows.start
+        best = losses.view(len(grids), count).argmin(0) * count + torch.arange(count, device=losses.device)
+        found.append((stacked.rows(best), codes[:, best], losses[best]))
+    chosen, swept, lowest = zip(*found, strict=True)
+    return Grid.stacked(chosen), torch.cat(swept, 1), torch.cat(lowest)
+
+
+def gptq_codes(target: Tensor, grid: Grid, system: System, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Codes (as floats) of the column sweep on a static grid, in the system's order, and row losses.
+
+    Args:
+        target: columns first, `[columns, rows]`.
+        grid: of these rows, or of several times as many: each of the stacked grids is swept.
+        keep: bool like the target, false where a zero is to stay; None for nowhere.
+
+    Returns:
+        `[columns, rows of the grid]` and `[rows of the grid]`.
+    """
+    columns, rows = target.shape
+    span = group_span(grid.group_size, columns)
+    scales = grid.scales.T.contiguous()
+    zeros = None if grid.zeros is None else grid.zeros.T.contiguous()
+    copies = grid.scales.shape[0] // rows
+    work = target[system.order].repeat(1, copies)
+    codes = torch.empty_like(work)
+    places = system.order.tolist()
+
+    def fix(j: int, column: Tensor) -> Tensor:
+        place = places[j]
+        scale, zero = scales[place // span], None if zeros is None else zeros[place // span]
+        code = round_to_grid(column, scale, zero, grid.low, grid.high)
+        if keep is not None:
+            code = torch.where(keep[place].repeat(copies), code, 0.0 if zero is None else zero)
+        codes[place] = code
+        return (code if zero is None else code - zero) * scale
+
+    losses = column_sweep(work, system.factor, fix)
+    return codes, losses

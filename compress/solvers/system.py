@@ -41,7 +41,7 @@ class NotSolvable(Exception):
     """The moment has non-finite entries, or stays indefinite whatever is added to its diagonal."""
 
 
-def damped_system(moment: Tensor, damping: float = 0.01, *, act_order: bool = False) -> System:
+def damped_system(moment: Tensor, damping: float = 0.01, *, act_order: bool = False, together: int = 1) -> System:
     """Damp, factor and invert a second moment.
 
     The damping is a share of the mean diagonal (GPTQ, arXiv:2210.17323 §3.3); when the factorization, done in float64,
@@ -51,6 +51,7 @@ def damped_system(moment: Tensor, damping: float = 0.01, *, act_order: bool = Fa
         moment: `[n, n]`, symmetric, positive semi-definite up to rounding; the result has its dtype.
         damping: the first share tried.
         act_order: process columns by falling diagonal instead of from left to right.
+        together: so many neighbours stay together, and are ordered by their sum.
 
     Raises:
         NotSolvable: see there.
@@ -67,7 +68,8 @@ def damped_system(moment: Tensor, damping: float = 0.01, *, act_order: bool = Fa
         base[dead, dead] = mean
     order = torch.arange(base.shape[0], device=base.device)
     if act_order:
-        order = torch.argsort(diagonal, descending=True, stable=True)
+        first = torch.argsort(diagonal.view(-1, together).sum(1), descending=True, stable=True) * together
+        order = (first[:, None] + torch.arange(together, device=base.device)).flatten()
     share, added = damping, 0.0
     while share <= 100:
         diagonal.add_((share - added) * mean)  # a view of base

@@ -1,51 +1,16 @@
-"""A linear map in the form it is stored in.
-
-Every operator maps `[..., in_features]` to `[..., out_features]` and knows its stored tensors; `from_tensors` undoes
-`to_tensors` exactly. On the `meta` device an operator has shapes and bytes but no values, which is what plans use.
-"""
+"""Operators that hold a matrix of numbers: plain, or integers with scales."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..kernels import layouts, reference
-
-
-@runtime_checkable
-class Operator(Protocol):
-    """What passes rewrite, the writer stores and the runtime runs."""
-
-    kind: ClassVar[str]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """`(out_features, in_features)`."""
-        ...
-
-    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight `[out_features, in_features]` this operator stands for."""
-        ...
-
-    def forward(self, x: Tensor) -> Tensor: ...
-
-    def to_tensors(self) -> dict[str, Tensor]:
-        """The stored tensors by suffix (`weight`, `weight_packed`, ...)."""
-        ...
-
-    def scheme(self) -> dict[str, Any]:
-        """What a reader must know beside the tensors; equal schemes are written once."""
-        ...
-
-
-def stored_bytes(operator: Operator) -> int:
-    """Bytes of the stored tensors, scales and all."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in operator.to_tensors().values())
+from ...kernels import layouts, reference
 
 
 @dataclass(frozen=True)
@@ -58,6 +23,10 @@ class Dense:
     @property
     def shape(self) -> tuple[int, int]:
         return self.weight.shape[0], self.weight.shape[1]
+
+    @property
+    def nbytes(self) -> float:
+        return self.weight.numel() * self.weight.element_size()
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.weight.to(dtype)
@@ -72,7 +41,7 @@ class Dense:
         return {"kind": self.kind}
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any]) -> Dense:
+    def from_tensors(cls, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any], inner: Any = None) -> Dense:
         return cls(tensors["weight"])
 
 
@@ -100,6 +69,14 @@ class IntQuantized:
         return self.codes.shape[0], self.codes.shape[1]
 
     @property
+    def nbytes(self) -> float:
+        (rows, columns), groups = self.shape, self.scales.shape[1]
+        words = rows * layouts.packed_words(columns, self.bits)
+        if self.zeros is not None:
+            words += groups * layouts.packed_words(rows, self.bits)
+        return 4 * words + self.scales.numel() * self.scales.element_size() + 2 * 8
+
+    @property
     def span(self) -> int:
         """Columns that really share a scale."""
         return self.group_size if self.group_size > 0 else self.shape[1]
@@ -125,7 +102,7 @@ class IntQuantized:
         return {"kind": self.kind, "bits": self.bits, "group_size": self.group_size, "symmetric": symmetric}
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any]) -> IntQuantized:
+    def from_tensors(cls, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any], inner: Any = None) -> IntQuantized:
         rows, columns = (int(n) for n in tensors["weight_shape"])
         bits = scheme["bits"]
         zeros = None
@@ -133,11 +110,3 @@ class IntQuantized:
             zeros = layouts.unpack_codes(tensors["weight_zero_point"].T.contiguous(), bits, rows).T.contiguous()
         codes = layouts.unpack_codes(tensors["weight_packed"], bits, columns)
         return cls(codes, tensors["weight_scale"], zeros, bits, scheme["group_size"])
-
-
-KINDS: dict[str, type[Dense] | type[IntQuantized]] = {"dense": Dense, "int": IntQuantized}
-
-
-def from_tensors(tensors: Mapping[str, Tensor], scheme: Mapping[str, Any]) -> Operator:
-    """Rebuild any operator from its stored tensors and its scheme."""
-    return KINDS[scheme["kind"]].from_tensors(tensors, scheme)

@@ -1,0 +1,206 @@
+"""ARMOR: each matrix becomes block-diagonal × 2:4 core × block-diagonal (arXiv 2510.05528).
+
+- `solver: adam` with `objective: proxy` is the published algorithm: the weight is divided by the norms of its columns
+  and rows, starts from NoWag-P, and joint Adam steps alternate with exact updates of sampled groups of the core, on the
+  loss `Σ (W̄ - A S B)²_ij ‖x_j‖²`. The norms end up in A and B.
+- `solver: als` takes closed-form steps of A, B and the whole core in their place.
+- `objective: full` aims at the outputs' error itself, `tr(E H Eᵀ)`, of the weight as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ...calibrate.walk import StageWork
+from ...runtime.errors import RecipeError
+from ...runtime.operators import Armor, Dense, IntQuantized, Operator, bits_per_weight
+from ..events import Event, Fallback, LayerDone
+from ..solvers.armor import Factors, alternate, pair_step, weighed
+from ..solvers.armor_adam import RATE, adam
+from ..solvers.armor_codes import store_wrappers, stored_blocks
+from ..solvers.pairs import CHUNK, nowag_scales
+from .calibrated import Calibrated, Group, plain_floats
+from .sparse24 import sparse_operator, sparse_plan
+
+
+class ArmorPass(Calibrated):
+    """Factorize each matrix into block-diagonal × 2:4 × block-diagonal."""
+
+    step: ClassVar[str] = "armor"
+    kind: Literal["armor"]
+    block_size: int = Field(
+        128, ge=4, description="of the diagonal blocks, at most: the largest divisor of the rows (the columns) is taken"
+    )
+    solver: Literal["adam", "als"] = Field("adam", description="adam: as published; als: closed-form steps, far faster")
+    objective: Literal["proxy", "full"] = Field(
+        "proxy",
+        description="proxy: the published loss, diagonal and of the normalised weight; full: the outputs' error",
+    )
+    iterations: int | None = Field(
+        None,
+        ge=1,
+        description="of the solver, which stops early when the loss no longer falls; 20000 of adam, 60 of als",
+    )
+    polish: int = Field(0, ge=0, description="Adam iterations after als, pairs fixed")
+    shrinkage: float = Field(
+        0.0, ge=0, le=1, description="how far the full objective's moment is moved to its diagonal: 1 is diagonal"
+    )
+    share: bool = Field(False, description="one B for all linears that read the same input: fewer bytes")
+    wrapper_bits: Literal[8, 16] = Field(16, description="of A and B; 8: integers with a scale a row")
+    correction: float = Field(
+        0.0, ge=0, le=1, description="how much of the error of earlier layers to make up for (α); 0: as published"
+    )
+
+    def plan(self, name: str, operator: Operator, group: Sequence[str]) -> Operator:
+        """The factors on `meta`.
+
+        Raises:
+            RecipeError: besides the common reasons, the blocks are so large that the factors are more than the weight.
+        """
+        dense = plain_floats(self.step, name, operator)
+        result = self._planned(name, dense, self.block_size, group)
+        if result.nbytes >= dense.nbytes:
+            smaller = (self._planned(name, dense, size, group) for size in range(self.block_size, 3, -1))
+            pays = next((max(plan.block_sizes) for plan in smaller if plan.nbytes < dense.nbytes), None)
+            hint = (
+                f"the largest block_size that pays there is {pays}" if pays else "no block size pays there: ignore it"
+            )
+            raise RecipeError(
+                f"{self.step}: with blocks of {' and '.join(map(str, result.block_sizes))}, the factors of {name} take "
+                f"{result.nbytes:,.0f} bytes, not less than its {dense.nbytes:,}; {hint}"
+            )
+        return result
+
+    def _planned(self, name: str, dense: Dense, block_size: int, group: Sequence[str]) -> Armor:
+        core = sparse_plan(self.step, name, dense)
+        rows, columns = dense.shape
+        high, wide = fitting_block(rows, block_size), fitting_block(columns, block_size)
+        dtype = dense.weight.dtype
+        a, b = self._planned_wrapper(rows, high, dtype), self._planned_wrapper(columns, wide, dtype)
+        return Armor(a, core, b, *self._shared(group))
+
+    def _planned_wrapper(self, rows: int, block: int, dtype: torch.dtype) -> Operator:
+        if self.wrapper_bits == 16:
+            return Dense(torch.empty(rows, block, dtype=dtype, device="meta"))
+        codes = torch.empty(rows, block, dtype=torch.int8, device="meta")
+        return IntQuantized(codes, torch.empty(rows, 1, dtype=dtype, device="meta"), None, 8, -1)
+
+    def _shared(self, group: Sequence[str]) -> tuple[str | None, int]:
+        return (f"{group[0]}_shared_b", len(group)) if self.share and len(group) > 1 else (None, 1)
+
+    @property
+    def rounds(self) -> int:
+        """Iterations that apply."""
+        return self.iterations or (20000 if self.solver == "adam" else 60)
+
+    def flops(self, rows: int, columns: int) -> float:
+        if self.solver == "adam":
+            return self.rounds * rows * columns * (18.0 * self.block_size + 400.0)
+        products = 2.0 * rows * columns**2 * (2 if self.objective == "full" else 0)
+        return self.rounds * (products + rows * columns * (12.0 * self.block_size + 6000.0))
+
+    def memory(self, shapes: Sequence[tuple[int, int]]) -> float:
+        rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
+        largest = rows if self.share else max(shape[0] for shape in shapes)
+        factoring = 24.0 * columns**2
+        state = 4.0 * (8 if self.solver == "adam" else 6) * largest * columns
+        return max(factoring, 8.0 * columns**2 + 4.0 * rows * columns + state)
+
+    def apply(self, work: StageWork) -> Iterator[Event]:
+        for group in self.groups(work, products=torch.float32):
+            targets = group.targets()
+            numbers = range(len(group.names))
+            for which in [list(numbers)] if self.share else [[n] for n in numbers]:
+                yield from self._apply_together(work, group, which, [targets[n] for n in which])
+
+    def _apply_together(
+        self, work: StageWork, group: Group, which: list[int], targets: list[Tensor]
+    ) -> Iterator[Event]:
+        """Linears that are to have the same B."""
+        names, dtype = [group.names[n] for n in which], group.originals[which[0]].dtype
+        sizes = [len(target) for target in targets]
+        moment = group.system.moment if group.system else group.energy
+        goal = torch.cat(targets).T.contiguous()
+        high = fitting_block(math.gcd(*sizes), self.block_size)
+        solved = self._solve(goal, moment, group.energy, high, fitting_block(len(goal), self.block_size), dtype)
+        losses = _losses(goal, solved.factors.product(), moment), _losses(goal, torch.zeros_like(goal), moment)
+        start = 0
+        for name, size in zip(names, sizes, strict=True):
+            rows = slice(start, start + size)
+            start += size
+            core = solved.factors.core[:, rows].T.contiguous()
+            result = Armor(
+                _rows(solved.a, rows), sparse_operator(core.to(dtype), core != 0), solved.b, *self._shared(names)
+            )
+            work.linears[name] = result
+            if group.reason:
+                yield Fallback(name, self.step, f"solved as if all inputs mattered alike, for {group.reason}")
+            error = float(losses[0][rows].sum() / losses[1][rows].sum().clamp(min=1e-30))
+            yield LayerDone(name, self.step, error, bits_per_weight(result), group.tokens)
+
+    def _solve(self, goal: Tensor, moment: Tensor, energy: Tensor, high: int, wide: int, dtype: torch.dtype) -> Solved:
+        """The factors of `[columns, rows]`, A and B as they will be stored."""
+        inputs, outputs = torch.ones_like(goal[:, :1]), torch.ones_like(goal[0])
+        loss = energy
+        if self.objective == "proxy":
+            inputs, outputs = nowag_scales(goal)
+        elif moment.dim() == 2:
+            loss = shrunk(moment, self.shrinkage)
+        target = goal / inputs / outputs
+        start = Factors.start(target, energy, high, wide)
+        if self.solver == "adam":
+            factors, lowest, initial = adam(start, target, loss, self.rounds, rate=RATE)
+        else:
+            factors, lowest, initial = alternate(start, target, loss, self.rounds)
+            if self.polish:
+                factors, lowest, _ = adam(factors, target, loss, self.polish, rate=1e-3, groups=False)
+        assert lowest <= initial, (lowest, initial)
+        factors.a *= outputs.view(-1, high, 1)
+        factors.b *= inputs.view(-1, 1, wide)
+        loss = loss if self.objective == "full" else energy / inputs[:, 0].square()
+        step = pair_step(1.0)
+        a, b = store_wrappers(factors, goal, loss, step, lambda x: stored_blocks(x, dtype, self.wrapper_bits), CHUNK)
+        factors.core = factors.core.to(dtype).to(goal.dtype)
+        return Solved(factors, a, b)
+
+
+@dataclass(frozen=True)
+class Solved:
+    """Factors whose numbers are those that are stored, and A and B in that form."""
+
+    factors: Factors
+    a: Operator
+    b: Operator
+
+
+def shrunk(moment: Tensor, share: float) -> Tensor:
+    """`(1 - share) H + share diag(H)`."""
+    if not share:
+        return moment
+    return torch.lerp(moment, torch.diag(moment.diagonal()), share)
+
+
+def fitting_block(size: int, asked: int) -> int:
+    """The largest divisor of `size` up to `asked`; a multiple of four where there is one."""
+    divisors = [n for n in range(min(size, asked), 0, -1) if size % n == 0]
+    return next((n for n in divisors if n % 4 == 0), divisors[0])
+
+
+def _losses(goal: Tensor, product: Tensor, moment: Tensor) -> Tensor:
+    error = goal - product
+    return torch.linalg.vecdot(weighed(moment, error), error, dim=0)
+
+
+def _rows(wrapper: Operator, rows: slice) -> Operator:
+    """The blocks of A of some rows."""
+    if isinstance(wrapper, IntQuantized):
+        return IntQuantized(wrapper.codes[rows], wrapper.scales[rows], None, wrapper.bits, wrapper.group_size)
+    assert isinstance(wrapper, Dense)
+    return Dense(wrapper.weight[rows])

@@ -1,0 +1,126 @@
+"""EoRA: make up at low rank for what compression took (arXiv:2410.21271).
+
+Of all matrices of rank r, the one that brings the outputs closest, `min tr((Δ - U D) H (Δ - U D)ᵀ)` with Δ what is
+missing, spans the leading eigenvectors of `Δ H Δᵀ`: `U` are these and `D = Uᵀ Δ`. (The paper gets there by way of H's
+eigenvectors; the result is the same, and exact.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from ...calibrate.walk import StageWork
+from ...runtime.errors import RecipeError
+from ...runtime.operators import Dense, IntQuantized, LowRank, Operator, WithResidual, bits_per_weight
+from ..events import Event, Fallback, LayerDone
+from ..solvers.armor_codes import stored_blocks
+from ..solvers.lowrank import best_low_rank, refit_up
+from .calibrated import Calibrated, Group
+
+
+class Eora(Calibrated):
+    """Add a low-rank residual that makes up for the error of the passes before."""
+
+    step: ClassVar[str] = "eora"
+    kind: Literal["eora"]
+    rank: int | None = Field(None, ge=1, description="of the residual; either this or budget")
+    budget: float | None = Field(
+        None, gt=0, lt=1, description="bytes of the factors, as a share of the original weight's"
+    )
+    factor_bits: Literal[8, 16] = Field(16, description="of the factors; 8: integers with a scale a row")
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Eora:
+        if (self.rank is None) == (self.budget is None):
+            raise ValueError("give either rank or budget")
+        return self
+
+    def rank_for(self, rows: int, columns: int, itemsize: int) -> int:
+        """The rank that applies to a weight `[rows, columns]` of so many bytes an element."""
+        if self.rank is not None:
+            return min(self.rank, rows, columns)
+        assert self.budget is not None
+        fixed = 0
+        each = (rows + columns) * itemsize
+        if self.factor_bits == 8:
+            fixed, each = rows * itemsize + 32, rows + columns + itemsize
+        rank = min(int((self.budget * rows * columns * itemsize - fixed) / each), rows, columns)
+        return rank - rank % 4 if self.factor_bits == 8 else rank  # four codes share a word
+
+    def plan(self, name: str, operator: Operator, group: Sequence[str]) -> Operator:
+        """The operator with its residual, on `meta`.
+
+        Raises:
+            RecipeError: nothing was compressed, the budget is less than one rank, or the result is larger than the
+                weight was.
+        """
+        if isinstance(operator, Dense | WithResidual):
+            why = "nothing has compressed" if isinstance(operator, Dense) else "has a residual already"
+            raise RecipeError(f"{self.step} cannot take {name}, which {why}: put it after one other pass, once")
+        rows, columns = operator.shape
+        itemsize = 2 if self.factor_bits == 16 else 1
+        dtype = _float_dtype(operator)
+        rank = self.rank_for(rows, columns, dtype.itemsize)
+        if rank < 1:
+            raise RecipeError(f"{self.step}: the budget {self.budget} is less than one rank of {name}; raise it")
+        up = torch.empty(rows, rank, dtype=dtype, device="meta")
+        down = torch.empty(rank, columns, dtype=dtype, device="meta")
+        result = WithResidual(operator, LowRank(*(self._stored(part) for part in (up, down))))
+        before = rows * columns * dtype.itemsize
+        if result.nbytes >= before:
+            spare = (before - operator.nbytes) / ((rows + columns) * itemsize)
+            raise RecipeError(
+                f"{self.step}: with rank {rank}, {name} takes {result.nbytes:,.0f} bytes, not less than its "
+                f"{before:,}; less than {int(spare)} pays"
+            )
+        return result
+
+    def _stored(self, part: Tensor) -> Operator:
+        if self.factor_bits == 16:
+            return Dense(part)
+        if part.is_meta:
+            scales = torch.empty(len(part), 1, dtype=part.dtype, device="meta")
+            return IntQuantized(torch.empty(part.shape, dtype=torch.int8, device="meta"), scales, None, 8, -1)
+        return stored_blocks(part.float()[None], part.dtype, 8)
+
+    def flops(self, rows: int, columns: int) -> float:
+        small = min(rows, columns)
+        return 2.0 * columns**3 + 4.0 * rows * columns**2 + 30.0 * small**3
+
+    def memory(self, shapes: Sequence[tuple[int, int]]) -> float:
+        rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
+        small = max(min(shape) for shape in shapes)
+        return max(24.0 * columns**2, 8.0 * columns**2 + 8.0 * rows * columns + 32.0 * small**2)
+
+    def apply(self, work: StageWork) -> Iterator[Event]:
+        for group in self.groups(work, products=torch.float32):
+            for number, target in enumerate(group.targets()):
+                yield from self._apply_one(work, group, number, target)
+
+    def _apply_one(self, work: StageWork, group: Group, number: int, target: Tensor) -> Iterator[Event]:
+        name, operator, dtype = group.names[number], group.operators[number], group.originals[number].dtype
+        rows, columns = operator.shape
+        moment = group.system.moment.float() if group.system else torch.eye(columns)
+        missing = target - operator.dense()
+        rank = self.rank_for(rows, columns, dtype.itemsize)
+        up, down = best_low_rank(missing, moment, rank)
+        below = self._stored(down.to(dtype))
+        above = self._stored(refit_up(missing, moment, below.dense(), up).to(dtype))
+        result = WithResidual(operator, LowRank(above, below))
+        left, before = ((((m @ moment) * m).double().sum()) for m in (missing - result.residual.dense(), missing))
+        if group.reason:
+            yield Fallback(name, self.step, f"as if all inputs mattered alike, for {group.reason}")
+        assert left <= before * (1 + 1e-3), (left, before)
+        work.linears[name] = result
+        whole = ((target @ moment) * target).double().sum().clamp(min=1e-30)
+        yield LayerDone(name, self.step, float(left / whole), bits_per_weight(result), group.tokens)
+
+
+def _float_dtype(operator: Operator) -> torch.dtype:
+    """What the operator's scales or values are stored in, and the original weight was."""
+    return next(tensor.dtype for tensor in operator.to_tensors().values() if tensor.dtype.is_floating_point)

@@ -1,0 +1,122 @@
+"""2:4 sparsity in place: of every four neighbours in a row, two stay.
+
+- `magnitude`: the two largest.
+- `wanda`: the largest `|W_ij| ‖x_j‖` (arXiv:2306.11695).
+- `nowag`: the largest after dividing by the norms of columns and rows (NoWag-P, arXiv:2504.14569).
+- `sparsegpt`: the column sweep, which picks pairs as it goes and lets later columns make up for what went
+  (arXiv:2301.00774).
+- `sparsegpt_sweep`: the same, and then rounds of exact coordinate descent on groups of four that choose pairs anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ...calibrate.walk import StageWork
+from ...kernels.layouts import compress24
+from ...runtime.errors import RecipeError
+from ...runtime.operators import Dense, Operator, Sparse24, bits_per_weight
+from ..events import Event, Fallback, LayerDone
+from ..solvers.pairs import nowag_scales, sparsegpt, sweep_pairs, top_pairs
+from ..solvers.refine import row_losses
+from .base import Need
+from .calibrated import ROWS, Calibrated, Group, plain_floats, relative
+
+Method = Literal["magnitude", "wanda", "nowag", "sparsegpt", "sparsegpt_sweep"]
+_RELAXATION = 1.5  # in all sweeps but the last
+
+
+class SparsePass(Calibrated):
+    """Prune to 2:4: half of the values and two bits for each that stays."""
+
+    step: ClassVar[str] = "sparse24"
+    kind: Literal["sparse24"]
+    method: Method = Field("sparsegpt_sweep", description="how pairs are chosen, and whether their values change")
+    sweeps: int = Field(10, ge=1, le=100, description="rounds of sparsegpt_sweep")
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        if self.method == "magnitude":
+            return frozenset()
+        needed = super().needs
+        return needed if self.method.startswith("sparsegpt") else needed - {"cross"}
+
+    def plan(self, name: str, operator: Operator, group: Sequence[str]) -> Operator:
+        return sparse_plan(self.step, name, plain_floats(self.step, name, operator))
+
+    def flops(self, rows: int, columns: int) -> float:
+        if not self.method.startswith("sparsegpt"):
+            return 50.0 * rows * columns
+        sweeps = self.sweeps if self.method == "sparsegpt_sweep" else 0
+        products = (1 + 2 * (self.correction > 0) + 2 * sweeps) * rows * columns**2
+        return 2.0 * columns**3 + products + (3000.0 + 6000.0 * sweeps) * rows * columns
+
+    def memory(self, shapes: Sequence[tuple[int, int]]) -> float:
+        rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
+        if not self.method.startswith("sparsegpt"):
+            return 30.0 * rows * columns
+        return max(24.0 * columns**2, 8.0 * columns**2 + 8.0 * rows * columns + 24.0 * min(rows, ROWS) * columns)
+
+    def apply(self, work: StageWork) -> Iterator[Event]:
+        for group in self.groups(work, act_order=True, together=4):
+            corrected = self.method.startswith("sparsegpt")
+            targets = group.targets() if corrected else [original.float() for original in group.originals]
+            reason = f"pruned by magnitude, for {group.reason}" if group.reason and self.method != "magnitude" else ""
+            for name, original, target in zip(group.names, group.originals, targets, strict=True):
+                sparse, losses, scale = self._pruned(original.float().T, target.T.contiguous(), group)
+                result = sparse_operator(sparse.T.contiguous().to(original.dtype), (sparse != 0).T)
+                work.linears[name] = result
+                if reason:
+                    yield Fallback(name, self.step, reason)
+                yield LayerDone(name, self.step, relative(losses, scale), bits_per_weight(result), group.tokens)
+
+    def _pruned(self, weight: Tensor, target: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
+        """The sparse weight for a stored one and its target, all `[columns, rows]`; losses and their scale by row."""
+        system = group.system
+        if system is None or self.method == "magnitude":
+            sparse = weight * top_pairs(weight.abs())
+            return sparse, (sparse - weight).square().sum(0), weight.square().sum(0)
+        scored = weight
+        if self.method == "nowag":
+            inputs, outputs = nowag_scales(weight)
+            scored = weight / inputs / outputs
+        sparse = weight * top_pairs(scored.square() * group.energy[:, None])
+        losses, scale = row_losses(sparse - target, system.moment), row_losses(target, system.moment)
+        if not self.method.startswith("sparsegpt"):
+            return sparse, losses, scale
+        for start in range(0, weight.shape[1], ROWS):
+            rows = slice(start, start + ROWS)
+            values = sparsegpt(target[:, rows], system)
+            delta = values - target[:, rows]
+            for left in reversed(range(self.sweeps if self.method == "sparsegpt_sweep" else 0)):
+                sweep_pairs(values, delta, system.moment, _RELAXATION if left else 1.0)
+            found = row_losses(delta, system.moment)
+            better = found < losses[rows]
+            sparse[:, rows] = torch.where(better, values, sparse[:, rows])
+            losses[rows] = torch.where(better, found, losses[rows])
+        return sparse, losses, scale
+
+
+def sparse_plan(step: str, name: str, dense: Dense) -> Sparse24:
+    """A 2:4 weight of the shape of a plain one, on `meta`.
+
+    Raises:
+        RecipeError: its columns are not a multiple of four.
+    """
+    rows, columns = dense.shape
+    if columns % 4:
+        raise RecipeError(f"{step} cannot take {name}: its {columns} columns are not groups of four; ignore it")
+    weight = torch.empty(rows, columns, dtype=dense.weight.dtype, device="meta")
+    values, indices = compress24(weight, weight)
+    return Sparse24(Dense(values), indices)
+
+
+def sparse_operator(weight: Tensor, nonzero: Tensor) -> Sparse24:
+    """A weight `[rows, columns]` with at most two non-zeros in every four; where there are fewer, zeros are stored."""
+    values, indices = compress24(weight, top_pairs(nonzero.T.to(torch.uint8)).T)
+    return Sparse24(Dense(values), indices)

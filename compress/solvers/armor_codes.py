@@ -1,0 +1,118 @@
+"""The core of an ARMOR matrix in integers: swept for what it sees, then improved in turns with A and B."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...runtime.operators import Armor, Dense, IntQuantized, Operator, Sparse24
+from .armor import CoreStep, Factors, round_of_chunks, step_a, total_loss
+from .grid import Grid, group_span, range_grid
+from .metric import Metric, blocks_times
+from .refine import refine_chunk
+from .sweep import best_sweep
+from .system import damped_system
+
+_ROWS = 4096
+_DAMPING = 1e-4  # of the core's moment, which is that of a damped one
+
+
+@dataclass
+class QuantizedCore:
+    """Codes (as floats) `[columns, rows]` on a grid, and A and B as they are to be stored."""
+
+    codes: Tensor
+    grid: Grid
+    a: Operator
+    b: Operator
+
+
+def stored_blocks(blocks: Tensor, dtype: torch.dtype, bits: int) -> Operator:
+    """Blocks `[count, b, b]` as an operator `[count b, b]`: in a float dtype (16 bits), or codes with a scale a row."""
+    rows = blocks.reshape(-1, blocks.shape[-1])
+    if bits == 16:
+        return Dense(rows.to(dtype) + 0)
+    grid = range_grid(rows, bits, -1, True, dtype)
+    return IntQuantized(grid.codes(rows).to(torch.int8), grid.scales.to(dtype), None, bits, -1)
+
+
+def as_blocks(operator: Operator) -> Tensor:
+    """The inverse of `stored_blocks`, float32."""
+    rows = operator.dense()
+    return rows.view(-1, rows.shape[1], rows.shape[1])
+
+
+def store_wrappers(
+    factors: Factors, target: Tensor, moment: Tensor, core_step: CoreStep, store: Callable[[Tensor], Operator],
+    chunk: int, b: Operator | None = None,
+) -> tuple[Operator, Operator]:  # fmt: skip
+    """Round B, solve for A, round A, and let the core make up for the rest; the factors follow.
+
+    Args:
+        store: what makes an operator of blocks.
+        chunk: columns that the core step takes at a time.
+        b: B as it is stored already, if it is not to be touched.
+
+    Returns:
+        A and B.
+    """
+    if b is None:
+        b = store(factors.b)
+    factors.b = as_blocks(b)
+    error = target - factors.product()
+    step_a(factors, error, moment)
+    a = store(factors.a)
+    factors.a = as_blocks(a)
+    error = target - factors.product()
+    round_of_chunks(factors, error, moment, core_step, 1.0, move_b=False, chunk=chunk)
+    return a, b
+
+
+def quantize_core(
+    armor: Armor, target: Tensor, moment: Tensor, grids: Sequence[Grid], rounds: int
+) -> tuple[QuantizedCore, float, float]:
+    """Integers for the values of a 2:4 core that keeps its pattern.
+
+    Args:
+        armor: whose core is 2:4 with plain values.
+        target: W `[rows, columns]`.
+        moment: H, damped.
+        grids: candidates, of which each row keeps the best.
+        rounds: turns of A, B and the core.
+
+    Returns:
+        The result, its loss `tr(E H Eᵀ)` and that of zeros in its place.
+    """
+    assert isinstance(armor.core, Sparse24)
+    goal = target.T.contiguous()
+    a, b = armor.blocks()
+    factors = Factors(a, armor.core.dense().T.contiguous(), b)
+    keep = armor.core.keep.T.contiguous()
+    seen = blocks_times(factors.b, blocks_times(factors.b, moment.float()).T.contiguous())
+    system = damped_system(seen, _DAMPING, act_order=True).to(moment.dtype)
+    grid, codes, _ = best_sweep(factors.core, grids, system, _ROWS, keep)
+    del seen, system
+    scales = grid.scales.T.contiguous()
+    factors.core = grid.values(codes.T).T.contiguous()
+    span = group_span(grid.group_size, len(codes))
+    chunk = math.lcm(span, b.shape[1])
+
+    def step(part: slice, values: Tensor, gradient: Tensor, moment: Tensor, metric: Metric) -> None:
+        refine_chunk(part, codes, values, gradient, scales, grid, moment, keep, metric)
+
+    error = goal - factors.product()
+    for _ in range(rounds):
+        step_a(factors, error, moment)
+        round_of_chunks(factors, error, moment, step, 1.0, move_b=armor.shared is None, chunk=chunk)
+    dtype = grid.stored
+    bits = armor.a.bits if isinstance(armor.a, IntQuantized) else 16
+    fixed = armor.b if armor.shared else None
+    left, right = store_wrappers(factors, goal, moment, step, lambda x: stored_blocks(x, dtype, bits), chunk, fixed)
+    grid = grid.with_scales(scales.T.contiguous())
+    factors.core = grid.values(codes.T).T.contiguous()
+    lost = total_loss(goal - factors.product(), moment)
+    return QuantizedCore(codes, grid, left, right), lost, total_loss(goal, moment)

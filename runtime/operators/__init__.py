@@ -1,0 +1,32 @@
+"""Linear maps in the form they are stored in, and the algebra of putting them together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .armor import Armor
+from .base import Composite, Operator, Problem, Solve, bits_per_weight, stored_name
+from .leaves import Dense, IntQuantized
+from .lowrank import LowRank, WithResidual
+from .sparse import Sparse24
+
+__all__ = [
+    "Armor", "Composite", "Dense", "IntQuantized", "LowRank", "Operator", "Problem", "Solve", "Sparse24",
+    "WithResidual", "bits_per_weight", "from_tensors", "shared_prefixes", "stored_name",
+]  # fmt: skip
+
+KINDS: dict[str, Any] = {kind.kind: kind for kind in (Dense, IntQuantized, Sparse24, Armor, LowRank, WithResidual)}
+
+
+def from_tensors(tensors: Mapping[str, Tensor], scheme: Mapping[str, Any]) -> Operator:
+    """Rebuild any operator from its stored tensors and its scheme."""
+    return KINDS[scheme["kind"]].from_tensors(tensors, scheme, from_tensors)
+
+
+def shared_prefixes(scheme: Mapping[str, Any]) -> list[str]:
+    """Names that the operator's shared tensors start with."""
+    found = [scheme["shared"]] if "shared" in scheme else []
+    return found + [name for part in scheme.values() if isinstance(part, Mapping) for name in shared_prefixes(part)]

@@ -1,0 +1,441 @@
+"""ARMOR and low-rank residuals: every closed-form step against brute force in float64."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from test_sparse import is_24, pattern, problem
+from torch import Tensor
+
+from compressor.calibrate.statistics import Statistics
+from compressor.calibrate.walk import StageWork
+from compressor.compress.events import LayerDone
+from compressor.compress.passes.armor import ArmorPass, fitting_block
+from compressor.compress.passes.eora import Eora
+from compressor.compress.passes.gptq import Gptq
+from compressor.compress.passes.sparse24 import SparsePass, sparse_operator
+from compressor.compress.solvers.armor import Factors, alternate, pair_step, round_of_chunks, step_a, total_loss
+from compressor.compress.solvers.armor_adam import adam, gradients, sampled_groups
+from compressor.compress.solvers.armor_codes import stored_blocks
+from compressor.compress.solvers.lowrank import best_low_rank, refit_up
+from compressor.compress.solvers.pairs import nowag_scales
+from compressor.runtime.errors import RecipeError
+from compressor.runtime.modules import stored_linear
+from compressor.runtime.operators import (
+    Armor,
+    Dense,
+    IntQuantized,
+    LowRank,
+    Operator,
+    Problem,
+    Sparse24,
+    WithResidual,
+    from_tensors,
+)  # fmt: skip
+
+DOUBLE = torch.float64
+ROWS, COLUMNS, BLOCK = 16, 24, 8
+
+
+def factors(seed: int = 0) -> Factors:
+    """Random factors, float64; the core `[columns, rows]`."""
+    generator = torch.Generator().manual_seed(seed)
+    eye = torch.eye(BLOCK, dtype=DOUBLE)
+    a, b = (
+        eye + 0.3 * torch.randn(n // BLOCK, BLOCK, BLOCK, dtype=DOUBLE, generator=generator) for n in (ROWS, COLUMNS)
+    )
+    core = torch.randn(ROWS, COLUMNS, dtype=DOUBLE, generator=generator) * pattern(ROWS, COLUMNS, seed)
+    return Factors(a, core.T.contiguous(), b)
+
+
+def dense_product(state: Factors) -> Tensor:
+    """`A S B` by the book, `[rows, columns]`."""
+    return torch.block_diag(*state.a) @ state.core.T @ torch.block_diag(*state.b)
+
+
+def test_the_product_is_that_of_the_dense_factors() -> None:
+    state = factors()
+    torch.testing.assert_close(state.product().T, dense_product(state))
+
+
+def loss_of(state: Factors, weight: Tensor, moment: Tensor) -> Tensor:
+    delta = weight - dense_product(state)
+    return (delta @ moment * delta).sum()
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_the_step_of_a_reaches_the_minimum_over_a(diagonal: bool) -> None:
+    weight, moment = problem(ROWS, COLUMNS)
+    state = factors()
+    metric = moment.diagonal().clone() if diagonal else moment
+    whole = torch.diag(metric) if diagonal else moment
+    step_a(state, weight.T - state.product(), metric)
+    a = state.a.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss_of(Factors(a, state.core, state.b), weight, whole), a)
+    assert gradient.abs().max() < 1e-4 * float(loss_of(state, weight, whole))
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_the_last_block_of_b_reaches_its_minimum(diagonal: bool) -> None:
+    """Blocks of B are solved one after another: at the end the last one is optimal for the others."""
+    weight, moment = problem(ROWS, COLUMNS)
+    state = factors()
+    metric = moment.diagonal().clone() if diagonal else moment
+    whole = torch.diag(metric) if diagonal else moment
+    error = weight.T - state.product()
+    before = loss_of(state, weight, whole)
+    round_of_chunks(state, error, metric, lambda *_: None, 1.0)
+    torch.testing.assert_close(error, weight.T - state.product())
+    b = state.b.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss_of(Factors(state.a, state.core, b), weight, whole), b)
+    assert gradient[-1].abs().max() < 1e-4 * float(before)
+    assert loss_of(state, weight, whole) < before
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize("relaxation", [1.0, 1.9])
+def test_every_iteration_lowers_the_loss(diagonal: bool, relaxation: float) -> None:
+    weight, moment = problem(ROWS, COLUMNS)
+    metric = moment.diagonal().clone() if diagonal else moment
+    state = Factors.start(weight.T.contiguous(), moment.diagonal(), BLOCK, BLOCK)
+    error = weight.T - state.product()
+    losses = [total_loss(error, metric)]
+    for _ in range(15):
+        step_a(state, error, metric, relaxation)
+        losses.append(total_loss(error, metric))
+        round_of_chunks(state, error, metric, pair_step(relaxation), relaxation, chunk=BLOCK)
+        losses.append(total_loss(error, metric))
+    assert all(after <= before * (1 + 1e-9) for before, after in pairwise(losses))
+    torch.testing.assert_close(error, weight.T - state.product())
+    assert is_24(state.core.T)
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_adam_descends_along_the_gradient_of_the_loss() -> None:
+    weight, moment = problem(ROWS, COLUMNS)
+    state = factors()
+    mask = state.core != 0
+    for metric in (moment.diagonal().clone(), moment):
+        error = weight.T - state.product()
+        pull = metric[:, None] * error if metric.dim() == 1 else metric @ error
+        found = gradients(state, pull)
+        parts = [part.clone().requires_grad_() for part in (state.a, state.core, state.b)]
+        whole = torch.diag(metric) if metric.dim() == 1 else metric
+        expected = torch.autograd.grad(loss_of(Factors(*parts), weight, whole), parts)
+        for mine, theirs, kept in zip(found, expected, (1, mask, 1), strict=True):
+            torch.testing.assert_close(2 * mine, theirs * kept)
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_a_sampled_group_takes_its_best_pair(diagonal: bool) -> None:
+    """One block only, so that a single group changes: its loss is the least over all six pairs, by least squares."""
+    weight, moment = problem(BLOCK, BLOCK)
+    whole = factors()
+    state = Factors(whole.a[:1], whole.core[:BLOCK, :BLOCK].clone(), whole.b[:1])
+    metric = moment.diagonal().clone() if diagonal else moment
+    full = torch.diag(metric) if diagonal else moment
+    before = state.core.clone()
+    sampled_groups(state, weight.T - state.product(), metric, torch.Generator().manual_seed(1))
+    changed = (state.core != before).nonzero()
+    row, group = int(changed[0, 1]), int(changed[0, 0]) // 4 * 4
+    assert bool((changed[:, 1] == row).all())
+    assert bool((changed[:, 0] // 4 * 4 == group).all())
+    lowest = torch.inf
+    for first in range(4):
+        for second in range(first + 1, 4):
+            trial = Factors(state.a, before.clone(), state.b)
+            trial.core[group : group + 4, row] = 0
+            basis = []
+            for column in (group + first, group + second):
+                unit = torch.zeros_like(before)
+                unit[column, row] = 1
+                basis.append(dense_product(Factors(state.a, unit, state.b)))
+            rest = weight - dense_product(trial)
+            gram = torch.stack([torch.stack([(x @ full * y).sum() for y in basis]) for x in basis])
+            best = torch.linalg.solve(gram, torch.stack([(rest @ full * x).sum() for x in basis]))
+            delta = rest - best[0] * basis[0] - best[1] * basis[1]
+            lowest = min(lowest, float((delta @ full * delta).sum()))
+    assert float(loss_of(state, weight, full)) == pytest.approx(lowest, rel=1e-6)
+
+
+def test_both_solvers_end_below_nowag_and_als_is_as_good() -> None:
+    weight, moment = problem(64, 64, tokens=400)
+    target = weight.float().T.contiguous()
+    inputs, outputs = nowag_scales(target)
+    target, diagonal = target / inputs / outputs, moment.diagonal().float()
+    start = Factors.start(target, diagonal, BLOCK, BLOCK)
+    slow, published, initial = adam(start.copy(), target, diagonal, 1500)
+    fast, closed, also = alternate(start.copy(), target, diagonal, 60)
+    assert initial == pytest.approx(also)
+    assert total_loss(target - slow.product(), diagonal) == pytest.approx(published, rel=1e-4)
+    assert total_loss(target - fast.product(), diagonal) == pytest.approx(closed, rel=1e-4)
+    assert published < 0.7 * initial
+    assert closed < 1.02 * published
+
+
+def test_a_run_that_gets_worse_keeps_its_best() -> None:
+    weight, moment = problem(16, 16)
+    target, diagonal = weight.float().T.contiguous(), moment.diagonal().float()
+    start = Factors.start(target, diagonal, BLOCK, BLOCK)
+    found, loss, initial = adam(start, target, diagonal, 60, rate=1.0)  # a rate that throws everything about
+    assert loss <= initial
+    assert total_loss(target - found.product(), diagonal) == pytest.approx(loss, rel=1e-4)
+
+
+def stage(weights: dict[str, Tensor], moment: Tensor | None) -> StageWork:
+    statistics = {}
+    if moment is not None:
+        common = Statistics(100, moment.float(), torch.zeros_like(moment.float()))
+        statistics = dict.fromkeys(weights, common)
+    return StageWork({n: Dense(w) for n, w in weights.items()}, dict(weights), [list(weights)], statistics)
+
+
+def armor_pass(**options: object) -> ArmorPass:
+    return ArmorPass(**{"kind": "armor", "block_size": 8, "solver": "als", "objective": "full", **options})  # type: ignore[arg-type]
+
+
+def damped(moment: Tensor) -> Tensor:
+    return moment + 0.01 * moment.diagonal().mean() * torch.eye(len(moment))
+
+
+def output_loss(found: Tensor, weight: Tensor, moment: Tensor) -> float:
+    delta = found.double() - weight.double()
+    return float((delta @ moment * delta).sum() / (weight.double() @ moment * weight.double()).sum())
+
+
+def test_better_objectives_bring_the_outputs_closer() -> None:
+    weight, moment = problem(64, 64, tokens=600)
+    weight = weight.bfloat16()
+    losses = {}
+    for name, step in {
+        "published": armor_pass(solver="adam", objective="proxy", iterations=1000),
+        "proxy": armor_pass(objective="proxy"),
+        "full": armor_pass(),
+        "polished": armor_pass(iterations=20, polish=100),
+        "int8": armor_pass(wrapper_bits=8),
+        "sweep": SparsePass(kind="sparse24", correction=0),
+    }.items():
+        work = stage({"x": weight}, moment)
+        (event,) = step.apply(work)
+        assert isinstance(event, LayerDone)
+        operator = work.linears["x"]
+        losses[name] = output_loss(operator.dense(DOUBLE), weight, moment)
+        if "full" in name or name == "int8":
+            assert event.error == pytest.approx(output_loss(operator.dense(DOUBLE), weight, damped(moment)), rel=0.01)
+        assert operator.nbytes == sum(t.numel() * t.element_size() for t in operator.to_tensors().values())
+        planned = step.plan("x", Dense(weight.to("meta")), ["x"])
+        assert {k: (t.shape, t.dtype) for k, t in planned.to_tensors().items()} == {
+            k: (t.shape, t.dtype) for k, t in operator.to_tensors().items()
+        }
+    assert losses["full"] < 0.8 * min(losses["published"], losses["proxy"])
+    assert losses["full"] < 0.8 * losses["sweep"]
+    assert losses["int8"] < 1.1 * losses["full"]
+
+
+def test_without_tokens_the_factors_are_those_of_the_weight_itself() -> None:
+    weight, _ = problem(32, 32)
+    work = stage({"x": weight.float()}, None)
+    events = list(armor_pass().apply(work))
+    assert "no calibration token" in str(events[0])
+    assert output_loss(work.linears["x"].dense(), weight, torch.eye(32, dtype=DOUBLE)) < 0.1
+
+
+def test_a_shared_b_is_stored_once() -> None:
+    weight, moment = problem(48, 32)
+    weights = {"a.q": weight[:32].float(), "a.k": weight[32:].float()}
+    step = armor_pass(share=True)
+    work = stage(weights, moment)
+    list(step.apply(work))
+    first, second = (work.linears[name] for name in weights)
+    tensors = [operator.to_tensors() for operator in (first, second)]
+    assert torch.equal(tensors[0]["/a.q_shared_b.weight"], tensors[1]["/a.q_shared_b.weight"])
+    stored = {f"{n}{k}": t for n, part in zip("qk", tensors, strict=True) for k, t in part.items() if k[0] != "/"}
+    stored["b"] = tensors[0]["/a.q_shared_b.weight"]
+    assert first.nbytes + second.nbytes == sum(t.numel() * t.element_size() for t in stored.values())
+    for name, operator in work.linears.items():
+        again = from_tensors(operator.to_tensors(), operator.scheme())
+        assert torch.equal(again.dense(DOUBLE), operator.dense(DOUBLE))
+        assert output_loss(operator.dense(), weights[name], moment) < 0.2
+    before = first.b.dense()  # type: ignore[union-attr]
+    list(Gptq(kind="gptq", group_size=32).apply(work))
+    assert torch.equal(work.linears["a.q"].b.dense(), before)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("wrapper_bits", [16, 8])
+def test_gptq_quantizes_the_core_and_moves_its_wrappers(wrapper_bits: int) -> None:
+    weight, moment = problem(64, 64, tokens=600)
+    work = stage({"x": weight.float()}, moment)
+    list(armor_pass(wrapper_bits=wrapper_bits).apply(work))
+    before = work.linears["x"]
+    assert isinstance(before, Armor)
+    assert isinstance(before.core, Sparse24)
+    step = Gptq(kind="gptq", bits=4, group_size=32)
+    (event,) = step.apply(work)
+    after = work.linears["x"]
+    assert isinstance(after, Armor)
+    assert isinstance(after.core, Sparse24)
+    assert isinstance(after.core.values, IntQuantized)
+    assert torch.equal(after.core.indices, before.core.indices)
+    assert isinstance(after.a, IntQuantized if wrapper_bits == 8 else Dense)
+    rounded = step.plan("x", before, ["x"])
+    assert rounded.nbytes == after.nbytes
+    from compressor.compress.passes.rtn import Rtn
+
+    naive = stage({"x": weight.float()}, moment)
+    naive.linears["x"] = before
+    list(Rtn(kind="rtn", bits=4, group_size=32).apply(naive))
+    exact, solved, nearest = (
+        output_loss(operator.dense(DOUBLE), weight, moment) for operator in (before, after, naive.linears["x"])
+    )
+    assert solved - exact < 0.4 * (nearest - exact)
+    assert isinstance(event, LayerDone)
+    assert event.error == pytest.approx(output_loss(after.dense(DOUBLE), weight, damped(moment)), rel=0.02)
+
+
+def random_armor(seed: int = 0) -> Armor:
+    state = factors(seed)
+    core = sparse_operator(state.core.T.contiguous(), state.core.T != 0)
+    return Armor(stored_blocks(state.a, DOUBLE, 16), core, stored_blocks(state.b, DOUBLE, 16))
+
+
+def random_residual(base: Operator) -> WithResidual:
+    generator = torch.Generator().manual_seed(5)
+    up, down = (torch.randn(shape, dtype=DOUBLE, generator=generator) for shape in ((ROWS, 3), (3, COLUMNS)))
+    return WithResidual(base, LowRank(Dense(up), Dense(down)))
+
+
+@pytest.mark.parametrize("operator", [random_armor(), random_residual(Dense(problem(ROWS, COLUMNS)[0]))])
+def test_the_loss_of_a_subproblem_is_the_output_error(operator: Armor | WithResidual) -> None:
+    """Whatever the inner operator is changed to, the subproblem's loss is the brute-force error of the whole."""
+    weight, moment = problem(ROWS, COLUMNS)
+    inner = operator.subproblem(Problem(weight, moment))
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        changed = torch.randn(operator.inner.shape, dtype=DOUBLE, generator=generator)
+        delta = weight - operator.with_inner(Dense(changed)).dense(DOUBLE)
+        assert float(inner.loss(changed)) == pytest.approx(float((delta @ moment * delta).sum()), rel=1e-8)
+
+
+def test_subproblems_nest() -> None:
+    """A core beside a residual: two subproblems, one in the other."""
+    weight, moment = problem(ROWS, COLUMNS)
+    outer = random_residual(random_armor())
+    armor = outer.base
+    assert isinstance(armor, Armor)
+    inner = armor.subproblem(outer.subproblem(Problem(weight, moment)))
+    core = torch.randn(ROWS, COLUMNS, dtype=DOUBLE)
+    delta = weight - outer.with_inner(armor.with_inner(Dense(core))).dense(DOUBLE)
+    assert float(inner.loss(core)) == pytest.approx(float((delta @ moment * delta).sum()), rel=1e-8)
+
+
+def every_operator() -> dict[str, Operator]:
+    weight, moment = problem(64, 48, tokens=300)
+    weight = weight.bfloat16()
+    made: dict[str, Operator] = {}
+    steps = {
+        "sparse": [SparsePass(kind="sparse24")],
+        "sparse int4": [SparsePass(kind="sparse24"), Gptq(kind="gptq", group_size=16)],
+        "sparse asymmetric": [SparsePass(kind="sparse24"), Gptq(kind="gptq", group_size=32, symmetric=False)],
+        "armor": [armor_pass(iterations=3)],
+        "armor int8": [armor_pass(iterations=3, wrapper_bits=8), Gptq(kind="gptq", group_size=16)],
+        "sparse + rank": [SparsePass(kind="sparse24"), Eora(kind="eora", rank=4)],
+        "armor + rank int8": [armor_pass(iterations=3), Eora(kind="eora", rank=4, factor_bits=8)],
+        "rank, then int4": [SparsePass(kind="sparse24"), Eora(kind="eora", rank=4), Gptq(kind="gptq", group_size=16)],
+        "int4 + rank": [Gptq(kind="gptq", group_size=16), Eora(kind="eora", rank=4)],
+    }
+    for name, chain in steps.items():
+        work = stage({"x": weight}, moment)
+        planned: Operator = Dense(weight.to("meta"))
+        for step in chain:
+            planned = step.plan("x", planned, ["x"])  # type: ignore[attr-defined]
+            list(step.apply(work))  # type: ignore[attr-defined]
+        made[name] = work.linears["x"]
+        stored = made[name].to_tensors()
+        assert {k: (t.shape, t.dtype) for k, t in planned.to_tensors().items()} == {
+            k: (t.shape, t.dtype) for k, t in stored.items()
+        }, name
+        assert planned.nbytes == made[name].nbytes == sum(t.numel() * t.element_size() for t in stored.values()), name
+        assert planned.scheme() == made[name].scheme(), name
+    return made
+
+
+def test_operators_come_back_and_modules_run_them() -> None:
+    bias = torch.randn(64)
+    for name, operator in every_operator().items():
+        again = from_tensors(operator.to_tensors(), operator.scheme())
+        exact = operator.dense(DOUBLE)
+        assert torch.equal(again.dense(DOUBLE), exact), name
+        for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 1.5e-2)):
+            x = torch.randn(2, 5, 48).to(dtype)
+            expected = x.double() @ exact.T
+            reference = operator.forward(x).double()
+            assert (reference - expected).norm() < tolerance * expected.norm(), name
+            linear = stored_linear(operator.to_tensors(), operator.scheme(), bias, dtype)
+            found = linear(x).double() - bias.to(dtype).double()
+            assert (found - expected).norm() < tolerance * expected.norm(), (name, dtype)
+
+
+def test_a_sparse_weight_is_decoded_a_tile_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    operator = every_operator()["sparse int4"]
+    linear = stored_linear(operator.to_tensors(), operator.scheme(), None, torch.float32)
+    monkeypatch.setattr("compressor.kernels.cpu.TILE_ROWS", 24)
+    asked = []
+    decode = linear.decode  # type: ignore[operator]
+    monkeypatch.setattr(linear, "decode", lambda rows, dtype: asked.append(rows) or decode(rows, dtype))
+    x = torch.randn(3, 48)
+    torch.testing.assert_close(linear(x), operator.forward(x))
+    assert [(rows.start, rows.stop) for rows in asked] == [(0, 24), (24, 48), (48, 64)]
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(20, 12), (12, 20), (16, 16)])
+def test_the_low_rank_residual_is_the_best_there_is(rows: int, columns: int) -> None:
+    """By the definition: the singular vectors of `M H^½`."""
+    matrix, moment = problem(rows, columns)
+    values, vectors = torch.linalg.eigh(moment)
+    root = vectors * values.sqrt() @ vectors.T
+    left, singular, right = torch.linalg.svd(matrix @ root, full_matrices=False)
+    expected = left[:, :5] * singular[:5] @ right[:5] @ torch.linalg.inv(root)
+    up, down = best_low_rank(matrix, moment, 5)
+    torch.testing.assert_close(up @ down, expected, rtol=1e-6, atol=1e-8)
+    rounded = down.bfloat16().double()
+    refitted = refit_up(matrix, moment, rounded, up)
+
+    def loss(found: Tensor) -> float:
+        return float(((matrix - found) @ moment * (matrix - found)).sum())
+
+    assert loss(up @ down) == pytest.approx(float(singular[5:].square().sum()), rel=1e-6)
+    assert loss(refitted @ rounded) <= loss(up @ rounded)
+
+
+def test_the_budget_of_a_residual_is_kept() -> None:
+    weight, moment = problem(64, 48)
+    for bits in (16, 8):
+        step = Eora(kind="eora", budget=0.2, factor_bits=bits)  # type: ignore[arg-type]
+        work = stage({"x": weight.bfloat16()}, moment)
+        list(SparsePass(kind="sparse24").apply(work))
+        before = work.linears["x"].nbytes
+        list(step.apply(work))
+        spent = work.linears["x"].nbytes - before
+        assert 0.1 * 64 * 48 * 2 < spent <= 0.2 * 64 * 48 * 2
+    with pytest.raises(ValueError, match="either rank or budget"):
+        Eora(kind="eora")
+
+
+def test_blocks_divide_the_layer() -> None:
+    assert [fitting_block(*pair) for pair in ((4096, 128), (172, 16), (64, 16), (86, 16), (7, 4))] == [128, 4, 16, 2, 1]
+
+
+def test_blocks_that_do_not_pay_are_refused_and_the_largest_that_does_is_named() -> None:
+    weight = Dense(torch.empty(256, 256, dtype=torch.bfloat16, device="meta"))
+    with pytest.raises(RecipeError, match=r"blocks of 128 and 128.*the largest block_size that pays there is 32"):
+        armor_pass(block_size=128).plan("x", weight, ["x"])
+    assert armor_pass(block_size=32).plan("x", weight, ["x"]).nbytes < weight.nbytes
+    assert armor_pass(block_size=63).plan("x", weight, ["x"]).scheme()["block_sizes"] == [32, 32]
+    narrow = Dense(torch.empty(4, 4, dtype=torch.bfloat16, device="meta"))
+    with pytest.raises(RecipeError, match="no block size pays there: ignore it"):
+        armor_pass().plan("x", narrow, ["x"])
+    odd = Dense(torch.empty(64, 66, dtype=torch.bfloat16, device="meta"))
+    with pytest.raises(RecipeError, match="66 columns are not groups of four"):
+        armor_pass().plan("x", odd, ["x"])
