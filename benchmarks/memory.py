@@ -27,7 +27,9 @@ def _llama(hidden: int, inner: int) -> tuple[str, dict[str, int]]:
     return "llama", {**_LLAMA, "hidden_size": hidden, "intermediate_size": inner, **heads}
 
 
-# name → family and sizes, pass
+_FULL = "solver: als, objective: full, correction: 1, block_size: 32"
+
+# name → family and sizes, passes
 CASES = {
     "hidden 512": (_llama(512, 1536), "{kind: gptq, bits: 4}"),
     "hidden 1024": (_llama(1024, 4096), "{kind: gptq, bits: 4}"),
@@ -39,6 +41,14 @@ CASES = {
     "32 experts": (("qwen3_moe", _MOE), "{kind: gptq, bits: 4}"),
     "32 experts, rtn": (("qwen3_moe", _MOE), "{kind: rtn, bits: 4}"),
     "hidden 2048": (_llama(2048, 5632), "{kind: gptq, bits: 4}"),
+    "hidden 1024, wanda": (_llama(1024, 4096), "{kind: sparse24, method: wanda}"),
+    "hidden 1024, sparse": (_llama(1024, 4096), "{kind: sparse24, sweeps: 2}, {kind: eora, rank: 16}"),
+    "hidden 1024, sparse int4": (_llama(1024, 4096), "{kind: sparse24, sweeps: 2}, {kind: gptq, bits: 4}"),
+    "hidden 1024, armor": (_llama(1024, 4096), f"{{kind: armor, {_FULL}, iterations: 6}}"),
+    "hidden 1024, armor shared int4": (
+        _llama(1024, 4096), f"{{kind: armor, {_FULL}, share: true, iterations: 6}}, {{kind: gptq, bits: 4}}"
+    ),
+    "hidden 1024, armor adam": (_llama(1024, 4096), "{kind: armor, block_size: 32, iterations: 3}"),
 }  # fmt: skip
 
 
@@ -91,7 +101,7 @@ def measure(name: str) -> tuple[int, int, int]:
         config = CONFIG_MAPPING[family](**sizes)
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(model)
         AutoTokenizer.from_pretrained(examples / "tiny-llama").save_pretrained(model)
-        text = f"data: {{samples: 16}}\npasses:\n  - {step}\n"
+        text = f"data: {{samples: 16}}\npasses: [{step}]\n"
         command = [sys.executable, __file__, "--child", text, str(model)]
         settings = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}  # as the command line has them
         environment = {**os.environ, **settings, "MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -100,10 +110,10 @@ def measure(name: str) -> tuple[int, int, int]:
     return predicted, measured, base
 
 
-def main() -> None:
-    """Print predicted and measured megabytes for every case."""
+def main(names: list[str]) -> None:
+    """Print predicted and measured megabytes for the cases named, or for all."""
     print("case: predicted MB, measured MB (beyond the imports), error of the whole")
-    for name in CASES:
+    for name in names or CASES:
         predicted, measured, base = measure(name)
         error = (predicted - measured) / (base + measured)
         print(f"{name}: {predicted / 1e6:.0f}, {measured / 1e6:.0f}, {100 * error:+.1f} %", flush=True)
@@ -112,8 +122,9 @@ def main() -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--child", nargs=2)
+    parser.add_argument("cases", nargs="*", help="their names; default: all")
     options = parser.parse_args()
     if options.child:
         child(options.child[0], Path(options.child[1]))
     else:
-        main()
+        main(options.cases)

@@ -5,7 +5,9 @@
 
 Each tool runs in a process of its own with two threads, from an environment of its own. Their results are decoded to
 plain weights and judged by one float32 forward pass on all windows of the built-in evaluation split: KL(original ‖
-result) per token, and the paired difference to ours over windows. `--time-only` stops after the runs.
+result) per token, and the paired difference to ours over windows. `--time-only` stops after the runs. `--sparse BLOCK`
+compares 2:4 in place of integers: ARMOR with blocks of that size (`armor-24`), without wrappers (`sparsegpt-24`), and
+llm-compressor's SparseGPT and Wanda.
 """
 
 from __future__ import annotations
@@ -24,30 +26,43 @@ PLAIN = ", correction: 0, refinements: 0, search: false, act_order: false"
 LENGTH = 512
 
 
-def run_compressor(model: str, ids: list[list[int]], out: str, bits: int, group: int, extra: str, seed: int) -> None:
+def run_compressor(model: str, ids: list[list[int]], out: str, passes: str, seed: int) -> None:
     from compressor.compress.apply import Job, apply
     from compressor.compress.recipe import parse_recipe
 
     # The windows of this seed are those in ids, by construction.
     data = f"data: {{samples: {len(ids)}, sequence_length: {LENGTH}, seed: {seed}}}\n"
-    text = f"{data}passes: [{{kind: gptq, bits: {bits}, group_size: {group}{extra}}}]\n"
+    text = f"{data}passes: [{{{passes}}}]\n"
     apply(Job(parse_recipe(text), text, (), Path(model), Path(out), model), lambda event: None)
 
 
-def run_llm_compressor(model: str, ids: list[list[int]], out: str, bits: int, group: int) -> None:
+def llm_compressor_modifier(method: str, bits: int, group: int) -> Any:
+    if method == "sparsegpt":
+        from llmcompressor.modifiers.pruning import SparseGPTModifier
+
+        return SparseGPTModifier(sparsity=0.5, mask_structure="2:4", targets=["Linear"], ignore=["re:.*lm_head"])
+    if method == "wanda":
+        from llmcompressor.modifiers.pruning import WandaPruningModifier
+
+        return WandaPruningModifier(sparsity=0.5, mask_structure="2:4", targets=["Linear"], ignore=["re:.*lm_head"])
     from compressed_tensors.quantization import preset_name_to_scheme
-    from datasets import Dataset
-    from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import GPTQModifier
-    from transformers import AutoModelForCausalLM
 
     scheme = preset_name_to_scheme("W4A16", ["Linear"])
     scheme.weights.num_bits, scheme.weights.group_size = bits, group
+    return GPTQModifier(ignore=["lm_head"], config_groups={"group_0": scheme})
+
+
+def run_llm_compressor(model: str, ids: list[list[int]], out: str, modifier: Any) -> None:
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from transformers import AutoModelForCausalLM
+
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     rows = [{"input_ids": window, "attention_mask": [1] * len(window)} for window in ids]
     oneshot(
         model=loaded, dataset=Dataset.from_list(rows), max_seq_length=LENGTH, num_calibration_samples=len(ids),
-        recipe=[GPTQModifier(ignore=["lm_head"], config_groups={"group_0": scheme})],
+        recipe=[modifier],
         shuffle_calibration_samples=False,
     )  # fmt: skip
     loaded.save_pretrained(out, save_compressed=True)
@@ -69,6 +84,7 @@ def child(tool: str, model: str, ids_file: str, out: str, bits: int, group: int,
 
     torch.set_num_threads(2)
     ids = json.loads(Path(ids_file).read_text())
+    tool, _, method = tool.partition(", ")
     if tool == "llm-compressor":
         import llmcompressor.modifiers.quantization  # noqa: F401
     elif tool == "gptqmodel":
@@ -77,11 +93,14 @@ def child(tool: str, model: str, ids_file: str, out: str, bits: int, group: int,
         import compressor.compress.apply  # noqa: F401
     ready = time.perf_counter()
     if tool == "llm-compressor":
-        run_llm_compressor(model, ids, out, bits, group)
+        run_llm_compressor(model, ids, out, llm_compressor_modifier(method, bits, group))
     elif tool == "gptqmodel":
         run_gptqmodel(model, ids, out, bits, group)
     else:
-        run_compressor(model, ids, out, bits, group, PLAIN if tool == "compressor, plain" else "", seed)
+        gptq = f"kind: gptq, bits: {bits}, group_size: {group}"
+        armor = f"kind: armor, solver: als, objective: full, correction: 1, block_size: {group}"
+        passes = {"": gptq, "plain": gptq + PLAIN, "armor-24": armor, "sparsegpt-24": "kind: sparse24"}
+        run_compressor(model, ids, out, passes[method], seed)
     done = time.perf_counter()
     # Not getrusage, whose peak a child inherits from the process that started it.
     status = Path("/proc/self/status").read_text().splitlines()
@@ -145,6 +164,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--sparse", type=int, help="compare 2:4, ARMOR's blocks being of this size")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--llm-compressor", help="a Python that has it")
@@ -159,6 +179,11 @@ def main() -> None:
     pythons = {"compressor": sys.executable, "compressor, plain": sys.executable}
     pythons |= {"llm-compressor": options.llm_compressor} if options.llm_compressor else {}
     pythons |= {"gptqmodel": options.gptqmodel} if options.gptqmodel else {}
+    if options.sparse:
+        options.group_size = options.sparse
+        pythons = {"compressor, armor-24": sys.executable, "compressor, sparsegpt-24": sys.executable}
+        if options.llm_compressor:
+            pythons |= {f"llm-compressor, {method}": options.llm_compressor for method in ("sparsegpt", "wanda")}
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     per_seed: dict[str, list[Any]] = {tool: [] for tool in pythons}
     for seed in options.seeds:
@@ -200,7 +225,7 @@ def main() -> None:
 def _summary(per_seed: dict[str, list[Any]]) -> None:
     import torch
 
-    ours = torch.stack([kl for kl, _ in per_seed["compressor"]]).mean(0)
+    ours = torch.stack([kl for kl, _ in next(iter(per_seed.values()))]).mean(0)
     for tool, found in per_seed.items():
         kl = torch.stack([kl for kl, _ in found]).mean(0)
         ratio = torch.stack([ratio for _, ratio in found]).mean().exp()

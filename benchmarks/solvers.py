@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -40,6 +40,25 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def measure(size: int, block: int) -> Iterator[tuple[str, float, int]]:
+    """Solver, seconds an iteration, and iterations that recipes ask for."""
+    weight, moment = layer(size)
+    diagonal = moment.diagonal().clone()
+    exact = damped_system(moment, act_order=True, together=4)
+    system = exact.to(products_dtype(cpu_capability()))
+    yield "factoring H", seconds(lambda: damped_system(moment)), 1
+    values = sparsegpt(weight, system)
+    yield "sparsegpt", seconds(lambda: sparsegpt(weight, system)), 1
+    delta = values - weight
+    yield "sparsegpt_sweep, a sweep", seconds(lambda: sweep_pairs(values, delta, system.moment)), 10
+    yield "eora", seconds(lambda: best_low_rank(delta.T, exact.moment, block)), 1
+    start = Factors.start(weight, diagonal, block, block)
+    yield "armor, als", seconds(lambda: alternate(start.copy(), weight, diagonal, 3)) / 3, 60
+    yield "armor, als + full", seconds(lambda: alternate(start.copy(), weight, exact.moment, 3)) / 3, 60
+    adam(start.copy(), weight, diagonal, 2)  # what is compiled once is not timed
+    yield "armor, adam", seconds(lambda: adam(start.copy(), weight, diagonal, 5)) / 5, 20000
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096])
@@ -48,25 +67,7 @@ def main() -> None:
     torch.set_num_threads(2)
     print("| size | solver | seconds an iteration | iterations | total, s |\n|---|---|---|---|---|")
     for size in options.sizes:
-        weight, moment = layer(size)
-        block = min(options.block, size // 8)
-        exact = damped_system(moment, act_order=True, together=4)
-        system = exact.to(products_dtype(cpu_capability()))
-        rows: list[tuple[str, float, int]] = []
-        rows.append(("factoring H", seconds(lambda m=moment: damped_system(m)), 1))  # type: ignore[misc]
-        values = sparsegpt(weight, system)
-        rows.append(("sparsegpt", seconds(lambda: sparsegpt(weight, system)), 1))  # noqa: B023
-        delta = values - weight
-        rows.append(("sparsegpt_sweep, a sweep", seconds(lambda: sweep_pairs(values, delta, system.moment)), 10))  # noqa: B023
-        rows.append(("eora", seconds(lambda: best_low_rank(delta.T, exact.moment, block)), 1))  # noqa: B023
-        diagonal = moment.diagonal().clone()
-        for name, metric, iterations in (("armor, als", diagonal, 60), ("armor, als + full", exact.moment, 60)):
-            start = Factors.start(weight, diagonal, block, block)
-            rows.append((name, seconds(lambda: alternate(start, weight, metric, 3)) / 3, iterations))  # noqa: B023
-        start = Factors.start(weight, diagonal, block, block)
-        adam(start, weight, diagonal, 2)  # what is compiled once is not timed
-        rows.append(("armor, adam", seconds(lambda: adam(start, weight, diagonal, 5)) / 5, 20000))  # noqa: B023
-        for name, each, count in rows:
+        for name, each, count in measure(size, min(options.block, size // 8)):
             print(f"| {size} | {name} | {each:.3f} | {count} | {each * count:,.1f} |", flush=True)
 
 

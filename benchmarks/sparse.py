@@ -94,10 +94,11 @@ def main() -> None:
     parser.add_argument(
         "--overhead", type=float, default=0.0955, help="of low-rank residuals: their share of the bytes"
     )
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="+", help="methods to run")
     parser.add_argument("--out", type=Path, help="append results as JSON lines")
     options = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(options.threads)
     windows = windows_of(options.text[1], "evaluation", options.model, options.windows, options.length, 0)
     model: Any = load(options.model, dtype=torch.float32)
     with torch.no_grad():

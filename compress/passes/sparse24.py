@@ -58,8 +58,6 @@ class SparsePass(Calibrated):
 
     def memory(self, shapes: Sequence[tuple[int, int]]) -> float:
         rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
-        if not self.method.startswith("sparsegpt"):
-            return 30.0 * rows * columns
         return max(24.0 * columns**2, 8.0 * columns**2 + 8.0 * rows * columns + 24.0 * min(rows, ROWS) * columns)
 
     def apply(self, work: StageWork) -> Iterator[Event]:
