@@ -81,7 +81,7 @@ def apply(
     if statistics is not None and plan.needs != {"reference"}:
         raise RecipeError(
             "--statistics keeps statistics of the original model, which this recipe does not use; it is for rtn with "
-            "search: true and gptq with sequential: false"
+            "search: true and other passes with sequential: false"
         )
     journal = Journal(job.out)
     check_memory(plan)

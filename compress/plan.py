@@ -127,18 +127,25 @@ def input_groups(skeleton: Skeleton) -> list[list[str]]:
     ]
 
 
+def _original(checkpoint: Checkpoint, name: str) -> Dense:
+    info = checkpoint.tensors[name + ".weight"]
+    return Dense(torch.empty(info.shape, dtype=info.dtype, device="meta"))
+
+
 def _plan_linear(recipe: Recipe, checkpoint: Checkpoint, name: str, group: list[str], matched: list[int]) -> LinearPlan:
     """One linear through all passes that want it; they count it in `matched`."""
-    info = checkpoint.tensors[name + ".weight"]
-    operator: Operator = Dense(torch.empty(info.shape, dtype=info.dtype, device="meta"))
-    before = info.nbytes
+    original = _original(checkpoint, name)
+    operator: Operator = original
+    before = int(original.nbytes)
     steps = []
     for number, step in enumerate(recipe.passes):
         if not step.wants(name):
             continue
         matched[number] += 1
         try:
-            result = step.plan(name, operator, [other for other in group if step.wants(other)])
+            result = step.plan(
+                name, operator, {other: _original(checkpoint, other) for other in group if step.wants(other)}
+            )
         except RecipeError as error:
             raise RecipeError(f"passes.{number}: {error}") from None
         if result.nbytes > before:

@@ -172,6 +172,8 @@ def _allowed(spec: dict[str, Any]) -> str:
         return ", ".join(str(value) for value in spec.get("enum", [spec.get("const")]))
     if spec.get("type") == "array":
         return "a list"
+    if "anyOf" in spec:  # or nothing, which is the default
+        return _allowed(spec["anyOf"][0])
     signs = {"minimum": "≥", "maximum": "≤", "exclusiveMinimum": ">", "exclusiveMaximum": "<"}
     words = [
         {"integer": "a whole number", "boolean": "true or false", "string": "text"}.get(

@@ -91,11 +91,16 @@ def compress24(weight: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         values `[rows, columns / 2]` of weight's dtype, no zero among them negative; indices uint8
         `[rows, columns / 4]`, `first | second << 2`.
+
+    Raises:
+        ValueError: a group keeps more or fewer than two.
     """
     rows, columns = weight.shape
     if weight.is_meta:
         indices = torch.empty(rows, columns // 4, dtype=torch.uint8, device="meta")
         return torch.empty(rows, columns // 2, dtype=weight.dtype, device="meta"), indices
+    if bool((keep.view(rows, -1, 4).sum(2) != 2).any()):
+        raise ValueError("a group of four does not keep exactly two")
     # Kept entries come before the others, each from left to right.
     order = torch.sort((~keep).view(rows, -1, 4).to(torch.uint8), dim=2, stable=True).indices[..., :2]
     values = weight.view(rows, -1, 4).gather(2, order).view(rows, -1)

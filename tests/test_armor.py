@@ -37,6 +37,7 @@ from compressor.runtime.operators import (
 
 DOUBLE = torch.float64
 ROWS, COLUMNS, BLOCK = 16, 24, 8
+GROUP = {"x": Dense(torch.empty(1, 1))}  # whatever reads the same input: of no importance without share
 
 
 def factors(seed: int = 0) -> Factors:
@@ -120,7 +121,7 @@ def test_adam_descends_along_the_gradient_of_the_loss() -> None:
     for metric in (moment.diagonal().clone(), moment):
         error = weight.T - state.product()
         pull = metric[:, None] * error if metric.dim() == 1 else metric @ error
-        found = gradients(state, pull)
+        found = gradients(state, mask, pull)
         parts = [part.clone().requires_grad_() for part in (state.a, state.core, state.b)]
         whole = torch.diag(metric) if metric.dim() == 1 else metric
         expected = torch.autograd.grad(loss_of(Factors(*parts), weight, whole), parts)
@@ -137,7 +138,9 @@ def test_a_sampled_group_takes_its_best_pair(diagonal: bool) -> None:
     metric = moment.diagonal().clone() if diagonal else moment
     full = torch.diag(metric) if diagonal else moment
     before = state.core.clone()
-    sampled_groups(state, weight.T - state.product(), metric, torch.Generator().manual_seed(1))
+    keep = state.core != 0
+    sampled_groups(state, keep, weight.T - state.product(), metric, torch.Generator().manual_seed(1))
+    assert torch.equal(keep, state.core != 0)
     changed = (state.core != before).nonzero()
     row, group = int(changed[0, 1]), int(changed[0, 0]) // 4 * 4
     assert bool((changed[:, 1] == row).all())
@@ -173,6 +176,8 @@ def test_both_solvers_end_below_nowag_and_als_is_as_good() -> None:
     assert total_loss(target - fast.product(), diagonal) == pytest.approx(closed, rel=1e-4)
     assert published < 0.7 * initial
     assert closed < 1.02 * published
+    assert is_24(slow.core.T)
+    assert is_24(fast.core.T)
 
 
 def test_a_run_that_gets_worse_keeps_its_best() -> None:
@@ -210,7 +215,7 @@ def test_better_objectives_bring_the_outputs_closer() -> None:
     weight = weight.bfloat16()
     losses = {}
     for name, step in {
-        "published": armor_pass(solver="adam", objective="proxy", iterations=1000),
+        "published": armor_pass(solver="adam", objective="proxy", iterations=3000),
         "proxy": armor_pass(objective="proxy"),
         "full": armor_pass(),
         "polished": armor_pass(iterations=20, polish=100),
@@ -225,13 +230,112 @@ def test_better_objectives_bring_the_outputs_closer() -> None:
         if "full" in name or name == "int8":
             assert event.error == pytest.approx(output_loss(operator.dense(DOUBLE), weight, damped(moment)), rel=0.01)
         assert operator.nbytes == sum(t.numel() * t.element_size() for t in operator.to_tensors().values())
-        planned = step.plan("x", Dense(weight.to("meta")), ["x"])
+        planned = step.plan("x", Dense(weight.to("meta")), GROUP)
         assert {k: (t.shape, t.dtype) for k, t in planned.to_tensors().items()} == {
             k: (t.shape, t.dtype) for k, t in operator.to_tensors().items()
         }
     assert losses["full"] < 0.8 * min(losses["published"], losses["proxy"])
     assert losses["full"] < 0.8 * losses["sweep"]
     assert losses["int8"] < 1.1 * losses["full"]
+
+
+@pytest.mark.parametrize(
+    "options", [{"solver": "adam", "objective": "proxy", "iterations": 200}, {"objective": "proxy"}]
+)
+def test_what_is_stored_is_no_worse_than_nowag_however_uneven_the_rows(options: dict[str, object]) -> None:
+    """In the published loss, that of the normalised weight, over rows that differ a hundredfold."""
+    weight, moment = problem(32, 32)
+    weight = (weight * torch.logspace(-1, 1, 32, dtype=DOUBLE)[:, None]).float()
+    work = stage({"x": weight}, moment)
+    list(armor_pass(**options).apply(work))
+    inputs, outputs = nowag_scales(weight.T)
+    energy = moment.diagonal().float()
+    start = Factors.start(weight.T / inputs / outputs, energy, 8, 8)
+    delta = (work.linears["x"].dense() - weight).T / inputs / outputs
+    initial = total_loss(weight.T / inputs / outputs - start.product(), energy)
+    assert total_loss(delta, energy) < 0.9 * initial
+
+
+STEPS = {
+    "sparsegpt_sweep": SparsePass(kind="sparse24"),
+    "wanda": SparsePass(kind="sparse24", method="wanda"),
+    "full": ArmorPass(kind="armor", block_size=8, solver="als", objective="full"),
+    "proxy": ArmorPass(kind="armor", block_size=8, solver="als"),
+    "adam": ArmorPass(kind="armor", block_size=8, iterations=60),
+}
+
+
+@pytest.mark.parametrize("name", list(STEPS))
+def test_inputs_that_are_always_zero_take_nothing_from_the_others(name: str) -> None:
+    """With three eighths of the inputs dead, the result is that of a weight without these columns."""
+    weight, moment = problem(32, 32)
+    dead = torch.arange(32) % 8 < 3
+    moment[dead] = 0
+    moment[:, dead] = 0
+    losses = []
+    for given in (weight.float(), weight.float() * ~dead):
+        work = stage({"x": given}, moment)
+        event = list(STEPS[name].apply(work))[-1]
+        found = work.linears["x"].dense(DOUBLE)
+        assert torch.isfinite(found).all()
+        losses.append(output_loss(found, weight, moment))
+        assert isinstance(event, LayerDone)
+        assert event.error < 0.2
+        list(Gptq(kind="gptq", bits=8, group_size=-1).apply(work))
+        assert output_loss(work.linears["x"].dense(DOUBLE), weight, moment) < 1.2 * losses[-1] + 1e-3
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+@pytest.mark.parametrize("name", list(STEPS))
+def test_weights_and_inputs_without_energy(name: str) -> None:
+    weight, moment = problem(16, 16)
+    for given, seen in ((0 * weight, moment), (weight, 0 * moment)):
+        work = stage({"x": given.float()}, seen)
+        events = list(STEPS[name].apply(work))
+        assert torch.isfinite(work.linears["x"].dense()).all()
+        if not seen.any():
+            assert "its inputs were all zero" in str(events[0])
+            assert output_loss(work.linears["x"].dense(), weight, torch.eye(16, dtype=DOUBLE)) < 0.5
+
+
+def test_an_exact_weight_ends_the_search_at_once() -> None:
+    state = factors()
+    state.a, state.b = torch.eye(8).repeat(2, 1, 1), torch.eye(8).repeat(3, 1, 1)
+    state.core = state.core.float()
+    calls = []
+    target = state.product()
+    moment = problem(ROWS, COLUMNS)[1].float()
+    original = pair_step
+
+    def counted(relaxation: float):  # type: ignore[no-untyped-def]
+        calls.append(relaxation)
+        return original(relaxation)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("compressor.compress.solvers.armor.pair_step", counted)
+        _, loss, _ = alternate(state, target, moment, 300)
+        assert loss < 1e-6
+        assert len(calls) < 20
+        calls.clear()
+        alternate(Factors.start(target, moment.diagonal(), 8, 8), target, moment, 3)
+        assert calls[-1] == 1.0
+
+
+def test_a_shared_b_needs_blocks_that_fit_all_its_linears() -> None:
+    group = {
+        name: Dense(torch.empty(rows, 64, dtype=torch.bfloat16, device="meta")) for name, rows in (("q", 96), ("k", 40))
+    }
+    step = armor_pass(share=True)
+    for name, dense in group.items():
+        assert step.plan(name, dense, group).scheme()["block_sizes"] == [8, 8]
+    moment = problem(8, 64)[1]
+    work = stage({name: torch.randn(dense.shape) for name, dense in group.items()}, moment)
+    list(step.apply(work))
+    for name, dense in group.items():
+        assert work.linears[name].scheme() == step.plan(name, dense, group).scheme() | {}
+    group["k"] = Dense(group["k"].weight.float())
+    with pytest.raises(RecipeError, match="different dtypes"):
+        step.plan("q", group["q"], group)
 
 
 def test_without_tokens_the_factors_are_those_of_the_weight_itself() -> None:
@@ -279,7 +383,7 @@ def test_gptq_quantizes_the_core_and_moves_its_wrappers(wrapper_bits: int) -> No
     assert isinstance(after.core.values, IntQuantized)
     assert torch.equal(after.core.indices, before.core.indices)
     assert isinstance(after.a, IntQuantized if wrapper_bits == 8 else Dense)
-    rounded = step.plan("x", before, ["x"])
+    rounded = step.plan("x", before, GROUP)
     assert rounded.nbytes == after.nbytes
     from compressor.compress.passes.rtn import Rtn
 
@@ -349,7 +453,7 @@ def every_operator() -> dict[str, Operator]:
         work = stage({"x": weight}, moment)
         planned: Operator = Dense(weight.to("meta"))
         for step in chain:
-            planned = step.plan("x", planned, ["x"])  # type: ignore[attr-defined]
+            planned = step.plan("x", planned, GROUP)  # type: ignore[attr-defined]
             list(step.apply(work))  # type: ignore[attr-defined]
         made[name] = work.linears["x"]
         stored = made[name].to_tensors()
@@ -424,18 +528,19 @@ def test_the_budget_of_a_residual_is_kept() -> None:
 
 
 def test_blocks_divide_the_layer() -> None:
-    assert [fitting_block(*pair) for pair in ((4096, 128), (172, 16), (64, 16), (86, 16), (7, 4))] == [128, 4, 16, 2, 1]
+    sizes = ((4096,), 128), ((172,), 16), ((64,), 16), ((86,), 16), ((7,), 4), ((1536, 576), 128), ((512, 192), 128)
+    assert [fitting_block(*pair) for pair in sizes] == [128, 4, 16, 2, 1, 96, 64]
 
 
 def test_blocks_that_do_not_pay_are_refused_and_the_largest_that_does_is_named() -> None:
     weight = Dense(torch.empty(256, 256, dtype=torch.bfloat16, device="meta"))
     with pytest.raises(RecipeError, match=r"blocks of 128 and 128.*the largest block_size that pays there is 32"):
-        armor_pass(block_size=128).plan("x", weight, ["x"])
-    assert armor_pass(block_size=32).plan("x", weight, ["x"]).nbytes < weight.nbytes
-    assert armor_pass(block_size=63).plan("x", weight, ["x"]).scheme()["block_sizes"] == [32, 32]
+        armor_pass(block_size=128).plan("x", weight, GROUP)
+    assert armor_pass(block_size=32).plan("x", weight, GROUP).nbytes < weight.nbytes
+    assert armor_pass(block_size=63).plan("x", weight, GROUP).scheme()["block_sizes"] == [32, 32]
     narrow = Dense(torch.empty(4, 4, dtype=torch.bfloat16, device="meta"))
     with pytest.raises(RecipeError, match="no block size pays there: ignore it"):
-        armor_pass().plan("x", narrow, ["x"])
+        armor_pass().plan("x", narrow, GROUP)
     odd = Dense(torch.empty(64, 66, dtype=torch.bfloat16, device="meta"))
     with pytest.raises(RecipeError, match="66 columns are not groups of four"):
-        armor_pass().plan("x", odd, ["x"])
+        armor_pass().plan("x", odd, GROUP)

@@ -44,7 +44,7 @@ def test_round_trip_and_plan(rows: int, columns: int, bits: int, group_size: int
     assert isinstance(again, IntQuantized)
     assert torch.equal(again.dense(torch.float64), operator.dense(torch.float64))
     step = Gptq(kind="gptq", bits=bits, group_size=group_size, symmetric=symmetric)
-    planned = step.plan("x", Dense(torch.empty(rows, columns, dtype=torch.bfloat16, device="meta")), ["x"])
+    planned = step.plan("x", Dense(torch.empty(rows, columns, dtype=torch.bfloat16, device="meta")), {})
     assert planned.nbytes == operator.nbytes == stored_bytes(operator)
     assert {k: (t.shape, t.dtype) for k, t in planned.to_tensors().items()} == {
         k: (t.shape, t.dtype) for k, t in operator.to_tensors().items()

@@ -18,7 +18,7 @@ from compressor.calibrate.statistics import Statistics
 from compressor.calibrate.walk import StageWork
 from compressor.compress.events import Fallback
 from compressor.compress.passes.gptq import Gptq
-from compressor.compress.passes.sparse24 import SparsePass
+from compressor.compress.passes.sparse24 import SparsePass, sparse_operator
 from compressor.compress.solvers.metric import Metric
 from compressor.compress.solvers.pairs import descend_pairs, sparsegpt, sweep_pairs, top_pairs
 from compressor.compress.solvers.system import damped_system
@@ -66,6 +66,14 @@ def test_the_bits_on_disk_are_those_of_the_format() -> None:
     values, indices = layouts.compress24(weight, weight != 0)
     assert values.tolist() == [[5, 7, 1, 2, 3, 4]]
     assert layouts.pack_indices(indices).tolist() == [[(1 | 3 << 2) | (0 | 1 << 2) << 4, 2 | 3 << 2]]
+
+
+def test_a_pattern_that_is_not_one_is_not_stored() -> None:
+    weight = torch.tensor([[9.0, 1, 8, 0.5]])
+    with pytest.raises(ValueError, match="exactly two"):
+        layouts.compress24(weight, weight != 0)
+    with pytest.raises(ValueError, match="more than two"):
+        sparse_operator(weight, weight != 0)
 
 
 def test_no_negative_zero_is_stored() -> None:
@@ -241,5 +249,9 @@ def test_gptq_keeps_every_zero(bits: int, symmetric: bool) -> None:
         return float((delta @ (moment + 0.01 * moment.diagonal().mean() * torch.eye(96)) * delta).sum())
 
     assert loss(dense) < loss(rounded.linears["x"].dense())
-    planned = step.plan("x", SparsePass(kind="sparse24").plan("x", Dense(weight.float().to("meta")), ["x"]), ["x"])
+    planned = step.plan(
+        "x",
+        SparsePass(kind="sparse24").plan("x", Dense(weight.float().to("meta")), {"x": Dense(weight)}),
+        {"x": Dense(weight)},
+    )
     assert planned.nbytes == after.nbytes == sum(t.numel() * t.element_size() for t in after.to_tensors().values())

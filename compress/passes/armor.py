@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -22,7 +22,7 @@ from ...calibrate.walk import StageWork
 from ...runtime.errors import RecipeError
 from ...runtime.operators import Armor, Dense, IntQuantized, Operator, bits_per_weight
 from ..events import Event, Fallback, LayerDone
-from ..solvers.armor import Factors, alternate, pair_step, weighed
+from ..solvers.armor import Factors, alternate, pair_step, total_loss, weighed
 from ..solvers.armor_adam import RATE, adam
 from ..solvers.armor_codes import store_wrappers, stored_blocks
 from ..solvers.pairs import CHUNK, nowag_scales
@@ -36,7 +36,10 @@ class ArmorPass(Calibrated):
     step: ClassVar[str] = "armor"
     kind: Literal["armor"]
     block_size: int = Field(
-        128, ge=4, description="of the diagonal blocks, at most: the largest divisor of the rows (the columns) is taken"
+        128,
+        ge=4,
+        description="of the diagonal blocks, at most: the largest divisor of the rows (the columns) that is a multiple "
+        "of four is taken",
     )
     solver: Literal["adam", "als"] = Field("adam", description="adam: as published; als: closed-form steps, far faster")
     objective: Literal["proxy", "full"] = Field(
@@ -53,12 +56,14 @@ class ArmorPass(Calibrated):
         0.0, ge=0, le=1, description="how far the full objective's moment is moved to its diagonal: 1 is diagonal"
     )
     share: bool = Field(False, description="one B for all linears that read the same input: fewer bytes")
-    wrapper_bits: Literal[8, 16] = Field(16, description="of A and B; 8: integers with a scale a row")
+    wrapper_bits: Literal[8, 16] = Field(
+        16, description="of A and B; 16: floats as the model's; 8: integers with a scale a row"
+    )
     correction: float = Field(
         0.0, ge=0, le=1, description="how much of the error of earlier layers to make up for (α); 0: as published"
     )
 
-    def plan(self, name: str, operator: Operator, group: Sequence[str]) -> Operator:
+    def plan(self, name: str, operator: Operator, group: Mapping[str, Dense]) -> Operator:
         """The factors on `meta`.
 
         Raises:
@@ -78,13 +83,18 @@ class ArmorPass(Calibrated):
             )
         return result
 
-    def _planned(self, name: str, dense: Dense, block_size: int, group: Sequence[str]) -> Armor:
+    def _planned(self, name: str, dense: Dense, block_size: int, group: Mapping[str, Dense]) -> Armor:
         core = sparse_plan(self.step, name, dense)
         rows, columns = dense.shape
-        high, wide = fitting_block(rows, block_size), fitting_block(columns, block_size)
         dtype = dense.weight.dtype
+        if self.share and any(other.weight.dtype != dtype for other in group.values()):
+            raise RecipeError(
+                f"{self.step}: {name} and what reads the same input are stored in different dtypes; no share"
+            )
+        high = fitting_block([other.shape[0] for other in group.values()] if self.share else [rows], block_size)
+        wide = fitting_block([columns], block_size)
         a, b = self._planned_wrapper(rows, high, dtype), self._planned_wrapper(columns, wide, dtype)
-        return Armor(a, core, b, *self._shared(group))
+        return Armor(a, core, b, *self._shared(list(group)))
 
     def _planned_wrapper(self, rows: int, block: int, dtype: torch.dtype) -> Operator:
         if self.wrapper_bits == 16:
@@ -101,20 +111,21 @@ class ArmorPass(Calibrated):
         return self.iterations or (20000 if self.solver == "adam" else 60)
 
     def flops(self, rows: int, columns: int) -> float:
+        weights = rows * columns
+        product = 2.0 * weights * columns if self.objective == "full" else 0.0
+        adam = 3 * product + weights * (18.0 * self.block_size + 400.0)
         if self.solver == "adam":
-            return self.rounds * rows * columns * (18.0 * self.block_size + 400.0)
-        products = 2.0 * rows * columns**2 * (2 if self.objective == "full" else 0)
-        return self.rounds * (products + rows * columns * (12.0 * self.block_size + 6000.0))
+            return self.rounds * adam
+        return self.rounds * (2 * product + weights * (12.0 * self.block_size + 6000.0)) + self.polish * adam
 
     def memory(self, shapes: Sequence[tuple[int, int]]) -> float:
         rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
         largest = rows if self.share else max(shape[0] for shape in shapes)
-        factoring = 24.0 * columns**2
-        state = 4.0 * (8 if self.solver == "adam" else 6) * largest * columns
-        return max(factoring, 8.0 * columns**2 + 4.0 * rows * columns + state)
+        copies = 14 if self.solver == "adam" or self.polish else 9  # float32, of the linears that are solved together
+        return max(24.0 * columns**2, 8.0 * columns**2 + 4.0 * rows * columns + 4.0 * copies * largest * columns)
 
     def apply(self, work: StageWork) -> Iterator[Event]:
-        for group in self.groups(work, products=torch.float32):
+        for group in self.groups(work, products=torch.float32, pruned=True):
             targets = group.targets()
             numbers = range(len(group.names))
             for which in [list(numbers)] if self.share else [[n] for n in numbers]:
@@ -128,8 +139,8 @@ class ArmorPass(Calibrated):
         sizes = [len(target) for target in targets]
         moment = group.system.moment if group.system else group.energy
         goal = torch.cat(targets).T.contiguous()
-        high = fitting_block(math.gcd(*sizes), self.block_size)
-        solved = self._solve(goal, moment, group.energy, high, fitting_block(len(goal), self.block_size), dtype)
+        blocks = fitting_block(sizes, self.block_size), fitting_block([len(goal)], self.block_size)
+        solved = self._solve(goal, moment, group.energy, *blocks, dtype)
         losses = _losses(goal, solved.factors.product(), moment), _losses(goal, torch.zeros_like(goal), moment)
         start = 0
         for name, size in zip(names, sizes, strict=True):
@@ -140,8 +151,9 @@ class ArmorPass(Calibrated):
                 _rows(solved.a, rows), sparse_operator(core.to(dtype), core != 0), solved.b, *self._shared(names)
             )
             work.linears[name] = result
-            if group.reason:
-                yield Fallback(name, self.step, f"solved as if all inputs mattered alike, for {group.reason}")
+            reason = f"solved as if all inputs mattered alike, for {group.reason}" if group.reason else solved.reason
+            if reason:
+                yield Fallback(name, self.step, reason)
             error = float(losses[0][rows].sum() / losses[1][rows].sum().clamp(min=1e-30))
             yield LayerDone(name, self.step, error, bits_per_weight(result), group.tokens)
 
@@ -161,23 +173,34 @@ class ArmorPass(Calibrated):
             factors, lowest, initial = alternate(start, target, loss, self.rounds)
             if self.polish:
                 factors, lowest, _ = adam(factors, target, loss, self.polish, rate=1e-3, groups=False)
-        assert lowest <= initial, (lowest, initial)
+        assert not lowest > initial, (lowest, initial)
         factors.a *= outputs.view(-1, high, 1)
         factors.b *= inputs.view(-1, 1, wide)
         loss = loss if self.objective == "full" else energy / inputs[:, 0].square()
-        step = pair_step(1.0)
-        a, b = store_wrappers(factors, goal, loss, step, lambda x: stored_blocks(x, dtype, self.wrapper_bits), CHUNK)
-        factors.core = factors.core.to(dtype).to(goal.dtype)
-        return Solved(factors, a, b)
+        weights = 1 / outputs
+
+        def store(blocks: Tensor) -> Operator:
+            return stored_blocks(blocks, dtype, self.wrapper_bits)
+
+        a, b = store_wrappers(factors, goal, loss, pair_step(1.0), store, CHUNK, row_weights=weights)
+        plain = Factors.start(goal, energy, high, wide)
+        lost = []
+        for state in (factors, plain):
+            state.core = state.core.to(dtype).to(goal.dtype)
+            lost.append(total_loss((goal - state.product()) * weights, loss))
+        if not lost[0] <= lost[1]:  # also where it is not a number
+            return Solved(plain, store(plain.a), store(plain.b), "pruned without wrappers, which had the lower loss")
+        return Solved(factors, a, b, "")
 
 
 @dataclass(frozen=True)
 class Solved:
-    """Factors whose numbers are those that are stored, and A and B in that form."""
+    """Factors whose numbers are those that are stored, A and B in that form, and why they are trivial if they are."""
 
     factors: Factors
     a: Operator
     b: Operator
+    reason: str
 
 
 def shrunk(moment: Tensor, share: float) -> Tensor:
@@ -187,9 +210,10 @@ def shrunk(moment: Tensor, share: float) -> Tensor:
     return torch.lerp(moment, torch.diag(moment.diagonal()), share)
 
 
-def fitting_block(size: int, asked: int) -> int:
-    """The largest divisor of `size` up to `asked`; a multiple of four where there is one."""
-    divisors = [n for n in range(min(size, asked), 0, -1) if size % n == 0]
+def fitting_block(sizes: Sequence[int], asked: int) -> int:
+    """The largest common divisor up to `asked`; a multiple of four where there is one."""
+    common = math.gcd(*sizes)
+    divisors = [n for n in range(min(common, asked), 0, -1) if common % n == 0]
     return next((n for n in divisors if n % 4 == 0), divisors[0])
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from ...calibrate.walk import StageWork
-from ...runtime.operators import Operator
+from ...runtime.operators import Dense, Operator
 from ..events import Event
 
 Need = Literal["reference", "moment", "cross"]
@@ -61,13 +61,14 @@ class Pass(BaseModel):
         """Whether a linear, by its disk name without `.weight`, is this pass's to rewrite."""
         return any(matches(p, name) for p in self.targets) and not any(matches(p, name) for p in self.ignore)
 
-    def plan(self, name: str, operator: Operator, group: Sequence[str]) -> Operator:
+    def plan(self, name: str, operator: Operator, group: Mapping[str, Dense]) -> Operator:
         """The operator that `apply` will leave, on `meta`.
 
         Args:
             name: disk name of the linear.
             operator: what the passes before leave of it.
-            group: names of the linears that read the same input and are this pass's, the linear among them.
+            group: the linears, as they are in the model, that read the same input and are this pass's; this one among
+                them.
 
         Raises:
             RecipeError: this pass cannot follow what was done to the linear before.

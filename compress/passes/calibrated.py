@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from pydantic import Field
@@ -57,6 +57,7 @@ class Group:
         energy: float32 `[columns]`, the diagonal of the moment as it was measured (ones without a system).
         shift: the correction for the errors of earlier layers, or None.
         alpha: how much of it is wanted.
+        pruned: whether columns compete for what is kept, so that those without input are to be nothing.
     """
 
     names: list[str]
@@ -68,10 +69,17 @@ class Group:
     reason: str
     shift: Shift | None
     alpha: float
+    pruned: bool = False
+
+    def alive(self, weight: Tensor) -> Tensor:
+        """A weight `[rows, columns]` without the columns whose inputs were never anything but zero."""
+        return weight * (self.energy > 0)
 
     def targets(self) -> list[Tensor]:
         """float32 weights to aim at, `[rows, columns]` each."""
         exact = [original.float() for original in self.originals]
+        if self.pruned:
+            exact = [self.alive(weight) for weight in exact]
         if self.shift is None:
             return exact
         parts = (self.shift.corrected(part, self.alpha) for part in torch.cat(exact).split(ROWS))
@@ -98,12 +106,19 @@ class Calibrated(Pass):
         return frozenset({"moment", "cross"} if self.correction else {"moment"})
 
     def groups(
-        self, work: StageWork, *, act_order: bool = False, together: int = 1, products: torch.dtype | None = None
+        self,
+        work: StageWork,
+        *,
+        act_order: bool = False,
+        together: int = 1,
+        products: torch.dtype | None = None,
+        pruned: bool = False,
     ) -> Iterator[Group]:
         """The stage's wanted linears by the input they read.
 
         Args:
             act_order, together: as of `damped_system`.
+            pruned: as of `Group`.
             products: what the system is held and multiplied in; default: bfloat16 where the processor is fast at it.
         """
         products = products or products_dtype(cpu_capability())
@@ -112,7 +127,9 @@ class Calibrated(Pass):
             if not names:
                 continue
             operators, originals = [work.linears[n] for n in names], [work.originals[n] for n in names]
-            yield self._group(names, operators, originals, work.statistics.get(names[0]), act_order, together, products)
+            statistics = work.statistics.get(names[0])
+            group = self._group(names, operators, originals, statistics, act_order, together, products)
+            yield replace(group, pruned=pruned)
 
     def _group(
         self,
@@ -128,6 +145,9 @@ class Calibrated(Pass):
         if statistics is None or statistics.tokens == 0:
             reason = "no calibration token came by (more data.samples?)"
             return Group(names, operators, originals, 0, None, ones, reason, None, 0.0)
+        if not statistics.moment.diagonal().any():
+            reason = "its inputs were all zero"
+            return Group(names, operators, originals, statistics.tokens, None, ones, reason, None, 0.0)
         try:
             system = damped_system(statistics.moment, self.damping, act_order=act_order, together=together)
         except NotSolvable as error:

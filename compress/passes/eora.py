@@ -7,7 +7,7 @@ eigenvectors; the result is the same, and exact.)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -32,7 +32,9 @@ class Eora(Calibrated):
     budget: float | None = Field(
         None, gt=0, lt=1, description="bytes of the factors, as a share of the original weight's"
     )
-    factor_bits: Literal[8, 16] = Field(16, description="of the factors; 8: integers with a scale a row")
+    factor_bits: Literal[8, 16] = Field(
+        16, description="of the factors; 16: floats as the model's; 8: integers with a scale a row"
+    )
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Eora:
@@ -52,7 +54,7 @@ class Eora(Calibrated):
         rank = min(int((self.budget * rows * columns * itemsize - fixed) / each), rows, columns)
         return rank - rank % 4 if self.factor_bits == 8 else rank  # four codes share a word
 
-    def plan(self, name: str, operator: Operator, group: Sequence[str]) -> Operator:
+    def plan(self, name: str, operator: Operator, group: Mapping[str, Dense]) -> Operator:
         """The operator with its residual, on `meta`.
 
         Raises:
@@ -63,26 +65,29 @@ class Eora(Calibrated):
             why = "nothing has compressed" if isinstance(operator, Dense) else "has a residual already"
             raise RecipeError(f"{self.step} cannot take {name}, which {why}: put it after one other pass, once")
         rows, columns = operator.shape
-        itemsize = 2 if self.factor_bits == 16 else 1
         dtype = _float_dtype(operator)
+        before = rows * columns * dtype.itemsize
         rank = self.rank_for(rows, columns, dtype.itemsize)
         if rank < 1:
             raise RecipeError(f"{self.step}: the budget {self.budget} is less than one rank of {name}; raise it")
-        up = torch.empty(rows, rank, dtype=dtype, device="meta")
-        down = torch.empty(rank, columns, dtype=dtype, device="meta")
-        result = WithResidual(operator, LowRank(*(self._stored(part) for part in (up, down))))
-        before = rows * columns * dtype.itemsize
+        result = self._planned(operator, rank, dtype)
         if result.nbytes >= before:
-            spare = (before - operator.nbytes) / ((rows + columns) * itemsize)
+            pays = next((r for r in range(rank, 0, -1) if self._planned(operator, r, dtype).nbytes < before), 0)
+            hint = f"the largest rank that pays is {pays}" if pays else "none pays: ignore it"
             raise RecipeError(
                 f"{self.step}: with rank {rank}, {name} takes {result.nbytes:,.0f} bytes, not less than its "
-                f"{before:,}; less than {int(spare)} pays"
+                f"{before:,}; {hint}"
             )
         return result
 
+    def _planned(self, operator: Operator, rank: int, dtype: torch.dtype) -> WithResidual:
+        up = torch.empty(operator.shape[0], rank, dtype=dtype, device="meta")
+        down = torch.empty(rank, operator.shape[1], dtype=dtype, device="meta")
+        return WithResidual(operator, LowRank(self._stored(up), self._stored(down)))
+
     def _stored(self, part: Tensor) -> Operator:
         if self.factor_bits == 16:
-            return Dense(part)
+            return Dense(part + 0)
         if part.is_meta:
             scales = torch.empty(len(part), 1, dtype=part.dtype, device="meta")
             return IntQuantized(torch.empty(part.shape, dtype=torch.int8, device="meta"), scales, None, 8, -1)
@@ -95,10 +100,12 @@ class Eora(Calibrated):
     def memory(self, shapes: Sequence[tuple[int, int]]) -> float:
         rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
         small = max(min(shape) for shape in shapes)
-        return max(24.0 * columns**2, 8.0 * columns**2 + 8.0 * rows * columns + 32.0 * small**2)
+        largest = max(shape[0] for shape in shapes)
+        solving = 8.0 * rows * columns + 24.0 * largest * columns + 32.0 * small**2
+        return max(24.0 * columns**2, 8.0 * columns**2 + solving)
 
     def apply(self, work: StageWork) -> Iterator[Event]:
-        for group in self.groups(work, products=torch.float32):
+        for group in self.groups(work, products=torch.float32, pruned=True):
             for number, target in enumerate(group.targets()):
                 yield from self._apply_one(work, group, number, target)
 
@@ -106,7 +113,7 @@ class Eora(Calibrated):
         name, operator, dtype = group.names[number], group.operators[number], group.originals[number].dtype
         rows, columns = operator.shape
         moment = group.system.moment.float() if group.system else torch.eye(columns)
-        missing = target - operator.dense()
+        missing = group.alive(target - operator.dense())
         rank = self.rank_for(rows, columns, dtype.itemsize)
         up, down = best_low_rank(missing, moment, rank)
         below = self._stored(down.to(dtype))
@@ -115,8 +122,12 @@ class Eora(Calibrated):
         left, before = ((((m @ moment) * m).double().sum()) for m in (missing - result.residual.dense(), missing))
         if group.reason:
             yield Fallback(name, self.step, f"as if all inputs mattered alike, for {group.reason}")
-        assert left <= before * (1 + 1e-3), (left, before)
-        work.linears[name] = result
+        if left < before:  # rounding can eat what little there was to gain
+            work.linears[name] = result
+        else:
+            left, result = before, WithResidual(operator, LowRank(self._stored(0 * up.to(dtype)), below))
+            work.linears[name] = result
+            yield Fallback(name, self.step, "a residual of zeros, for there was nothing to make up for")
         whole = ((target @ moment) * target).double().sum().clamp(min=1e-30)
         yield LayerDone(name, self.step, float(left / whole), bits_per_weight(result), group.tokens)
 

@@ -60,13 +60,18 @@ class Gptq(Quantizer, Calibrated):
         return max(24.0 * columns**2, 8.0 * columns**2 + 4.0 * rows * columns + 24.0 * min(rows, ROWS) * columns)
 
     def apply(self, work: StageWork) -> Iterator[Event]:
-        for group in self.groups(work, act_order=self.act_order):
+        # Codes stay on their grid whatever a rounded moment says of directions without energy; wrappers follow it.
+        wrapped = any("armor" in str(operator.scheme()) for operator in work.linears.values())
+        products = torch.float32 if wrapped else None
+        for group in self.groups(work, act_order=self.act_order, products=products, pruned=wrapped):
             targets = group.targets()
             # What is quantized of each linear, and its target: the whole, or what a residual leaves.
             aims = []
             for operator, target in zip(group.operators, targets, strict=True):
-                aimed = operator.residual.dense() if isinstance(operator, WithResidual) else 0.0
-                aims.append((operator.base if isinstance(operator, WithResidual) else operator, target - aimed))
+                if isinstance(operator, WithResidual):
+                    aims.append((operator.base, target - operator.residual.dense()))
+                else:
+                    aims.append((operator, target))
             alone = [number for number, (base, _) in enumerate(aims) if isinstance(base, Armor) and group.system]
             for kind in (Dense, Sparse24, Armor):
                 which = [n for n, (base, _) in enumerate(aims) if isinstance(base, kind) and n not in alone]
@@ -116,7 +121,8 @@ class Gptq(Quantizer, Calibrated):
         codes, grid = result.codes, result.grid
         core = quantized(codes.T.contiguous(), grid, base.core)
         whole = replace(base, a=result.a, core=core, b=result.b)
-        yield from self._finish(work, group, number, whole, lost / max(scale, 1e-30), "")
+        reason = "rounded to nearest, which had the lower loss" if result.simple else ""
+        yield from self._finish(work, group, number, whole, lost / max(scale, 1e-30), reason)
 
     @property
     def _shrinks(self) -> Sequence[float]:

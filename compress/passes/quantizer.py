@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from ...kernels.layouts import compress24
-from ...runtime.operators import Composite, IntQuantized, Operator, Sparse24
+from ...runtime.operators import Composite, Dense, IntQuantized, Operator, Sparse24
 from ..solvers.grid import Grid
 from .base import Pass
 from .calibrated import plain_floats
@@ -34,11 +34,11 @@ class Quantizer(Pass):
         """The group size that applies to a row of `columns`: a row shorter than a group is one group, -1."""
         return self.group_size if self.group_size <= columns else -1
 
-    def plan(self, name: str, operator: Operator, group: Sequence[str]) -> Operator:
+    def plan(self, name: str, operator: Operator, group: Mapping[str, Dense]) -> Operator:
         """Codes, scales and zero points on `meta`, in the place of the plain floats of whatever holds them."""
         if isinstance(operator, Composite):
-            if not isinstance(operator, Sparse24):
-                return operator.with_inner(self.plan(name, operator.inner, group))
+            return operator.with_inner(self.plan(name, operator.inner, group))
+        if isinstance(operator, Sparse24):
             values = plain_floats(self.step, name, operator.values).weight
             weight = torch.empty(operator.shape, dtype=values.dtype, device="meta")
         else:

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from ...calibrate.statistics import Statistics
 from ...calibrate.walk import StageWork
-from ...runtime.operators import Armor, Composite, Operator, Sparse24, bits_per_weight
+from ...runtime.operators import Armor, Composite, Operator, bits_per_weight
 from ..events import Event, LayerDone
 from ..solvers.grid import range_grid, searched_grid
 from .base import Need
@@ -49,8 +49,10 @@ class Rtn(Quantizer):
         self, operator: Operator, statistics: Statistics | None, stored: torch.dtype
     ) -> tuple[Operator, float]:
         """The operator, its floats rounded, and their relative error weighted by what they meet where that is known."""
-        if isinstance(operator, Composite) and not isinstance(operator, Sparse24):
-            inner, error = self._rounded(operator.inner, None if isinstance(operator, Armor) else statistics, stored)
+        if isinstance(operator, Composite):
+            if isinstance(operator, Armor) and statistics is not None:
+                statistics = Statistics(statistics.tokens, operator.seen(statistics.moment))
+            inner, error = self._rounded(operator.inner, statistics, stored)
             return operator.with_inner(inner), error
         weight = operator.dense()
         options = (self.bits, self.group_for(weight.shape[1]), self.symmetric, stored)

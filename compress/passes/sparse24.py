@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -46,7 +46,7 @@ class SparsePass(Calibrated):
         needed = super().needs
         return needed if self.method.startswith("sparsegpt") else needed - {"cross"}
 
-    def plan(self, name: str, operator: Operator, group: Sequence[str]) -> Operator:
+    def plan(self, name: str, operator: Operator, group: Mapping[str, Dense]) -> Operator:
         return sparse_plan(self.step, name, plain_floats(self.step, name, operator))
 
     def flops(self, rows: int, columns: int) -> float:
@@ -61,13 +61,14 @@ class SparsePass(Calibrated):
         return max(24.0 * columns**2, 8.0 * columns**2 + 8.0 * rows * columns + 24.0 * min(rows, ROWS) * columns)
 
     def apply(self, work: StageWork) -> Iterator[Event]:
-        for group in self.groups(work, act_order=True, together=4):
+        for group in self.groups(work, act_order=True, together=4, pruned=True):
             corrected = self.method.startswith("sparsegpt")
-            targets = group.targets() if corrected else [original.float() for original in group.originals]
+            weights = [group.alive(original.float()) for original in group.originals]
+            targets = group.targets() if corrected else weights
             reason = f"pruned by magnitude, for {group.reason}" if group.reason and self.method != "magnitude" else ""
-            for name, original, target in zip(group.names, group.originals, targets, strict=True):
-                sparse, losses, scale = self._pruned(original.float().T, target.T.contiguous(), group)
-                result = sparse_operator(sparse.T.contiguous().to(original.dtype), (sparse != 0).T)
+            for name, weight, target in zip(group.names, weights, targets, strict=True):
+                sparse, losses, scale = self._pruned(weight.T, target.T.contiguous(), group)
+                result = sparse_operator(sparse.T.contiguous().to(group.originals[0].dtype), (sparse != 0).T)
                 work.linears[name] = result
                 if reason:
                     yield Fallback(name, self.step, reason)
@@ -115,6 +116,12 @@ def sparse_plan(step: str, name: str, dense: Dense) -> Sparse24:
 
 
 def sparse_operator(weight: Tensor, nonzero: Tensor) -> Sparse24:
-    """A weight `[rows, columns]` with at most two non-zeros in every four; where there are fewer, zeros are stored."""
+    """A weight `[rows, columns]` with at most two non-zeros in every four; where there are fewer, zeros are stored.
+
+    Raises:
+        ValueError: there are more.
+    """
+    if bool((nonzero.reshape(len(weight), -1, 4).sum(2) > 2).any()):
+        raise ValueError("a group of four has more than two non-zeros")
     values, indices = compress24(weight, top_pairs(nonzero.T.to(torch.uint8)).T)
     return Sparse24(Dense(values), indices)

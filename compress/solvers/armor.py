@@ -86,19 +86,21 @@ def alternate(factors: Factors, target: Tensor, moment: Tensor, iterations: int)
     """
     error = target - factors.product()
     initial = lowest = total_loss(error, moment)
-    best = factors.copy()
+    best, settling = factors.copy(), False
     for iteration in range(iterations):
-        relaxation = _RELAXATION[moment.dim()] if iteration < 0.9 * iterations else 1.0
+        settling = settling or iteration >= min(0.9 * iterations, iterations - 1)
+        relaxation = 1.0 if settling else _RELAXATION[moment.dim()]
         step_a(factors, error, moment, relaxation)
         round_of_chunks(factors, error, moment, pair_step(relaxation), relaxation)
         if (iteration + 1) % _CHECK == 0 or iteration + 1 == iterations:
             error = target - factors.product()  # also sheds the rounding of many updates
             loss = total_loss(error, moment)
-            stalled = loss > lowest * (1 - _STALLED)
+            stalled = loss >= lowest * (1 - _STALLED)
             if loss < lowest:
                 best, lowest = factors.copy(), loss
-            if stalled and relaxation == 1.0:
+            if stalled and settling:
                 break
+            settling = settling or stalled
     return best, lowest, initial
 
 

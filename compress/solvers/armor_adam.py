@@ -41,6 +41,9 @@ def adam(
     error = target - factors.product()
     initial = lowest = total_loss(error, moment)
     scale = float(torch.linalg.vecdot(weighed(moment, target), target, dim=0).sum())
+    if not initial or not scale:  # exact already
+        return factors, initial, initial
+    keep = factors.core != 0
     best, reference, stale = factors.copy(), initial, 0
     for iteration in range(iterations):
         pull = weighed(moment, error)
@@ -53,12 +56,13 @@ def adam(
             best, lowest = factors.copy(), loss
         if stale >= _PATIENCE:
             break
-        for parameter, gradient in zip(parameters, gradients(factors, pull), strict=True):
+        for parameter, gradient in zip(parameters, gradients(factors, keep, pull), strict=True):
             parameter.grad = gradient.mul_(2 / scale)
         optimizer.step()
+        factors.core.mul_(keep)  # what was kept once still has momentum, as in the published code, but stays out
         error = target - factors.product()
         if groups:
-            sampled_groups(factors, error, moment, generator)
+            sampled_groups(factors, keep, error, moment, generator)
             error = target - factors.product()
     loss = total_loss(error, moment)
     if loss < lowest:
@@ -66,13 +70,13 @@ def adam(
     return best, lowest, initial
 
 
-def gradients(factors: Factors, pull: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Half the derivatives of the loss with respect to A, S (on its pattern) and B, given `H Eᵀ` `[columns, rows]`."""
+def gradients(factors: Factors, keep: Tensor, pull: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Half the derivatives of the loss by A, S (where it is kept) and B, given `H Eᵀ` `[columns, rows]`."""
     count, size, _ = factors.a.shape
     inputs = blocks_times(factors.b.mT, factors.core)
     by_rows = pull.view(-1, count, size).permute(1, 2, 0)
     left = -(by_rows @ inputs.view(-1, count, size).transpose(0, 1))
-    core = core_gradient(factors, pull).mul_(factors.core != 0)
+    core = core_gradient(factors, pull).mul_(keep)
     outputs = times_blocks(factors.core, factors.a.mT)
     wide = len(factors.b), factors.b.shape[1], -1
     right = -(outputs.view(*wide) @ pull.view(*wide).mT)
@@ -84,8 +88,8 @@ def core_gradient(factors: Factors, pull: Tensor) -> Tensor:
     return times_blocks(blocks_times(factors.b, pull), factors.a).neg_()
 
 
-def sampled_groups(factors: Factors, error: Tensor, moment: Tensor, generator: torch.Generator) -> None:
-    """One sampled group of each block of the core takes its best pair; the core is overwritten.
+def sampled_groups(factors: Factors, keep: Tensor, error: Tensor, moment: Tensor, generator: torch.Generator) -> None:
+    """One sampled group of each block of the core takes its best pair; the core and its pattern are overwritten.
 
     With a full moment, blocks that share inputs' correlations or rows move at once as if they were alone, which the
     caller's record of the best state makes harmless.
@@ -110,4 +114,6 @@ def sampled_groups(factors: Factors, error: Tensor, moment: Tensor, generator: t
     weight = factors.a.square().sum(1)[i, row]
     values = factors.core[columns, rows[:, None]]
     wanted = (quads @ values[..., None])[..., 0] * weight[:, None] - gradient[columns, rows[:, None]]
-    factors.core[columns, rows[:, None]] = best_pairs_each(wanted, quads) / weight.clamp(min=1e-30)[:, None]
+    found = best_pairs_each(wanted, quads) / weight.clamp(min=1e-30)[:, None]
+    factors.core[columns, rows[:, None]] = found
+    keep[columns, rows[:, None]] = found != 0

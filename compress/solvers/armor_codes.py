@@ -12,7 +12,7 @@ from torch import Tensor
 from ...runtime.operators import Armor, Dense, IntQuantized, Operator, Sparse24
 from .armor import CoreStep, Factors, round_of_chunks, step_a, total_loss
 from .grid import Grid, group_span, range_grid
-from .metric import Metric, blocks_times
+from .metric import Metric
 from .refine import refine_chunk
 from .sweep import best_sweep
 from .system import damped_system
@@ -23,12 +23,14 @@ _DAMPING = 1e-4  # of the core's moment, which is that of a damped one
 
 @dataclass
 class QuantizedCore:
-    """Codes (as floats) `[columns, rows]` on a grid, and A and B as they are to be stored."""
+    """Codes (as floats) `[columns, rows]` on a grid, and A and B as they are to be stored; whether they are the nearest
+    codes and the wrappers that were."""
 
     codes: Tensor
     grid: Grid
     a: Operator
     b: Operator
+    simple: bool = False
 
 
 def stored_blocks(blocks: Tensor, dtype: torch.dtype, bits: int) -> Operator:
@@ -48,7 +50,7 @@ def as_blocks(operator: Operator) -> Tensor:
 
 def store_wrappers(
     factors: Factors, target: Tensor, moment: Tensor, core_step: CoreStep, store: Callable[[Tensor], Operator],
-    chunk: int, b: Operator | None = None,
+    chunk: int, b: Operator | None = None, row_weights: Tensor | None = None,
 ) -> tuple[Operator, Operator]:  # fmt: skip
     """Round B, solve for A, round A, and let the core make up for the rest; the factors follow.
 
@@ -56,6 +58,7 @@ def store_wrappers(
         store: what makes an operator of blocks.
         chunk: columns that the core step takes at a time.
         b: B as it is stored already, if it is not to be touched.
+        row_weights: `[rows]` that errors are multiplied with, if they are not all alike.
 
     Returns:
         A and B.
@@ -67,8 +70,11 @@ def store_wrappers(
     step_a(factors, error, moment)
     a = store(factors.a)
     factors.a = as_blocks(a)
-    error = target - factors.product()
-    round_of_chunks(factors, error, moment, core_step, 1.0, move_b=False, chunk=chunk)
+    error, weighted = target - factors.product(), factors
+    if row_weights is not None:
+        error *= row_weights
+        weighted = Factors(factors.a * row_weights.view(*factors.a.shape[:2], 1), factors.core, factors.b)
+    round_of_chunks(weighted, error, moment, core_step, 1.0, move_b=False, chunk=chunk)
     return a, b
 
 
@@ -90,12 +96,11 @@ def quantize_core(
     assert isinstance(armor.core, Sparse24)
     goal = target.T.contiguous()
     a, b = armor.blocks()
-    factors = Factors(a, armor.core.dense().T.contiguous(), b)
+    factors = Factors(a.clone(), armor.core.dense().T.contiguous(), b.clone())
     keep = armor.core.keep.T.contiguous()
-    seen = blocks_times(factors.b, blocks_times(factors.b, moment.float()).T.contiguous())
-    system = damped_system(seen, _DAMPING, act_order=True).to(moment.dtype)
+    system = damped_system(armor.seen(moment.float()), _DAMPING, act_order=True).to(moment.dtype)
     grid, codes, _ = best_sweep(factors.core, grids, system, _ROWS, keep)
-    del seen, system
+    del system
     scales = grid.scales.T.contiguous()
     factors.core = grid.values(codes.T).T.contiguous()
     span = group_span(grid.group_size, len(codes))
@@ -114,5 +119,11 @@ def quantize_core(
     left, right = store_wrappers(factors, goal, moment, step, lambda x: stored_blocks(x, dtype, bits), chunk, fixed)
     grid = grid.with_scales(scales.T.contiguous())
     factors.core = grid.values(codes.T).T.contiguous()
-    lost = total_loss(goal - factors.product(), moment)
-    return QuantizedCore(codes, grid, left, right), lost, total_loss(goal, moment)
+    lost, scale = total_loss(goal - factors.product(), moment), total_loss(goal, moment)
+    values = armor.core.dense()
+    nearest = grids[0].codes(values).T.contiguous()
+    simple = Factors(a, (grids[0].values(nearest.T) * keep.T).T.contiguous(), b)
+    rounded = total_loss(goal - simple.product(), moment)
+    if not lost <= rounded:  # also where it is not a number
+        return QuantizedCore(nearest, grids[0], armor.a, armor.b, simple=True), rounded, scale
+    return QuantizedCore(codes, grid, left, right), lost, scale

@@ -99,7 +99,10 @@ def pair_tables(quads: Tensor) -> tuple[Tensor, Tensor]:
         `[groups, 6, 16]`, to be multiplied with the products of q's entries, and `[groups, 24, 4]` with q itself.
     """
     first, second = _PAIRS[:, 0], _PAIRS[:, 1]
-    a, d, off = quads[:, first, first], quads[:, second, second], quads[:, first, second]
+    # An input without energy next to others would make the inverse infinite.
+    floor = 1e-6 * quads.diagonal(dim1=1, dim2=2).amax(1)[:, None]
+    a, d = quads[:, first, first].maximum(floor), quads[:, second, second].maximum(floor)
+    off = quads[:, first, second]
     tiny = torch.finfo(quads.dtype).tiny
     det = (a * d - off * off).maximum(1e-6 * a * d).clamp(min=tiny)  # relative damping of nearly equal inputs
     inverse = quads.new_zeros(len(quads), 6, 4, 4)

@@ -8,13 +8,13 @@ from typing import Any
 from torch import Tensor
 
 from .armor import Armor
-from .base import Composite, Operator, Problem, Solve, bits_per_weight, stored_name
+from .base import Composite, Operator, Problem, bits_per_weight, stored_name
 from .leaves import Dense, IntQuantized
 from .lowrank import LowRank, WithResidual
 from .sparse import Sparse24
 
 __all__ = [
-    "Armor", "Composite", "Dense", "IntQuantized", "LowRank", "Operator", "Problem", "Solve", "Sparse24",
+    "Armor", "Composite", "Dense", "IntQuantized", "LowRank", "Operator", "Problem", "Sparse24",
     "WithResidual", "bits_per_weight", "from_tensors", "shared_prefixes", "stored_name",
 ]  # fmt: skip
 

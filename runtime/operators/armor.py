@@ -64,9 +64,13 @@ class Armor:
         target, moment = problem.target.double(), problem.moment.double()
         target = torch.linalg.solve(left, target.view(*left.shape[:2], -1)).reshape(target.shape)
         target = torch.linalg.solve(right.mT, target.T.reshape(*right.shape[:2], -1)).reshape(target.T.shape).T
-        moment = block_diagonal(block_diagonal(moment, right).T, right)
         metric = left.mT @ left if problem.metric is None else left.mT @ problem.metric.double() @ left
-        return Problem(target, moment, metric)
+        return Problem(target, self.seen(moment), metric)
+
+    def seen(self, moment: Tensor) -> Tensor:
+        """`B H Bᵀ`, the second moment of what enters the core."""
+        right = self.blocks(moment.dtype)[1]
+        return block_diagonal(block_diagonal(moment, right).T, right)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         exact = torch.promote_types(dtype, torch.float32)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -67,9 +67,6 @@ class Problem:
             count, size, _ = self.metric.shape
             moved = (self.metric.double() @ moved.view(count, size, -1)).view_as(moved)
         return (moved * delta).sum()
-
-
-Solve = Callable[[Operator, Problem], Operator]
 
 
 @runtime_checkable

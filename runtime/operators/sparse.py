@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...kernels import layouts
-from .base import Operator, Problem, below, prefixed
+from .base import Operator, below, prefixed
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,6 @@ class Sparse24:
     def keep(self) -> Tensor:
         """bool `[out_features, in_features]`: which columns are stored."""
         return layouts.kept24(self.indices)
-
-    @property
-    def inner(self) -> Operator:
-        return self.values
-
-    def with_inner(self, inner: Operator) -> Sparse24:
-        return Sparse24(inner, self.indices)
-
-    def subproblem(self, problem: Problem) -> Problem:
-        """Refused: which inputs a value meets differs from row to row. Solvers take the pattern from `keep`."""
-        raise NotImplementedError("the values of a 2:4 pattern have no moment of their own")
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return layouts.expand24(self.values.dense(dtype), self.indices)
