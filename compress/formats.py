@@ -126,10 +126,10 @@ def _mixture(linears: Mapping[str, Operator]) -> str:
 def describe(operator: Operator) -> str:
     """A short name for people: `int4 g128`."""
     if isinstance(operator, IntQuantized):
-        group = "per row" if operator.group_size < 0 else f"g{operator.group_size}"
-        return f"int{operator.bits} {group}" + ("" if operator.zeros is None else " asymmetric")
+        return _describe_codes(operator, operator.group_size)
     if isinstance(operator, Sparse24):
-        return "2:4" if isinstance(operator.values, Dense) else f"2:4 {describe(_spread(operator))}"
+        values = operator.values
+        return f"2:4 {_describe_codes(values, 2 * values.group_size)}" if isinstance(values, IntQuantized) else "2:4"
     if isinstance(operator, Armor):
         sizes = sorted(set(operator.block_sizes))
         wrappers = "" if isinstance(operator.a, Dense) else f" {describe(operator.a).split()[0]}"
@@ -142,12 +142,9 @@ def describe(operator: Operator) -> str:
     return operator.kind
 
 
-def _spread(sparse: Sparse24) -> Operator:
-    """The values of a 2:4 weight, their groups counted in columns of the weight."""
-    values = sparse.values
-    assert isinstance(values, IntQuantized)
-    size = values.group_size if values.group_size < 0 else 2 * values.group_size
-    return IntQuantized(values.codes, values.scales, values.zeros, values.bits, size)
+def _describe_codes(codes: IntQuantized, group_size: int) -> str:
+    group = "per row" if group_size < 0 else f"g{group_size}"
+    return f"int{codes.bits} {group}" + ("" if codes.zeros is None else " asymmetric")
 
 
 def format_config(

@@ -18,7 +18,7 @@ from compressor.compress.passes.gptq import Gptq
 from compressor.compress.passes.sparse24 import SparsePass, sparse_operator
 from compressor.compress.solvers.armor import Factors, alternate, pair_step, round_of_chunks, step_a, total_loss
 from compressor.compress.solvers.armor_adam import adam, gradients, sampled_groups
-from compressor.compress.solvers.armor_codes import stored_blocks
+from compressor.compress.solvers.factors import stored_blocks
 from compressor.compress.solvers.lowrank import best_low_rank, refit_up
 from compressor.compress.solvers.pairs import nowag_scales
 from compressor.runtime.errors import RecipeError

@@ -24,7 +24,8 @@ from ...runtime.operators import Armor, Dense, IntQuantized, Operator, bits_per_
 from ..events import Event, Fallback, LayerDone
 from ..solvers.armor import Factors, alternate, pair_step, total_loss, weighed
 from ..solvers.armor_adam import RATE, adam
-from ..solvers.armor_codes import store_wrappers, stored_blocks
+from ..solvers.armor_codes import store_wrappers
+from ..solvers.factors import stored_blocks, stored_rows
 from ..solvers.pairs import CHUNK, nowag_scales
 from .calibrated import Calibrated, Group, plain_floats
 from .sparse24 import sparse_operator, sparse_plan
@@ -93,14 +94,9 @@ class ArmorPass(Calibrated):
             )
         high = fitting_block([other.shape[0] for other in group.values()] if self.share else [rows], block_size)
         wide = fitting_block([columns], block_size)
-        a, b = self._planned_wrapper(rows, high, dtype), self._planned_wrapper(columns, wide, dtype)
+        shapes = (rows, high), (columns, wide)
+        a, b = (stored_rows(torch.empty(shape, device="meta"), dtype, self.wrapper_bits) for shape in shapes)
         return Armor(a, core, b, *self._shared(list(group)))
-
-    def _planned_wrapper(self, rows: int, block: int, dtype: torch.dtype) -> Operator:
-        if self.wrapper_bits == 16:
-            return Dense(torch.empty(rows, block, dtype=dtype, device="meta"))
-        codes = torch.empty(rows, block, dtype=torch.int8, device="meta")
-        return IntQuantized(codes, torch.empty(rows, 1, dtype=dtype, device="meta"), None, 8, -1)
 
     def _shared(self, group: Sequence[str]) -> tuple[str | None, int]:
         return (f"{group[0]}_shared_b", len(group)) if self.share and len(group) > 1 else (None, 1)

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ...calibrate.walk import StageWork
 from ...runtime.errors import RecipeError
-from ...runtime.operators import Dense, IntQuantized, LowRank, Operator, WithResidual, bits_per_weight
+from ...runtime.operators import Dense, LowRank, Operator, WithResidual, bits_per_weight
 from ..events import Event, Fallback, LayerDone
-from ..solvers.armor_codes import stored_blocks
+from ..solvers.factors import stored_rows
 from ..solvers.lowrank import best_low_rank, refit_up
 from .calibrated import Calibrated, Group
 
@@ -86,12 +86,7 @@ class Eora(Calibrated):
         return WithResidual(operator, LowRank(self._stored(up), self._stored(down)))
 
     def _stored(self, part: Tensor) -> Operator:
-        if self.factor_bits == 16:
-            return Dense(part + 0)
-        if part.is_meta:
-            scales = torch.empty(len(part), 1, dtype=part.dtype, device="meta")
-            return IntQuantized(torch.empty(part.shape, dtype=torch.int8, device="meta"), scales, None, 8, -1)
-        return stored_blocks(part.float()[None], part.dtype, 8)
+        return stored_rows(part, part.dtype, self.factor_bits)
 
     def flops(self, rows: int, columns: int) -> float:
         small = min(rows, columns)

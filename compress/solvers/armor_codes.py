@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from ...runtime.operators import Armor, Dense, IntQuantized, Operator, Sparse24
+from ...runtime.operators import Armor, IntQuantized, Operator, Sparse24
 from .armor import CoreStep, Factors, round_of_chunks, step_a, total_loss
-from .grid import Grid, group_span, range_grid
+from .factors import as_blocks, stored_blocks
+from .grid import Grid, group_span
 from .metric import Metric
 from .refine import refine_chunk
 from .sweep import best_sweep
@@ -31,21 +31,6 @@ class QuantizedCore:
     a: Operator
     b: Operator
     simple: bool = False
-
-
-def stored_blocks(blocks: Tensor, dtype: torch.dtype, bits: int) -> Operator:
-    """Blocks `[count, b, b]` as an operator `[count b, b]`: in a float dtype (16 bits), or codes with a scale a row."""
-    rows = blocks.reshape(-1, blocks.shape[-1])
-    if bits == 16:
-        return Dense(rows.to(dtype) + 0)
-    grid = range_grid(rows, bits, -1, True, dtype)
-    return IntQuantized(grid.codes(rows).to(torch.int8), grid.scales.to(dtype), None, bits, -1)
-
-
-def as_blocks(operator: Operator) -> Tensor:
-    """The inverse of `stored_blocks`, float32."""
-    rows = operator.dense()
-    return rows.view(-1, rows.shape[1], rows.shape[1])
 
 
 def store_wrappers(
