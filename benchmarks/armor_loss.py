@@ -62,7 +62,7 @@ def main() -> None:
         target = weight / inputs / outputs
         scale = total_loss(target, energy)
         for size in options.blocks:
-            start = Factors.start(target, energy, *(fitting_block(n, size) for n in weight.T.shape))
+            start = Factors.start(target, energy, *(fitting_block([n], size) for n in weight.T.shape))
             before = time.perf_counter()
             _, closed, initial = alternate(start.copy(), target, energy, options.als)
             between = time.perf_counter()
