@@ -141,23 +141,25 @@ class Calibrated(Pass):
         together: int,
         products: torch.dtype,
     ) -> Group:
-        ones = torch.ones(originals[0].shape[1])
-        if statistics is None or statistics.tokens == 0:
+        reason, system, tokens = "", None, 0 if statistics is None else statistics.tokens
+        if statistics is None or not tokens:
             reason = "no calibration token came by (more data.samples?)"
-            return Group(names, operators, originals, 0, None, ones, reason, None, 0.0)
-        if not statistics.moment.diagonal().any():
+        elif not statistics.moment.diagonal().any():
             reason = "its inputs were all zero"
-            return Group(names, operators, originals, statistics.tokens, None, ones, reason, None, 0.0)
-        try:
-            system = damped_system(statistics.moment, self.damping, act_order=act_order, together=together)
-        except NotSolvable as error:
-            return Group(names, operators, originals, statistics.tokens, None, ones, str(error), None, 0.0)
+        else:
+            try:
+                system = damped_system(statistics.moment, self.damping, act_order=act_order, together=together)
+            except NotSolvable as error:
+                reason = str(error)
+        if statistics is None or system is None:
+            ones = torch.ones(originals[0].shape[1])
+            return Group(names, operators, originals, tokens, None, ones, reason, None, 0.0)
         system = system.to(products)
         shift = None
         if self.correction and statistics.cross is not None:
             shift = Shift.of(statistics.cross, system, sum(len(original) for original in originals))
         energy = statistics.moment.diagonal().clone()
-        return Group(names, operators, originals, statistics.tokens, system, energy, "", shift, self.correction)
+        return Group(names, operators, originals, tokens, system, energy, reason, shift, self.correction)
 
 
 def plain_floats(step: str, name: str, operator: Operator) -> Dense:

@@ -104,13 +104,13 @@ def sampled_groups(factors: Factors, keep: Tensor, error: Tensor, moment: Tensor
     columns = (j * high + 4 * group)[:, None] + torch.arange(4, device=chosen.device)
     rows = i * wide + row
     right = factors.b[j[:, None], (4 * group)[:, None] + torch.arange(4, device=chosen.device)]
-    own = torch.stack([moment[k * high : (k + 1) * high] for k in range(down)]) if moment.dim() == 1 else None
-    if own is not None:
-        quads = (right * own[j][:, None]) @ right.mT
+    right = right.view(down, across, 4, high)
+    if moment.dim() == 1:
+        seen = right * moment.view(down, 1, 1, high)
     else:
-        blocks = torch.stack([moment[k : k + high, k : k + high] for k in range(0, down * high, high)])
-        blocks = blocks.to(right.dtype)
-        quads = torch.stack([right[j == k] @ blocks[k] @ right[j == k].mT for k in range(down)]).flatten(0, 1)
+        each = torch.arange(down, device=chosen.device)
+        seen = right @ moment.view(down, high, down, high)[each, :, each][:, None].to(right.dtype)
+    quads = (seen @ right.mT).flatten(0, 1)
     weight = factors.a.square().sum(1)[i, row]
     values = factors.core[columns, rows[:, None]]
     wanted = (quads @ values[..., None])[..., 0] * weight[:, None] - gradient[columns, rows[:, None]]

@@ -85,8 +85,8 @@ def descend_pairs(
     """The same within some columns, whose gradient `H δ M` is given; both are overwritten.
 
     For a group with the moment Q and a row that matters by m, `q = m Q s - g` is what the values s should explain; of
-    each pair p, `v = Q_pp⁻¹ q_p / m` are the best values and `q_pᵀ Q_pp⁻¹ q_p` is what they gain (ARMOR, arXiv
-    2510.05528 §3.3, for A B = I).
+    each pair p, `v = Q_pp⁻¹ q_p / m` are the best values and `q_pᵀ Q_pp⁻¹ q_p` is what they gain (ARMOR's closed form,
+    arXiv 2510.05528).
     """
     tables = pair_tables(torch.stack([moment[k : k + 4, k : k + 4] for k in range(0, len(moment), 4)]))
     _descend(values, gradient, moment, metric, relaxation, tables)
