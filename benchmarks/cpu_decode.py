@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from compressor.compress.apply import Job, apply
 from compressor.compress.recipe import parse_recipe
-from compressor.kernels.cpu import linear_int4, linear_packed, pack_int4
+from compressor.kernels.cpu import decode_packed, linear_int4, linear_tiles, pack_int4
 from compressor.kernels.layouts import pack_codes
 from compressor.runtime import load
 
@@ -47,12 +47,16 @@ def kernels(size: int) -> None:
     dense = torch.randn(size, size).to(torch.bfloat16)
     packed, (native, pairs) = pack_codes(codes, 4), pack_int4(codes, scales)
     print(f"\n{size} × {size}, ms:  tokens  bf16  int4pack  dequantize")
+
+    def decode(rows: slice) -> torch.Tensor:
+        return decode_packed(packed[rows], scales[rows], None, 4, size, 128, torch.bfloat16)
+
     for tokens in (1, 4, 16, 32, 48, 64, 96, 128, 512):
         x = torch.randn(tokens, size).to(torch.bfloat16)
         functions: dict[str, Callable[[], object]] = {
             "bf16": lambda x=x: F.linear(x, dense),
             "int4pack": lambda x=x: linear_int4(x, native, pairs, 128),
-            "dequantize": lambda x=x: linear_packed(x, packed, scales, None, 4, size, 128),
+            "dequantize": lambda x=x: linear_tiles(x, decode, size),
         }
         found = medians(functions, 9)
         print(f"{tokens:>28}" + "".join(f"  {1e3 * value:8.2f}" for value in found.values()))

@@ -48,6 +48,10 @@ CASES = {
     "hidden 1024, armor shared int4": (
         _llama(1024, 4096), f"{{kind: armor, {_FULL}, share: true, iterations: 6}}, {{kind: gptq, bits: 4}}"
     ),
+    "hidden 1024, lorc": (_llama(1024, 4096), "{kind: lorc, ratio: 0.5, calibrated: true}"),
+    "hidden 1024, lorc int4": (
+        _llama(1024, 4096), "{kind: lorc, ratio: 0.5, calibrated: true, latent_bits: 8}, {kind: gptq, bits: 4}"
+    ),
     "hidden 1024, armor adam": (_llama(1024, 4096), "{kind: armor, block_size: 32, iterations: 3}"),
 }  # fmt: skip
 

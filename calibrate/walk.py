@@ -7,7 +7,7 @@ block and its statistics, whatever the depth of the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from ..runtime.architectures import PARTS, Stage
 from ..runtime.experts import Expert, Experts
-from ..runtime.operators import Dense, Operator
+from ..runtime.operators import Dense, Latent, Operator
 from ..runtime.skeleton import Skeleton
 from .artefact import StatisticsFolder
 from .chains import Chains, Spill
+from .probes import output_metrics
 from .statistics import Statistics
 
 
@@ -35,12 +36,14 @@ class StageWork:
         groups: disk names of linears that read the same input.
         statistics: disk name → statistics; linears that read the same input share one object. Empty without data,
             and without an entry for an expert no token was routed to.
+        metrics: disk name → Gauss-Newton metric of the block's output (`probes`), where a pass asks for it.
     """
 
     linears: dict[str, Operator]
     originals: dict[str, Tensor]
     groups: list[list[str]]
     statistics: dict[str, Statistics] = field(default_factory=dict)
+    metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
 class _Captured(Exception):
@@ -111,9 +114,16 @@ class Block:
     """
 
     def __init__(
-        self, skeleton: Skeleton, index: int, chains: Chains | None, wanted: set[str], kept: StatisticsFolder | None
+        self,
+        skeleton: Skeleton,
+        index: int,
+        chains: Chains | None,
+        wanted: set[str],
+        probed: Collection[str],
+        kept: StatisticsFolder | None,
     ) -> None:
-        self.skeleton, self.index, self.chains, self.kept, self._wanted = skeleton, index, chains, kept, wanted
+        self.skeleton, self.index, self.chains, self.kept = skeleton, index, chains, kept
+        self._wanted, self._probed = wanted, probed
         self.linears: dict[str, Operator] = {}
         self._runners: dict[str, Any] = {}
         self._seen: dict[tuple[str, str], Spill] = {}
@@ -125,6 +135,7 @@ class Block:
         """Groups of linears in execution order, each with the statistics of what now enters it."""
         sequential = self.chains is not None and "compressed" in self.chains.names
         known: dict[str, Statistics] = {}
+        metrics: dict[str, Tensor] = {}
         if self.kept is not None and self.kept.complete:
             known = self.kept.load(self.index)
         elif self.chains is not None:
@@ -135,6 +146,7 @@ class Block:
                 self._runners["compressed"] = self.skeleton.runner(self.index, compressed)
             if "reference" in self.chains.names:
                 self._runners["reference"] = self.skeleton.runner(self.index, original)
+            metrics = self._probe()
             if not sequential:
                 known = self._collect_reference()
         for stage in self.skeleton.stages(self.index):
@@ -146,8 +158,10 @@ class Block:
                 work.statistics = self._collect(stage)
             else:
                 work.statistics = {name: known.pop(name) for name in names if name in known}
+            work.metrics = {name: metrics.pop(name) for name in names if name in metrics}
             before = dict(work.linears)
             yield work
+            work.metrics.clear()
             work.statistics.clear()  # the caller still holds the work while the next stage is measured
             self.linears.update(work.linears)
             for group in stage:
@@ -157,7 +171,20 @@ class Block:
                         linear = self._runners["compressed"].layers[0].get_submodule(name)
                         weight = operator.dense(self.skeleton.dtype).to(self.skeleton.device)
                         linear.weight = nn.Parameter(weight, requires_grad=False)
+                        if isinstance(operator, Latent) and operator.bits < 16:
+                            linear.register_forward_hook(_through_cache(operator))
             self._replay()
+
+    def _probe(self) -> dict[str, Tensor]:
+        """Metrics of the linears for which they are wanted, from one micro-batch of what now enters the block."""
+        assert self.chains is not None
+        names = [name for stage in self.skeleton.stages(self.index) for group in stage for name in group]
+        names = [name for name in names if self._disk(name) in self._probed]
+        if not names:
+            return {}
+        chain, runner = next(iter(self._runners.items()))  # the compressed one, if there is one
+        found = output_metrics(self.skeleton, runner, self.chains.read(self.index, chain)[: self.chains.batch], names)
+        return {self._disk(name): metric for name, metric in zip(names, found, strict=True)}
 
     def _replay(self) -> None:
         """Of the parts whose last linear is now final, compute only that linear from here on."""
@@ -250,6 +277,16 @@ class Block:
         self.chains.commit(self.index + 1)
 
 
+def _through_cache(operator: Latent):  # type: ignore[no-untyped-def]
+    """A hook that adds what rounding in the KV cache does to a projection's outputs."""
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        latents = operator.down.forward(args[0].float())
+        return output + operator.raised(operator.cached(latents) - latents).to(output.dtype)
+
+    return hook
+
+
 class _RoutedAs:
     """While active, the experts of `follower` take the routing of the last forward pass of `leader`."""
 
@@ -284,6 +321,7 @@ def walk(
     wanted: set[str],
     first: int = 0,
     kept: StatisticsFolder | None = None,
+    probed: Collection[str] = (),
 ) -> Iterator[Block]:
     """Every block from `first` on; the caller rewrites it through `stages()` and then calls `advance()`.
 
@@ -291,6 +329,7 @@ def walk(
         chains: the calibration activations, or None when no pass needs data.
         wanted: disk names of the linears whose statistics are collected.
         kept: where statistics of the reference chain are read from, or kept if it is not complete yet.
+        probed: disk names of the linears whose metrics are wanted.
     """
     for index in range(first, skeleton.blocks):
-        yield Block(skeleton, index, chains, wanted, kept)
+        yield Block(skeleton, index, chains, wanted, probed, kept)

@@ -104,6 +104,7 @@ def apply(
         f"\n{out}: {render.size(done.bytes_before)} → {render.size(done.bytes_after)}, {ratio:.2f} × smaller; "
         f"format {done.format}, read by {', '.join(done.readers)}"
     )
+    _print_cache(done)
     render.out.print(f"next: compressor eval {out} --against {model}")
 
 
@@ -115,7 +116,7 @@ def plan(
     revision: RevisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Print what RECIPE would do to MODEL; reads headers only."""
+    """Print what RECIPE would do to MODEL; reads headers, and weights where ranks depend on them alone."""
     import shutil
 
     from ..compress.apply import open_source
@@ -124,7 +125,7 @@ def plan(
 
     _, parsed = _recipe(recipe, edits)
     checkpoint = open_source(_model(model, revision)[0])
-    result = make_plan(parsed, Skeleton(checkpoint, calibration_dtype(checkpoint)))
+    result = make_plan(parsed, Skeleton(checkpoint, calibration_dtype(checkpoint)), survey=True)
     seconds, free = estimated_seconds(result), shutil.disk_usage(Path.cwd()).free
     if as_json:
         render.document(_plan_record(result) | {"seconds": seconds, "disk_free": free})
@@ -137,6 +138,9 @@ def plan(
         f"{render.size(result.disk)} of {render.size(free)} free here (activations in it are deleted at the end), "
         f"roughly {seconds:.0f} s"
     )
+    _print_cache(result)
+    if any(step.to_survey for step in result.recipe.passes):
+        render.out.print("ranks are shown equal; the run distributes the same bytes by a survey of the model")
 
 
 @app.command()
@@ -148,6 +152,7 @@ def inspect(
     """Say what a model folder, plain or compressed, consists of."""
     import fnmatch
 
+    from ..compress.formats import describe
     from ..runtime.errors import ModelError
     from ..runtime.stored import StoredModel, open_model
 
@@ -162,9 +167,8 @@ def inspect(
     }
     if isinstance(opened, StoredModel):
         kinds: dict[str, int] = {}
-        for scheme in opened.schemes.values():
-            group = "one scale a row" if scheme["group_size"] < 0 else f"groups of {scheme['group_size']}"
-            label = f"int{scheme['bits']}, {group}{'' if scheme['symmetric'] else ', asymmetric'}"
+        for name in opened.schemes:
+            label = describe(opened.outline(name))
             kinds[label] = kinds.get(label, 0) + 1
         record |= {"format": opened.format, "linears stored as": kinds}
     if tensors is not None:
@@ -196,6 +200,9 @@ def evaluate_command(
     data: Annotated[str, typer.Option(help="'builtin' (its evaluation split), or a .txt or .jsonl file")] = "builtin",
     samples: Annotated[int, typer.Option(min=1, help="windows; all of the text if it has fewer")] = 128,
     sequence_length: Annotated[int, typer.Option(min=2, help="tokens of a window")] = 512,
+    long: Annotated[
+        int | None, typer.Option(help="also windows of this length: perplexity by position, and retrieval")
+    ] = None,
     max_ppl_ratio: Annotated[float | None, typer.Option(help="exit with 1 if the ratio to --against is higher")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -203,22 +210,38 @@ def evaluate_command(
     import torch
 
     from ..calibrate.corpus import builtin_corpus, file_corpus, load_tokenizer, token_windows
-    from ..compress.evaluate import evaluate
+    from ..compress.evaluate import cache_per_token, evaluate
+    from ..compress.long_context import evaluate_long
     from ..runtime.errors import RecipeError
     from ..runtime.loader import load
+    from ..runtime.stored import open_model
 
     if max_ppl_ratio is not None and against is None:
         raise RecipeError("--max-ppl-ratio compares with another model: name it with --against")
     folder, _ = _model(model, None)
+    other = None if against is None else _model(against, None)[0]
     corpus = builtin_corpus("evaluation") if data == "builtin" else file_corpus(Path(data))
     tokenizer = load_tokenizer(folder)
     windows = token_windows(corpus, tokenizer, samples=None, sequence_length=sequence_length)[:samples]
-    base = None if against is None else load(_model(against, None)[0], dtype=torch.float32)
-    result = evaluate(load(folder, dtype=torch.float32), windows, base)
+    far = None if long is None else token_windows(corpus, tokenizer, samples=None, sequence_length=long)[:8]
+    cached = [cache_per_token(load(path), windows[:1]) for path in (folder, other) if path is not None]
+    base = None if other is None else load(other, dtype=torch.float32)
+    own = load(folder, dtype=torch.float32)
+    result = evaluate(own, windows, base)
+    distant = [evaluate_long(each, tokenizer, far) for each in (own, base) if each is not None and far is not None]
     if as_json:
-        render.document(result.record() | {"model": model, "base": against, "corpus_sha256": corpus.sha256})
+        more = {} if far is None else {"long": [each.record() for each in distant]}
+        render.document(
+            result.record()
+            | {"model": model, "base": against, "corpus_sha256": corpus.sha256, "kv_bytes_per_token": cached, **more}
+        )
     else:
-        render.out.print(render.evaluation_table(model, result))
+        render.out.print(render.evaluation_table(model, result, cached))
+        if cached[-1] != cached[0]:
+            weights = open_model(folder).nbytes
+            render.out.print(render.cache_line(cached[1], cached[0], weights))
+        if distant:
+            render.out.print(render.long_table(model, distant))
     if max_ppl_ratio is not None and result.against and not result.against.perplexity_ratio <= max_ppl_ratio:
         render.err.print(f"the perplexity ratio {result.against.perplexity_ratio:.5f} is above {max_ppl_ratio}")
         raise typer.Exit(1)
@@ -405,7 +428,15 @@ def _plan_record(result: Any) -> dict[str, Any]:
         "bytes_after": result.bytes_after,
         "memory": result.memory,
         "disk": result.disk,
+        "kv_bytes_per_token_before": result.kv_before,
+        "kv_bytes_per_token_after": result.kv_after,
     }
+
+
+def _print_cache(result: Any) -> None:
+    """The plan's line about the KV cache, if a pass changes it."""
+    if result.kv_after != result.kv_before:
+        render.out.print(render.cache_line(result.kv_before, result.kv_after, result.bytes_after))
 
 
 def _terminate(number: int, frame: object) -> None:

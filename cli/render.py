@@ -15,6 +15,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from ..compress.evaluate import Evaluation
     from ..compress.events import Event
+    from ..compress.long_context import LongEvaluation
     from ..compress.plan import Row
 
 _WIDE = None if sys.stdout.isatty() else 140  # a pipe has no width of its own
@@ -58,7 +59,30 @@ def plan_table(rows: list[Row]) -> Table:
     return table
 
 
-def evaluation_table(name: str, result: Evaluation) -> Table:
+def cache_line(before: float, after: float, weights: int) -> str:
+    """What a smaller KV cache is worth."""
+    line = f"KV cache {before:,.0f} → {after:,.0f} bytes a token ({100 * after / before:.1f} % kept)"
+    if after < before:
+        line += f"; what is saved outweighs all weights from {math.ceil(weights / (before - after)):,} tokens on"
+    return line
+
+
+def long_table(name: str, results: list[LongEvaluation]) -> Table:
+    """Results of a model and, if there is one, of its base."""
+    table = Table("far from the beginning", name, *(["base"] * (len(results) - 1)), box=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for spans in zip(*(result.spans for result in results), strict=True):
+        label = f"perplexity at {spans[0].start:,} to {spans[0].end - 1:,}"
+        table.add_row(label, *(f"{span.perplexity:.4f}" for span in spans))
+    for found in zip(*(result.retrievals for result in results), strict=True):
+        label = f"hidden number in {found[0].tokens:,} tokens, log probability (if not hidden)"
+        table.add_row(label, *(f"{each.logprob:.3f} ({each.lost:.3f})" for each in found))
+        table.add_row("  found exactly", *(f"{100 * each.exact:.0f} %" for each in found))
+    return table
+
+
+def evaluation_table(name: str, result: Evaluation, cached: list[float]) -> Table:
     table = Table("measure", name, box=None)
     table.columns[1].justify = "right"
     table.add_row("tokens predicted", f"{result.tokens:,}")
@@ -69,6 +93,7 @@ def evaluation_table(name: str, result: Evaluation) -> Table:
         table.add_row("KL per token in nats, mean", f"{d.kl_mean:.6f} ± {d.kl_error:.6f}")
         table.add_row("median / p99", f"{d.kl_median:.6f} / {d.kl_p99:.6f}")
         table.add_row("top-1 agreement", f"{100 * d.top1_agreement:.2f} %")
+    table.add_row("KV cache, bytes a token", f"{cached[0]:,.0f}")
     return table
 
 

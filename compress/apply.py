@@ -6,7 +6,7 @@ import errno
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,8 @@ def apply(
         fingerprint = make_fingerprint(job, skeleton, corpus, windows, statistics)
         kept = None if statistics is None else statistics_folder(statistics, fingerprint)
         journal.open(fingerprint, resume=resume)
+        plan = make_plan(_surveyed(plan.recipe, skeleton, windows, journal), skeleton)
+        job = replace(job, recipe=plan.recipe)
         if not any(entry.get("step") == "finished" for entry in journal.entries):
             _run(job, plan, skeleton, windows, kept, journal, listener)
             finish_folder(journal.result, job, plan, skeleton, fingerprint, journal.entries)
@@ -197,6 +199,18 @@ def statistics_folder(folder: Path, fingerprint: dict[str, Any]) -> StatisticsFo
     return StatisticsFolder(folder, {**same, "windows": data})
 
 
+def _surveyed(recipe: Recipe, skeleton: Skeleton, windows: Tensor | None, journal: Journal) -> Recipe:
+    """The recipe once its passes have looked at the whole model; what they found is kept in the journal."""
+    known = next((entry["passes"] for entry in journal.entries if entry.get("step") == "survey"), None)
+    if known is None:
+        scratch = journal.chains / "survey"
+        passes = [step.survey(skeleton, windows, scratch) for step in recipe.passes]
+        skeleton.checkpoint.release()
+        journal.done({"step": "survey", "passes": [step.model_dump(mode="json") for step in passes]})
+        return recipe.model_copy(update={"passes": tuple(passes)})
+    return Recipe.model_validate(recipe.model_dump(mode="json") | {"passes": known})
+
+
 def _run(
     job: Job,
     plan: Plan,
@@ -228,14 +242,16 @@ def _run(
         journal.done({"step": "outside", "block": -1, "files": writer.hashes(-1, skeleton.blocks)})
     if done:
         listener(Resumed(first, skeleton.blocks))
-    wanted = {name for name in plan.linears for step in job.recipe.passes if step.needs and step.wants(name)}
-    for block in walk(skeleton, chains, wanted, first, kept):
+    wanting = [(name, step) for name in plan.linears for step in job.recipe.passes if step.wants(name)]
+    wanted = {name for name, step in wanting if step.needs}
+    probed = {name for name, step in wanting if "metric" in step.needs}
+    for block in walk(skeleton, chains, wanted, first, kept, probed):
         start = time.monotonic()
         events = list(_rewrite(job.recipe, block, listener))
         _store(block, plan, checkpoint, writer)
         if block.index + 1 < skeleton.blocks:
             block.advance()
-        events.append(_block_done(events, plan, block, skeleton.blocks))
+        events.append(_block_done(events, block, skeleton.blocks))
         files = writer.hashes(block.index, skeleton.blocks)
         journal.done({"block": block.index, "events": [event.record() for event in events], "files": files})
         journal.timing({"block": block.index, "seconds": round(time.monotonic() - start, 3)})
@@ -279,10 +295,9 @@ def _store(block: Block, plan: Plan, checkpoint: Checkpoint, writer: ShardedWrit
             raise VerifyError(f"{linear}: decodes to other weights than were meant; this is a bug, please report it")
 
 
-def _block_done(events: list[Event], plan: Plan, block: Block, blocks: int) -> BlockDone:
+def _block_done(events: list[Event], block: Block, blocks: int) -> BlockDone:
     layers = [event for event in events if isinstance(event, LayerDone)]
-    sizes = {event.name: plan.linears[event.name].operator.shape for event in layers}
-    weights = sum(r * c for r, c in sizes.values())
-    bits = sum(e.bits * sizes[e.name][0] * sizes[e.name][1] for e in layers) / weights if weights else 0.0
-    error = sum(e.error * sizes[e.name][0] * sizes[e.name][1] for e in layers) / weights if weights else 0.0
+    weights = sum(event.weights for event in layers) or 1
+    bits = sum(event.bits * event.weights for event in layers) / weights
+    error = sum(event.error * event.weights for event in layers) / weights
     return BlockDone(block.index, blocks, bits, error, sum(isinstance(event, Fallback) for event in events))

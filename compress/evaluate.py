@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..runtime.attention import cache_bytes
 from ..runtime.errors import ModelError
 
 
@@ -86,6 +87,14 @@ def evaluate(model: Any, windows: Tensor, base: Any = None, batch_tokens: int = 
         top1_agreement=float(torch.cat(agreements).mean()),
     )
     return Evaluation(count, perplexity, error, against)
+
+
+@torch.no_grad()
+def cache_per_token(model: Any, ids: Tensor) -> float:
+    """Bytes that the model's KV cache really takes for each of the tokens `[1, tokens]`, at most 32 of them."""
+    ids = ids[:, :32].to(model.device)
+    cache = model(input_ids=ids, use_cache=True).past_key_values
+    return cache_bytes(cache) / ids.shape[1]
 
 
 def _log_probabilities(model: Any, ids: Tensor) -> Tensor:

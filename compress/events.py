@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..runtime.operators import Operator, bits_per_weight
+
 
 @dataclass(frozen=True)
 class Event:
@@ -22,13 +24,21 @@ class LayerDone(Event):
         error: `tr(ΔHΔᵀ) / tr(VHVᵀ)`, the relative output error on calibration data, Δ and the damped H being those of
             the pass and V its target; without data, `‖Δ‖² / ‖W‖²`.
         bits: stored bits per weight, scales included.
+        weights: how many numbers the linear stands for.
     """
 
     name: str
     step: str
     error: float
     bits: float
+    weights: int
     tokens: int = 0
+
+    @classmethod
+    def of(cls, name: str, step: str, error: float, result: Operator, tokens: int) -> LayerDone:
+        """The event of a linear that became `result`."""
+        rows, columns = result.shape
+        return cls(name, step, error, bits_per_weight(result), rows * columns, tokens)
 
 
 @dataclass(frozen=True)

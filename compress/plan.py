@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,12 +15,13 @@ import torch
 
 from ..calibrate.chains import BATCH_TOKENS
 from ..calibrate.corpus import find_text
-from ..runtime.architectures import PARTS
+from ..runtime.architectures import KEYS, PARTS, VALUES
 from ..runtime.checkpoint import Checkpoint, block_index
 from ..runtime.errors import RecipeError, ResourceError
-from ..runtime.operators import Dense, Operator, stored_name
+from ..runtime.operators import Dense, Latent, LowRank, Operator, stored_name
 from ..runtime.skeleton import Skeleton
 from .formats import as_written, choose_format, describe
+from .passes.base import Pass
 from .recipe import Recipe
 
 _BUFFERS = 48e6  # compiled kernels and scratch of the matrix library
@@ -39,6 +41,7 @@ class Plan:
     """What a recipe does to a model.
 
     Attributes:
+        recipe: with passes prepared for the model.
         linears: disk name without `.weight` → plan, for every linear of every block, rewritten or not.
         tensors: every tensor of the output in order: name → (dtype, shape).
         format, readers: what is written and who reads it.
@@ -46,8 +49,10 @@ class Plan:
         bytes_before, bytes_after: of all weights.
         memory, disk: peak bytes while applying: resident beyond the imports, and in OUT.work.
         flops: of calibration and solving.
+        kv_before, kv_after: bytes of the KV cache for each token, in the dtype of the weights.
     """
 
+    recipe: Recipe
     linears: dict[str, LinearPlan]
     tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]
     format: str
@@ -58,6 +63,8 @@ class Plan:
     memory: int
     disk: int
     flops: float
+    kv_before: int
+    kv_after: int
 
     @property
     def rewritten(self) -> dict[str, Operator]:
@@ -78,22 +85,27 @@ class Row:
     after: int
 
 
-def make_plan(recipe: Recipe, skeleton: Skeleton) -> Plan:
+def make_plan(recipe: Recipe, skeleton: Skeleton, *, survey: bool = False) -> Plan:
     """Plan a recipe for a model.
+
+    Args:
+        survey: let passes that need no data look at the weights, to plan what they will find.
 
     Raises:
         RecipeError: a pass that matches nothing, that would make a tensor larger, or that cannot follow another;
             or a format that cannot hold the result.
     """
     checkpoint = skeleton.checkpoint
+    passes = tuple(_prepared(recipe, skeleton))
+    if survey:
+        passes = tuple(step if step.needs else step.survey(skeleton, None, Path()) for step in passes)
+    recipe = recipe.model_copy(update={"passes": passes})
     if recipe.data.source != "builtin" and any(step.needs for step in recipe.passes):
         find_text(Path(recipe.data.source))
     linears: dict[str, LinearPlan] = {}
     matched = [0] * len(recipe.passes)
-    groups = {name: group for group in input_groups(skeleton) for name in group}
-    for index in range(skeleton.blocks):
-        for name in skeleton.linears(index):
-            linears[name] = _plan_linear(recipe, checkpoint, name, groups[name], matched)
+    for group in input_groups(skeleton):
+        linears |= _plan_group(recipe, checkpoint, group, matched)
     for number, count in enumerate(matched):
         if not count:
             example = next(iter(linears))
@@ -111,20 +123,27 @@ def make_plan(recipe: Recipe, skeleton: Skeleton) -> Plan:
     needs = frozenset(need for step in recipe.passes for need in step.needs)
     after = sum(_nbytes(dtype, shape) for dtype, shape in tensors.values())
     return Plan(
-        linears, tensors, chosen, readers, needs, checkpoint.nbytes, after,
-        _peak_memory(recipe, skeleton, needs), after + _chain_bytes(recipe, skeleton, needs),
-        _flops(recipe, skeleton, linears, needs),
+        recipe, linears, tensors, chosen, readers, needs, checkpoint.nbytes, after,
+        _peak_memory(recipe, skeleton, linears, needs), after + _chain_bytes(recipe, skeleton, needs),
+        _flops(recipe, skeleton, linears, needs), *_cache_bytes(checkpoint, linears),
     )  # fmt: skip
+
+
+def _prepared(recipe: Recipe, skeleton: Skeleton) -> Iterator[Pass]:
+    for number, step in enumerate(recipe.passes):
+        try:
+            yield step.prepare(skeleton)
+        except RecipeError as error:
+            raise RecipeError(f"passes.{number}: {error}") from None
 
 
 def input_groups(skeleton: Skeleton) -> list[list[str]]:
     """Disk names of the linears that read the same input (and that some readers put into one matrix)."""
-    return [
-        [skeleton.disk_name(index, name) for name in group]
-        for index in range(skeleton.blocks)
-        for stage in skeleton.stages(index)
-        for group in stage
-    ]
+    return [group for index in range(skeleton.blocks) for group in _groups(skeleton, index)]
+
+
+def _groups(skeleton: Skeleton, index: int) -> list[list[str]]:
+    return [[skeleton.disk_name(index, name) for name in group] for stage in skeleton.stages(index) for group in stage]
 
 
 def _original(checkpoint: Checkpoint, name: str) -> Dense:
@@ -132,30 +151,28 @@ def _original(checkpoint: Checkpoint, name: str) -> Dense:
     return Dense(torch.empty(info.shape, dtype=info.dtype, device="meta"))
 
 
-def _plan_linear(recipe: Recipe, checkpoint: Checkpoint, name: str, group: list[str], matched: list[int]) -> LinearPlan:
-    """One linear through all passes that want it; they count it in `matched`."""
-    original = _original(checkpoint, name)
-    operator: Operator = original
-    before = int(original.nbytes)
-    steps = []
+def _plan_group(recipe: Recipe, checkpoint: Checkpoint, group: list[str], matched: list[int]) -> dict[str, LinearPlan]:
+    """Linears that read the same input through all passes that want them; they are counted in `matched`."""
+    originals = {name: _original(checkpoint, name) for name in group}
+    plans = {name: LinearPlan((), int(original.nbytes), original) for name, original in originals.items()}
     for number, step in enumerate(recipe.passes):
-        if not step.wants(name):
-            continue
-        matched[number] += 1
-        try:
-            result = step.plan(
-                name, operator, {other: _original(checkpoint, other) for other in group if step.wants(other)}
-            )
-        except RecipeError as error:
-            raise RecipeError(f"passes.{number}: {error}") from None
-        if result.nbytes > before:
-            raise RecipeError(
-                f"passes.{number} ({step.step}) would make {name} larger: {before:,} → "
-                f"{result.nbytes:,.0f} bytes; ignore it, or use fewer bits or larger groups"
-            )
-        operator = result
-        steps.append(step.step)
-    return LinearPlan(tuple(steps), before, operator)
+        wanted = [name for name in group if step.wants(name)]
+        matched[number] += len(wanted)
+        # Factors are solved on their own, not beside what reads the same input.
+        together = {name: originals[name] for name in wanted if not isinstance(plans[name].operator, LowRank)}
+        for name in wanted:
+            try:
+                result = step.plan(name, plans[name].operator, together)
+            except RecipeError as error:
+                raise RecipeError(f"passes.{number}: {error}") from None
+            before = plans[name].before
+            if result.nbytes > before and not step.may_grow:
+                raise RecipeError(
+                    f"passes.{number} ({step.step}) would make {name} larger: {before:,} → "
+                    f"{result.nbytes:,.0f} bytes; ignore it, or use fewer bits or larger groups"
+                )
+            plans[name] = LinearPlan((*plans[name].steps, step.step), before, result)
+    return plans
 
 
 def rows(plan: Plan) -> list[Row]:
@@ -260,6 +277,18 @@ def _output_tensors(
     return tensors
 
 
+def _cache_bytes(checkpoint: Checkpoint, linears: dict[str, LinearPlan]) -> tuple[int, int]:
+    """Bytes of the KV cache for each token, before and after; 0 for families that cache something else."""
+    before = after = 0
+    for name, linear in linears.items():
+        if name.endswith((KEYS, VALUES)):
+            full = linear.operator.shape[0] * checkpoint.dtype.itemsize
+            before += full
+            latent = linear.operator
+            after += latent.cached_bytes(checkpoint.dtype.itemsize) if isinstance(latent, Latent) else full
+    return before, after
+
+
 def _chain_bytes(recipe: Recipe, skeleton: Skeleton, needs: frozenset[str]) -> int:
     """Disk for calibration: two generations of each chain, and a block's inputs that are kept while it is rewritten."""
     if not needs:
@@ -281,7 +310,7 @@ def chain_names(needs: frozenset[str]) -> tuple[str, ...]:
     return ("compressed",) if "moment" in needs else ("reference",) if needs else ()
 
 
-def _peak_memory(recipe: Recipe, skeleton: Skeleton, needs: frozenset[str]) -> int:
+def _peak_memory(recipe: Recipe, skeleton: Skeleton, linears: dict[str, LinearPlan], needs: frozenset[str]) -> int:
     """Anonymous bytes beyond the imports at the worst moment: a group being solved, or a block run and measured.
 
     Weights of the checkpoint are mapped from its files and do not count unless they are converted.
@@ -292,28 +321,36 @@ def _peak_memory(recipe: Recipe, skeleton: Skeleton, needs: frozenset[str]) -> i
     hidden = skeleton.config.hidden_size
     chains = len(chain_names(needs))
     peak = 0.0
-    at_once = needs == {"reference"}  # moments of all stages, from one run of the block
+    at_once = chain_names(needs) == ("reference",)  # moments of all stages, from one run of the block
     for index in range(skeleton.blocks):
         shapes = {name: (w.out_features, w.in_features) for name, w in skeleton.linears(index).items()}
+        wanting = {name: [step for step in recipe.passes if step.wants(name)] for name in shapes}
         held = sum(r * c for r, c in shapes.values()) * (converted if needs else 0)
         done = 0
-        every = sum(
-            4 * shapes[skeleton.disk_name(index, group[0])][1] ** 2
-            for stage in skeleton.stages(index)
-            for group in stage
-        )
+        measured = [
+            4 * shapes[group[0]][1] ** 2 if any(step.needs for name in group for step in wanting[name]) else 0
+            for group in _groups(skeleton, index)
+        ]
         # At the end the output is run once, each block decoded.
         largest = max(r * c for r, c in shapes.values())
         peak = max(peak, sum(r * c for r, c in shapes.values()) * item + 6.0 * largest)
+        before = 0
         for stage in skeleton.stages(index):
-            groups = [[shapes[skeleton.disk_name(index, name)] for name in group] for group in stage]
-            moments = every if at_once else sum(4 * group[0][1] ** 2 for group in groups) * chains
-            widest = max(columns for group in groups for _, columns in group)
+            groups = _groups(skeleton, index)[before : before + len(stage)]
+            moments = sum(measured) if at_once else sum(measured[before : before + len(stage)]) * chains
+            before += len(stage)
+            widest = max(shapes[name][1] for group in groups for name in group)
             # The widest activations of a forward pass, or one of them measured; the residual stream of both chains.
             running = batch * (max(3 * item, item + 6) * widest + 12 * hidden) if needs else 0
-            solving = max(step.memory(group) for group in groups for step in recipe.passes)
+            asked = [
+                (step, [linears[name].operator for name in group if step in wanting[name]])
+                for group in groups
+                for step in recipe.passes
+            ]
+            solving = max((step.memory(wanted) for step, wanted in asked if wanted), default=0.0)
             peak = max(peak, held + done + moments + (_BUFFERS if needs else 0) + max(running, solving))
-            done += sum(r * c for group in groups for r, c in group) * (1 + (item if needs else 0))
+            rewritten = (shapes[name] for group in groups for name in group if wanting[name])
+            done += sum(r * c for r, c in rewritten) * (1 + (item if needs else 0))
     return int(peak)
 
 

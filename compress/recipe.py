@@ -20,11 +20,14 @@ from .passes.armor import ArmorPass
 from .passes.base import Pass
 from .passes.eora import Eora
 from .passes.gptq import Gptq
+from .passes.lorc import Lorc
 from .passes.rtn import Rtn
 from .passes.sparse24 import SparsePass
 
-PASSES: dict[str, type[Pass]] = {"rtn": Rtn, "gptq": Gptq, "sparse24": SparsePass, "armor": ArmorPass, "eora": Eora}
-AnyPass = Annotated[Rtn | Gptq | SparsePass | ArmorPass | Eora, Field(discriminator="kind")]
+PASSES: dict[str, type[Pass]] = {
+    "rtn": Rtn, "gptq": Gptq, "sparse24": SparsePass, "armor": ArmorPass, "eora": Eora, "lorc": Lorc,
+}  # fmt: skip
+AnyPass = Annotated[Rtn | Gptq | SparsePass | ArmorPass | Eora | Lorc, Field(discriminator="kind")]
 _Path = tuple[str | int, ...]
 
 
@@ -170,10 +173,10 @@ def _allowed(spec: dict[str, Any]) -> str:
     """What a JSON schema's property may be, in words."""
     if "enum" in spec or "const" in spec:
         return ", ".join(str(value) for value in spec.get("enum", [spec.get("const")]))
-    if spec.get("type") == "array":
-        return "a list"
-    if "anyOf" in spec:  # or nothing, which is the default
-        return _allowed(spec["anyOf"][0])
+    if spec.get("type") in ("array", "object"):
+        return "a list" if spec["type"] == "array" else "a mapping"
+    if "anyOf" in spec:  # where nothing is the default, it is not named
+        return ", or ".join(_allowed(part) for part in spec["anyOf"] if part.get("type") != "null")
     signs = {"minimum": "≥", "maximum": "≤", "exclusiveMinimum": ">", "exclusiveMaximum": "<"}
     words = [
         {"integer": "a whole number", "boolean": "true or false", "string": "text"}.get(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 _ROWS = 256  # packed at a time, since the work is done in 64-bit integers
+LATENT_SPLIT = 32  # channels of a cached latent that share a scale
 
 
 def packed_words(columns: int, bits: int) -> int:
@@ -141,6 +142,42 @@ def unpack_indices(packed: Tensor, groups: int) -> Tensor:
     if packed.is_meta:
         return torch.empty(packed.shape[0], groups, dtype=torch.uint8, device="meta")
     return torch.stack([packed & 15, packed >> 4], -1).view(packed.shape[0], -1)[:, :groups].contiguous()
+
+
+def latent_bytes(rank: int, bits: int) -> int:
+    """Bytes of a token's latent of `rank` channels as 8- or 4-bit codes, scales included."""
+    return -(-rank * bits // 8) + 2 * -(-rank // LATENT_SPLIT)
+
+
+def pack_latents(latents: Tensor, bits: int) -> Tensor:
+    """Latents as they lie in a KV cache: codes, and behind them the fp16 scale of every 32 channels.
+
+    Scales are signed, so that the channel of largest size takes the one code without a counterpart.
+
+    Args:
+        latents: `[..., rank]`, floats.
+        bits: 8 or 4; of these, two codes a byte, the left in the low half.
+
+    Returns:
+        uint8 `[..., latent_bytes(rank, bits)]`.
+    """
+    rank, half = latents.shape[-1], 2 ** (bits - 1)
+    splits = torch.nn.functional.pad(latents.float(), (0, -rank % LATENT_SPLIT)).unflatten(-1, (-1, LATENT_SPLIT))
+    extremes = splits.gather(-1, splits.abs().argmax(-1, keepdim=True))
+    scales = (extremes / -half).half()
+    inverse = torch.where(scales == 0, 0.0, 1 / scales.float())
+    codes = (splits * inverse).round_().clamp_(-half, half - 1).to(torch.int8).flatten(-2)[..., : rank + rank % 2]
+    codes = codes[..., 0::2] & 15 | codes[..., 1::2] << 4 if bits == 4 else codes[..., :rank]
+    return torch.cat([codes.contiguous().view(torch.uint8), scales.squeeze(-1).view(torch.uint8)], -1)
+
+
+def unpack_latents(packed: Tensor, rank: int, bits: int, dtype: torch.dtype) -> Tensor:
+    """The inverse of `pack_latents`, up to rounding: `[..., rank]` in `dtype`."""
+    count = packed.shape[-1] - 2 * -(-rank // LATENT_SPLIT)
+    codes, scales = packed[..., :count].view(torch.int8), packed[..., count:].contiguous().view(torch.half)
+    if bits == 4:
+        codes = torch.stack([codes << 4 >> 4, codes >> 4], -1).flatten(-2)[..., :rank]
+    return (codes * scales.float().repeat_interleave(LATENT_SPLIT, -1)[..., :rank]).to(dtype)
 
 
 def swizzle_indices(packed: Tensor) -> Tensor:

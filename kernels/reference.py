@@ -42,3 +42,10 @@ def block_diagonal(x: Tensor, blocks: Tensor) -> Tensor:
     count, size, _ = blocks.shape
     parts = x.reshape(-1, count, size).transpose(0, 1)
     return torch.bmm(parts, blocks.mT).transpose(0, 1).reshape(x.shape)
+
+
+def grouped_product(x: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """`[..., groups * r]` → `[..., rows]`: each group of rows of `weight` `[rows, r]` reads its own r numbers."""
+    parts = x.reshape(-1, groups, x.shape[-1] // groups).transpose(0, 1)
+    product = torch.bmm(parts, weight.view(groups, -1, weight.shape[1]).mT)
+    return product.transpose(0, 1).reshape(*x.shape[:-1], weight.shape[0])

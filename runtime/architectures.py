@@ -15,10 +15,11 @@ from .errors import ModelError
 Stage = tuple[tuple[str, ...], ...]  # groups of linears; a group shares one input
 # Parts of a block that end in a linear: once that is final, the rest of the part need not be computed again.
 ROUTER = "mlp.gate"  # in memory, in every family
+QUERIES, KEYS, VALUES = "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"  # in memory and on disk
 PARTS = {"self_attn": "self_attn.o_proj", "mlp": "mlp.down_proj"}
 
 _ATTENTION: tuple[Stage, ...] = (
-    (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),),
+    ((QUERIES, KEYS, VALUES),),
     (("self_attn.o_proj",),),
 )
 _MLA: tuple[Stage, ...] = (

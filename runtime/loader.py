@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from .attention import install_latent_attention
 from .errors import ModelError
 from .modules import stored_linear
 from .skeleton import Skeleton, restore_buffers
@@ -63,6 +64,7 @@ def load(
 
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
     if isinstance(checkpoint, StoredModel):
+        install_latent_attention(model)
         model.save_pretrained = _cannot_be_saved
     return model.requires_grad_(False).eval()
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import cpu, dispatch, layouts
-from ..kernels.reference import block_diagonal
+from ..kernels.reference import block_diagonal, grouped_product
 from .operators import IntQuantized
 from .operators.base import below, shared
 
@@ -34,6 +34,10 @@ class StoredLinear(nn.Module):
         """`[..., in_features]` → `[..., out_features]`, without the bias."""
         raise NotImplementedError
 
+    def whole(self, dtype: torch.dtype) -> Tensor:
+        """The weight `[out_features, in_features]`."""
+        return self.product(torch.eye(self.in_features, dtype=dtype, device=next(self.buffers()).device)).T
+
     def forward(self, x: Tensor) -> Tensor:
         result = self.product(x)
         return result if self.bias is None else result + self.bias
@@ -48,6 +52,9 @@ class RowsLinear(StoredLinear):
     def decode(self, rows: slice, dtype: torch.dtype) -> Tensor:
         """Some rows of the weight."""
         raise NotImplementedError
+
+    def whole(self, dtype: torch.dtype) -> Tensor:
+        return self.decode(_ALL, dtype)
 
     def product(self, x: Tensor) -> Tensor:
         return cpu.linear_tiles(x, lambda rows: self.decode(rows, x.dtype), self.out_features)
@@ -159,10 +166,41 @@ class LowRankLinear(StoredLinear):
     def __init__(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any], dtype: torch.dtype) -> None:
         up, down = (_build(below(tensors, part), scheme[part], dtype) for part in ("up", "down"))
         super().__init__(up.out_features, down.in_features)
-        self.up, self.down = up, down
+        self.up, self.down, self.groups = up, down, scheme.get("groups", 1)
+
+    def raised(self, latents: Tensor) -> Tensor:
+        """`[..., rank]` → `[..., out_features]`."""
+        if self.groups == 1:
+            return self.up.product(latents)
+        return grouped_product(latents, self.up.whole(latents.dtype), self.groups)
 
     def product(self, x: Tensor) -> Tensor:
-        return self.up.product(self.down.product(x))
+        return self.raised(self.down.product(x))
+
+
+class LatentLinear(LowRankLinear):
+    """A key or value projection: what attention caches is `packed`.
+
+    Attributes:
+        bits: of a number in the cache.
+        dtype: of activations.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any], dtype: torch.dtype) -> None:
+        super().__init__(tensors, scheme, dtype)
+        self.bits, self.rank, self.dtype = scheme["bits"], self.down.out_features, dtype
+
+    def packed(self, x: Tensor) -> Tensor:
+        """`[..., in_features]` → what is cached of it."""
+        latents = self.down.product(x)
+        return latents if self.bits == 16 else layouts.pack_latents(latents, self.bits)
+
+    def unpacked(self, cached: Tensor, dtype: torch.dtype) -> Tensor:
+        """What is cached → `[..., rank]`."""
+        return cached if self.bits == 16 else layouts.unpack_latents(cached, self.rank, self.bits, dtype)
+
+    def product(self, x: Tensor) -> Tensor:
+        return self.raised(self.unpacked(self.packed(x), x.dtype))
 
 
 class ResidualLinear(StoredLinear):
@@ -180,7 +218,7 @@ class ResidualLinear(StoredLinear):
 
 _MODULES: dict[str, Any] = {
     "dense": DenseLinear, "int": IntLinear, "sparse24": Sparse24Linear, "armor": ArmorLinear,
-    "lowrank": LowRankLinear, "residual": ResidualLinear,
+    "lowrank": LowRankLinear, "latent": LatentLinear, "residual": ResidualLinear,
 }  # fmt: skip
 
 

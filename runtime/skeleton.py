@@ -19,6 +19,8 @@ from .checkpoint import Checkpoint
 from .errors import ModelError
 from .experts import unfuse_experts
 
+_HEAD_ROWS = 16384  # of the output head, in float32 at a time
+
 
 def meta_model(config: Any) -> Any:
     """The causal language model of a transformers config on `meta`, experts as separate linears."""
@@ -173,11 +175,27 @@ class Skeleton:
         restore_buffers(base, self.config, self.device)
         return base
 
-    @torch.no_grad()
-    def run(self, runner: Any, hidden: Tensor) -> Tensor:
+    def forward(self, runner: Any, hidden: Tensor) -> Tensor:
         """Hidden states `[batch, tokens, hidden_size]` through a runner's block."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return runner(inputs_embeds=hidden.to(self.device), use_cache=False).last_hidden_state.float()
+
+    @torch.no_grad()
+    def run(self, runner: Any, hidden: Tensor) -> Tensor:
+        """`forward` where no gradient is wanted."""
+        return self.forward(runner, hidden)
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What leaves the last block → float32 `[..., vocab_size]`; the head is converted a part at a time."""
+        norm = copy.deepcopy(self.model.model.norm)
+        weight = self.checkpoint.tensor(self.architecture.disk_name("model.norm.weight"))
+        norm.load_state_dict({"weight": weight.to(self.device, torch.float32)}, assign=True)
+        normed = norm(hidden.float())
+        own = "lm_head.weight" in self.checkpoint.tensors
+        head = self.checkpoint.tensor("lm_head.weight" if own else "model.embed_tokens.weight")
+        parts = (nn.functional.linear(normed, part.to(self.device, torch.float32)) for part in head.split(_HEAD_ROWS))
+        return torch.cat(list(parts), -1)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids `[batch, tokens]` → what enters block 0, `[batch, tokens, hidden_size]`."""

@@ -41,16 +41,21 @@ class StoredModel(Checkpoint):
             ) from None
         self.config = _original_config(self.config)
         self._suffixes = _suffixes(self.schemes, self.stored)
-        for name, scheme in self.schemes.items():
-            shape, dtype = self._headers(name, scheme)
+        for name in self.schemes:
+            shape = self.outline(name).shape
             owned = [stored_name(name, suffix) for suffix in self._suffixes[name]]
             file = next(self.stored[part].file for part in owned)
+            dtype = next(info.dtype for part in owned if (info := self.stored[part]).dtype.is_floating_point)
             for part in owned:
                 self.tensors.pop(part, None)
             self.tensors[name + ".weight"] = TensorInfo(file, dtype, shape)
 
-    def _headers(self, name: str, scheme: Mapping[str, Any]) -> tuple[tuple[int, int], torch.dtype]:
-        """Shape and dtype of the weight that the linear `name` stands for."""
+    def outline(self, name: str) -> Operator:
+        """The compressed linear `name` on `meta`: shapes and schemes without values.
+
+        Raises:
+            ModelError: a tensor of it is missing or has another shape.
+        """
         parts: dict[str, Tensor] = {}
         for suffix in self._suffixes[name]:
             info = self.stored[stored_name(name, suffix)]
@@ -58,9 +63,9 @@ class StoredModel(Checkpoint):
             if suffix.endswith("weight_shape"):  # the one tensor whose values are a shape
                 parts[suffix] = self.stored_tensor(stored_name(name, suffix))
         try:
-            shape = operators.from_tensors(parts, scheme).shape
-            floats = [part.dtype for part in parts.values() if part.dtype.is_floating_point]
-            return shape, floats[0]
+            operator = operators.from_tensors(parts, self.schemes[name])
+            assert operator.shape
+            return operator
         except (KeyError, IndexError, RuntimeError, ValueError) as error:
             found = ", ".join(parts) or "nothing"
             raise ModelError(f"{self.path}: {name} is not whole ({error}); it has {found}") from None

@@ -56,6 +56,7 @@ def measure(recipe: str, name: str, out: Path) -> dict[str, Any]:
     assert result.against is not None
     return {
         "bytes": plan.bytes_after,
+        "kv_bytes_per_token": plan.kv_after,
         "format": plan.format,
         "kl_mean": result.against.kl_mean,
         "perplexity_ratio": result.against.perplexity_ratio,
@@ -68,7 +69,8 @@ def test_baseline(recipe: str, name: str, tmp_path: Path) -> None:
     baselines = json.loads(BASELINES.read_text(encoding="utf-8"))
     expected = baselines["models"][name][recipe]
     found = measure(recipe, name, tmp_path / "out")
-    assert (found["bytes"], found["format"]) == (expected["bytes"], expected["format"])
+    for key in ("bytes", "kv_bytes_per_token", "format"):
+        assert found[key] == expected[key]
     # Thread counts and processors round differently; a broken solver is far outside of either tolerance.
     tolerance = 0.08 if baselines["corpus"] == corpus_hash() else 0.5
     assert found["kl_mean"] == pytest.approx(expected["kl_mean"], rel=tolerance)
@@ -80,6 +82,8 @@ def test_quality_falls_in_the_expected_order() -> None:
             ("w8a16", "w4a16-gptq", "w4a16-rtn", "w3a16-gptq", "w2a16-gptq"),
             ("w4a16-gptq", "armor-24", "armor-24-w4", "sparsegpt-24", "sparsegpt-24-w4"),
             ("armor-24", "armor-24-paper"),
+            ("lorc-calibrated-50", "lorc-w4"),
+            ("lorc-calibrated-50", "lorc-50"),
         ):
             order = [found[recipe]["kl_mean"] for recipe in recipes]
             assert order == sorted(order), name

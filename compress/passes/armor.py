@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...calibrate.walk import StageWork
 from ...runtime.errors import RecipeError
-from ...runtime.operators import Armor, Dense, IntQuantized, Operator, bits_per_weight
+from ...runtime.operators import Armor, Dense, IntQuantized, Operator
 from ..events import Event, Fallback, LayerDone
 from ..solvers.armor import Factors, alternate, pair_step, total_loss, weighed
 from ..solvers.armor_adam import RATE, adam
@@ -64,16 +64,16 @@ class ArmorPass(Calibrated):
         0.0, ge=0, le=1, description="how much of the error of earlier layers to make up for (α); 0: as published"
     )
 
-    def plan(self, name: str, operator: Operator, group: Mapping[str, Dense]) -> Operator:
+    def planned(self, name: str, operator: Operator, group: Mapping[str, Dense]) -> Operator:
         """The factors on `meta`.
 
         Raises:
             RecipeError: besides the common reasons, the blocks are so large that the factors are more than the weight.
         """
         dense = plain_floats(self.step, name, operator)
-        result = self._planned(name, dense, self.block_size, group)
+        result = self._outline(name, dense, self.block_size, group)
         if result.nbytes >= dense.nbytes:
-            smaller = (self._planned(name, dense, size, group) for size in range(self.block_size, 3, -1))
+            smaller = (self._outline(name, dense, size, group) for size in range(self.block_size, 3, -1))
             pays = next((max(plan.block_sizes) for plan in smaller if plan.nbytes < dense.nbytes), None)
             hint = (
                 f"the largest block_size that pays there is {pays}" if pays else "no block size pays there: ignore it"
@@ -84,7 +84,7 @@ class ArmorPass(Calibrated):
             )
         return result
 
-    def _planned(self, name: str, dense: Dense, block_size: int, group: Mapping[str, Dense]) -> Armor:
+    def _outline(self, name: str, dense: Dense, block_size: int, group: Mapping[str, Dense]) -> Armor:
         core = sparse_plan(self.step, name, dense)
         rows, columns = dense.shape
         dtype = dense.weight.dtype
@@ -114,7 +114,8 @@ class ArmorPass(Calibrated):
             return self.rounds * adam
         return self.rounds * (2 * product + weights * (12.0 * self.block_size + 6000.0)) + self.polish * adam
 
-    def memory(self, shapes: Sequence[tuple[int, int]]) -> float:
+    def memory(self, operators: Sequence[Operator]) -> float:
+        shapes = [operator.shape for operator in operators]
         rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
         largest = rows if self.share else max(shape[0] for shape in shapes)
         copies = 14 if self.solver == "adam" or self.polish else 9  # float32, of the linears that are solved together
@@ -151,7 +152,7 @@ class ArmorPass(Calibrated):
             if reason:
                 yield Fallback(name, self.step, reason)
             error = float(losses[0][rows].sum() / losses[1][rows].sum().clamp(min=1e-30))
-            yield LayerDone(name, self.step, error, bits_per_weight(result), group.tokens)
+            yield LayerDone.of(name, self.step, error, result, group.tokens)
 
     def _solve(self, goal: Tensor, moment: Tensor, energy: Tensor, high: int, wide: int, dtype: torch.dtype) -> Solved:
         """The factors of `[columns, rows]`, A and B as they will be stored."""

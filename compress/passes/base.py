@@ -5,15 +5,19 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, ClassVar, Literal
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from torch import Tensor
 
 from ...calibrate.walk import StageWork
-from ...runtime.operators import Dense, Operator
+from ...runtime.operators import Dense, LowRank, Operator
+from ...runtime.skeleton import Skeleton
 from ..events import Event
 
-Need = Literal["reference", "moment", "cross"]
+Need = Literal["reference", "moment", "cross", "metric"]
 
 
 def _check_pattern(pattern: str) -> str:
@@ -37,12 +41,19 @@ def matches(pattern: str, name: str) -> bool:
     return fnmatch.fnmatchcase(name, pattern)
 
 
+def factors(operator: LowRank) -> tuple[str, ...]:
+    """The parts of a low-rank operator that passes rewrite, in the order in which they run; `up` in groups, which is
+    small, stays as it is."""
+    return ("down", "up") if operator.groups == 1 else ("down",)
+
+
 class Pass(BaseModel):
     """One entry of a recipe's `passes`: the config is the pass."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     step: ClassVar[str]
+    may_grow: ClassVar[bool] = False  # whether weights may take more bytes, for the sake of something else
     targets: Patterns = Field(
         ("*",), description="linears to work on: globs over names without .weight, or re: patterns"
     )
@@ -53,7 +64,7 @@ class Pass(BaseModel):
         """Statistics to collect before `apply`; none for a pass without data.
 
         `reference`: moments of the uncompressed model; `moment`: of the compressed chain, which serve for `reference`
-        too; `cross`: cross moments of the two chains besides.
+        too; `cross`: cross moments of the two chains besides; `metric`: how the linear's errors move the block.
         """
         return frozenset()
 
@@ -61,8 +72,30 @@ class Pass(BaseModel):
         """Whether a linear, by its disk name without `.weight`, is this pass's to rewrite."""
         return any(matches(p, name) for p in self.targets) and not any(matches(p, name) for p in self.ignore)
 
+    def prepare(self, skeleton: Skeleton) -> Pass:
+        """This pass for a model of which headers are known.
+
+        Raises:
+            RecipeError: it cannot be applied to this model.
+        """
+        return self
+
+    @property
+    def to_survey(self) -> bool:
+        """Whether `survey` has still to be called; without `needs`, it reads weights only."""
+        return False
+
+    def survey(self, skeleton: Skeleton, windows: Tensor | None, scratch: Path) -> Pass:
+        """This prepared pass once it has looked at all weights, before the first block is rewritten.
+
+        Args:
+            windows: calibration tokens `[samples, tokens]`, if the recipe needs any.
+            scratch: a folder for large files.
+        """
+        return self
+
     def plan(self, name: str, operator: Operator, group: Mapping[str, Dense]) -> Operator:
-        """The operator that `apply` will leave, on `meta`.
+        """The operator that `apply` will leave, on `meta`; of a low-rank one, each factor is rewritten.
 
         Args:
             name: disk name of the linear.
@@ -73,14 +106,24 @@ class Pass(BaseModel):
         Raises:
             RecipeError: this pass cannot follow what was done to the linear before.
         """
+        if not isinstance(operator, LowRank):
+            return self.planned(name, operator, group)
+        parts: dict[str, Any] = {}
+        for part in factors(operator):
+            label, factor = f"{name}.{part}", getattr(operator, part)
+            parts[part] = self.planned(label, factor, {label: factor} if isinstance(factor, Dense) else {})
+        return replace(operator, **parts)
+
+    def planned(self, name: str, operator: Operator, group: Mapping[str, Dense]) -> Operator:
+        """`plan` for a linear or a factor of one."""
         raise NotImplementedError
 
     def flops(self, rows: int, columns: int) -> float:
         """Floating-point operations to rewrite one linear, for the time estimate."""
         return 0.0
 
-    def memory(self, shapes: Sequence[tuple[int, int]]) -> float:
-        """Bytes in use at the worst moment of rewriting linears `(rows, columns)` that share an input."""
+    def memory(self, operators: Sequence[Operator]) -> float:
+        """Bytes in use at the worst moment of rewriting linears that share an input, given what they are in the end."""
         return 0.0
 
     def apply(self, work: StageWork) -> Iterator[Event]:

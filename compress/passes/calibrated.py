@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -13,9 +15,10 @@ from ...calibrate.statistics import Statistics
 from ...calibrate.walk import StageWork
 from ...kernels.dispatch import cpu_capability, products_dtype
 from ...runtime.errors import RecipeError
-from ...runtime.operators import Dense, Operator
+from ...runtime.operators import Dense, LowRank, Operator
+from ..solvers.lowrank import refit_up
 from ..solvers.system import NotSolvable, System, damped_system
-from .base import Need, Pass
+from .base import Need, Pass, factors
 
 ROWS = 4096  # solved at a time: memory is bounded, and GEMMs are large enough
 
@@ -71,6 +74,15 @@ class Group:
     alpha: float
     pruned: bool = False
 
+    def part(self, numbers: Sequence[int]) -> Group:
+        """Some of its linears."""
+        return replace(
+            self,
+            names=[self.names[n] for n in numbers],
+            operators=[self.operators[n] for n in numbers],
+            originals=[self.originals[n] for n in numbers],
+        )
+
     def alive(self, weight: Tensor) -> Tensor:
         """A weight `[rows, columns]` without the columns whose inputs were never anything but zero."""
         return weight * (self.energy > 0)
@@ -122,44 +134,86 @@ class Calibrated(Pass):
             products: what the system is held and multiplied in; default: bfloat16 where the processor is fast at it.
         """
         products = products or products_dtype(cpu_capability())
+        system_of = partial(damped_system, damping=self.damping, act_order=act_order, together=together)
         for members in work.groups:
             names = [name for name in members if self.wants(name)]
             if not names:
                 continue
-            operators, originals = [work.linears[n] for n in names], [work.originals[n] for n in names]
-            statistics = work.statistics.get(names[0])
-            group = self._group(names, operators, originals, statistics, act_order, together, products)
-            yield replace(group, pruned=pruned)
+            group = replace(self._group(work, names, system_of, products), pruned=pruned)
+            whole = [number for number, name in enumerate(names) if not isinstance(work.linears[name], LowRank)]
+            if whole:
+                yield group.part(whole)
+            for number in (n for n in range(len(names)) if n not in whole):
+                yield from self._factors(work, group.part([number]), system_of, products)
+
+    def _factors(
+        self, work: StageWork, group: Group, system_of: Callable[[Tensor], System], products: torch.dtype
+    ) -> Iterator[Group]:
+        """A low-rank linear's factors in the order in which they run, each a group of its own whose results, set in
+        `work.linears` under the factor's name, are gathered again.
+
+        `down` sees the linear's inputs; what matters of its errors is what `up` makes of them, and the columns of `up`
+        are orthogonal in the metric for which they were found. `up` sees `D x` and aims at the linear's own target.
+        """
+        [name], [target] = group.names, group.targets()
+        operator, dtype = work.linears[name], group.originals[0].dtype
+        assert isinstance(operator, LowRank)
+        below, above = f"{name}.down", f"{name}.up"
+        work.linears[below] = operator.down
+        weight = operator.down.dense(dtype)
+        yield replace(group, names=[below], operators=[operator.down], originals=[weight], shift=None)
+        operator = replace(operator, down=work.linears.pop(below))
+        if "up" in factors(operator):
+            weight, statistics = operator.up.dense(), None
+            if group.system is not None:
+                moment, down = group.system.moment.float(), operator.down.dense()
+                if isinstance(operator.up, Dense):  # a pattern that is there already would not survive
+                    weight = refit_up(target, moment, down, weight)
+                statistics = Statistics(group.tokens, down @ moment @ down.T)
+            known = _known(statistics, system_of, len(weight.T), products, group.reason)
+            work.linears[above] = Dense(weight.to(dtype)) if isinstance(operator.up, Dense) else operator.up
+            yield replace(
+                group, names=[above], operators=[work.linears[above]], originals=[weight.to(dtype)], shift=None, **known
+            )
+            operator = replace(operator, up=work.linears.pop(above))
+        work.linears[name] = operator
 
     def _group(
         self,
+        work: StageWork,
         names: list[str],
-        operators: list[Operator],
-        originals: list[Tensor],
-        statistics: Statistics | None,
-        act_order: bool,
-        together: int,
+        system_of: Callable[[Tensor], System],
         products: torch.dtype,
     ) -> Group:
-        reason, system, tokens = "", None, 0 if statistics is None else statistics.tokens
-        if statistics is None or not tokens:
-            reason = "no calibration token came by (more data.samples?)"
-        elif not statistics.moment.diagonal().any():
+        operators, originals = [work.linears[n] for n in names], [work.originals[n] for n in names]
+        statistics = work.statistics.get(names[0])
+        known = _known(statistics, system_of, originals[0].shape[1], products)
+        shift, system = None, known["system"]
+        if self.correction and system is not None and statistics is not None and statistics.cross is not None:
+            shift = Shift.of(statistics.cross, system, sum(len(original) for original in originals))
+        return Group(names, operators, originals, shift=shift, alpha=self.correction, **known)
+
+
+def _known(
+    statistics: Statistics | None,
+    system_of: Callable[[Tensor], System],
+    columns: int,
+    products: torch.dtype,
+    reason: str = "no calibration token came by (more data.samples?)",
+) -> dict[str, Any]:
+    """What a group knows of its inputs: tokens, system, energy, and the reason where there is no system."""
+    tokens = 0 if statistics is None else statistics.tokens
+    if statistics is not None and tokens:
+        if not statistics.moment.diagonal().any():
             reason = "its inputs were all zero"
         else:
             try:
-                system = damped_system(statistics.moment, self.damping, act_order=act_order, together=together)
+                system = system_of(statistics.moment).to(products)
+                energy = statistics.moment.diagonal().clone()
+                return {"tokens": tokens, "system": system, "energy": energy, "reason": ""}
             except NotSolvable as error:
                 reason = str(error)
-        if statistics is None or system is None:
-            ones = torch.ones(originals[0].shape[1])
-            return Group(names, operators, originals, tokens, None, ones, reason, None, 0.0)
-        system = system.to(products)
-        shift = None
-        if self.correction and statistics.cross is not None:
-            shift = Shift.of(statistics.cross, system, sum(len(original) for original in originals))
-        energy = statistics.moment.diagonal().clone()
-        return Group(names, operators, originals, tokens, system, energy, reason, shift, self.correction)
+    return {"tokens": tokens, "system": None, "energy": torch.ones(columns), "reason": reason}
 
 
 def plain_floats(step: str, name: str, operator: Operator) -> Dense:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...calibrate.walk import StageWork
 from ...runtime.errors import RecipeError
-from ...runtime.operators import Dense, LowRank, Operator, WithResidual, bits_per_weight
+from ...runtime.operators import Dense, LowRank, Operator, WithResidual
 from ..events import Event, Fallback, LayerDone
 from ..solvers.factors import stored_rows
 from ..solvers.lowrank import best_low_rank, refit_up
@@ -64,15 +64,17 @@ class Eora(Calibrated):
         if isinstance(operator, Dense | WithResidual):
             why = "nothing has compressed" if isinstance(operator, Dense) else "has a residual already"
             raise RecipeError(f"{self.step} cannot take {name}, which {why}: put it after one other pass, once")
+        if isinstance(operator, LowRank):
+            raise RecipeError(f"{self.step} cannot take {name}, whose latents are to be cached; let it ignore it")
         rows, columns = operator.shape
         dtype = _float_dtype(operator)
         before = rows * columns * dtype.itemsize
         rank = self.rank_for(rows, columns, dtype.itemsize)
         if rank < 1:
             raise RecipeError(f"{self.step}: the budget {self.budget} is less than one rank of {name}; raise it")
-        result = self._planned(operator, rank, dtype)
+        result = self._outline(operator, rank, dtype)
         if result.nbytes >= before:
-            pays = next((r for r in range(rank, 0, -1) if self._planned(operator, r, dtype).nbytes < before), 0)
+            pays = next((r for r in range(rank, 0, -1) if self._outline(operator, r, dtype).nbytes < before), 0)
             hint = f"the largest rank that pays is {pays}" if pays else "none pays: ignore it"
             raise RecipeError(
                 f"{self.step}: with rank {rank}, {name} takes {result.nbytes:,.0f} bytes, not less than its "
@@ -80,7 +82,7 @@ class Eora(Calibrated):
             )
         return result
 
-    def _planned(self, operator: Operator, rank: int, dtype: torch.dtype) -> WithResidual:
+    def _outline(self, operator: Operator, rank: int, dtype: torch.dtype) -> WithResidual:
         up = torch.empty(operator.shape[0], rank, dtype=dtype, device="meta")
         down = torch.empty(rank, operator.shape[1], dtype=dtype, device="meta")
         return WithResidual(operator, LowRank(self._stored(up), self._stored(down)))
@@ -92,7 +94,8 @@ class Eora(Calibrated):
         small = min(rows, columns)
         return 2.0 * columns**3 + 4.0 * rows * columns**2 + 30.0 * small**3
 
-    def memory(self, shapes: Sequence[tuple[int, int]]) -> float:
+    def memory(self, operators: Sequence[Operator]) -> float:
+        shapes = [operator.shape for operator in operators]
         rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
         small = max(min(shape) for shape in shapes)
         largest = max(shape[0] for shape in shapes)
@@ -124,7 +127,7 @@ class Eora(Calibrated):
             work.linears[name] = result
             yield Fallback(name, self.step, "a residual of zeros, for there was nothing to make up for")
         whole = ((target @ moment) * target).double().sum().clamp(min=1e-30)
-        yield LayerDone(name, self.step, float(left / whole), bits_per_weight(result), group.tokens)
+        yield LayerDone.of(name, self.step, float(left / whole), result, group.tokens)
 
 
 def _float_dtype(operator: Operator) -> torch.dtype:

@@ -25,7 +25,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ...calibrate.walk import StageWork
-from ...runtime.operators import Armor, Dense, Operator, Sparse24, WithResidual, bits_per_weight
+from ...runtime.operators import Armor, Dense, Operator, Sparse24, WithResidual
 from ..events import Event, Fallback, LayerDone
 from ..solvers.armor_codes import quantize_core
 from ..solvers.grid import Grid, range_grid
@@ -53,15 +53,18 @@ class Gptq(Quantizer, Calibrated):
         # Column after column, a weight costs as much time as this many operations of a GEMM.
         return 2.0 * columns**3 + products + (3000.0 * sweeps + 6000.0 * self.refinements) * rows * columns
 
-    def memory(self, shapes: Sequence[tuple[int, int]]) -> float:
+    def memory(self, operators: Sequence[Operator]) -> float:
+        shapes = [operator.shape for operator in operators]
         rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
         # Factoring holds two float64 copies of the moment and two float32 ones; solving, four in bfloat16 at most, the
         # weights, codes and grids of all rows, and about six float32 copies of the rows at hand.
+        if any(_wrapped(operator) for operator in operators):
+            return 36.0 * columns**2 + 12.0 * rows * columns
         return max(24.0 * columns**2, 8.0 * columns**2 + 4.0 * rows * columns + 24.0 * min(rows, ROWS) * columns)
 
     def apply(self, work: StageWork) -> Iterator[Event]:
         # Codes stay on their grid whatever a rounded moment says of directions without energy; wrappers follow it.
-        wrapped = any("armor" in str(operator.scheme()) for operator in work.linears.values())
+        wrapped = any(_wrapped(operator) for operator in work.linears.values())
         products = torch.float32 if wrapped else None
         for group in self.groups(work, act_order=self.act_order, products=products, pruned=wrapped):
             targets = group.targets()
@@ -89,7 +92,7 @@ class Gptq(Quantizer, Calibrated):
         work.linears[name] = result
         if reason:
             yield Fallback(name, self.step, reason)
-        yield LayerDone(name, self.step, error, bits_per_weight(result), group.tokens)
+        yield LayerDone.of(name, self.step, error, result, group.tokens)
 
     def _apply_stacked(
         self, work: StageWork, group: Group, which: list[int], aims: list[tuple[Operator, Tensor]]
@@ -182,6 +185,11 @@ class Gptq(Quantizer, Calibrated):
         worse = simple_losses < losses
         codes = torch.where(worse, rounded, codes.to(torch.int8)).T.contiguous()
         return Solution(grid.where(~worse, simple), codes, torch.minimum(losses, simple_losses), scale, worse)
+
+
+def _wrapped(operator: Operator) -> bool:
+    """Whether it is an ARMOR matrix, or has one in it."""
+    return "armor" in str(operator.scheme())
 
 
 @dataclass(frozen=True)

@@ -34,10 +34,10 @@ class Quantizer(Pass):
         """The group size that applies to a row of `columns`: a row shorter than a group is one group, -1."""
         return self.group_size if self.group_size <= columns else -1
 
-    def plan(self, name: str, operator: Operator, group: Mapping[str, Dense]) -> Operator:
+    def planned(self, name: str, operator: Operator, group: Mapping[str, Dense]) -> Operator:
         """Codes, scales and zero points on `meta`, in the place of the plain floats of whatever holds them."""
         if isinstance(operator, Composite):
-            return operator.with_inner(self.plan(name, operator.inner, group))
+            return operator.with_inner(self.planned(name, operator.inner, group))
         if isinstance(operator, Sparse24):
             values = plain_floats(self.step, name, operator.values).weight
             weight = torch.empty(operator.shape, dtype=values.dtype, device="meta")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
@@ -10,10 +11,10 @@ from pydantic import Field
 
 from ...calibrate.statistics import Statistics
 from ...calibrate.walk import StageWork
-from ...runtime.operators import Armor, Composite, Operator, bits_per_weight
+from ...runtime.operators import Armor, Composite, LowRank, Operator
 from ..events import Event, LayerDone
 from ..solvers.grid import range_grid, searched_grid
-from .base import Need
+from .base import Need, factors
 from .quantizer import Quantizer, quantized
 
 
@@ -33,8 +34,8 @@ class Rtn(Quantizer):
     def flops(self, rows: int, columns: int) -> float:
         return (600.0 if self.search else 10.0) * rows * columns
 
-    def memory(self, shapes: Sequence[tuple[int, int]]) -> float:
-        return max(22.0 * rows * columns for rows, columns in shapes)
+    def memory(self, operators: Sequence[Operator]) -> float:
+        return max(22.0 * rows * columns for rows, columns in (operator.shape for operator in operators))
 
     def apply(self, work: StageWork) -> Iterator[Event]:
         for name, operator in list(work.linears.items()):
@@ -43,12 +44,22 @@ class Rtn(Quantizer):
             statistics = work.statistics.get(name)
             result, error = self._rounded(operator, statistics, work.originals[name].dtype)
             work.linears[name] = result
-            yield LayerDone(name, self.step, error, bits_per_weight(result), statistics.tokens if statistics else 0)
+            yield LayerDone.of(name, self.step, error, result, statistics.tokens if statistics else 0)
 
     def _rounded(
         self, operator: Operator, statistics: Statistics | None, stored: torch.dtype
     ) -> tuple[Operator, float]:
         """The operator, its floats rounded, and their relative error weighted by what they meet where that is known."""
+        if isinstance(operator, LowRank):
+            below, error = self._rounded(operator.down, statistics, stored)
+            operator = replace(operator, down=below)
+            if "up" not in factors(operator):
+                return operator, error
+            if statistics is not None:
+                down = below.dense()
+                statistics = Statistics(statistics.tokens, down @ statistics.moment @ down.T)
+            above, more = self._rounded(operator.up, statistics, stored)
+            return replace(operator, up=above), max(error, more)
         if isinstance(operator, Composite):
             if isinstance(operator, Armor) and statistics is not None:
                 statistics = Statistics(statistics.tokens, operator.seen(statistics.moment))

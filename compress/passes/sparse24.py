@@ -20,7 +20,7 @@ from torch import Tensor
 from ...calibrate.walk import StageWork
 from ...kernels.layouts import compress24
 from ...runtime.errors import RecipeError
-from ...runtime.operators import Dense, Operator, Sparse24, bits_per_weight
+from ...runtime.operators import Dense, Operator, Sparse24
 from ..events import Event, Fallback, LayerDone
 from ..solvers.pairs import nowag_scales, sparsegpt, sweep_pairs, top_pairs
 from ..solvers.refine import row_losses
@@ -46,7 +46,7 @@ class SparsePass(Calibrated):
         needed = super().needs
         return needed if self.method.startswith("sparsegpt") else needed - {"cross"}
 
-    def plan(self, name: str, operator: Operator, group: Mapping[str, Dense]) -> Operator:
+    def planned(self, name: str, operator: Operator, group: Mapping[str, Dense]) -> Operator:
         return sparse_plan(self.step, name, plain_floats(self.step, name, operator))
 
     def flops(self, rows: int, columns: int) -> float:
@@ -56,7 +56,8 @@ class SparsePass(Calibrated):
         products = (1 + 2 * (self.correction > 0) + 2 * sweeps) * rows * columns**2
         return 2.0 * columns**3 + products + (3000.0 + 6000.0 * sweeps) * rows * columns
 
-    def memory(self, shapes: Sequence[tuple[int, int]]) -> float:
+    def memory(self, operators: Sequence[Operator]) -> float:
+        shapes = [operator.shape for operator in operators]
         rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
         return max(24.0 * columns**2, 8.0 * columns**2 + 8.0 * rows * columns + 24.0 * min(rows, ROWS) * columns)
 
@@ -72,7 +73,7 @@ class SparsePass(Calibrated):
                 work.linears[name] = result
                 if reason:
                     yield Fallback(name, self.step, reason)
-                yield LayerDone(name, self.step, relative(losses, scale), bits_per_weight(result), group.tokens)
+                yield LayerDone.of(name, self.step, relative(losses, scale), result, group.tokens)
 
     def _pruned(self, weight: Tensor, target: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
         """The sparse weight for a stored one and its target, all `[columns, rows]`; losses and their scale by row."""

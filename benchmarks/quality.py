@@ -1,0 +1,102 @@
+"""What the quality benchmarks share: recipes applied for several seeds, and judged on the same windows.
+
+KL(original ‖ result) per token and perplexity, float32 forward passes over the same windows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch.nn import functional as F
+
+from compressor.calibrate.corpus import builtin_corpus, file_corpus, load_tokenizer, token_windows
+from compressor.compress.apply import Job, apply
+from compressor.compress.plan import Plan
+from compressor.compress.recipe import parse_recipe
+from compressor.runtime import load
+
+
+def windows_of(source: str, split: str, model: Path, samples: int, length: int, seed: int) -> torch.Tensor:
+    corpus = builtin_corpus(split) if source == "builtin" else file_corpus(Path(source))
+    return token_windows(corpus, load_tokenizer(model), samples=samples, sequence_length=length, seed=seed)
+
+
+@torch.no_grad()
+def judge(folder: Path, base: list[torch.Tensor], windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses and KL of each window."""
+    model, losses, divergences = load(folder, dtype=torch.float32), [], []
+    for ids, reference in zip(windows.split(8), base, strict=True):
+        logs = model(input_ids=ids, use_cache=False).logits[:, :-1].log_softmax(-1)
+        losses.append(-logs.gather(-1, ids[:, 1:, None])[..., 0].mean(1))
+        if reference is not logs and reference.numel():
+            divergences.append(F.kl_div(logs, reference, log_target=True, reduction="none").sum(-1).mean(1))
+    return torch.cat(losses).double(), torch.cat(divergences).double() if divergences else torch.zeros(1)
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """The options of every quality benchmark."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--text", nargs=2, default=["builtin", "builtin"], help="calibration and evaluation text")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=197)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", nargs="+", help="methods to run")
+    parser.add_argument("--out", type=Path, help="append results as JSON lines")
+    return parser
+
+
+def compare(
+    options: argparse.Namespace,
+    methods: Mapping[str, list[dict[str, Any]]],
+    more: Callable[[Plan], dict[str, Any]] = lambda plan: {},
+) -> None:
+    """Apply each method (name → passes) for every seed, and print a JSON line for it."""
+    torch.set_num_threads(options.threads)
+    windows = windows_of(options.text[1], "evaluation", options.model, options.windows, options.length, 0)
+    model: Any = load(options.model, dtype=torch.float32)
+    with torch.no_grad():
+        base = [model(input_ids=ids, use_cache=False).logits[:, :-1].log_softmax(-1) for ids in windows.split(8)]
+    dense, _ = judge(options.model, [torch.empty(0)] * len(base), windows)
+    print(f"dense: perplexity {float(dense.mean().exp()):.4f}, {windows.numel() - len(windows)} predicted tokens")
+    for name, passes in methods.items():
+        if options.only and name not in options.only:
+            continue
+        found = []
+        for seed in options.seeds:
+            data = {
+                "source": options.text[0],
+                "samples": options.samples,
+                "sequence_length": options.length,
+                "seed": seed,
+            }
+            text = yaml.safe_dump({"data": data, "passes": passes}, sort_keys=False)
+            with tempfile.TemporaryDirectory() as room:
+                out, start = Path(room) / "out", time.perf_counter()
+                plan = apply(Job(parse_recipe(text), text, (), options.model, out, "benchmark"), lambda event: None)
+                seconds = time.perf_counter() - start
+                losses, divergences = judge(out, base, windows)
+            found.append((losses, divergences, seconds))
+        kl = torch.stack([divergences for _, divergences, _ in found])
+        record = {
+            "method": name,
+            "perplexity": round(sum(float(losses.mean().exp()) for losses, _, _ in found) / len(found), 4),
+            "kl": [round(float(values.mean()), 5) for values in kl],
+            "bytes": plan.bytes_after,
+            **more(plan),
+            "seconds": round(sum(seconds for _, _, seconds in found) / len(found), 1),
+        }
+        print(json.dumps(record), flush=True)
+        if options.out:
+            with options.out.open("a") as file:
+                file.write(json.dumps({**record, "windows": [round(float(x), 6) for x in kl.mean(0)]}) + "\n")

@@ -1,0 +1,285 @@
+"""LoRC: keys and values go through a few numbers, and the KV cache holds these (arXiv:2410.03111).
+
+- Plain: truncated SVD of the weights, ranks that fall with depth by the cumulative condition numbers, no data.
+- `calibrated`: the principal components of what the projections put out, `W H Wᵀ`, in the metric of how errors there
+  move the block's output (`calibrate/probes.py`); ranks by how much the model's answers suffer when each projection is
+  cut; factors found on the compressed model, for targets that make up for the errors of earlier layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, PrivateAttr, model_validator
+from torch import Tensor
+
+from ...calibrate.probes import output_metrics
+from ...calibrate.sensitivity import Seen, divergences
+from ...calibrate.walk import StageWork
+from ...kernels.layouts import LATENT_SPLIT
+from ...runtime.architectures import KEYS, VALUES
+from ...runtime.attention import rope_obstacle, sliding
+from ...runtime.errors import RecipeError
+from ...runtime.operators import Dense, Latent, LowRank, Operator, cached_bytes
+from ...runtime.skeleton import Skeleton
+from ..events import Event, Fallback, LayerDone
+from ..solvers.lowrank import Components, rotation
+from ..solvers.ranks import bisected, greedy, log_condition, progressive, rounded
+from .base import Need
+from .calibrated import Calibrated, plain_floats
+
+_SPREAD = 1.25  # of the highest share over the mean, where only the mean is given
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A projection whose latents are to be cached.
+
+    Attributes:
+        rows: outputs, `kv_heads * head_dim`.
+        groups: of heads that have latents of their own.
+        step: channels that are given at a time.
+        block: of the model.
+    """
+
+    rows: int
+    groups: int
+    step: int
+    block: int
+
+
+class Lorc(Calibrated):
+    """Let the KV cache hold low-rank latents of keys and values."""
+
+    step: ClassVar[str] = "lorc"
+    may_grow: ClassVar[bool] = True
+    kind: Literal["lorc"]
+    ratio: float | None = Field(
+        None, gt=0, le=1, description="bytes of the KV cache, as a share of what they were; either this or d_max"
+    )
+    d_max: float | None = Field(None, gt=0, le=1, description="rank of the first layer, as a share of full width")
+    d_min: float | None = Field(None, gt=0, le=1, description="rank of the last layer, as a share of full width")
+    granularity: int | Literal["joint", "per_head"] = Field(
+        "joint", description="heads that share latents: joint (all), per_head, or how many"
+    )
+    rank_step: int | None = Field(
+        None, ge=1, description="ranks are multiples of this; 16, or 8 where heads are narrower than 64"
+    )
+    calibrated: bool = Field(
+        False, description="principal components on data, ranks by what cutting each projection does to the model"
+    )
+    objective: Literal["outputs", "block"] = Field(
+        "block",
+        description="of calibrated; outputs: errors of keys and values count as they are; block: as they move the "
+        "block's output",
+    )
+    latent_bits: Literal[4, 8, 16] = Field(
+        16, description="of a number in the cache; 16: floats as the model's; 8, 4: codes, 32 of which share a scale"
+    )
+    ranks: dict[str, int] | None = Field(
+        None, description="rank of each projection by name; default: by the survey, which fills this in"
+    )
+    _shapes: dict[str, Shape] = PrivateAttr(default_factory=dict)
+    _checkpoint: Any = PrivateAttr(default=None)
+    _nominal: bool = PrivateAttr(default=False)  # whether the ranks are there to be replaced
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Lorc:
+        if (self.ratio is None) == (self.d_max is None):
+            raise ValueError("give either ratio, or d_max and d_min")
+        if (self.d_max is None) != (self.d_min is None) or (self.d_max or 1) < (self.d_min or 0):
+            raise ValueError("give d_max and d_min, the larger first")
+        if self.calibrated and self.ratio is None:
+            raise ValueError("calibrated distributes a ratio; d_max and d_min are of the plain method")
+        return self
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        if not self.calibrated:
+            return frozenset()
+        return super().needs | ({"metric"} if self.objective == "block" else set())
+
+    def wants(self, name: str) -> bool:
+        """Before `prepare`, by the patterns; then exactly the projections that have a rank."""
+        if self.ranks is not None:
+            return name in self.ranks
+        return name.endswith((KEYS, VALUES)) and super().wants(name)
+
+    def prepare(self, skeleton: Skeleton) -> Lorc:
+        """With equal ranks everywhere, which the survey distributes.
+
+        Raises:
+            RecipeError: no projection is to be cached, or keys could not be rotated again from the cache.
+        """
+        if why := rope_obstacle(skeleton.config):
+            raise RecipeError(f"{self.step}: latents cannot be cached for this model: {why}")
+        config = skeleton.config
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        shapes: dict[str, Shape] = {}
+        for index in range(skeleton.blocks):
+            for name, linear in skeleton.linears(index).items():
+                if self.wants(name) and not sliding(config, index):
+                    shapes[name] = self._shape(name, linear.out_features, head_dim, index)
+        if unknown := set(self.ranks or ()).difference(shapes):
+            raise RecipeError(f"{self.step}: ranks names {min(unknown)}, which is no projection that can be cached")
+        if not shapes:
+            raise RecipeError(
+                f"{self.step} finds no key or value projection to work on: targets and ignore leave none, or the model "
+                "has them under sliding windows only, or latents of its own"
+            )
+        result = self.model_copy()
+        result._shapes, result._checkpoint = shapes, skeleton.checkpoint
+        if self.ranks is None:
+            share = self.ratio if self.d_max is None or self.d_min is None else (self.d_max + self.d_min) / 2
+            assert share is not None
+            result = result._with_ranks(result._rounded(dict.fromkeys(shapes, share), share), nominal=True)
+        return result
+
+    def _shape(self, name: str, rows: int, head_dim: int, index: int) -> Shape:
+        heads = rows // head_dim
+        together = {"joint": heads, "per_head": 1}.get(str(self.granularity)) or int(self.granularity)
+        if heads % together:
+            raise RecipeError(f"{self.step}: granularity {together} does not divide the {heads} heads of {name}")
+        groups = heads // together
+        step = self.rank_step or (16 if head_dim >= 64 else 8)
+        return Shape(rows, groups, min(groups * step, rows), index)
+
+    def _with_ranks(self, ranks: dict[str, int], *, nominal: bool = False) -> Lorc:
+        result = self.model_copy(update={"ranks": ranks})
+        result._nominal = nominal
+        return result
+
+    def _cost(self, rank: int) -> int:
+        """Bytes of a token's latent in the cache."""
+        return cached_bytes(rank, self.latent_bits, self._checkpoint.dtype.itemsize)
+
+    def _budget(self, share: float) -> float:
+        """Bytes of a token in the cache."""
+        return share * sum(shape.rows for shape in self._shapes.values()) * self._checkpoint.dtype.itemsize
+
+    def _rounded(self, shares: Mapping[str, float], mean: float) -> dict[str, int]:
+        """Ranks from shares of the bytes."""
+        full = self._checkpoint.dtype.itemsize
+        channels = LATENT_SPLIT * full / cached_bytes(LATENT_SPLIT, self.latent_bits, full)  # that fit in one's bytes
+        widths = {name: shape.rows for name, shape in self._shapes.items()}
+        wanted = {name: share * channels * widths[name] for name, share in shares.items()}
+        return rounded(wanted, self._steps, widths, self._cost, self._budget(mean))
+
+    @property
+    def _steps(self) -> dict[str, int]:
+        return {name: shape.step for name, shape in self._shapes.items()}
+
+    @property
+    def to_survey(self) -> bool:
+        return self._nominal
+
+    def survey(self, skeleton: Skeleton, windows: Tensor | None, scratch: Path) -> Lorc:
+        if not self._nominal:
+            return self
+        if not self.calibrated:
+            return self._with_ranks(self._progressive(skeleton))
+        assert windows is not None
+        assert self.ratio is not None
+        curves: dict[str, Tensor] = {}
+
+        probed = {  # where enough is cut to see what cutting does
+            name: min(self._ranks[name], max(shape.rows * 3 // 4 // shape.groups, 1) * shape.groups)
+            for name, shape in self._shapes.items()
+        }
+
+        def changes(index: int, seen: Seen) -> dict[str, dict[str, Tensor]]:
+            inner = {
+                name: skeleton.architecture.memory_name(name).split(".", 3)[3]
+                for name, shape in self._shapes.items()
+                if shape.block == index
+            }
+            if not inner:
+                return {}
+            metrics: Sequence[Tensor | None] = [None] * len(inner)
+            if self.objective == "block":
+                metrics = output_metrics(skeleton, seen.runner, seen.hidden, list(inner.values()))
+            found = {}
+            for name, metric in zip(inner, metrics, strict=True):
+                weight, groups = skeleton.checkpoint.tensor(name + ".weight"), self._shapes[name].groups
+                components = Components.of(weight.float(), seen.moment, metric, groups)
+                curves[name] = components.tail()
+                up, down = (Dense(part) for part in components.truncated(probed[name]))
+                found[name] = {inner[name]: LowRank(up, down, groups).dense()}
+            return found
+
+        lost = divergences(skeleton, windows, scratch, KEYS, changes)
+        losses = {name: curve * lost[name] / curve[probed[name]].clamp(min=1e-30) for name, curve in curves.items()}
+        return self._with_ranks(greedy(losses, self._steps, self._cost, self._budget(self.ratio)))
+
+    @property
+    def _ranks(self) -> dict[str, int]:
+        assert self.ranks is not None
+        return self.ranks
+
+    def _progressive(self, skeleton: Skeleton) -> dict[str, int]:
+        """Ranks by LoRC's rule, one weight in memory at a time."""
+        blocks = sorted({shape.block for shape in self._shapes.values()})
+        conditions = dict.fromkeys(blocks, 0.0)
+        for name, shape in self._shapes.items():
+            weight = skeleton.checkpoint.tensor(name + ".weight").double()
+            conditions[shape.block] += log_condition(torch.linalg.eigvalsh(weight @ weight.T).clamp(min=0).sqrt())
+        logs = list(conditions.values())
+        if self.d_max is not None and self.d_min is not None:
+            shares = progressive(logs, self.d_max, self.d_min)
+        else:
+            assert self.ratio is not None
+            shares = bisected(logs, min(1.0, _SPREAD * self.ratio), self.ratio)
+        by_block = dict(zip(blocks, shares, strict=True))
+        mean = sum(shares) / len(shares)
+        return self._rounded({name: by_block[shape.block] for name, shape in self._shapes.items()}, mean)
+
+    def flops(self, rows: int, columns: int) -> float:
+        return 2.0 * rows * columns**2 + 60.0 * rows**3
+
+    def memory(self, operators: Sequence[Operator]) -> float:
+        (rows, _), columns = max(operator.shape for operator in operators), operators[0].shape[1]
+        return max(24.0 * columns**2, 16.0 * columns**2 + 32.0 * rows * columns + 40.0 * rows**2)
+
+    def planned(self, name: str, operator: Operator, group: Mapping[str, Dense]) -> Latent:
+        dense = plain_floats(self.step, name, operator)
+        rows, columns = dense.shape
+        rank, groups = self._ranks[name], self._shapes[name].groups
+        if rank % groups or not 0 < rank <= rows:
+            raise RecipeError(f"{self.step}: {name} cannot have rank {rank}: it has {rows} outputs in {groups} groups")
+        up, down = (
+            torch.empty(shape, dtype=dense.weight.dtype, device="meta")
+            for shape in ((rows, rank // groups), (rank, columns))
+        )
+        return Latent(Dense(up), Dense(down), groups, self.latent_bits)
+
+    def apply(self, work: StageWork) -> Iterator[Event]:
+        if not self.calibrated:
+            for name in (name for name in work.linears if self.wants(name)):
+                yield from self._rewrite(work, name, work.originals[name].float(), None, 0)
+            return
+        for group in self.groups(work, products=torch.float32):
+            moment = None if group.system is None else group.system.moment
+            for name, target in zip(group.names, group.targets(), strict=True):
+                if group.reason:
+                    yield Fallback(name, self.step, f"factored without data, for {group.reason}")
+                yield from self._rewrite(work, name, target, moment, group.tokens)
+
+    def _rewrite(
+        self, work: StageWork, name: str, target: Tensor, moment: Tensor | None, tokens: int
+    ) -> Iterator[Event]:
+        rank, groups = self._ranks[name], self._shapes[name].groups
+        metric = work.metrics.get(name) if self.objective == "block" and self.calibrated else None
+        components = Components.of(target, moment, metric, groups)
+        up, down = components.truncated(rank)
+        if self.latent_bits < 16:
+            turn = rotation(rank // groups, LATENT_SPLIT)
+            up, down = up @ turn.T, (turn @ down.unflatten(0, (groups, -1))).flatten(0, 1)
+        dtype = work.originals[name].dtype
+        result = Latent(Dense(up.to(dtype)), Dense(down.to(dtype)), groups, self.latent_bits)
+        work.linears[name] = result
+        tail = components.tail()
+        yield LayerDone.of(name, self.step, float(tail[rank] / tail[0].clamp(min=1e-30)), result, tokens)

@@ -1,0 +1,342 @@
+"""LoRC's mathematics: spectra and ranks against brute force in float64, latents as bytes, surveys, factors."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_sparse import problem
+from torch import Tensor
+
+from compressor.calibrate.probes import output_metrics
+from compressor.calibrate.sensitivity import Seen, divergences
+from compressor.calibrate.statistics import Statistics
+from compressor.calibrate.walk import StageWork
+from compressor.compress.apply import Job, apply, calibration_windows
+from compressor.compress.events import LayerDone
+from compressor.compress.passes.gptq import Gptq
+from compressor.compress.passes.lorc import Lorc
+from compressor.compress.passes.rtn import Rtn
+from compressor.compress.plan import make_plan
+from compressor.compress.recipe import parse_recipe
+from compressor.compress.solvers.lowrank import Components, rotation
+from compressor.compress.solvers.ranks import bisected, greedy, log_condition, progressive, rounded
+from compressor.kernels import layouts
+from compressor.runtime import load
+from compressor.runtime.checkpoint import Checkpoint
+from compressor.runtime.errors import RecipeError
+from compressor.runtime.modules import stored_linear
+from compressor.runtime.operators import Dense, Latent, LowRank, from_tensors
+from compressor.runtime.skeleton import Skeleton
+
+DOUBLE = torch.float64
+Pico = Callable[..., Path]
+
+
+@settings(deadline=None, max_examples=80)
+@given(rank=st.integers(1, 100), bits=st.sampled_from([4, 8]), seed=st.integers(0, 9))
+def test_latents_come_back_to_half_a_step(rank: int, bits: int, seed: int) -> None:
+    x = torch.randn(3, 2, rank, generator=torch.Generator().manual_seed(seed)) * torch.logspace(-2, 2, rank)
+    packed = layouts.pack_latents(x, bits)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (3, 2, layouts.latent_bytes(rank, bits))
+    back = layouts.unpack_latents(packed, rank, bits, torch.float32)
+    for part, found in zip(x.split(32, -1), back.split(32, -1), strict=True):
+        step = part.abs().amax(-1, keepdim=True) / 2 ** (bits - 1)
+        # Half a step where a code is near; a whole one at the end of the range without a counterpart.
+        assert bool(((found - part).abs() <= 1.01 * step).all())
+        inside = part.abs() <= part.abs().amax(-1, keepdim=True) - step
+        assert bool(((found - part).abs() <= 0.51 * step + 1e-6)[inside].all())
+        extreme = part.abs().argmax(-1, keepdim=True)
+        torch.testing.assert_close(found.gather(-1, extreme), part.gather(-1, extreme), rtol=1e-3, atol=1e-6)
+    assert torch.equal(layouts.unpack_latents(torch.zeros_like(packed), rank, bits, torch.float32), torch.zeros_like(x))
+    assert torch.equal(layouts.unpack_latents(layouts.pack_latents(0 * x, bits), rank, bits, torch.float32), 0 * x)
+
+
+def test_components_are_the_best_there_are() -> None:
+    """By the definition: singular vectors of `M^½ W H^½`, group by group."""
+    weight, moment = problem(24, 16)
+    metric = problem(1, 24, seed=1)[1]
+    values, vectors = torch.linalg.eigh(moment)
+    root = vectors * values.sqrt() @ vectors.T
+    for groups, rank in ((1, 7), (3, 6), (24, 24)):
+        components = Components.of(weight, moment, metric, groups)
+        up, down = components.truncated(rank)
+        found = LowRank(Dense(up.double()), Dense(down.double()), groups).dense(DOUBLE)
+        expected, lost, actual = [], 0.0, 0.0
+        for rows in torch.arange(24).split(24 // groups):
+            matters = metric[rows][:, rows]
+            matters = matters + 1e-4 * matters.diagonal().mean() * torch.eye(len(rows))
+            lengths, axes = torch.linalg.eigh(matters)
+            left, singular, right = torch.linalg.svd(
+                axes * lengths.sqrt() @ axes.T @ weight[rows] @ root, full_matrices=False
+            )
+            each = rank // groups
+            product = left[:, :each] * singular[:each] @ right[:each]
+            expected.append(axes / lengths.sqrt() @ axes.T @ product @ torch.linalg.inv(root))
+            lost += float(singular[each:].square().sum())
+            delta = weight[rows] - found[rows]
+            actual += float((delta.T @ matters @ delta * moment).sum())
+        torch.testing.assert_close(found, torch.cat(expected), rtol=1e-3, atol=1e-4)
+        assert actual == pytest.approx(lost, rel=1e-4, abs=1e-8)
+        assert float(components.tail()[rank]) == pytest.approx(lost, rel=1e-6, abs=1e-8)
+
+
+def test_without_data_it_is_the_svd_of_the_weight() -> None:
+    weight, _ = problem(12, 20)
+    up, down = Components.of(weight, None, None, 1).truncated(5)
+    left, singular, right = torch.linalg.svd(weight, full_matrices=False)
+    torch.testing.assert_close((up @ down).double(), left[:, :5] * singular[:5] @ right[:5], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(down.norm(dim=1).double(), singular[:5], rtol=1e-5, atol=1e-5)
+
+
+def test_rotations_spread_a_channel_over_its_block_only() -> None:
+    turn = rotation(40, 16)
+    torch.testing.assert_close(turn @ turn.T, torch.eye(40), rtol=0, atol=1e-6)
+    assert not turn[:16, 16:].any()
+    assert not turn[32:, :32].any()
+    assert float(turn.abs().max()) <= (2 / 8) ** 0.5 + 1e-6
+
+
+def test_progressive_shares_by_the_formula() -> None:
+    """Condition numbers 2·3, 5·1, 7·2: cumulative products 420, 70, 14."""
+    conditions = [float(torch.tensor(x).log()) for x in (6.0, 5.0, 14.0)]
+    logs = [6.04025471, 4.24849524, 2.63905733]
+    expected = [0.9 * (1 - (logs[0] - log) / (logs[0] - logs[2]) * (1 - 0.3 / 0.9)) for log in logs]
+    assert progressive(conditions, 0.9, 0.3) == pytest.approx(expected, rel=1e-6)
+    shares = bisected(conditions, 0.8, 0.6)
+    assert shares[0] == 0.8
+    assert sum(shares) / 3 == pytest.approx(0.6)
+    assert progressive([0.0], 0.7, 0.2) == [0.7]
+    assert log_condition(torch.tensor([5.0, 1.0, 1e-9])) == pytest.approx(1.6094379)
+    assert log_condition(torch.zeros(3)) == 0
+    huge = progressive([1000.0] * 500, 1.0, 0.1)  # the product itself is beyond any float
+    assert huge[0] == 1
+    assert huge[-1] == pytest.approx(0.1)
+
+
+def test_ranks_near_what_is_wanted_within_the_budget() -> None:
+    wanted, steps, widths = {"a": 30.0, "b": 18.0, "c": 3.0}, dict.fromkeys("abc", 8), dict.fromkeys("abc", 32)
+    assert rounded(wanted, steps, widths, float, 51) == {"a": 24, "b": 16, "c": 8}
+    assert rounded(wanted, steps, widths, float, 56) == {"a": 32, "b": 16, "c": 8}
+
+
+def test_the_greedy_ranks_are_the_best_of_all() -> None:
+    generator = torch.Generator().manual_seed(0)
+    curves = {}
+    for name in "abcd":
+        values = torch.rand(6, dtype=DOUBLE, generator=generator).sort(descending=True).values * torch.rand(1)
+        curves[name] = torch.cat([values.flip(0).cumsum(0).flip(0), torch.zeros(1)])
+    for budget in (8, 12, 16, 20):
+        found = greedy(curves, dict.fromkeys("abcd", 2), float, budget)
+        assert sum(found.values()) <= budget
+        losses = [
+            sum(float(curves[name][rank]) for name, rank in zip("abcd", ranks, strict=True))
+            for ranks in itertools.product((2, 4, 6), repeat=4)
+            if sum(ranks) <= budget
+        ]
+        assert sum(float(curves[name][rank]) for name, rank in found.items()) == pytest.approx(min(losses))
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_latents_are_stored_and_run(groups: int, bits: int) -> None:
+    weight, moment = problem(32, 24)
+    up, down = Components.of(weight, moment, None, groups).truncated(16)
+    operator = Latent(Dense(up.bfloat16()), Dense(down.bfloat16()), groups, bits)
+    tensors = operator.to_tensors()
+    assert operator.nbytes == sum(t.numel() * t.element_size() for t in tensors.values())
+    assert operator.cached_bytes(2) == {16: 32, 8: 18, 4: 10}[bits]
+    again = from_tensors(tensors, operator.scheme())
+    assert isinstance(again, Latent)
+    assert (again.bits, again.groups) == (bits, groups)
+    assert torch.equal(again.dense(), operator.dense())
+    x = torch.randn(3, 5, 24)
+    expected = operator.forward(x)
+    module = stored_linear(tensors, operator.scheme(), None, torch.float32)
+    torch.testing.assert_close(module(x), expected)
+    exact = x @ operator.dense().T
+    assert float((expected - exact).norm() / exact.norm()) < {16: 1e-5, 8: 0.02, 4: 0.2}[bits]
+
+
+def work(weight: Tensor, moment: Tensor, operator: Latent) -> StageWork:
+    name = "model.layers.0.self_attn.k_proj"
+    statistics = Statistics(1000, moment.float())
+    return StageWork({name: operator}, {name: weight.bfloat16()}, [[name]], {name: statistics})
+
+
+def loss(operator: LowRank, weight: Tensor, moment: Tensor) -> float:
+    delta = weight - operator.dense(DOUBLE)
+    return float((delta @ moment * delta).sum() / (weight @ moment * weight).sum())
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_gptq_on_factors_beats_rounding_them(groups: int) -> None:
+    weight, moment = problem(64, 48, tokens=400)
+    up, down = Components.of(weight, moment, None, groups).truncated(32)
+    start = Latent(Dense(up.bfloat16()), Dense(down.bfloat16()), groups, 8)
+    found = {}
+    for step in (Gptq(kind="gptq", bits=4, group_size=16), Rtn(kind="rtn", bits=4, group_size=16)):
+        stage = work(weight, moment, start)
+        [name] = stage.linears
+        events = list(step.apply(stage))
+        result = stage.linears[name]
+        assert list(stage.linears) == [name]
+        assert isinstance(result, Latent)
+        assert (result.bits, result.groups) == (8, groups)
+        outline = Latent(*(Dense(part.bfloat16().to("meta")) for part in (up, down)), groups, 8)
+        planned = step.plan(name, outline, {})
+        assert planned.scheme() == result.scheme()
+        assert planned.nbytes == result.nbytes
+        parts = {event.name for event in events if isinstance(event, LayerDone)}
+        if step.step == "gptq":
+            assert parts == {f"{name}.down", f"{name}.up"} if groups == 1 else {f"{name}.down"}
+        found[step.step] = loss(result, weight, moment)
+    least = loss(start, weight, moment)
+    assert found["gptq"] - least < 0.65 * (found["rtn"] - least)
+
+
+def test_the_up_factor_makes_up_for_the_down_factor() -> None:
+    """With `up` left in floats, it is the best there is for the rounded `down`."""
+    weight, moment = problem(32, 24, tokens=400)
+    up, down = Components.of(weight, moment, None, 1).truncated(12)
+    stage = work(weight, moment, Latent(Dense(up.bfloat16()), Dense(down.bfloat16())))
+    [name] = stage.linears
+    seen = {}
+    step = Gptq(kind="gptq", bits=3, group_size=16, damping=1e-6)
+    for group in step.groups(stage, products=torch.float32):
+        if group.names == [f"{name}.down"]:
+            stage.linears[group.names[0]] = Dense(group.originals[0] + 0.05)
+        else:
+            [seen["target"]] = group.targets()
+    result = stage.linears[name]
+    assert isinstance(result, Latent)
+    rounded_down, exact = result.down.dense(DOUBLE), weight.bfloat16().double()
+    best = exact @ moment @ rounded_down.T @ torch.linalg.inv(rounded_down @ moment @ rounded_down.T)
+    torch.testing.assert_close(seen["target"].double(), best, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2_moe"])
+def test_probes_find_how_errors_move_the_block(pico: Pico, family: str) -> None:
+    """The metric against the mean squared change of the block's output under small errors of the keys, drawn at
+    random for one token each, and of the values."""
+    skeleton = Skeleton(Checkpoint(pico(family, dtype=torch.float32)))
+    runner = skeleton.runner(0, skeleton.block(0))
+    hidden = torch.randn(2, 12, 64, generator=torch.Generator().manual_seed(0))
+    names = ["self_attn.k_proj", "self_attn.v_proj"]
+    found = [
+        torch.stack(metrics)
+        for metrics in zip(*(output_metrics(skeleton, runner, hidden, names, s) for s in range(60)), strict=True)
+    ]
+    base = skeleton.run(runner, hidden)
+    generator = torch.Generator().manual_seed(1)
+    direction = torch.randn(32, generator=generator)
+    for name, metrics in zip(names, found, strict=True):
+        moved = 0.0
+        for sample, token in itertools.product(range(2), range(12)):
+            error = torch.zeros(2, 12, 32)
+            error[sample, token] = 1e-3 * direction
+            handle = runner.layers[0].get_submodule(name).register_forward_hook(lambda m, a, out, e=error: out + e)
+            moved += float((skeleton.run(runner, hidden) - base).square().sum()) / 1e-6
+            handle.remove()
+        assert float(direction @ metrics.mean(0) @ direction) == pytest.approx(moved / 24, rel=0.1), name
+        assert torch.equal(metrics[0], metrics[0].T)
+    again = output_metrics(skeleton, runner, hidden, names, 0)
+    assert all(torch.equal(a, b[0]) for a, b in zip(again, found, strict=True))
+
+
+def test_a_survey_measures_what_changing_the_whole_model_does(
+    pico: Pico, tmp_path: Path, calibration_text: Path
+) -> None:
+    folder = pico("qwen3_moe", dtype=torch.float32)
+    skeleton = Skeleton(Checkpoint(folder))
+    recipe = parse_recipe(
+        f"data: {{source: {calibration_text}, samples: 3, sequence_length: 32}}\npasses: [{{kind: rtn}}]"
+    )
+    _, windows = calibration_windows(recipe, skeleton.checkpoint)
+    inner = "self_attn.v_proj"
+
+    def halved(index: int) -> Tensor:
+        weight = skeleton.checkpoint.tensor(f"model.layers.{index}.{inner}.weight").clone()
+        weight[::2] = 0
+        return weight
+
+    moments = {}
+
+    def changes(index: int, what: Seen) -> dict[str, dict[str, Tensor]]:
+        moments[index] = what.moment
+        return {f"{index}": {inner: halved(index)}}
+
+    found = divergences(skeleton, windows, tmp_path / "scratch", "self_attn.k_proj", changes)
+    assert not (tmp_path / "scratch").exists()
+    model = load(folder, dtype=torch.float32)
+    seen: list[Tensor] = []
+    hook = model.model.layers[1].self_attn.k_proj.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    with torch.no_grad():
+        reference = model(input_ids=windows, use_cache=False).logits.log_softmax(-1)
+        hook.remove()
+        for index in range(2):
+            changed = load(folder, dtype=torch.float32)
+            changed.model.layers[index].get_submodule(inner).weight.copy_(halved(index))
+            logs = changed(input_ids=windows, use_cache=False).logits.log_softmax(-1)
+            kl = (reference.exp() * (reference - logs)).sum(-1).mean()
+            assert found[f"{index}"] == pytest.approx(float(kl), rel=1e-3)
+    rows = seen[0].flatten(0, 1)
+    torch.testing.assert_close(moments[1], rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5)
+
+
+def run(recipe: str, model: Path, out: Path) -> None:
+    apply(Job(parse_recipe(recipe), recipe, (), model, out, "pico"), lambda event: None)
+
+
+def test_the_survey_is_kept_and_can_be_given(pico: Pico, tmp_path: Path, calibration_text: Path) -> None:
+    """The ranks it found are in the resolved recipe, and make the same model when they are given."""
+    data = f"data: {{source: {calibration_text}, samples: 8, sequence_length: 64}}\n"
+    recipe = data + "passes: [{kind: lorc, ratio: 0.4, calibrated: true, rank_step: 1}]"
+    run(recipe, pico("llama"), tmp_path / "out")
+    resolved = (tmp_path / "out" / "recipe.resolved.yaml").read_text()
+    parsed = parse_recipe(resolved).passes[0]
+    assert isinstance(parsed, Lorc)
+    assert parsed.ranks is not None
+    assert sum(parsed.ranks.values()) == int(0.4 * 4 * 32)
+    assert len(set(parsed.ranks.values())) > 1
+    given = f"passes: [{{kind: lorc, ratio: 0.4, calibrated: true, ranks: {json.dumps(parsed.ranks)}}}]"
+    run(data + given, pico("llama"), tmp_path / "again")
+    name = "model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("ratio: 0.5, d_max: 0.6, d_min: 0.4", "give either ratio, or d_max and d_min"),
+        ("d_max: 0.6", "give d_max and d_min"),
+        ("d_max: 0.6, d_min: 0.5, calibrated: true", "calibrated distributes a ratio"),
+        ("ratio: 0.5, granularity: 3", "granularity 3 does not divide the 2 heads"),
+        ("ratio: 0.5, granularity: sometimes", "granularity"),
+        ("ratio: 0.5, ranks: {model.layers.9.self_attn.k_proj: 8}", "ranks names model.layers.9"),
+        ("ratio: 0.5, ranks: {model.layers.0.self_attn.k_proj: 99}", "cannot have rank 99"),
+        ("ratio: 0.5, targets: '*.mlp.*'", "finds no key or value projection"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_the_plan(pico: Pico, options: str, message: str) -> None:
+    skeleton = Skeleton(Checkpoint(pico("llama")))
+    with pytest.raises(RecipeError, match=message):
+        make_plan(parse_recipe(f"passes: [{{kind: lorc, {options}}}]"), skeleton)
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.75])
+@pytest.mark.parametrize("more", ["", "granularity: per_head", "latent_bits: 8", "calibrated: true", "rank_step: 1"])
+def test_the_plan_keeps_the_share_that_was_asked_for(pico: Pico, ratio: float, more: str) -> None:
+    recipe = parse_recipe(f"passes: [{{kind: lorc, ratio: {ratio}, {more}}}]")
+    plan = make_plan(recipe, Skeleton(Checkpoint(pico("llama"))))
+    assert plan.kv_before == 2 * 2 * 32 * 2
+    least = 0.5 if more == "granularity: per_head" else 0.32  # one step for each head, or each projection, and scales
+    assert plan.kv_after <= max(ratio, least) * plan.kv_before
+    assert plan.kv_after > (ratio - 0.26) * plan.kv_before
