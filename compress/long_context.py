@@ -48,7 +48,7 @@ class LongEvaluation:
 
 def evaluate_long(model: Any, tokenizer: Any, windows: Tensor) -> LongEvaluation:
     """Perplexity over spans of positions, each twice as long as the one before, and retrieval in texts of a quarter,
-    half and the whole of a window's length.
+    half and the whole of a window's length, where there is room.
 
     Args:
         windows: int64 `[samples, tokens]`, at least 128 tokens.
@@ -65,8 +65,9 @@ def evaluate_long(model: Any, tokenizer: Any, windows: Tensor) -> LongEvaluation
         part = losses[max(start - 1, 0) : end - 1]  # the loss of a token stands one place before it
         spans.append(Span(start, end, math.exp(part.mean())))
         start = end
-    filler = windows.flatten()
-    return LongEvaluation(spans, [_retrieve(model, tokenizer, filler, length // part) for part in (4, 2, 1)])
+    least = 2 * len(_ids(tokenizer, (_NEEDLE + _QUESTION).format(key=10000)))
+    lengths = [length // part for part in (4, 2, 1) if length // part >= least]
+    return LongEvaluation(spans, [_retrieve(model, tokenizer, windows.flatten(), size) for size in lengths])
 
 
 @torch.no_grad()

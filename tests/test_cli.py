@@ -59,6 +59,29 @@ def test_the_main_job_by_hand(pico: Pico, tmp_path: Path) -> None:
     assert "hash" in run("verify", "out", cwd=tmp_path, code=1).stdout
 
 
+def test_a_smaller_cache_is_planned_measured_and_named(pico: Pico, tmp_path: Path) -> None:
+    recipe = tmp_path / "half.yaml"
+    recipe.write_text("passes: [{kind: lorc, ratio: 0.5, rank_step: 1}, {kind: rtn, group_size: 16}]")
+    planned = json.loads(run("plan", recipe, pico(), "--json", cwd=tmp_path).stdout)
+    assert (planned["kv_bytes_per_token_before"], planned["kv_bytes_per_token_after"]) == (256, 128)
+    assert "KV cache 256 → 128 bytes a token (50.0 % kept); what is saved outweighs all weights from" in (
+        run("apply", recipe, pico(), "out", cwd=tmp_path).stdout
+    )
+    rows = {row["becomes"] for row in planned["rows"] if row["name"].endswith("k_proj")}
+    assert len(rows) == 2, "the plan's ranks are those of the survey, which reads weights alone"
+    text = tmp_path / "text.txt"
+    text.write_text("def f(x):\n    return x\n" * 100)
+    command = ("eval", "out", "--against", pico(), "--data", text, "--sequence-length", 64, "--long", 256)
+    report = json.loads(run(*command, "--json", cwd=tmp_path).stdout)
+    assert report["kv_bytes_per_token"] == [128, 256]
+    assert [(span["start"], span["end"]) for span in report["long"][0]["spans"]] == [(0, 64), (64, 128), (128, 256)]
+    table = run(*command, cwd=tmp_path).stdout
+    assert "KV cache 256 → 128 bytes a token" in table
+    assert "hidden number in 256 tokens" in table
+    assert "rank 20 int4: 2" in run("inspect", "out", cwd=tmp_path).stdout
+    assert "give at least 128" in run(*command[:-1], 100, cwd=tmp_path, code=2).stderr
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [

@@ -17,9 +17,9 @@ from torch import Tensor
 from compressor.calibrate.probes import output_metrics
 from compressor.calibrate.sensitivity import Seen, divergences
 from compressor.calibrate.statistics import Statistics
-from compressor.calibrate.walk import StageWork
+from compressor.calibrate.walk import StageWork, start_chains, walk
 from compressor.compress.apply import Job, apply, calibration_windows
-from compressor.compress.events import LayerDone
+from compressor.compress.events import BlockDone, Event, LayerDone
 from compressor.compress.passes.gptq import Gptq
 from compressor.compress.passes.lorc import Lorc
 from compressor.compress.passes.rtn import Rtn
@@ -34,6 +34,7 @@ from compressor.runtime.errors import RecipeError
 from compressor.runtime.modules import stored_linear
 from compressor.runtime.operators import Dense, Latent, LowRank, from_tensors
 from compressor.runtime.skeleton import Skeleton
+from compressor.runtime.stored import StoredModel
 
 DOUBLE = torch.float64
 Pico = Callable[..., Path]
@@ -340,3 +341,42 @@ def test_the_plan_keeps_the_share_that_was_asked_for(pico: Pico, ratio: float, m
     least = 0.5 if more == "granularity: per_head" else 0.32  # one step for each head, or each projection, and scales
     assert plan.kv_after <= max(ratio, least) * plan.kv_before
     assert plan.kv_after > (ratio - 0.26) * plan.kv_before
+
+
+def test_a_run_goes_on_with_the_survey_it_made(
+    pico: Pico, tmp_path: Path, calibration_text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = f"data: {{source: {calibration_text}, samples: 8, sequence_length: 64}}\n"
+    recipe = data + "passes: [{kind: lorc, ratio: 0.4, calibrated: true, latent_bits: 8}, {kind: gptq, group_size: 16}]"
+    run(recipe, pico("llama"), tmp_path / "whole")
+    job = Job(parse_recipe(recipe), recipe, (), pico("llama"), tmp_path / "out", "pico")
+
+    def stop(event: Event) -> None:
+        if isinstance(event, BlockDone):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        apply(job, stop)
+    monkeypatch.delattr("compressor.compress.passes.lorc.divergences")
+    apply(job, lambda event: None, resume=True)
+    for name in ("model.safetensors", "config.json", "recipe.resolved.yaml", "report/layers.jsonl"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_later_blocks_see_what_rounding_in_the_cache_does(pico: Pico, tmp_path: Path) -> None:
+    """The compressed chain behind a block with 4-bit latents is what the loaded model's block puts out."""
+    skeleton = Skeleton(Checkpoint(pico("qwen2", dtype=torch.float32, use_sliding_window=False)))  # which has biases
+    ids = torch.randint(0, 128, (2, 24), generator=torch.Generator().manual_seed(0))
+    chains = start_chains(skeleton, ids, tmp_path / "chains", ("compressed",))
+    run("passes: [{kind: lorc, ratio: 0.1, latent_bits: 4}]", skeleton.checkpoint.path, tmp_path / "out")
+    stored = StoredModel(tmp_path / "out")
+    for block in walk(skeleton, chains, set()):
+        for work in block.stages():
+            for name in work.linears:
+                work.linears[name] = stored.operator(name)
+        block.advance()
+    model = load(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        expected = model.model(input_ids=ids, use_cache=False).last_hidden_state
+        found = model.model.norm(chains.read(2, "compressed")[:])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
