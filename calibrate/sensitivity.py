@@ -26,12 +26,18 @@ class Seen:
     hidden: Tensor
 
 
+LOGITS = 1 << 23  # numbers of logits at a time
 Changes = Mapping[str, Mapping[str, Tensor]]  # label → name of a linear inside the block, in memory → its weight
 
 
 @torch.no_grad()
 def divergences(
-    skeleton: Skeleton, windows: Tensor, scratch: Path, observed: str, changes: Callable[[int, Seen], Changes]
+    skeleton: Skeleton,
+    windows: Tensor,
+    scratch: Path,
+    observed: str,
+    changes: Callable[[int, Seen], Changes],
+    done: Callable[[int], None],
 ) -> dict[str, float]:
     """KL(original ‖ changed) per token in nats for every change, each on its own, on at most 4,096 tokens.
 
@@ -43,8 +49,9 @@ def divergences(
         scratch: a folder to be made and deleted again; holds one activation `[tokens, hidden_size]` for each change.
         observed: the linear inside each block, by its name in memory, of whose inputs the second moment is taken.
         changes: `(block, what is seen there) →` what to try there.
+        done: told each block that is behind.
     """
-    windows = windows[: max(1, BATCH_TOKENS // windows.shape[1])]
+    windows = windows[: max(1, BATCH_TOKENS // windows.shape[1]), :BATCH_TOKENS]
     shutil.rmtree(scratch, ignore_errors=True)
     chains = Chains(scratch, (), (*windows.shape, skeleton.config.hidden_size))
     every = slice(None)
@@ -68,15 +75,24 @@ def divergences(
                 layer.get_submodule(name).weight = parameter
             labels.append(label)
         hidden = following
-    found = dict.fromkeys(labels, 0.0)
-    for row in range(len(windows)):
-        rows = slice(row, row + 1)
-        reference = skeleton.logits(hidden[rows]).log_softmax(-1)
-        for label in labels:
-            logs = skeleton.logits(chains.read(0, label)[rows]).log_softmax(-1)
-            found[label] += float(F.kl_div(logs, reference, log_target=True, reduction="sum")) / windows.numel()
+        done(index)
+    found = _compared(skeleton, hidden, chains, labels)
     shutil.rmtree(scratch)
     return found
+
+
+def _compared(skeleton: Skeleton, hidden: Tensor, chains: Chains, labels: list[str]) -> dict[str, float]:
+    """KL per token between what leaves the last block in the original and in each chain; a few tokens at a time."""
+    found = dict.fromkeys(labels, 0.0)
+    piece = max(32, LOGITS // skeleton.config.vocab_size)
+    for row in range(len(hidden)):
+        for start in range(0, hidden.shape[1], piece):
+            part = slice(start, start + piece)
+            reference = skeleton.logits(hidden[row, part]).log_softmax(-1)
+            for label in labels:
+                logs = skeleton.logits(chains.read(0, label)[row : row + 1][0, part]).log_softmax(-1)
+                found[label] += float(F.kl_div(logs, reference, log_target=True, reduction="sum"))
+    return {label: total / hidden[..., 0].numel() for label, total in found.items()}
 
 
 def _observer(statistics: Statistics, dtype: torch.dtype):  # type: ignore[no-untyped-def]

@@ -125,7 +125,7 @@ def plan(
 
     _, parsed = _recipe(recipe, edits)
     checkpoint = open_source(_model(model, revision)[0])
-    result = make_plan(parsed, Skeleton(checkpoint, calibration_dtype(checkpoint)), survey=True)
+    result = make_plan(parsed, Skeleton(checkpoint, calibration_dtype(checkpoint)), look=True)
     seconds, free = estimated_seconds(result), shutil.disk_usage(Path.cwd()).free
     if as_json:
         render.document(_plan_record(result) | {"seconds": seconds, "disk_free": free})
@@ -201,7 +201,7 @@ def evaluate_command(
     samples: Annotated[int, typer.Option(min=1, help="windows; all of the text if it has fewer")] = 128,
     sequence_length: Annotated[int, typer.Option(min=2, help="tokens of a window")] = 512,
     long: Annotated[
-        int | None, typer.Option(help="also windows of this length: perplexity by position, and retrieval")
+        int | None, typer.Option(min=128, help="also windows of this length: perplexity by position, and retrieval")
     ] = None,
     max_ppl_ratio: Annotated[float | None, typer.Option(help="exit with 1 if the ratio to --against is higher")] = None,
     as_json: JsonOption = False,
@@ -220,6 +220,11 @@ def evaluate_command(
         raise RecipeError("--max-ppl-ratio compares with another model: name it with --against")
     folder, _ = _model(model, None)
     other = None if against is None else _model(against, None)[0]
+    limit = open_model(folder).config.get("max_position_embeddings")
+    if limit and max(sequence_length, long or 0) > limit:
+        raise RecipeError(
+            f"windows of {max(sequence_length, long or 0)} tokens are beyond the model's {limit} positions"
+        )
     corpus = builtin_corpus("evaluation") if data == "builtin" else file_corpus(Path(data))
     tokenizer = load_tokenizer(folder)
     windows = token_windows(corpus, tokenizer, samples=None, sequence_length=sequence_length)[:samples]

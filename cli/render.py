@@ -124,6 +124,8 @@ class ApplyProgress:
         record = event.record()
         if record["kind"] == "LayerDone" and self._bar is not None:
             self._bar.update(self._task, now=record["name"])
+        elif record["kind"] == "Surveyed" and self._bar is not None:
+            self._bar.update(self._task, now=f"survey, block {record['block'] + 1} of {record['blocks']}")
         elif record["kind"] == "Fallback" and not self.quiet:
             err.print(f"  {record['name']}: {record['reason']}")
         elif record["kind"] == "Resumed":

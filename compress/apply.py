@@ -92,7 +92,7 @@ def apply(
         fingerprint = make_fingerprint(job, skeleton, corpus, windows, statistics)
         kept = None if statistics is None else statistics_folder(statistics, fingerprint)
         journal.open(fingerprint, resume=resume)
-        plan = make_plan(_surveyed(plan.recipe, skeleton, windows, journal), skeleton)
+        plan = make_plan(_surveyed(plan.recipe, skeleton, windows, journal, listener), skeleton)
         job = replace(job, recipe=plan.recipe)
         if not any(entry.get("step") == "finished" for entry in journal.entries):
             _run(job, plan, skeleton, windows, kept, journal, listener)
@@ -199,12 +199,14 @@ def statistics_folder(folder: Path, fingerprint: dict[str, Any]) -> StatisticsFo
     return StatisticsFolder(folder, {**same, "windows": data})
 
 
-def _surveyed(recipe: Recipe, skeleton: Skeleton, windows: Tensor | None, journal: Journal) -> Recipe:
+def _surveyed(
+    recipe: Recipe, skeleton: Skeleton, windows: Tensor | None, journal: Journal, listener: Listener
+) -> Recipe:
     """The recipe once its passes have looked at the whole model; what they found is kept in the journal."""
     known = next((entry["passes"] for entry in journal.entries if entry.get("step") == "survey"), None)
     if known is None:
         scratch = journal.chains / "survey"
-        passes = [step.survey(skeleton, windows, scratch) for step in recipe.passes]
+        passes = [step.survey(skeleton, windows, scratch, listener) for step in recipe.passes]
         skeleton.checkpoint.release()
         journal.done({"step": "survey", "passes": [step.model_dump(mode="json") for step in passes]})
         return recipe.model_copy(update={"passes": tuple(passes)})

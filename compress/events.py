@@ -50,6 +50,14 @@ class Resumed(Event):
 
 
 @dataclass(frozen=True)
+class Surveyed(Event):
+    """A survey before the first block is rewritten has passed a block."""
+
+    block: int
+    blocks: int
+
+
+@dataclass(frozen=True)
 class Fallback(Event):
     """A pass took its simple way for one linear: which, and why."""
 

@@ -14,7 +14,7 @@ import torch
 
 from ..kernels.layouts import expand24
 from ..runtime.errors import RecipeError
-from ..runtime.operators import Armor, Dense, IntQuantized, LowRank, Operator, Sparse24, WithResidual
+from ..runtime.operators import Armor, Dense, IntQuantized, Latent, LowRank, Operator, Sparse24, WithResidual
 
 COMPRESSED_TENSORS, NATIVE, PLAIN = "compressed-tensors", "compressor", "dense"
 NATIVE_VERSION = 1
@@ -137,8 +137,10 @@ def describe(operator: Operator) -> str:
     if isinstance(operator, WithResidual):
         return f"{describe(operator.base)} + {describe(operator.residual)}"
     if isinstance(operator, LowRank):
-        factors = "" if isinstance(operator.up, Dense) else f" {describe(operator.up).split()[0]}"
-        return f"rank {operator.rank}{factors}"
+        stored = "" if isinstance(operator.down, Dense) else f" {describe(operator.down).split()[0]}"
+        groups = f" in {operator.groups} groups" if operator.groups > 1 else ""
+        cached = f", cached int{operator.bits}" if isinstance(operator, Latent) and operator.bits < 16 else ""
+        return f"rank {operator.rank}{groups}{stored}{cached}"
     return operator.kind
 
 

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..runtime.errors import RecipeError
-
 _NEEDLE = "\nThe pass key is {key}. Remember it: {key} is the pass key.\n"
 _QUESTION = "\nWhat is the pass key? The pass key is"
 _DEPTHS = (0.1, 0.5, 0.9)  # of the text before the question
+_TOKENS = 256  # whose logits are made at a time
 _KEYS = 4  # hidden one after the other at each depth
 
 
@@ -52,13 +51,8 @@ def evaluate_long(model: Any, tokenizer: Any, windows: Tensor) -> LongEvaluation
 
     Args:
         windows: int64 `[samples, tokens]`, at least 128 tokens.
-
-    Raises:
-        RecipeError: windows are too short to hide anything in.
     """
     length = windows.shape[1]
-    if length < 128:
-        raise RecipeError(f"--long {length}: too short to hide a number in; give at least 128")
     losses = torch.stack([_losses(model, ids) for ids in windows]).double().mean(0)
     spans, start = [], 0
     for end in [length >> shift for shift in range(max(0, (length // 64).bit_length() - 1), -1, -1)]:
@@ -72,9 +66,11 @@ def evaluate_long(model: Any, tokenizer: Any, windows: Tensor) -> LongEvaluation
 
 @torch.no_grad()
 def _losses(model: Any, ids: Tensor) -> Tensor:
-    """Of each token but the first, `[tokens - 1]`."""
-    logits = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0, :-1].float().cpu()
-    return -logits.log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
+    """Of each token but the first, `[tokens - 1]`; logits of some tokens at a time."""
+    hidden = model.model(input_ids=ids[None].to(model.device), use_cache=False).last_hidden_state[0, :-1]
+    logs = (model.lm_head(part).float().log_softmax(-1).cpu() for part in hidden.split(_TOKENS))
+    wanted = ids[1:, None].split(_TOKENS)
+    return -torch.cat([part.gather(-1, token)[:, 0] for part, token in zip(logs, wanted, strict=True)])
 
 
 @torch.no_grad()
@@ -97,8 +93,8 @@ def _retrieve(model: Any, tokenizer: Any, filler: Tensor, length: int) -> Retrie
             place = int(depth * room)
             for hidden, results in ((needle, found), ([], without)):
                 ids = torch.tensor([*text[:place], *hidden, *text[place:], *whole])
-                logits = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0, -len(answer) - 1 : -1]
-                logs = logits.float().cpu().log_softmax(-1)
+                output = model(input_ids=ids[None].to(model.device), use_cache=False, logits_to_keep=len(answer) + 1)
+                logs = output.logits[0, :-1].float().cpu().log_softmax(-1)
                 wanted = torch.tensor(answer)
                 results.append(float(logs.gather(-1, wanted[:, None]).mean()))
                 if hidden:

@@ -1,4 +1,4 @@
-"""Recipe × model headers → what will be done to each tensor, before any weight is read."""
+"""Recipe × model headers → what will be done to each tensor, before any weight is rewritten."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ import torch
 
 from ..calibrate.chains import BATCH_TOKENS
 from ..calibrate.corpus import find_text
+from ..calibrate.sensitivity import LOGITS
 from ..runtime.architectures import KEYS, PARTS, VALUES
 from ..runtime.checkpoint import Checkpoint, block_index
 from ..runtime.errors import RecipeError, ResourceError
 from ..runtime.operators import Dense, Latent, LowRank, Operator, stored_name
-from ..runtime.skeleton import Skeleton
+from ..runtime.skeleton import HEAD_ROWS, Skeleton
 from .formats import as_written, choose_format, describe
 from .passes.base import Pass
 from .recipe import Recipe
@@ -85,11 +86,11 @@ class Row:
     after: int
 
 
-def make_plan(recipe: Recipe, skeleton: Skeleton, *, survey: bool = False) -> Plan:
+def make_plan(recipe: Recipe, skeleton: Skeleton, *, look: bool = False) -> Plan:
     """Plan a recipe for a model.
 
     Args:
-        survey: let passes that need no data look at the weights, to plan what they will find.
+        look: let passes that need no data survey the weights, to plan what they will find.
 
     Raises:
         RecipeError: a pass that matches nothing, that would make a tensor larger, or that cannot follow another;
@@ -97,8 +98,10 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, *, survey: bool = False) -> Pl
     """
     checkpoint = skeleton.checkpoint
     passes = tuple(_prepared(recipe, skeleton))
-    if survey:
-        passes = tuple(step if step.needs else step.survey(skeleton, None, Path()) for step in passes)
+    if look:
+        passes = tuple(
+            step if step.needs else step.survey(skeleton, None, Path(), lambda event: None) for step in passes
+        )
     recipe = recipe.model_copy(update={"passes": passes})
     if recipe.data.source != "builtin" and any(step.needs for step in recipe.passes):
         find_text(Path(recipe.data.source))
@@ -122,10 +125,12 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, *, survey: bool = False) -> Pl
     tensors = _output_tensors(checkpoint, linears)
     needs = frozenset(need for step in recipe.passes for need in step.needs)
     after = sum(_nbytes(dtype, shape) for dtype, shape in tensors.values())
+    survey = _survey_cost(recipe, skeleton)
     return Plan(
         recipe, linears, tensors, chosen, readers, needs, checkpoint.nbytes, after,
-        _peak_memory(recipe, skeleton, linears, needs), after + _chain_bytes(recipe, skeleton, needs),
-        _flops(recipe, skeleton, linears, needs), *_cache_bytes(checkpoint, linears),
+        max(_peak_memory(recipe, skeleton, linears, needs), survey.memory),
+        max(after + _chain_bytes(recipe, skeleton, needs), survey.disk),
+        _flops(recipe, skeleton, linears, needs) + survey.flops, *_cache_bytes(checkpoint, linears),
     )  # fmt: skip
 
 
@@ -352,6 +357,33 @@ def _peak_memory(recipe: Recipe, skeleton: Skeleton, linears: dict[str, LinearPl
             rewritten = (shapes[name] for group in groups for name in group if wanting[name])
             done += sum(r * c for r, c in rewritten) * (1 + (item if needs else 0))
     return int(peak)
+
+
+@dataclass(frozen=True)
+class _Cost:
+    memory: int = 0
+    disk: int = 0
+    flops: float = 0.0
+
+
+def _survey_cost(recipe: Recipe, skeleton: Skeleton) -> _Cost:
+    """Of surveys that run the model (`calibrate/sensitivity.py`), in float32."""
+    names = [n for step in recipe.passes if step.to_survey and step.needs for group in input_groups(skeleton)
+             for n in group if step.wants(n)]  # fmt: skip
+    if not names:
+        return _Cost()
+    tokens = min(recipe.data.samples * recipe.data.sequence_length, BATCH_TOKENS)
+    shapes = [linear.weight.shape for linear in skeleton.linears(0).values()]
+    block, widest = sum(rows * columns for rows, columns in shapes), max(max(shape) for shape in shapes)
+    vocabulary, hidden = skeleton.config.vocab_size, skeleton.config.hidden_size
+    running = 4 * block + 4 * tokens * (3 * widest + 6 * hidden)
+    comparing = 5 * 4 * max(LOGITS, 32 * vocabulary) + 4 * hidden * min(vocabulary, HEAD_ROWS)
+    runs = len(names) * skeleton.blocks / 2
+    return _Cost(
+        int(_BUFFERS + max(running, comparing)),
+        len(names) * tokens * 4 * hidden,
+        2.0 * tokens * (runs * block + len(names) * vocabulary * hidden),
+    )
 
 
 def _flops(recipe: Recipe, skeleton: Skeleton, linears: dict[str, LinearPlan], needs: frozenset[str]) -> float:

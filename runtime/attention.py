@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .errors import ModelError
-from .modules import LatentLinear
+from .modules import LatentLinear, StoredLinear
 
 TILE = 1024  # cached tokens whose keys are made again at a time while decoding
 _ROPE = ("default", "linear", "llama3", "yarn")  # whose angles depend on the position alone
@@ -58,8 +58,11 @@ class RotaryTable:
 
 def rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """The rotary embedding of `[..., tokens, head_dim]`, halves paired."""
-    left, right = x.chunk(2, -1)
-    return x * cosines + torch.cat([-right, left], -1) * sines
+    half = x.shape[-1] // 2
+    result = x * cosines
+    result[..., :half].addcmul_(x[..., half:], sines[..., :half], value=-1)
+    result[..., half:].addcmul_(x[..., :half], sines[..., half:])
+    return result
 
 
 class Cached(Protocol):
@@ -87,7 +90,7 @@ class PlainLatents(nn.Module):
         return result
 
     def unpacked(self, cached: Tensor, dtype: torch.dtype) -> Tensor:
-        return cached
+        return cached.contiguous().view(dtype)
 
     def raised(self, latents: Tensor) -> Tensor:
         return latents
@@ -128,12 +131,13 @@ class LatentAttention(nn.Module):
         width = self.values.rank // self.values.groups
         if self.value_up is not None and type(self.o_proj) is nn.Linear and width <= self.head_dim:
             self.o_proj, self.value_up = self._merged(self.o_proj), None
+            del self.values.up
 
     def _behind_output(self, bias: Tensor) -> Tensor:
-        heads = bias.view(self.kv_heads, 1, -1).expand(-1, self.num_key_value_groups, -1).reshape(1, -1)
-        zero: Tensor = self.o_proj(torch.zeros_like(heads))
-        shifted: Tensor = self.o_proj(heads)
-        return (shifted - zero)[0]
+        heads = bias.float().view(self.kv_heads, 1, -1).expand(-1, self.num_key_value_groups, -1).reshape(1, -1)
+        plain = not isinstance(self.o_proj, StoredLinear)
+        shifted = nn.functional.linear(heads, self.o_proj.weight.float()) if plain else self.o_proj.product(heads)
+        return shifted[0].to(bias.dtype)
 
     def _value_up(self) -> Tensor | None:
         if isinstance(self.values, PlainLatents):
@@ -165,6 +169,8 @@ class LatentAttention(nn.Module):
             slots = slots + past_key_values.get_seq_length(self.layer_idx)
         keys, values = (part.packed(hidden_states)[:, None] for part in (self.keys, self.values))
         if past_key_values is not None:
+            if torch.uint8 in (keys.dtype, values.dtype):  # caches allocate both as the keys are: floats go as bytes
+                keys, values = (part.contiguous().view(torch.uint8) for part in (keys, values))
             keys, values = past_key_values.update(keys, values, self.layer_idx)
         cosines, sines = self._rotary(keys.shape[2], hidden_states)
         queries = self._heads(self.q_proj(hidden_states), self.q_norm)
@@ -216,17 +222,15 @@ class LatentAttention(nn.Module):
         batch, heads, _, _ = queries.shape
         grouped = queries.view(batch, self.kv_heads, -1, self.head_dim)
         total = keys.shape[2]
-        scores = torch.cat(
-            [
-                grouped @ self._keys(keys, slice(start, min(start + TILE, total)), queries.dtype).mT
-                for start in range(0, total, TILE)
-            ],
-            -1,
-        )
-        scores = scores.float() * self.scaling
+        tiles = (
+            self._keys(keys, slice(start, min(start + TILE, total)), queries.dtype).contiguous() @ grouped.mT
+            for start in range(0, total, TILE)
+        )  # a tall product is several times as fast as a wide one
+        scores = torch.cat(list(tiles), -2).mT.float() * self.scaling
         if mask is not None:
             visible = mask[:, :, :, :total]  # [batch or 1, 1, 1, tokens]
-            scores = scores.masked_fill(~visible, -torch.inf) if mask.dtype == torch.bool else scores + visible
+            hidden = torch.finfo(scores.dtype).min  # finite, for a row of padding sees nothing at all
+            scores = scores.masked_fill(~visible, hidden) if mask.dtype == torch.bool else scores + visible
         shares = scores.softmax(-1).to(queries.dtype)
         latents = self.values.unpacked(values[:, 0], queries.dtype)
         if isinstance(self.values, PlainLatents):
@@ -284,22 +288,26 @@ def install_latent_attention(model: Any) -> None:
 def _check_positions(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     """Refuse positions that are not those of the cache's slots, up to left padding."""
     positions, mask, past = (kwargs.get(key) for key in ("position_ids", "attention_mask", "past_key_values"))
-    plain = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)  # else made by `generate`, which is orderly
-    if positions is None or not plain or torch.compiler.is_compiling():
-        return
+    if positions is None or isinstance(mask, dict) or torch.compiler.is_compiling():
+        return  # masks by kind of layer come from `generate`, whose positions are in order
     start = 0 if past is None else int(past.get_seq_length())
     length = positions.shape[-1]
-    expected = torch.arange(start, start + length, device=positions.device)
-    visible = torch.ones_like(positions, dtype=torch.bool)
-    if mask is not None:
-        seen = mask[:, : start + length].to(positions.device)
-        expected = expected - (seen.cumsum(-1) == 0).sum(-1, keepdim=True)
-        visible = seen[:, start:].bool()
-    difference = positions - expected
-    if past is None and not kwargs.get("use_cache"):
-        first = visible.int().argmax(-1, keepdim=True).expand(len(difference), 1)
-        difference = difference - difference.gather(-1, first)  # nothing is kept: only distances matter
-    if bool((difference * visible).any()):
+    if mask is not None and mask.dim() != 2:  # says nothing of padding: after equal ones, each is the next
+        steps = positions.diff(dim=-1)
+        wrong = (steps != 1) & ((steps != 0) | (steps.cumsum(-1) > 0))
+    else:
+        expected = torch.arange(start, start + length, device=positions.device)
+        visible = torch.ones_like(positions, dtype=torch.bool)
+        if mask is not None:
+            seen = mask[:, : start + length].to(positions.device)
+            expected = expected - (seen.cumsum(-1) == 0).sum(-1, keepdim=True)
+            visible = seen[:, start:].bool()
+        wrong = positions - expected
+        if past is None and not kwargs.get("use_cache"):
+            first = visible.int().argmax(-1, keepdim=True).expand(len(wrong), 1)
+            wrong = wrong - wrong.gather(-1, first)  # nothing is kept: only distances matter
+        wrong = (wrong * visible).bool()
+    if bool(wrong.any()):
         raise ModelError(
             "position_ids that jump (packed or edited sequences) cannot be followed by a cache of latents, which knows "
             "a token's slot only: give one sequence a row, padded on the left"

@@ -197,7 +197,9 @@ class LatentLinear(LowRankLinear):
 
     def unpacked(self, cached: Tensor, dtype: torch.dtype) -> Tensor:
         """What is cached → `[..., rank]`."""
-        return cached if self.bits == 16 else layouts.unpack_latents(cached, self.rank, self.bits, dtype)
+        if self.bits == 16:
+            return cached.contiguous().view(dtype)
+        return layouts.unpack_latents(cached, self.rank, self.bits, dtype)
 
     def product(self, x: Tensor) -> Tensor:
         return self.raised(self.unpacked(self.packed(x), x.dtype))

@@ -19,7 +19,7 @@ from .checkpoint import Checkpoint
 from .errors import ModelError
 from .experts import unfuse_experts
 
-_HEAD_ROWS = 16384  # of the output head, in float32 at a time
+HEAD_ROWS = 16384  # of the output head, in float32 at a time
 
 
 def meta_model(config: Any) -> Any:
@@ -194,7 +194,7 @@ class Skeleton:
         normed = norm(hidden.float())
         own = "lm_head.weight" in self.checkpoint.tensors
         head = self.checkpoint.tensor("lm_head.weight" if own else "model.embed_tokens.weight")
-        parts = (nn.functional.linear(normed, part.to(self.device, torch.float32)) for part in head.split(_HEAD_ROWS))
+        parts = (nn.functional.linear(normed, part.to(self.device, torch.float32)) for part in head.split(HEAD_ROWS))
         return torch.cat(list(parts), -1)
 
     def embed(self, ids: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ def test_a_smaller_cache_is_planned_measured_and_named(pico: Pico, tmp_path: Pat
     assert "KV cache 256 → 128 bytes a token" in table
     assert "hidden number in 256 tokens" in table
     assert "rank 20 int4: 2" in run("inspect", "out", cwd=tmp_path).stdout
-    assert "give at least 128" in run(*command[:-1], 100, cwd=tmp_path, code=2).stderr
+    assert "beyond the model's 256 positions" in run(*command[:-1], 512, cwd=tmp_path, code=2).stderr
 
 
 @pytest.mark.parametrize(

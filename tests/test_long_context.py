@@ -25,7 +25,7 @@ class Copier:
 
     device = "cpu"
 
-    def __call__(self, input_ids: Tensor, use_cache: bool) -> Any:
+    def model(self, input_ids: Tensor, use_cache: bool) -> Any:
         ids = input_ids[0].tolist()
         logits = torch.zeros(1, len(ids), 128)
         seen: dict[tuple[int, ...], int] = {}
@@ -34,7 +34,13 @@ class Copier:
             if before in seen:
                 logits[0, place - 1, ids[seen[before]]] = 20
             seen[before] = place
-        return SimpleNamespace(logits=logits)
+        return SimpleNamespace(last_hidden_state=logits)
+
+    def lm_head(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+    def __call__(self, input_ids: Tensor, use_cache: bool, logits_to_keep: int) -> Any:
+        return SimpleNamespace(logits=self.model(input_ids, use_cache).last_hidden_state[:, -logits_to_keep:])
 
 
 def test_spans_add_up_to_the_whole(pico: Pico) -> None:

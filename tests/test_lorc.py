@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from test_sparse import problem
 from torch import Tensor
 
@@ -30,7 +32,7 @@ from compressor.compress.solvers.ranks import bisected, greedy, log_condition, p
 from compressor.kernels import layouts
 from compressor.runtime import load
 from compressor.runtime.checkpoint import Checkpoint
-from compressor.runtime.errors import RecipeError
+from compressor.runtime.errors import ModelError, RecipeError
 from compressor.runtime.modules import stored_linear
 from compressor.runtime.operators import Dense, Latent, LowRank, from_tensors
 from compressor.runtime.skeleton import Skeleton
@@ -98,10 +100,14 @@ def test_without_data_it_is_the_svd_of_the_weight() -> None:
 
 
 def test_rotations_spread_a_channel_over_its_block_only() -> None:
-    turn = rotation(40, 16)
-    torch.testing.assert_close(turn @ turn.T, torch.eye(40), rtol=0, atol=1e-6)
-    assert not turn[:16, 16:].any()
-    assert not turn[32:, :32].any()
+    turn = rotation(48, 16, 2)  # blocks of 16 and 8, then 8 and 16: neither groups nor scales are crossed
+    torch.testing.assert_close(turn @ turn.T, torch.eye(48), rtol=0, atol=1e-6)
+    ends = [0, 16, 24, 32, 48]
+    for start, end in itertools.pairwise(ends):
+        assert bool(turn[start:end, start:end].all())
+        outside = torch.ones(48, dtype=torch.bool)
+        outside[start:end] = False
+        assert not turn[start:end][:, outside].any()
     assert float(turn.abs().max()) <= (2 / 8) ** 0.5 + 1e-6
 
 
@@ -115,6 +121,8 @@ def test_progressive_shares_by_the_formula() -> None:
     assert shares[0] == 0.8
     assert sum(shares) / 3 == pytest.approx(0.6)
     assert progressive([0.0], 0.7, 0.2) == [0.7]
+    assert bisected([0.1], 0.625, 0.5) == [0.5], "one layer gets what was asked for"
+    assert sum(bisected([0.1] * 30 + [20, 0.1], 0.625, 0.5)) / 32 == pytest.approx(0.5)
     assert log_condition(torch.tensor([5.0, 1.0, 1e-9])) == pytest.approx(1.6094379)
     assert log_condition(torch.zeros(3)) == 0
     huge = progressive([1000.0] * 500, 1.0, 0.1)  # the product itself is beyond any float
@@ -268,14 +276,15 @@ def test_a_survey_measures_what_changing_the_whole_model_does(
         weight[::2] = 0
         return weight
 
-    moments = {}
+    moments, done = {}, list[int]()
 
     def changes(index: int, what: Seen) -> dict[str, dict[str, Tensor]]:
         moments[index] = what.moment
         return {f"{index}": {inner: halved(index)}}
 
-    found = divergences(skeleton, windows, tmp_path / "scratch", "self_attn.k_proj", changes)
+    found = divergences(skeleton, windows, tmp_path / "scratch", "self_attn.k_proj", changes, done.append)
     assert not (tmp_path / "scratch").exists()
+    assert done == [0, 1]
     model = load(folder, dtype=torch.float32)
     seen: list[Tensor] = []
     hook = model.model.layers[1].self_attn.k_proj.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
@@ -317,6 +326,13 @@ def test_the_survey_is_kept_and_can_be_given(pico: Pico, tmp_path: Path, calibra
     ("options", "message"),
     [
         ("ratio: 0.5, d_max: 0.6, d_min: 0.4", "give either ratio, or d_max and d_min"),
+        ("calibrated: true", "give either ratio, or d_max and d_min, or ranks"),
+        ("ratio: 0.5, ranks: {}, granularity: true", "granularity"),
+        ("ratio: 0.5, granularity: 0", "granularity"),
+        ("ratio: 0.5, granularity: -1", "granularity"),
+        ("ratio: 0.01", "one step of ranks for each projection is 25.0 % of the cache already"),
+        ("ratio: 0.5, rank_step: 1000", "one step of ranks for each projection is 100.0 %"),
+        ("ratio: 0.5}, {kind: lorc, ratio: 0.5", "passes.1: lorc cannot take .* which an earlier pass has compressed"),
         ("d_max: 0.6", "give d_max and d_min"),
         ("d_max: 0.6, d_min: 0.5, calibrated: true", "calibrated distributes a ratio"),
         ("ratio: 0.5, granularity: 3", "granularity 3 does not divide the 2 heads"),
@@ -332,15 +348,44 @@ def test_what_cannot_be_is_refused_by_the_plan(pico: Pico, options: str, message
         make_plan(parse_recipe(f"passes: [{{kind: lorc, {options}}}]"), skeleton)
 
 
-@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.75])
+@pytest.mark.parametrize("ratio", [0.35, 0.5, 0.75])
+@pytest.mark.parametrize("blocks", [1, 2, 5])
 @pytest.mark.parametrize("more", ["", "granularity: per_head", "latent_bits: 8", "calibrated: true", "rank_step: 1"])
-def test_the_plan_keeps_the_share_that_was_asked_for(pico: Pico, ratio: float, more: str) -> None:
+def test_the_plan_keeps_the_share_that_was_asked_for(pico: Pico, ratio: float, blocks: int, more: str) -> None:
+    if more == "granularity: per_head" and ratio < 0.5:
+        return  # one step for each head is half of it
     recipe = parse_recipe(f"passes: [{{kind: lorc, ratio: {ratio}, {more}}}]")
-    plan = make_plan(recipe, Skeleton(Checkpoint(pico("llama"))))
-    assert plan.kv_before == 2 * 2 * 32 * 2
-    least = 0.5 if more == "granularity: per_head" else 0.32  # one step for each head, or each projection, and scales
-    assert plan.kv_after <= max(ratio, least) * plan.kv_before
+    plan = make_plan(recipe, Skeleton(Checkpoint(pico("llama", num_hidden_layers=blocks))), look=True)
+    assert plan.kv_before == blocks * 2 * 32 * 2
+    assert plan.kv_after <= ratio * plan.kv_before
     assert plan.kv_after > (ratio - 0.26) * plan.kv_before
+
+
+def test_heads_that_are_alike_do_not_mislead_the_survey(pico: Pico, tmp_path: Path, calibration_text: Path) -> None:
+    """Keys of rank 16 in one block, of which half is cut for nothing: the other projections get all the rest."""
+    source = tmp_path / "model"
+    shutil.copytree(pico("llama", dtype=torch.float32), source)
+    tensors = load_file(source / "model.safetensors")
+    weight = tensors["model.layers.0.self_attn.k_proj.weight"]
+    weight[16:] = weight[:16]
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    data = f"data: {{source: {calibration_text}, samples: 8, sequence_length: 64}}\n"
+    run(data + "passes: [{kind: lorc, ratio: 0.875, calibrated: true, rank_step: 4}]", source, tmp_path / "out")
+    parsed = parse_recipe((tmp_path / "out" / "recipe.resolved.yaml").read_text()).passes[0]
+    assert isinstance(parsed, Lorc)
+    assert parsed.ranks is not None
+    assert sorted(parsed.ranks.values()) == [16, 32, 32, 32]
+    assert parsed.ranks["model.layers.0.self_attn.k_proj"] == 16
+
+
+@pytest.mark.parametrize("change", [{"bits": 5}, {"bits": None}, {"groups": 3}, {"groups": 0}, {"groups": -2}])
+def test_a_damaged_description_of_latents_is_said(pico: Pico, tmp_path: Path, change: dict[str, object]) -> None:
+    run("passes: [{kind: lorc, ratio: 0.5}]", pico("llama"), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config["compressor"]["operators"][0] |= change
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="is not whole"):
+        load(tmp_path / "out")
 
 
 def test_a_run_goes_on_with_the_survey_it_made(

@@ -94,6 +94,13 @@ def test_the_cache_gives_what_no_cache_gives(pico: Pico, tmp_path: Path, more: s
         padded = torch.cat([torch.zeros(2, 3, dtype=torch.int64), ids], 1)
         mask = torch.cat([torch.zeros(2, 3, dtype=torch.int64), torch.ones_like(ids)], 1)
         near(model(input_ids=padded, attention_mask=mask, use_cache=False).logits[:, 3:], expected)
+        cache, parts = DynamicCache(), []
+        for end in range(1, padded.shape[1] + 1):  # a pad alone sees nothing, and spoils nothing
+            token, seen = padded[:, end - 1 : end], mask[:, :end]
+            positions = (seen.sum(1, keepdim=True) - 1).clamp(min=0)
+            step = model(input_ids=token, attention_mask=seen, position_ids=positions, past_key_values=cache)
+            parts.append(step.logits)
+        near(torch.cat(parts, 1)[:, 3:], expected)
 
 
 def generated(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -152,18 +159,20 @@ def test_the_tensors_of_the_cache_are_as_small_as_the_plan_says(
     assert cache_bytes(full) == plan.kv_before * full.get_seq_length() * 2
 
 
-def test_only_values_in_latents(pico: Pico, tmp_path: Path) -> None:
-    """Keys beside them are cached whole, before the rotary embedding."""
-    recipe = "{kind: lorc, ratio: 0.5, targets: '*.v_proj'}"
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("which", ["k_proj", "v_proj"])
+def test_only_one_of_keys_and_values_in_latents(pico: Pico, tmp_path: Path, which: str, bits: int) -> None:
+    """The other is cached whole, before the rotary embedding; and both lie in tensors of one dtype."""
+    recipe = f"{{kind: lorc, ratio: 0.5, targets: '*.{which}', latent_bits: {bits}}}"
     plan = made(recipe, pico("llama", **FLOAT), tmp_path / "out")
-    assert plan.kv_after == 0.75 * plan.kv_before
+    assert 0.5 * plan.kv_before < plan.kv_after <= 0.75 * plan.kv_before
     model, ids = half(tmp_path / "out"), prompt()
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits
-        cache = DynamicCache()
-        parts = [model(input_ids=part, past_key_values=cache).logits for part in ids.split(1, 1)]
-    near(torch.cat(parts, 1), expected)
-    assert cache_bytes(cache) == plan.kv_after * ids.numel()
+        for cache in (DynamicCache(), StaticCache(config=model.config, max_cache_len=ids.shape[1])):
+            parts = [model(input_ids=part, past_key_values=cache).logits for part in ids.split([4, 1, 5, 1, 1], 1)]
+            near(torch.cat(parts, 1), expected)
+            assert cache_bytes(cache) == plan.kv_after * ids.numel()
 
 
 def test_layers_with_a_window_keep_their_cache(pico: Pico, tmp_path: Path) -> None:
@@ -191,6 +200,14 @@ def test_positions_that_jump_are_refused(pico: Pico, tmp_path: Path) -> None:
     model(input_ids=ids, past_key_values=cache)
     with pytest.raises(ModelError, match="position_ids that jump"):
         model(input_ids=ids, position_ids=packed, past_key_values=cache)
+    tree = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()  # a mask of one's own, as trees of guesses have
+    near(
+        model(input_ids=ids, attention_mask=tree, position_ids=shifted, use_cache=False).logits,
+        model(input_ids=ids, use_cache=False).logits,
+    )
+    for positions in ([0, 1, 2, 2, 3, 3], [0, 1, 2, 10, 11, 12]):
+        with pytest.raises(ModelError, match="position_ids that jump"):
+            model(input_ids=ids, attention_mask=tree, position_ids=torch.tensor([positions]), use_cache=False)
 
 
 def test_rotary_embeddings_of_more_than_the_position_are_refused(pico: Pico, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -85,12 +85,15 @@ class Pass(BaseModel):
         """Whether `survey` has still to be called; without `needs`, it reads weights only."""
         return False
 
-    def survey(self, skeleton: Skeleton, windows: Tensor | None, scratch: Path) -> Pass:
+    def survey(
+        self, skeleton: Skeleton, windows: Tensor | None, scratch: Path, listener: Callable[[Event], None]
+    ) -> Pass:
         """This prepared pass once it has looked at all weights, before the first block is rewritten.
 
         Args:
             windows: calibration tokens `[samples, tokens]`, if the recipe needs any.
             scratch: a folder for large files.
+            listener: told how it goes.
         """
         return self
 

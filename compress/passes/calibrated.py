@@ -152,8 +152,8 @@ class Calibrated(Pass):
         """A low-rank linear's factors in the order in which they run, each a group of its own whose results, set in
         `work.linears` under the factor's name, are gathered again.
 
-        `down` sees the linear's inputs; what matters of its errors is what `up` makes of them, and the columns of `up`
-        are orthogonal in the metric for which they were found. `up` sees `D x` and aims at the linear's own target.
+        `down` sees the linear's inputs; its errors count as they come out of `up`, whose columns are orthonormal. `up`
+        sees `D x` and aims at the linear's own target.
         """
         [name], [target] = group.names, group.targets()
         operator, dtype = work.linears[name], group.originals[0].dtype

@@ -8,10 +8,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, PrivateAttr, model_validator
@@ -23,10 +23,10 @@ from ...calibrate.walk import StageWork
 from ...kernels.layouts import LATENT_SPLIT
 from ...runtime.architectures import KEYS, VALUES
 from ...runtime.attention import rope_obstacle, sliding
-from ...runtime.errors import RecipeError
+from ...runtime.errors import ModelError, RecipeError
 from ...runtime.operators import Dense, Latent, LowRank, Operator, cached_bytes
 from ...runtime.skeleton import Skeleton
-from ..events import Event, Fallback, LayerDone
+from ..events import Event, Fallback, LayerDone, Surveyed
 from ..solvers.lowrank import Components, rotation
 from ..solvers.ranks import bisected, greedy, log_condition, progressive, rounded
 from .base import Need
@@ -41,12 +41,14 @@ class Shape:
 
     Attributes:
         rows: outputs, `kv_heads * head_dim`.
+        width: the largest rank that makes sense.
         groups: of heads that have latents of their own.
         step: channels that are given at a time.
         block: of the model.
     """
 
     rows: int
+    width: int
     groups: int
     step: int
     block: int
@@ -59,11 +61,11 @@ class Lorc(Calibrated):
     may_grow: ClassVar[bool] = True
     kind: Literal["lorc"]
     ratio: float | None = Field(
-        None, gt=0, le=1, description="bytes of the KV cache, as a share of what they were; either this or d_max"
+        None, gt=0, le=1, description="bytes of the KV cache, as a share of what they were; this, or d_max, or ranks"
     )
     d_max: float | None = Field(None, gt=0, le=1, description="rank of the first layer, as a share of full width")
     d_min: float | None = Field(None, gt=0, le=1, description="rank of the last layer, as a share of full width")
-    granularity: int | Literal["joint", "per_head"] = Field(
+    granularity: Annotated[int, Field(ge=1, strict=True)] | Literal["joint", "per_head"] = Field(
         "joint", description="heads that share latents: joint (all), per_head, or how many"
     )
     rank_step: int | None = Field(
@@ -80,7 +82,7 @@ class Lorc(Calibrated):
     latent_bits: Literal[4, 8, 16] = Field(
         16, description="of a number in the cache; 16: floats as the model's; 8, 4: codes, 32 of which share a scale"
     )
-    ranks: dict[str, int] | None = Field(
+    ranks: dict[str, Annotated[int, Field(ge=1, strict=True)]] | None = Field(
         None, description="rank of each projection by name; default: by the survey, which fills this in"
     )
     _shapes: dict[str, Shape] = PrivateAttr(default_factory=dict)
@@ -89,11 +91,11 @@ class Lorc(Calibrated):
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Lorc:
-        if (self.ratio is None) == (self.d_max is None):
-            raise ValueError("give either ratio, or d_max and d_min")
+        if (self.ratio is not None) + (self.d_max is not None) != 1 and not (self.ranks and self.d_max is None):
+            raise ValueError("give either ratio, or d_max and d_min, or ranks")
         if (self.d_max is None) != (self.d_min is None) or (self.d_max or 1) < (self.d_min or 0):
             raise ValueError("give d_max and d_min, the larger first")
-        if self.calibrated and self.ratio is None:
+        if self.calibrated and self.d_max is not None:
             raise ValueError("calibrated distributes a ratio; d_max and d_min are of the plain method")
         return self
 
@@ -123,7 +125,7 @@ class Lorc(Calibrated):
         for index in range(skeleton.blocks):
             for name, linear in skeleton.linears(index).items():
                 if self.wants(name) and not sliding(config, index):
-                    shapes[name] = self._shape(name, linear.out_features, head_dim, index)
+                    shapes[name] = self._shape(name, linear, head_dim, index)
         if unknown := set(self.ranks or ()).difference(shapes):
             raise RecipeError(f"{self.step}: ranks names {min(unknown)}, which is no projection that can be cached")
         if not shapes:
@@ -136,17 +138,25 @@ class Lorc(Calibrated):
         if self.ranks is None:
             share = self.ratio if self.d_max is None or self.d_min is None else (self.d_max + self.d_min) / 2
             assert share is not None
+            least = sum(result._cost(shape.step) for shape in shapes.values()) / result._budget(1)
+            if share < least:
+                raise RecipeError(
+                    f"{self.step}: one step of ranks for each projection is {100 * least:.1f} % of the cache already; "
+                    "ask for more, or give a smaller rank_step"
+                )
             result = result._with_ranks(result._rounded(dict.fromkeys(shapes, share), share), nominal=True)
         return result
 
-    def _shape(self, name: str, rows: int, head_dim: int, index: int) -> Shape:
+    def _shape(self, name: str, linear: Any, head_dim: int, index: int) -> Shape:
+        rows = linear.out_features
         heads = rows // head_dim
         together = {"joint": heads, "per_head": 1}.get(str(self.granularity)) or int(self.granularity)
         if heads % together:
             raise RecipeError(f"{self.step}: granularity {together} does not divide the {heads} heads of {name}")
         groups = heads // together
+        width = min(rows, groups * linear.in_features)
         step = self.rank_step or (16 if head_dim >= 64 else 8)
-        return Shape(rows, groups, min(groups * step, rows), index)
+        return Shape(rows, width, groups, min(groups * step, width), index)
 
     def _with_ranks(self, ranks: dict[str, int], *, nominal: bool = False) -> Lorc:
         result = self.model_copy(update={"ranks": ranks})
@@ -165,8 +175,8 @@ class Lorc(Calibrated):
         """Ranks from shares of the bytes."""
         full = self._checkpoint.dtype.itemsize
         channels = LATENT_SPLIT * full / cached_bytes(LATENT_SPLIT, self.latent_bits, full)  # that fit in one's bytes
-        widths = {name: shape.rows for name, shape in self._shapes.items()}
-        wanted = {name: share * channels * widths[name] for name, share in shares.items()}
+        widths = {name: shape.width for name, shape in self._shapes.items()}
+        wanted = {name: share * channels * self._shapes[name].rows for name, share in shares.items()}
         return rounded(wanted, self._steps, widths, self._cost, self._budget(mean))
 
     @property
@@ -177,7 +187,9 @@ class Lorc(Calibrated):
     def to_survey(self) -> bool:
         return self._nominal
 
-    def survey(self, skeleton: Skeleton, windows: Tensor | None, scratch: Path) -> Lorc:
+    def survey(
+        self, skeleton: Skeleton, windows: Tensor | None, scratch: Path, listener: Callable[[Event], None]
+    ) -> Lorc:
         if not self._nominal:
             return self
         if not self.calibrated:
@@ -185,34 +197,33 @@ class Lorc(Calibrated):
         assert windows is not None
         assert self.ratio is not None
         curves: dict[str, Tensor] = {}
-
-        probed = {  # where enough is cut to see what cutting does
-            name: min(self._ranks[name], max(shape.rows * 3 // 4 // shape.groups, 1) * shape.groups)
-            for name, shape in self._shapes.items()
-        }
+        probed: dict[str, int] = {}
 
         def changes(index: int, seen: Seen) -> dict[str, dict[str, Tensor]]:
-            inner = {
-                name: skeleton.architecture.memory_name(name).split(".", 3)[3]
-                for name, shape in self._shapes.items()
-                if shape.block == index
-            }
-            if not inner:
-                return {}
-            metrics: Sequence[Tensor | None] = [None] * len(inner)
-            if self.objective == "block":
+            names = [name for name, shape in self._shapes.items() if shape.block == index]
+            inner = {name: skeleton.architecture.memory_name(name).split(".", 3)[3] for name in names}
+            metrics: Sequence[Tensor | None] = [None] * len(names)
+            if names and self.objective == "block":
                 metrics = output_metrics(skeleton, seen.runner, seen.hidden, list(inner.values()))
             found = {}
-            for name, metric in zip(inner, metrics, strict=True):
-                weight, groups = skeleton.checkpoint.tensor(name + ".weight"), self._shapes[name].groups
-                components = Components.of(weight.float(), seen.moment, metric, groups)
-                curves[name] = components.tail()
+            for name, metric in zip(names, metrics, strict=True):
+                weight, shape = skeleton.checkpoint.tensor(name + ".weight"), self._shapes[name]
+                components = Components.of(weight.float(), seen.moment, metric, shape.groups)
+                curves[name] = components.tail()[: shape.width + 1]
+                probed[name] = _probed(curves[name], self._ranks[name], shape.groups)
                 up, down = (Dense(part) for part in components.truncated(probed[name]))
-                found[name] = {inner[name]: LowRank(up, down, groups).dense()}
+                found[name] = {inner[name]: LowRank(up, down, shape.groups).dense()}
             return found
 
-        lost = divergences(skeleton, windows, scratch, KEYS, changes)
-        losses = {name: curve * lost[name] / curve[probed[name]].clamp(min=1e-30) for name, curve in curves.items()}
+        # What one projection does to the answers is far below the rounding of bfloat16.
+        exact = Skeleton(skeleton.checkpoint, torch.float32, skeleton.device)
+        lost = divergences(
+            exact, windows, scratch, KEYS, changes, lambda index: listener(Surveyed(index, skeleton.blocks))
+        )
+        losses = {
+            name: curve * max(lost[name], 0.0) / curve[probed[name]].clamp(min=torch.finfo(torch.float64).tiny)
+            for name, curve in curves.items()
+        }
         return self._with_ranks(greedy(losses, self._steps, self._cost, self._budget(self.ratio)))
 
     @property
@@ -226,6 +237,8 @@ class Lorc(Calibrated):
         conditions = dict.fromkeys(blocks, 0.0)
         for name, shape in self._shapes.items():
             weight = skeleton.checkpoint.tensor(name + ".weight").double()
+            if not bool(weight.isfinite().all()):
+                raise ModelError(f"{skeleton.checkpoint.path}: {name}.weight holds NaN or infinite weights")
             conditions[shape.block] += log_condition(torch.linalg.eigvalsh(weight @ weight.T).clamp(min=0).sqrt())
         logs = list(conditions.values())
         if self.d_max is not None and self.d_min is not None:
@@ -234,7 +247,7 @@ class Lorc(Calibrated):
             assert self.ratio is not None
             shares = bisected(logs, min(1.0, _SPREAD * self.ratio), self.ratio)
         by_block = dict(zip(blocks, shares, strict=True))
-        mean = sum(shares) / len(shares)
+        mean = self.ratio or sum(shares) / len(shares)
         return self._rounded({name: by_block[shape.block] for name, shape in self._shapes.items()}, mean)
 
     def flops(self, rows: int, columns: int) -> float:
@@ -244,12 +257,16 @@ class Lorc(Calibrated):
         (rows, _), columns = max(operator.shape for operator in operators), operators[0].shape[1]
         return max(24.0 * columns**2, 16.0 * columns**2 + 32.0 * rows * columns + 40.0 * rows**2)
 
+    def plan(self, name: str, operator: Operator, group: Mapping[str, Dense]) -> Operator:
+        return self.planned(name, operator, group)  # factors of another lorc are no place for latents
+
     def planned(self, name: str, operator: Operator, group: Mapping[str, Dense]) -> Latent:
         dense = plain_floats(self.step, name, operator)
         rows, columns = dense.shape
         rank, groups = self._ranks[name], self._shapes[name].groups
-        if rank % groups or not 0 < rank <= rows:
-            raise RecipeError(f"{self.step}: {name} cannot have rank {rank}: it has {rows} outputs in {groups} groups")
+        width = self._shapes[name].width
+        if rank % groups or not 0 < rank <= width:
+            raise RecipeError(f"{self.step}: {name} cannot have rank {rank}: at most {width}, in {groups} equal groups")
         up, down = (
             torch.empty(shape, dtype=dense.weight.dtype, device="meta")
             for shape in ((rows, rank // groups), (rank, columns))
@@ -276,10 +293,18 @@ class Lorc(Calibrated):
         components = Components.of(target, moment, metric, groups)
         up, down = components.truncated(rank)
         if self.latent_bits < 16:
-            turn = rotation(rank // groups, LATENT_SPLIT)
-            up, down = up @ turn.T, (turn @ down.unflatten(0, (groups, -1))).flatten(0, 1)
+            turn = rotation(rank, LATENT_SPLIT, groups)
+            own = turn.unflatten(0, (groups, -1)).unflatten(2, (groups, -1)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+            up, down = (up.unflatten(0, (groups, -1)) @ own.mT).flatten(0, 1), turn @ down
         dtype = work.originals[name].dtype
         result = Latent(Dense(up.to(dtype)), Dense(down.to(dtype)), groups, self.latent_bits)
         work.linears[name] = result
         tail = components.tail()
         yield LayerDone.of(name, self.step, float(tail[rank] / tail[0].clamp(min=1e-30)), result, tokens)
+
+
+def _probed(curve: Tensor, rank: int, groups: int) -> int:
+    """Where to cut to see what cutting does: at the rank, but where enough is lost to be measured."""
+    enough = int((curve >= 1e-3 * curve[0]).sum()) - 1
+    width = len(curve) - 1
+    return max(groups, min(rank, enough, 3 * width // 4) // groups * groups)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from scipy.fft import dct
@@ -103,8 +104,9 @@ class Components:
         return torch.cat([kept.flip(0).cumsum(0).flip(0), kept.new_zeros(1)])
 
 
-def rotation(rank: int, split: int) -> Tensor:
-    """Orthogonal `[rank, rank]`, blocks of up to `split`: cosine transforms, which spread a few large channels over all
-    of their block, so that one scale serves it."""
-    sizes = [min(split, rank - start) for start in range(0, rank, split)]
+def rotation(rank: int, split: int, groups: int) -> Tensor:
+    """Orthogonal `[rank, rank]`, in blocks that cross neither groups nor multiples of `split`: cosine transforms, which
+    spread a few large channels over all of their block, so that one scale serves it."""
+    ends = sorted({*range(0, rank, split), *range(0, rank + 1, rank // groups)})
+    sizes = [end - start for start, end in pairwise(ends)]
     return torch.block_diag(*(torch.from_numpy(dct(torch.eye(n).numpy(), axis=0, norm="ortho")) for n in sizes))

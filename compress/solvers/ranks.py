@@ -40,13 +40,15 @@ def progressive(conditions: Sequence[float], highest: float, lowest: float) -> l
 
 
 def bisected(conditions: Sequence[float], highest: float, ratio: float) -> list[float]:
-    """Progressive shares whose mean is `ratio`, or nearest to it."""
+    """Progressive shares whose mean is `ratio`; all of them smaller where even a lowest of 0 would make it more."""
     low, high = 0.0, highest
     for _ in range(60):
         middle = (low + high) / 2
         shares = progressive(conditions, highest, middle)
         low, high = (middle, high) if sum(shares) / len(shares) < ratio else (low, middle)
-    return progressive(conditions, highest, (low + high) / 2)
+    shares = progressive(conditions, highest, (low + high) / 2)
+    excess = max(1.0, sum(shares) / len(shares) / ratio)
+    return [share / excess for share in shares]
 
 
 def rounded(

@@ -69,7 +69,10 @@ class LowRank:
         cls, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any], inner: Callable[..., Operator]
     ) -> LowRank:
         up, down = (inner(below(tensors, part), scheme[part]) for part in ("up", "down"))
-        return cls(up, down, scheme.get("groups", 1))
+        groups = scheme.get("groups", 1)
+        if groups not in range(1, up.shape[0] + 1) or up.shape[0] % groups or down.shape[0] != groups * up.shape[1]:
+            raise ValueError(f"up {list(up.shape)} and down {list(down.shape)} do not go together in {groups} groups")
+        return cls(up, down, groups)
 
 
 def cached_bytes(rank: int, bits: int, itemsize: int) -> int:
@@ -109,6 +112,8 @@ class Latent(LowRank):
         cls, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any], inner: Callable[..., Operator]
     ) -> Latent:
         plain = LowRank.from_tensors(tensors, scheme, inner)
+        if scheme["bits"] not in (4, 8, 16):
+            raise ValueError(f"latents of {scheme['bits']} bits")
         return cls(plain.up, plain.down, plain.groups, scheme["bits"])
 
 
