@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .errors import ModelError
 from .modules import LatentLinear, StoredLinear
@@ -179,6 +178,8 @@ class LatentAttention(nn.Module):
         if length == 1 and kind in ("sdpa", "eager"):
             output, weights = self._decode(queries, keys, values, attention_mask), None
         else:
+            from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # slow to import, and here already
+
             interface = ALL_ATTENTION_FUNCTIONS.get_interface(kind, _eager)
             output, weights = interface(
                 self, queries, self._keys(keys, slice(None), queries.dtype), self._values(values, queries.dtype),
