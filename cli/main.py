@@ -104,7 +104,7 @@ def apply(
         f"\n{out}: {render.size(done.bytes_before)} → {render.size(done.bytes_after)}, {ratio:.2f} × smaller; "
         f"format {done.format}, read by {', '.join(done.readers)}"
     )
-    _print_cache(done)
+    _print_notes(done)
     render.out.print(f"next: compressor eval {out} --against {model}")
 
 
@@ -138,9 +138,9 @@ def plan(
         f"{render.size(result.disk)} of {render.size(free)} free here (activations in it are deleted at the end), "
         f"roughly {seconds:.0f} s"
     )
-    _print_cache(result)
+    _print_notes(result)
     if any(step.to_survey for step in result.recipe.passes):
-        render.out.print("ranks are shown equal; the run distributes the same bytes by a survey of the model")
+        render.out.print("ranks and kept experts are placeholders; the run surveys the model, and chooses as many")
 
 
 @app.command()
@@ -220,13 +220,11 @@ def evaluate_command(
         raise RecipeError("--max-ppl-ratio compares with another model: name it with --against")
     folder, _ = _model(model, None)
     other = None if against is None else _model(against, None)[0]
-    limit = open_model(folder).config.get("max_position_embeddings")
-    if limit and max(sequence_length, long or 0) > limit:
-        raise RecipeError(
-            f"windows of {max(sequence_length, long or 0)} tokens are beyond the model's {limit} positions"
-        )
     corpus = builtin_corpus("evaluation") if data == "builtin" else file_corpus(Path(data))
     tokenizer = load_tokenizer(folder)
+    limit = open_model(folder).config.get("max_position_embeddings")
+    if long is not None and limit and long > limit:
+        raise RecipeError(f"--long {long} is beyond the model's {limit} positions")
     windows = token_windows(corpus, tokenizer, samples=None, sequence_length=sequence_length)[:samples]
     far = None if long is None else token_windows(corpus, tokenizer, samples=None, sequence_length=long)[:8]
     cached = [cache_per_token(load(path), windows[:1]) for path in (folder, other) if path is not None]
@@ -438,8 +436,11 @@ def _plan_record(result: Any) -> dict[str, Any]:
     }
 
 
-def _print_cache(result: Any) -> None:
-    """The plan's line about the KV cache, if a pass changes it."""
+def _print_notes(result: Any) -> None:
+    """What a plan's table does not show: whole parts that go, and the KV cache, if a pass changes it."""
+    for step in result.recipe.passes:
+        if step.note:
+            render.out.print(f"{step.step}: {step.note}")
     if result.kv_after != result.kv_before:
         render.out.print(render.cache_line(result.kv_before, result.kv_after, result.bytes_after))
 

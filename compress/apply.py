@@ -24,7 +24,7 @@ from ..runtime.errors import ModelError, RecipeError, ResourceError, VerifyError
 from ..runtime.files import file_sha256
 from ..runtime.operators import Operator, from_tensors, stored_name
 from ..runtime.skeleton import Skeleton, calibration_dtype
-from .events import BlockDone, Event, Fallback, LayerDone, Resumed
+from .events import BlockDone, Event, Fallback, LayerDone, Resumed, Surveyed
 from .folder import finish_folder
 from .formats import as_written
 from .journal import Journal
@@ -92,11 +92,11 @@ def apply(
         fingerprint = make_fingerprint(job, skeleton, corpus, windows, statistics)
         kept = None if statistics is None else statistics_folder(statistics, fingerprint)
         journal.open(fingerprint, resume=resume)
-        plan = make_plan(_surveyed(plan.recipe, skeleton, windows, journal, listener), skeleton)
+        plan = make_plan(_surveyed(job.recipe, skeleton, windows, journal, listener), skeleton)
         job = replace(job, recipe=plan.recipe)
         if not any(entry.get("step") == "finished" for entry in journal.entries):
-            _run(job, plan, skeleton, windows, kept, journal, listener)
-            finish_folder(journal.result, job, plan, skeleton, fingerprint, journal.entries)
+            _run(job, plan, windows, kept, journal, listener)
+            finish_folder(journal.result, job, plan, plan.skeleton, fingerprint, journal.entries)
             journal.done({"step": "finished"})
         journal.publish(overwrite=overwrite)
     except OSError as error:
@@ -205,10 +205,20 @@ def _surveyed(
     """The recipe once its passes have looked at the whole model; what they found is kept in the journal."""
     known = next((entry["passes"] for entry in journal.entries if entry.get("step") == "survey"), None)
     if known is None:
-        scratch = journal.chains / "survey"
-        passes = [step.survey(skeleton, windows, scratch, listener) for step in recipe.passes]
-        skeleton.checkpoint.release()
-        journal.done({"step": "survey", "passes": [step.model_dump(mode="json") for step in passes]})
+        passes, events = [], list[Event]()
+
+        def heard(event: Event) -> None:
+            listener(event)
+            if not isinstance(event, Surveyed):
+                events.append(event)
+
+        for step in recipe.passes:
+            ready = step.prepare(skeleton).survey(skeleton, windows, journal.chains / "survey", heard)
+            skeleton.checkpoint.release()
+            skeleton = ready.view(skeleton)
+            passes.append(ready)
+        found = [step.model_dump(mode="json") for step in passes]
+        journal.done({"step": "survey", "passes": found, "events": [event.record() for event in events]})
         return recipe.model_copy(update={"passes": tuple(passes)})
     return Recipe.model_validate(recipe.model_dump(mode="json") | {"passes": known})
 
@@ -216,12 +226,12 @@ def _surveyed(
 def _run(
     job: Job,
     plan: Plan,
-    skeleton: Skeleton,
     windows: Tensor | None,
     kept: StatisticsFolder | None,
     journal: Journal,
     listener: Listener,
 ) -> None:
+    skeleton = plan.skeleton
     checkpoint = skeleton.checkpoint
     writer = ShardedWriter(journal.result, plan.tensors, job.recipe.output.shard_bytes)
     done = [entry["block"] for entry in journal.entries if "block" in entry]
@@ -229,7 +239,7 @@ def _run(
     if not done:
         writer.start()
     chains: Chains | None = None
-    if windows is not None and not (kept is not None and kept.complete):
+    if windows is not None and chain_names(plan.needs) and not (kept is not None and kept.complete):
         if first == 0:
             chains = start_chains(skeleton, windows, journal.chains, chain_names(plan.needs))
         else:

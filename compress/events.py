@@ -58,6 +58,23 @@ class Surveyed(Event):
 
 
 @dataclass(frozen=True)
+class ExpertsKept(Event):
+    """Which experts of a block stay, and why.
+
+    Attributes:
+        scores: of every expert by the criterion, experts with too few tokens moved below all others; by
+            reconstruction, the loss without this expert alone.
+        tokens: that were routed to each; empty without data.
+    """
+
+    block: int
+    criterion: str
+    kept: list[int]
+    scores: list[float]
+    tokens: list[int]
+
+
+@dataclass(frozen=True)
 class Fallback(Event):
     """A pass took its simple way for one linear: which, and why."""
 

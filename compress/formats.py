@@ -57,7 +57,8 @@ def choose_format(
     Raises:
         RecipeError: the format asked for cannot hold the result; what stands in the way is named.
     """
-    if wanted == PLAIN:
+    untouched = all(isinstance(operator, Dense) for operator in linears.values())
+    if wanted == PLAIN or (wanted == "auto" and untouched):
         return PLAIN, ("compressor", "transformers", "vLLM")
     if wanted == COMPRESSED_TENSORS:
         linears = {name: as_written(operator, wanted) for name, operator in linears.items()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,6 +42,7 @@ class Plan:
 
     Attributes:
         recipe: with passes prepared for the model.
+        skeleton: the model that is written: with fewer experts, if a pass drops some.
         linears: disk name without `.weight` → plan, for every linear of every block, rewritten or not.
         tensors: every tensor of the output in order: name → (dtype, shape).
         format, readers: what is written and who reads it.
@@ -54,6 +54,7 @@ class Plan:
     """
 
     recipe: Recipe
+    skeleton: Skeleton
     linears: dict[str, LinearPlan]
     tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]
     format: str
@@ -96,13 +97,9 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, *, look: bool = False) -> Plan
         RecipeError: a pass that matches nothing, that would make a tensor larger, or that cannot follow another;
             or a format that cannot hold the result.
     """
+    whole = skeleton.checkpoint
+    recipe, skeleton = _prepared(recipe, skeleton, look)
     checkpoint = skeleton.checkpoint
-    passes = tuple(_prepared(recipe, skeleton))
-    if look:
-        passes = tuple(
-            step if step.needs else step.survey(skeleton, None, Path(), lambda event: None) for step in passes
-        )
-    recipe = recipe.model_copy(update={"passes": passes})
     if recipe.data.source != "builtin" and any(step.needs for step in recipe.passes):
         find_text(Path(recipe.data.source))
     linears: dict[str, LinearPlan] = {}
@@ -110,7 +107,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, *, look: bool = False) -> Plan
     for group in input_groups(skeleton):
         linears |= _plan_group(recipe, checkpoint, group, matched)
     for number, count in enumerate(matched):
-        if not count:
+        if not count and not recipe.passes[number].reshapes:
             example = next(iter(linears))
             raise RecipeError(
                 f"passes.{number} ({recipe.passes[number].step}) matches no linear of this model: targets "
@@ -127,19 +124,28 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, *, look: bool = False) -> Plan
     after = sum(_nbytes(dtype, shape) for dtype, shape in tensors.values())
     survey = _survey_cost(recipe, skeleton)
     return Plan(
-        recipe, linears, tensors, chosen, readers, needs, checkpoint.nbytes, after,
+        recipe, skeleton, linears, tensors, chosen, readers, needs, whole.nbytes, after,
         max(_peak_memory(recipe, skeleton, linears, needs), survey.memory),
         max(after + _chain_bytes(recipe, skeleton, needs), survey.disk),
         _flops(recipe, skeleton, linears, needs) + survey.flops, *_cache_bytes(checkpoint, linears),
     )  # fmt: skip
 
 
-def _prepared(recipe: Recipe, skeleton: Skeleton) -> Iterator[Pass]:
+def _prepared(recipe: Recipe, skeleton: Skeleton, look: bool) -> tuple[Recipe, Skeleton]:
+    """Passes prepared, each for the model that those before it leave, and what the last one leaves."""
+    passes: list[Pass] = []
     for number, step in enumerate(recipe.passes):
         try:
-            yield step.prepare(skeleton)
+            if step.reshapes and any(not earlier.reshapes for earlier in passes):
+                raise RecipeError(f"{step.step} changes the model itself: put it before all other passes")
+            ready = step.prepare(skeleton)
         except RecipeError as error:
             raise RecipeError(f"passes.{number}: {error}") from None
+        if look and not ready.needs:
+            ready = ready.survey(skeleton, None, Path(), lambda event: None)
+        skeleton = ready.view(skeleton)
+        passes.append(ready)
+    return recipe.model_copy(update={"passes": tuple(passes)}), skeleton
 
 
 def input_groups(skeleton: Skeleton) -> list[list[str]]:

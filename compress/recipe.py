@@ -19,6 +19,7 @@ from ..runtime.errors import RecipeError
 from .passes.armor import ArmorPass
 from .passes.base import Pass
 from .passes.eora import Eora
+from .passes.expert_prune import ExpertPrune
 from .passes.gptq import Gptq
 from .passes.lorc import Lorc
 from .passes.rtn import Rtn
@@ -26,8 +27,9 @@ from .passes.sparse24 import SparsePass
 
 PASSES: dict[str, type[Pass]] = {
     "rtn": Rtn, "gptq": Gptq, "sparse24": SparsePass, "armor": ArmorPass, "eora": Eora, "lorc": Lorc,
+    "expert_prune": ExpertPrune,
 }  # fmt: skip
-AnyPass = Annotated[Rtn | Gptq | SparsePass | ArmorPass | Eora | Lorc, Field(discriminator="kind")]
+AnyPass = Annotated[Rtn | Gptq | SparsePass | ArmorPass | Eora | Lorc | ExpertPrune, Field(discriminator="kind")]
 _Path = tuple[str | int, ...]
 
 

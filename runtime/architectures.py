@@ -14,7 +14,8 @@ from .errors import ModelError
 
 Stage = tuple[tuple[str, ...], ...]  # groups of linears; a group shares one input
 # Parts of a block that end in a linear: once that is final, the rest of the part need not be computed again.
-ROUTER = "mlp.gate"  # in memory, in every family
+ROUTER, EXPERTS = "mlp.gate", "mlp.experts"  # in memory, in every family
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # keys of config.json
 QUERIES, KEYS, VALUES = "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"  # in memory and on disk
 PARTS = {"self_attn": "self_attn.o_proj", "mlp": "mlp.down_proj"}
 

@@ -7,6 +7,7 @@ layer, so masks, sliding windows and rotary embeddings are exactly the family's.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -154,6 +155,16 @@ class Skeleton:
         if any(name.startswith(ROUTER + ".") for name in state):
             _without_autocast(layer.get_submodule(ROUTER).float(), self.device.type)
         return layer.requires_grad_(False)
+
+    def router(self, index: int, numbers: Sequence[int]) -> Any:
+        """The router of a block as if it had some experts only: hidden states `[tokens, hidden_size]` → logits,
+        coefficients `[tokens, top_k]`, and indices into `numbers`."""
+        router = copy.deepcopy(self.model.model.layers[index].get_submodule(ROUTER))
+        for name, old in router.state_dict(keep_vars=True).items():
+            tensor = self.checkpoint.tensor(self.disk_name(index, f"{ROUTER}.{name}")).float()[list(numbers)]
+            setattr(router, name, nn.Parameter(tensor) if isinstance(old, nn.Parameter) else tensor)
+        router.num_experts = len(numbers)
+        return router.requires_grad_(False)
 
     def block_like(self, index: int, block: nn.Module) -> Any:
         """A second module of the same block that shares the weights of the first until they are replaced."""

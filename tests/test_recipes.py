@@ -32,6 +32,7 @@ SMALL = {
     "armor-24-paper": ("passes.0.block_size=16", "passes.0.iterations=20"),
 }
 MODELS = ("tiny-llama", "tiny-moe")
+CASES = [(recipe, name) for recipe in shipped() for name in MODELS if name == "tiny-moe" or "moe" not in recipe]
 
 
 @cache
@@ -63,8 +64,7 @@ def measure(recipe: str, name: str, out: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("recipe", list(shipped()))
+@pytest.mark.parametrize(("recipe", "name"), CASES)
 def test_baseline(recipe: str, name: str, tmp_path: Path) -> None:
     baselines = json.loads(BASELINES.read_text(encoding="utf-8"))
     expected = baselines["models"][name][recipe]
@@ -83,9 +83,10 @@ def test_quality_falls_in_the_expected_order() -> None:
             ("w4a16-gptq", "armor-24", "armor-24-w4", "sparsegpt-24", "sparsegpt-24-w4"),
             ("armor-24", "armor-24-paper"),
             ("lorc-calibrated-50", "lorc-w4"),
+            ("moe-reap-25", "moe-reap-25-w4"),
             ("lorc-calibrated-50", "lorc-50"),
         ):
-            order = [found[recipe]["kl_mean"] for recipe in recipes]
+            order = [found[recipe]["kl_mean"] for recipe in recipes if recipe in found]
             assert order == sorted(order), name
 
 
@@ -93,8 +94,7 @@ if __name__ == "__main__":
     import tempfile
 
     content: dict[str, Any] = {"corpus": corpus_hash(), "models": {}}
-    for model_name in MODELS:
-        content["models"][model_name] = {
-            recipe: measure(recipe, model_name, Path(tempfile.mkdtemp()) / "out") for recipe in shipped()
-        }
+    for recipe_name, model_name in CASES:
+        found = measure(recipe_name, model_name, Path(tempfile.mkdtemp()) / "out")
+        content["models"].setdefault(model_name, {})[recipe_name] = found
     BASELINES.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

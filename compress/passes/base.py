@@ -17,7 +17,7 @@ from ...runtime.operators import Dense, LowRank, Operator
 from ...runtime.skeleton import Skeleton
 from ..events import Event
 
-Need = Literal["reference", "moment", "cross", "metric"]
+Need = Literal["reference", "moment", "cross", "metric", "routing"]
 
 
 def _check_pattern(pattern: str) -> str:
@@ -53,6 +53,7 @@ class Pass(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     step: ClassVar[str]
+    reshapes: ClassVar[bool] = False  # whether the passes after it see another model (`view`)
     may_grow: ClassVar[bool] = False  # whether weights may take more bytes, for the sake of something else
     targets: Patterns = Field(
         ("*",), description="linears to work on: globs over names without .weight, or re: patterns"
@@ -64,7 +65,8 @@ class Pass(BaseModel):
         """Statistics to collect before `apply`; none for a pass without data.
 
         `reference`: moments of the uncompressed model; `moment`: of the compressed chain, which serve for `reference`
-        too; `cross`: cross moments of the two chains besides; `metric`: how the linear's errors move the block.
+        too; `cross`: cross moments of the two chains besides; `metric`: how the linear's errors move the block;
+        `routing`: what experts do, which the survey collects itself.
         """
         return frozenset()
 
@@ -96,6 +98,15 @@ class Pass(BaseModel):
             listener: told how it goes.
         """
         return self
+
+    @property
+    def note(self) -> str:
+        """What a table of linears does not show of a prepared pass, in a few words."""
+        return ""
+
+    def view(self, skeleton: Skeleton) -> Skeleton:
+        """The model that the passes after this one see, and that is written."""
+        return skeleton
 
     def plan(self, name: str, operator: Operator, group: Mapping[str, Dense]) -> Operator:
         """The operator that `apply` will leave, on `meta`; of a low-rank one, each factor is rewritten.

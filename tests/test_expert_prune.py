@@ -1,0 +1,302 @@
+"""Fewer experts: statistics against stock transformers, exact removals, counts that routers can work with, reloads."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from compressor.calibrate.routing import Routing, observe_routing
+from compressor.compress.apply import Job, apply, calibration_windows
+from compressor.compress.events import BlockDone, Event, ExpertsKept
+from compressor.compress.passes.expert_prune import ExpertPrune, highest, saliency, super_experts
+from compressor.compress.plan import make_plan
+from compressor.compress.recipe import parse_recipe
+from compressor.compress.solvers.subsets import best_subset, few_enough, subset_losses
+from compressor.runtime import load
+from compressor.runtime.checkpoint import Checkpoint
+from compressor.runtime.errors import RecipeError
+from compressor.runtime.pruned import PrunedCheckpoint
+from compressor.runtime.skeleton import Skeleton
+
+Pico = Callable[..., Path]
+FLOAT = {"dtype": torch.float32}
+FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3")
+ONE = {"num_experts_per_tok": 1}
+EXACT = {"mixtral": ONE, "qwen3_moe": {**ONE, "norm_topk_prob": True}, "deepseek_v3": {"n_group": 1, "topk_group": 1}}
+INEXACT = {"qwen2_moe": ONE, "olmoe": ONE, "deepseek_v2": {}}  # softmax over all, not normalized again
+
+
+def run(recipe: str, model: Path, out: Path, listener: Callable[[Event], None] = lambda event: None) -> None:
+    apply(Job(parse_recipe(recipe), recipe, (), model, out, "pico"), listener)
+
+
+def windows(samples: int = 3, tokens: int = 20) -> Tensor:
+    return torch.randint(0, 128, (samples, tokens), generator=torch.Generator().manual_seed(0))
+
+
+def stock(folder: Path) -> Any:
+    """transformers' own model, nothing missing and nothing left over."""
+    model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not any(found.values()), found
+    return model
+
+
+def logits(model: Any, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = model(input_ids=ids, use_cache=False).logits
+    return result
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_statistics_are_those_of_stock_transformers(pico: Pico, tmp_path: Path, family: str) -> None:
+    """Routing seen in front of the fused experts, outputs computed by hand from the fused weights."""
+    ids = windows()
+    behind: list[int] = []
+    found = observe_routing(Skeleton(Checkpoint(pico(family, **FLOAT))), ids, tmp_path / "scratch", behind.append)
+    assert behind == [0, 1]
+    assert not (tmp_path / "scratch").exists()
+    model = stock(pico(family, **FLOAT))
+    for index, routing in found.items():
+        experts = model.model.layers[index].mlp.experts
+        seen: list[tuple[Tensor, ...]] = []
+        handle = experts.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args))
+        logits(model, ids)
+        handle.remove()
+        x, chosen, weights = seen[0]
+        for number in range(len(routing.tokens)):
+            token, slot = torch.where(chosen == number)
+            gate, up = (experts.gate_up_proj[number] @ x[token].T).chunk(2)
+            output = (experts.down_proj[number] @ (experts.act_fn(gate) * up)).T.detach()
+            g, norms = weights[token, slot], output.norm(dim=1)
+            expected = [len(token), g.sum(), norms.sum(), (g * norms).sum(), output.abs().max() if len(token) else 0]
+            sums = routing.tokens, routing.weights, routing.norms, routing.weighted, routing.peak
+            for value, total in zip(expected, sums, strict=True):
+                assert float(total[number]) == pytest.approx(float(value), rel=1e-3, abs=1e-6), (index, number)
+
+
+def with_an_idle_expert(source: Path, folder: Path, number: int) -> Path:
+    """A copy in which the router never chooses one expert: scores a, -a, a / 2 and 0, or a bias that falls."""
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith(("mlp.gate.weight", "block_sparse_moe.gate.weight")):
+            first = tensor[0].clone()
+            tensor.zero_()
+            if len(tensor) == 4:
+                tensor[0], tensor[1], tensor[2] = first, -first, first / 2
+        if name.endswith("e_score_correction_bias"):
+            tensor.copy_(-torch.arange(len(tensor)))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("family", [*EXACT, *INEXACT])
+def test_an_expert_that_no_token_meets_goes_without_a_trace(pico: Pico, tmp_path: Path, family: str) -> None:
+    """Where chosen weights are normalized again; where they are not, the others' weights grow, and that is seen."""
+    source = with_an_idle_expert(pico(family, **{**EXACT, **INEXACT}[family], **FLOAT), tmp_path / "model", 3)
+    skeleton = Skeleton(Checkpoint(source))
+    seen = observe_routing(skeleton, windows(), tmp_path / "scratch", lambda index: None)
+    assert all(routing.tokens[3] == 0 for routing in seen.values())
+    count = len(next(iter(seen.values())).tokens)
+    kept = {index: tuple(n for n in range(count) if n != 3) for index in seen}
+    if family == "deepseek_v2":
+        kept = {index: numbers[:-1] for index, numbers in kept.items()}  # two groups of three
+    recipe = f"passes: [{{kind: expert_prune, keep: {len(next(iter(kept.values())))}, kept: {json.dumps(kept)}}}]"
+    run(recipe, source, tmp_path / "out")
+    before, after = logits(stock(source), windows()), logits(stock(tmp_path / "out"), windows())
+    difference = float((before - after).abs().max() / before.abs().max())
+    assert difference < 1e-5 if family in EXACT else difference > 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_of_the_experts_reload_everywhere(pico: Pico, tmp_path: Path, calibration_text: Path, family: str) -> None:
+    data = f"data: {{source: {calibration_text}, samples: 8, sequence_length: 64}}\n"
+    run(data + "passes: [{kind: expert_prune, ratio: 0.5}]", pico(family, **FLOAT), tmp_path / "out")
+    plain = stock(tmp_path / "out")
+    own = load(tmp_path / "out", dtype=torch.float32)
+    torch.testing.assert_close(logits(own, windows()), logits(plain, windows()), rtol=1e-4, atol=1e-4)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    counts = {config[key] for key in ("num_experts", "num_local_experts", "n_routed_experts") if key in config}
+    assert counts == {4 if family.startswith("deepseek") else 2}
+    if family == "qwen3_moe":
+        assert {"num_experts", "num_local_experts"} <= set(config)
+    report = [json.loads(line) for line in (tmp_path / "out" / "report" / "layers.jsonl").read_text().splitlines()]
+    kept = [event for event in report if event["kind"] == "ExpertsKept"]
+    assert [len(event["kept"]) for event in kept] == [next(iter(counts))] * len(kept)
+    assert all(len(event["scores"]) == len(event["tokens"]) == 2 * len(event["kept"]) for event in kept)
+
+
+def test_dropping_none_changes_nothing(pico: Pico, tmp_path: Path) -> None:
+    run("passes: [{kind: expert_prune, ratio: 0, criterion: random}]", pico("qwen3_moe"), tmp_path / "out")
+    before, after = (load_file(folder / "model.safetensors") for folder in (pico("qwen3_moe"), tmp_path / "out"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_pruned_experts_are_quantized_and_reload_in_stock_transformers(
+    pico: Pico, tmp_path: Path, calibration_text: Path
+) -> None:
+    data = f"data: {{source: {calibration_text}, samples: 16, sequence_length: 64}}\n"
+    recipe = data + "passes: [{kind: expert_prune, ratio: 0.5}, {kind: gptq, bits: 8, group_size: 32}]"
+    run(recipe, pico("qwen3_moe", **FLOAT), tmp_path / "out")
+    run(data + "passes: [{kind: expert_prune, ratio: 0.5}]", pico("qwen3_moe", **FLOAT), tmp_path / "plain")
+    quantized, plain = logits(stock(tmp_path / "out"), windows()), logits(stock(tmp_path / "plain"), windows())
+    own = logits(load(tmp_path / "out", dtype=torch.float32), windows())
+    torch.testing.assert_close(own, quantized, rtol=1e-3, atol=1e-3)
+    assert float((quantized - plain).norm() / plain.norm()) < 0.05
+
+
+def test_a_run_goes_on_with_the_experts_it_chose(
+    pico: Pico, tmp_path: Path, calibration_text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = f"data: {{source: {calibration_text}, samples: 8, sequence_length: 64}}\n"
+    recipe = data + "passes: [{kind: expert_prune, keep: 3}, {kind: gptq, group_size: 32}]"
+    run(recipe, pico("qwen2_moe"), tmp_path / "whole")
+
+    def stop(event: Event) -> None:
+        if isinstance(event, BlockDone):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, pico("qwen2_moe"), tmp_path / "out", stop)
+    monkeypatch.delattr("compressor.compress.passes.expert_prune.observe_routing")
+    apply(
+        Job(parse_recipe(recipe), recipe, (), pico("qwen2_moe"), tmp_path / "out", "pico"), lambda e: None, resume=True
+    )
+    for path in (tmp_path / "whole").rglob("*"):
+        if path.is_file() and path.name not in ("timings.jsonl",):
+            assert path.read_bytes() == (tmp_path / "out" / path.relative_to(tmp_path / "whole")).read_bytes(), path
+
+
+def routing(**sums: list[float]) -> Routing:
+    result = Routing.empty(len(next(iter(sums.values()))))
+    for name, values in sums.items():
+        setattr(result, name, torch.tensor(values, dtype=torch.float64))
+    return result
+
+
+def test_criteria_by_hand() -> None:
+    seen = routing(tokens=[4, 0, 2], weights=[1, 0, 1.5], norms=[8, 0, 9], weighted=[2, 0, 4], peak=[1, 0, 5])
+    assert saliency(seen, "reap").tolist() == [0.5, 0, 2]
+    assert saliency(seen, "frequency").tolist() == [4, 0, 2]
+    assert saliency(seen, "router_weight").tolist() == [1, 0, 1.5]
+    assert saliency(seen, "ean").tolist() == [8, 0, 9]
+    scores = torch.tensor([5.0, 4, 3, 2, 9, 1, 0, 8])
+    assert highest(scores, 4, 1) == (0, 1, 4, 7)
+    assert highest(scores, 4, 2) == (0, 1, 4, 7)
+    assert highest(scores, 2, 2) == (0, 4)
+    assert highest(scores, 2, 1, protected=(6,)) == (4, 6)
+    peaks = {index: routing(peak=[1.0] * 100) for index in range(8)}
+    peaks[1].peak[7] = peaks[7].peak[3] = 50
+    found = super_experts(peaks, 8)
+    assert found[1] == (7,)
+    assert 7 not in found, "the last quarter is not protected"
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "message"),
+    [
+        ("qwen3_moe", "keep: 5", "5 experts of each block cannot stay: there are 4"),
+        ("qwen3_moe", "keep: 1", "each token is sent to 2"),
+        ("deepseek_v3", "keep: 7", "they stand in 2 groups of equal size"),
+        ("deepseek_v3", "keep: 2", "groups are compared by their two best"),
+        ("llama", "keep: 2", "this model has no experts"),
+        ("qwen3_moe", "keep: 2, ratio: 0.5", "give either ratio or keep"),
+        ("qwen3_moe", "keep: 2, kept: {0: [0, 1]}", "kept has to name 2 rising numbers"),
+        ("qwen3_moe", "keep: 2, kept: {0: [0, 1], 1: [1, 9]}", "kept has to name 2 rising numbers"),
+    ],
+)
+def test_what_routers_cannot_work_with_is_refused_before_work(
+    pico: Pico, family: str, options: str, message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        make_plan(parse_recipe(f"passes: [{{kind: expert_prune, {options}}}]"), Skeleton(Checkpoint(pico(family))))
+
+
+def test_it_comes_before_what_rewrites_linears(pico: Pico) -> None:
+    recipe = parse_recipe("passes: [{kind: rtn, group_size: 32}, {kind: expert_prune, keep: 2}]")
+    with pytest.raises(RecipeError, match=r"passes\.1: expert_prune changes the model itself"):
+        make_plan(recipe, Skeleton(Checkpoint(pico("qwen3_moe"))))
+
+
+def test_the_view_of_fewer_experts_names_and_slices(pico: Pico) -> None:
+    source = Checkpoint(pico("mixtral"))
+    view = PrunedCheckpoint(source, {0: (1, 3), 1: (0, 2)})
+    assert torch.equal(
+        view.tensor("model.layers.0.block_sparse_moe.experts.1.w2.weight"),
+        source.tensor("model.layers.0.block_sparse_moe.experts.3.w2.weight"),
+    )
+    gate = "model.layers.1.block_sparse_moe.gate.weight"
+    assert torch.equal(view.tensor(gate), source.tensor(gate)[[0, 2]])
+    assert view.tensors[gate].shape == (2, 64)
+    assert view.config["num_local_experts"] == 2
+    assert source.config["num_local_experts"] == 4
+    assert view.nbytes < source.nbytes
+    step = ExpertPrune(kind="expert_prune", keep=2)
+    assert step.prepare(Skeleton(source)).note == "4 → 2 experts in 2 blocks"
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "deepseek_v3"])
+def test_reconstruction_finds_the_best_subset_of_all(
+    pico: Pico, tmp_path: Path, calibration_text: Path, family: str
+) -> None:
+    """Against every pruned block run for real on the sampled tokens; and no criterion does better there."""
+    folder = pico(family, n_group=1, topk_group=1, **FLOAT) if family == "deepseek_v3" else pico(family, **FLOAT)
+    data = f"data: {{source: {calibration_text}, samples: 8, sequence_length: 64}}\n"
+    recipe = parse_recipe(data + "passes: [{kind: expert_prune, ratio: 0.5, criterion: reconstruction}]")
+    skeleton = Skeleton(Checkpoint(folder))
+    _, ids = calibration_windows(recipe, skeleton.checkpoint)
+    events: list[Event] = []
+    step = recipe.passes[0].prepare(skeleton).survey(skeleton, ids, tmp_path / "scratch", events.append)
+    assert isinstance(step, ExpertPrune)
+    assert step.kept is not None
+    model = stock(folder)
+    for index, chosen in step.kept.items():
+        moe = model.model.layers[index].mlp
+        entered: list[Tensor] = []
+        handle = moe.register_forward_pre_hook(lambda module, args, entered=entered: entered.append(args[0]))
+        logits(model, ids)
+        handle.remove()
+        with torch.no_grad():
+            expected = moe(entered[0])
+            losses = {}
+            count = 8 if family == "deepseek_v3" else 4
+            for subset in itertools.combinations(range(count), count // 2):
+                kept = {number: tuple(range(count // 2)) for number in step.kept} | {index: subset}
+                pruned = Skeleton(PrunedCheckpoint(skeleton.checkpoint, kept))
+                found = pruned.block(index).mlp(entered[0])
+                losses[subset] = float((found - expected).square().sum())
+        assert losses[chosen] == pytest.approx(min(losses.values()), rel=1e-4)
+    kinds = [event for event in events if isinstance(event, ExpertsKept)]
+    assert all(len(event.scores) == len(event.tokens) for event in kinds)
+
+
+def test_one_after_the_other_where_subsets_are_many() -> None:
+    """Twenty experts of which ten are copies that nobody would miss: top-1, so that the twin takes over."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(10, 6, generator=generator)
+    rows = torch.cat([rows, rows])
+    x = torch.randn(200, 6, generator=generator)
+    outputs = torch.randn(10, 200, 6, generator=generator)
+    outputs = torch.cat([outputs, outputs])
+
+    def route(numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        best = (x @ rows[list(numbers)].T).topk(1, dim=1)
+        return torch.ones_like(best.values), best.indices
+
+    assert not few_enough(20, 10, 1)
+    kept = best_subset(route, outputs, 10)
+    assert sorted(number % 10 for number in kept) == list(range(10))
+    assert subset_losses(route, outputs, [kept]) == [0.0]
+    assert few_enough(8, 4, 1)
+    assert best_subset(route, outputs[:8], 8) == tuple(range(8))
