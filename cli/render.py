@@ -83,6 +83,7 @@ def long_table(name: str, results: list[LongEvaluation]) -> Table:
 
 
 def evaluation_table(name: str, result: Evaluation, cached: list[float]) -> Table:
+    """An evaluation; `cached` are bytes of the KV cache for a token, the model's first."""
     table = Table("measure", name, box=None)
     table.columns[1].justify = "right"
     table.add_row("tokens predicted", f"{result.tokens:,}")

@@ -379,8 +379,9 @@ def _survey_cost(recipe: Recipe, skeleton: Skeleton) -> _Cost:
     if not names:
         return _Cost()
     tokens = min(recipe.data.samples * recipe.data.sequence_length, BATCH_TOKENS)
-    shapes = [linear.weight.shape for linear in skeleton.linears(0).values()]
-    block, widest = sum(rows * columns for rows, columns in shapes), max(max(shape) for shape in shapes)
+    blocks = [[linear.weight.shape for linear in skeleton.linears(n).values()] for n in range(skeleton.blocks)]
+    block = max(sum(rows * columns for rows, columns in shapes) for shapes in blocks)
+    widest = max(max(shape) for shapes in blocks for shape in shapes)
     vocabulary, hidden = skeleton.config.vocab_size, skeleton.config.hidden_size
     running = 4 * block + 4 * tokens * (3 * widest + 6 * hidden)
     comparing = 5 * 4 * max(LOGITS, 32 * vocabulary) + 4 * hidden * min(vocabulary, HEAD_ROWS)

@@ -14,7 +14,8 @@ from .checkpoint import Checkpoint, TensorInfo, block_index
 class PrunedCheckpoint(Checkpoint):
     """Some experts of each block, renumbered in order; nothing is read until a tensor is asked for.
 
-    Every block keeps as many, for config.json has one count for all of them.
+    Every block keeps as many, for config.json has one count for all of them. Layers beyond the last block, which some
+    models carry to predict several tokens and whose experts are not looked at, are left out.
     """
 
     def __init__(self, source: Checkpoint, kept: Mapping[int, Sequence[int]]) -> None:
@@ -34,6 +35,8 @@ class PrunedCheckpoint(Checkpoint):
         architecture = self._source.architecture
         memory = architecture.memory_name(name)
         index = block_index(memory)
+        if index is not None and index >= self.config.get("num_hidden_layers", index + 1):
+            return
         if index is None or index not in kept:
             self._parts[name] = name, None
             return
@@ -65,4 +68,5 @@ def pruned_config(config: Mapping[str, Any], counts: set[int]) -> dict[str, Any]
     names = {name for name in EXPERT_COUNTS if name in config}
     if config.get("model_type") == "qwen3_moe":
         names |= {"num_experts", "num_local_experts"}  # transformers 4 reads the one, 5 saves the other
-    return {**config, **dict.fromkeys(sorted(names), count)}
+    beyond = {"num_nextn_predict_layers": 0} if "num_nextn_predict_layers" in config else {}
+    return {**config, **dict.fromkeys(sorted(names), count), **beyond}

@@ -9,6 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from compressor.compress.events import BlockDone, Event
+
 _COMMON = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "tie_word_embeddings": False,
@@ -45,6 +47,12 @@ def build_model(family: str, folder: Path, **changes: Any) -> Path:
     model.to(changes.get("dtype", torch.bfloat16)).save_pretrained(folder)
     _tokenizer().save_pretrained(folder)
     return folder
+
+
+def interrupt(event: Event) -> None:
+    """A listener that stops a run, as Ctrl-C does, once a block is done."""
+    if isinstance(event, BlockDone):
+        raise KeyboardInterrupt
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

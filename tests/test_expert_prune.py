@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from pico import interrupt
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from compressor.calibrate.routing import Routing, observe_routing
 from compressor.compress.apply import Job, apply, calibration_windows
-from compressor.compress.events import BlockDone, Event, ExpertsKept
+from compressor.compress.events import Event, ExpertsKept
 from compressor.compress.passes.expert_prune import ExpertPrune, highest, saliency, super_experts
 from compressor.compress.plan import make_plan
 from compressor.compress.recipe import parse_recipe
@@ -163,12 +164,8 @@ def test_a_run_goes_on_with_the_experts_it_chose(
     recipe = data + "passes: [{kind: expert_prune, keep: 3}, {kind: gptq, group_size: 32}]"
     run(recipe, pico("qwen2_moe"), tmp_path / "whole")
 
-    def stop(event: Event) -> None:
-        if isinstance(event, BlockDone):
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        run(recipe, pico("qwen2_moe"), tmp_path / "out", stop)
+        run(recipe, pico("qwen2_moe"), tmp_path / "out", interrupt)
     monkeypatch.delattr("compressor.compress.passes.expert_prune.observe_routing")
     apply(
         Job(parse_recipe(recipe), recipe, (), pico("qwen2_moe"), tmp_path / "out", "pico"), lambda e: None, resume=True
@@ -214,6 +211,8 @@ def test_criteria_by_hand() -> None:
         ("qwen3_moe", "keep: 2, ratio: 0.5", "give either ratio or keep"),
         ("qwen3_moe", "keep: 2, kept: {0: [0, 1]}", "kept has to name 2 rising numbers"),
         ("qwen3_moe", "keep: 2, kept: {0: [0, 1], 1: [1, 9]}", "kept has to name 2 rising numbers"),
+        ("qwen3_moe", "keep: 2, kept: {0: [0, 1], 1: [-1, 0]}", "kept has to name 2 rising numbers"),
+        ("deepseek_v3", "keep: 4, kept: {1: [0, 1, 2, 4]}", "as many of each of 2 groups"),
     ],
 )
 def test_what_routers_cannot_work_with_is_refused_before_work(
@@ -300,3 +299,18 @@ def test_one_after_the_other_where_subsets_are_many() -> None:
     assert subset_losses(route, outputs, [kept]) == [0.0]
     assert few_enough(8, 4, 1)
     assert best_subset(route, outputs[:8], 8) == tuple(range(8))
+
+
+def test_layers_beyond_the_last_block_go_with_the_count_of_experts(pico: Pico, tmp_path: Path) -> None:
+    """They hold as many experts as before, which config.json could not say."""
+    source = tmp_path / "model"
+    shutil.copytree(pico("deepseek_v3", **FLOAT), source)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.2.mlp.experts.7.up_proj.weight"] = torch.ones(32, 64)
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
+    (source / "config.json").write_text(json.dumps(config))
+    run("passes: [{kind: expert_prune, keep: 4, criterion: random}]", source, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    assert not any(".layers.2." in name for name in load_file(tmp_path / "out" / "model.safetensors"))
+    stock(tmp_path / "out")

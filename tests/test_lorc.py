@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pico import interrupt
 from safetensors.torch import load_file, save_file
 from test_sparse import problem
 from torch import Tensor
@@ -21,7 +22,7 @@ from compressor.calibrate.sensitivity import Seen, divergences
 from compressor.calibrate.statistics import Statistics
 from compressor.calibrate.walk import StageWork, start_chains, walk
 from compressor.compress.apply import Job, apply, calibration_windows
-from compressor.compress.events import BlockDone, Event, LayerDone
+from compressor.compress.events import LayerDone
 from compressor.compress.passes.gptq import Gptq
 from compressor.compress.passes.lorc import Lorc
 from compressor.compress.passes.rtn import Rtn
@@ -396,12 +397,8 @@ def test_a_run_goes_on_with_the_survey_it_made(
     run(recipe, pico("llama"), tmp_path / "whole")
     job = Job(parse_recipe(recipe), recipe, (), pico("llama"), tmp_path / "out", "pico")
 
-    def stop(event: Event) -> None:
-        if isinstance(event, BlockDone):
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        apply(job, stop)
+        apply(job, interrupt)
     monkeypatch.delattr("compressor.compress.passes.lorc.divergences")
     apply(job, lambda event: None, resume=True)
     for name in ("model.safetensors", "config.json", "recipe.resolved.yaml", "report/layers.jsonl"):

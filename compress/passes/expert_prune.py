@@ -94,11 +94,13 @@ class ExpertPrune(Pass):
         result._blocks, result._groups = blocks, groups
         if self.kept is None:
             result = result._with_kept({index: _first(count, keep, groups) for index in blocks}, nominal=True)
-        elif set(self.kept) != set(blocks) or any(
-            len(numbers) != keep or sorted(set(numbers)) != list(numbers) or numbers[-1] >= count
-            for numbers in self.kept.values()
+        elif set(self.kept) != set(blocks) or not all(
+            _can_stay(numbers, keep, count, groups) for numbers in self.kept.values()
         ):
-            raise RecipeError(f"{self.step}: kept has to name {keep} rising numbers below {count} for each block")
+            equal = f", as many of each of {groups} groups" if groups > 1 else ""
+            raise RecipeError(
+                f"{self.step}: kept has to name {keep} rising numbers below {count} for each block{equal}"
+            )
         return result
 
     def _with_kept(self, kept: dict[int, tuple[int, ...]], *, nominal: bool = False) -> ExpertPrune:
@@ -113,6 +115,7 @@ class ExpertPrune(Pass):
     def survey(
         self, skeleton: Skeleton, windows: Tensor | None, scratch: Path, listener: Callable[[Event], None]
     ) -> ExpertPrune:
+        """With the experts that matter in `kept`, each block's told as `ExpertsKept`."""
         if not self._nominal:
             return self
         chosen: dict[int, Choice] = {}
@@ -159,10 +162,7 @@ class ExpertPrune(Pass):
 
     @property
     def note(self) -> str:
-        assert self.kept is not None
-        return (
-            f"{max(self._blocks.values())} → {len(next(iter(self.kept.values())))} experts in {len(self.kept)} blocks"
-        )
+        return f"{max(self._blocks.values())} → {self._keep} experts in {len(self._blocks)} blocks"
 
     def apply(self, work: StageWork) -> Iterator[Event]:
         yield from ()
@@ -217,6 +217,13 @@ def highest(scores: Tensor, keep: int, groups: int, protected: tuple[int, ...] =
 
 def _first(count: int, keep: int, groups: int) -> tuple[int, ...]:
     return highest(-torch.arange(count, dtype=torch.float64), keep, groups)
+
+
+def _can_stay(numbers: Sequence[int], keep: int, count: int, groups: int) -> bool:
+    """Whether these are experts of a block, rising, and as many of each group."""
+    size = count // groups
+    own = [sum(number // size == group for number in numbers) for group in range(groups)]
+    return sorted(set(numbers)) == list(numbers) and sum(own) == len(numbers) and set(own) == {keep // groups}
 
 
 def _check(step: str, keep: int, count: int, top_k: int, groups: int, top_groups: int) -> None:

@@ -190,6 +190,7 @@ class Lorc(Calibrated):
     def survey(
         self, skeleton: Skeleton, windows: Tensor | None, scratch: Path, listener: Callable[[Event], None]
     ) -> Lorc:
+        """With the ranks that the weights, or cutting each projection on its own, call for."""
         if not self._nominal:
             return self
         if not self.calibrated:
@@ -200,6 +201,7 @@ class Lorc(Calibrated):
         probed: dict[str, int] = {}
 
         def changes(index: int, seen: Seen) -> dict[str, dict[str, Tensor]]:
+            """Each projection of a block cut on its own; fills in the curves on the way."""
             names = [name for name, shape in self._shapes.items() if shape.block == index]
             inner = {name: skeleton.architecture.memory_name(name).split(".", 3)[3] for name in names}
             metrics: Sequence[Tensor | None] = [None] * len(names)
