@@ -175,6 +175,26 @@ def test_latents_are_stored_and_run(groups: int, bits: int) -> None:
     assert float((expected - exact).norm() / exact.norm()) < {16: 1e-5, 8: 0.02, 4: 0.2}[bits]
 
 
+@pytest.mark.parametrize("granularity", ["joint", "per_head"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_rotated_latents_stand_for_the_same_weight(pico: Pico, granularity: str, bits: int) -> None:
+    """What makes latents easy to round changes neither the product nor the spread of all latents together."""
+    skeleton = Skeleton(Checkpoint(pico("llama", dtype=torch.float32, num_key_value_heads=4)))
+    name = "model.layers.0.self_attn.v_proj"
+    weight = skeleton.checkpoint.tensor(name + ".weight")
+    found = {}
+    for width in (16, bits):
+        options = {"granularity": granularity, "latent_bits": width, "ranks": {name: 48}}
+        step = Lorc(kind="lorc", **options).prepare(skeleton)  # type: ignore[arg-type]
+        stage = StageWork({name: Dense(weight)}, {name: weight}, [[name]])
+        list(step.apply(stage))
+        found[width] = stage.linears[name]
+    torch.testing.assert_close(found[bits].dense(), found[16].dense(), rtol=1e-4, atol=1e-5)
+    plain, turned = (found[width].down.dense() for width in (16, bits))  # type: ignore[attr-defined]
+    assert float((plain - turned).abs().max()) > 0.1, "they are rotated"
+    assert float(plain.norm()) == pytest.approx(float(turned.norm()), rel=1e-5)
+
+
 def work(weight: Tensor, moment: Tensor, operator: Latent) -> StageWork:
     name = "model.layers.0.self_attn.k_proj"
     statistics = Statistics(1000, moment.float())
