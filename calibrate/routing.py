@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..runtime.architectures import EXPERTS
 from ..runtime.skeleton import Skeleton
 from .chains import Chains, Spill
 
@@ -93,7 +92,7 @@ def observe_routing(
     found = {}
     for index in range(skeleton.blocks):
         layer = skeleton.block(index)
-        experts = _experts(layer)
+        experts = _experts(layer, skeleton.architecture.experts)
         seen = Routing.empty(len(experts)) if experts is not None else None
         handles = [expert.register_forward_hook(_recorder(seen, n)) for n, expert in enumerate(experts or ())]
         runner, source = skeleton.runner(index, layer), chains.read(index, "routing")
@@ -124,9 +123,9 @@ def _sample(skeleton: Skeleton, runner: Any, experts: Any, source: Spill) -> Sam
         return Sample(hidden, torch.stack([expert.float()(hidden, ones) for expert in experts]))
 
 
-def _experts(layer: nn.Module) -> Any:
+def _experts(layer: nn.Module, name: str) -> Any:
     try:
-        return layer.get_submodule(EXPERTS)
+        return layer.get_submodule(name)
     except AttributeError:
         return None
 

@@ -22,11 +22,12 @@ from ..kernels.dispatch import cpu_capability
 from ..runtime.checkpoint import Checkpoint, non_finite
 from ..runtime.errors import ModelError, RecipeError, ResourceError, VerifyError
 from ..runtime.files import file_sha256
+from ..runtime.fused import fuse
 from ..runtime.operators import Operator, from_tensors, stored_name
 from ..runtime.skeleton import Skeleton, calibration_dtype
 from .events import BlockDone, Event, Fallback, LayerDone, Resumed, Surveyed
 from .folder import finish_folder
-from .formats import as_written
+from .formats import PLAIN, as_written
 from .journal import Journal
 from .plan import Plan, chain_names, check_disk, check_memory, make_plan
 from .recipe import Recipe
@@ -297,11 +298,13 @@ def _store(block: Block, plan: Plan, checkpoint: Checkpoint, writer: ShardedWrit
             tensors.update({stored_name(linear, suffix): tensor for suffix, tensor in stored.items()})
         else:
             tensors[name] = checkpoint.tensor(name)
+    if plan.format == PLAIN:
+        tensors = fuse(checkpoint.architecture, tensors)
     writer.write(tensors)
     for name in tensors:
         if not torch.equal(writer.read(name), tensors[name]):
             raise VerifyError(f"{name}: what was read back is not what was written; check the disk")
-    for linear, operator in rewritten.items():
+    for linear, operator in rewritten.items() if plan.format != PLAIN else ():
         parts = {suffix: writer.read(stored_name(linear, suffix)) for suffix in operator.to_tensors()}
         if not torch.equal(from_tensors(parts, operator.scheme()).dense(), operator.dense()):
             raise VerifyError(f"{linear}: decodes to other weights than were meant; this is a bug, please report it")

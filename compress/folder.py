@@ -72,12 +72,12 @@ def finish_folder(
 
 
 def _routers(skeleton: Skeleton) -> list[str]:
-    """Names of router gates: not linears in memory, but readers that match by name must leave them alone."""
-    return [
-        name.removesuffix(".weight")
-        for name in skeleton.checkpoint.tensors
-        if name.endswith((".gate.weight", ".shared_expert_gate.weight"))
-    ]
+    """Names of router gates, on disk and in memory: readers that match by name must leave them alone."""
+    architecture = skeleton.architecture
+    router = architecture.disk_name(architecture.router.rpartition(".")[2])
+    endings = (f".{router}.weight", ".shared_expert_gate.weight")
+    found = [name.removesuffix(".weight") for name in skeleton.checkpoint.tensors if name.endswith(endings)]
+    return list({*found, *map(architecture.memory_name, found)})
 
 
 def check_runs(folder: Path, original: Checkpoint) -> None:

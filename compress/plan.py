@@ -18,9 +18,10 @@ from ..calibrate.sensitivity import LOGITS
 from ..runtime.architectures import KEYS, PARTS, VALUES
 from ..runtime.checkpoint import Checkpoint, block_index
 from ..runtime.errors import RecipeError, ResourceError
+from ..runtime.fused import fuse
 from ..runtime.operators import Dense, Latent, LowRank, Operator, stored_name
 from ..runtime.skeleton import HEAD_ROWS, Skeleton
-from .formats import as_written, choose_format, describe
+from .formats import PLAIN, as_written, choose_format, describe
 from .passes.base import Pass
 from .recipe import Recipe
 
@@ -119,7 +120,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, *, look: bool = False) -> Plan
     for name, linear in linears.items():
         dtype = checkpoint.tensors[name + ".weight"].dtype
         linears[name] = replace(linear, operator=as_written(linear.operator, chosen, dtype))
-    tensors = _output_tensors(checkpoint, linears)
+    tensors = _output_tensors(checkpoint, linears, chosen)
     needs = frozenset(need for step in recipe.passes for need in step.needs)
     after = sum(_nbytes(dtype, shape) for dtype, shape in tensors.values())
     survey = _survey_cost(recipe, skeleton)
@@ -275,17 +276,19 @@ def _nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
 
 
 def _output_tensors(
-    checkpoint: Checkpoint, linears: dict[str, LinearPlan]
+    checkpoint: Checkpoint, linears: dict[str, LinearPlan], chosen: str
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, info in checkpoint.tensors.items():
         linear = linears.get(name.removesuffix(".weight"))
         if linear is None or not linear.steps:
-            tensors[name] = (info.dtype, info.shape)
+            tensors[name] = torch.empty(info.shape, dtype=info.dtype, device="meta")
             continue
         for suffix, tensor in linear.operator.to_tensors().items():
-            tensors[stored_name(name.removesuffix(".weight"), suffix)] = (tensor.dtype, tuple(tensor.shape))
-    return tensors
+            tensors[stored_name(name.removesuffix(".weight"), suffix)] = tensor
+    if chosen == PLAIN:
+        tensors = fuse(checkpoint.architecture, tensors)
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 def _cache_bytes(checkpoint: Checkpoint, linears: dict[str, LinearPlan]) -> tuple[int, int]:

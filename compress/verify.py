@@ -8,9 +8,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..runtime.checkpoint import Checkpoint, non_finite
 from ..runtime.errors import CompressorError, ResourceError, VerifyError
 from ..runtime.files import copy_synced, file_sha256, sync_folder, write_synced
+from ..runtime.fused import fuse
 from ..runtime.stored import StoredModel, open_model
 from .apply import check_output
 from .folder import check_runs
@@ -100,11 +103,14 @@ def export_dense(folder: Path, out: Path, *, overwrite: bool = False) -> None:
 
 
 def _write_dense(model: StoredModel, folder: Path) -> None:
-    specs = {name: (info.dtype, info.shape) for name, info in model.tensors.items()}
-    writer = ShardedWriter(folder, specs, 5 * 10**9)
+    empty = {n: torch.empty(info.shape, dtype=info.dtype, device="meta") for n, info in model.tensors.items()}
+    fused = fuse(model.architecture, empty)
+    writer = ShardedWriter(folder, {name: (t.dtype, tuple(t.shape)) for name, t in fused.items()}, 5 * 10**9)
     writer.start()
-    for name in model.tensors:
-        writer.write({name: model.tensor(name)})
+    together = model.block_names() if model.architecture.fused else []
+    alone = set(model.tensors).difference(*together)
+    for names in [*together, *([name] for name in model.tensors if name in alone)]:
+        writer.write(fuse(model.architecture, {name: model.tensor(name) for name in names}))
     writer.write_index()
     write_synced(folder / "config.json", json.dumps(model.config, indent=2) + "\n")
     for path in model.side_files:

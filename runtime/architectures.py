@@ -13,10 +13,9 @@ from typing import Any
 from .errors import ModelError
 
 Stage = tuple[tuple[str, ...], ...]  # groups of linears; a group shares one input
-# Parts of a block that end in a linear: once that is final, the rest of the part need not be computed again.
-ROUTER, EXPERTS = "mlp.gate", "mlp.experts"  # in memory, in every family
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # keys of config.json
 QUERIES, KEYS, VALUES = "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"  # in memory and on disk
+# Parts of a block that end in a linear: once that is final, the rest of the part need not be computed again.
 PARTS = {"self_attn": "self_attn.o_proj", "mlp": "mlp.down_proj"}
 
 _ATTENTION: tuple[Stage, ...] = (
@@ -28,21 +27,15 @@ _MLA: tuple[Stage, ...] = (
     (("self_attn.q_b_proj",), ("self_attn.kv_b_proj",)),
     (("self_attn.o_proj",),),
 )
-# `*` stands for each expert; names a block does not have are skipped, so dense and sparse blocks share one list.
-_MLP: tuple[Stage, ...] = (
-    (
-        ("mlp.gate_proj", "mlp.up_proj"),
-        ("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj"),
-        ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
-        ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
-    ),
-    (
-        ("mlp.down_proj",),
-        ("mlp.experts.*.down_proj",),
-        ("mlp.shared_expert.down_proj",),
-        ("mlp.shared_experts.down_proj",),
-    ),
-)
+
+
+def _mlp(sparse: str = "mlp") -> tuple[Stage, ...]:
+    """`*` stands for each expert; what a block does not have is skipped, so dense and sparse blocks share one list."""
+    experts, shared = f"{sparse}.experts.*", [f"{sparse}.shared_expert", f"{sparse}.shared_experts"]
+    parts = ["mlp", experts, *shared]
+    return tuple((f"{part}.gate_proj", f"{part}.up_proj") for part in parts), tuple(
+        (f"{part}.down_proj",) for part in parts
+    )
 
 
 @dataclass(frozen=True)
@@ -52,10 +45,16 @@ class Architecture:
     Attributes:
         stages: groups of linears in execution order; all groups of a stage can be solved once the stages before are.
         disk_segments: name segments in memory → on disk, where they differ (a bijection).
+        router, experts: modules of a block, in memory.
+        fused: tensors of a block on disk that hold one matrix of every expert → the linears whose rows lie in it, one
+            below the other (`runtime/fused.py`).
     """
 
     stages: tuple[Stage, ...]
     disk_segments: Mapping[str, str] = field(default_factory=dict)
+    router: str = "mlp.gate"
+    experts: str = "mlp.experts"
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def disk_name(self, name: str) -> str:
         """A tensor or module name of the model in memory → its name in the checkpoint."""
@@ -63,11 +62,14 @@ class Architecture:
 
     def memory_name(self, name: str) -> str:
         """The inverse of `disk_name`."""
-        inverse = {disk: memory for memory, disk in self.disk_segments.items()}
-        return ".".join(inverse.get(segment, segment) for segment in name.split("."))
+        padded = f".{name}."
+        for memory, disk in self.disk_segments.items():
+            padded = padded.replace(f".{disk}.", f".{memory}.")
+        return padded[1:-1]
 
 
-_STANDARD = Architecture(_ATTENTION + _MLP)
+_STANDARD = Architecture(_ATTENTION + _mlp())
+_MIXTRAL = {"mlp": "block_sparse_moe", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": _STANDARD,
     "mistral": _STANDARD,
@@ -76,14 +78,29 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2_moe": _STANDARD,
     "qwen3_moe": _STANDARD,
     "olmoe": _STANDARD,
-    "mixtral": Architecture(
-        _ATTENTION + _MLP,
-        {"mlp": "block_sparse_moe", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
+    "glm4_moe": _STANDARD,
+    "mixtral": Architecture(_ATTENTION + _mlp(), _MIXTRAL),
+    "phimoe": Architecture(_ATTENTION + _mlp(), {**_MIXTRAL, "router": "gate"}, router="mlp.router"),
+    "granitemoe": Architecture(
+        _ATTENTION + _mlp("block_sparse_moe"),
+        {"router": "router.layer"},
+        router="block_sparse_moe.router",
+        experts="block_sparse_moe.experts",
+        fused={
+            "block_sparse_moe.input_linear.weight": ("gate_proj", "up_proj"),
+            "block_sparse_moe.output_linear.weight": ("down_proj",),
+        },
     ),
-    "deepseek_v2": Architecture(_MLA + _MLP),
-    "deepseek_v3": Architecture(_MLA + _MLP),
+    "deepseek_v2": Architecture(_MLA + _mlp()),
+    "deepseek_v3": Architecture(_MLA + _mlp()),
 }
-REFUSED = {"gpt_oss": "its experts are stored fused and interleaved (MXFP4 on the hub), which no pass handles yet"}
+REFUSED = {
+    "gpt_oss": "its experts have biases, an activation of their own, and rows of gate and up in turns (MXFP4 on the "
+    "hub), none of which a linear of one expert can say",
+    "llama4": "its router scales what enters an expert, not what leaves it, so that no second moment of an expert's "
+    "inputs can be weighted as for other families",
+    "llama4_text": "its router scales what enters an expert, not what leaves it",
+}
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:

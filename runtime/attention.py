@@ -56,11 +56,13 @@ class RotaryTable:
 
 
 def rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """The rotary embedding of `[..., tokens, head_dim]`, halves paired."""
-    half = x.shape[-1] // 2
-    result = x * cosines
-    result[..., :half].addcmul_(x[..., half:], sines[..., :half], value=-1)
-    result[..., half:].addcmul_(x[..., :half], sines[..., half:])
+    """The rotary embedding of `[..., tokens, head_dim]`, halves paired; of the leading dims only, where the tables are
+    narrower."""
+    width = cosines.shape[-1]
+    half, result = width // 2, x.clone()
+    result[..., :width].mul_(cosines)
+    result[..., :half].addcmul_(x[..., half:width], sines[..., :half], value=-1)
+    result[..., half:width].addcmul_(x[..., :half], sines[..., half:])
     return result
 
 

@@ -7,7 +7,7 @@ Folders come from strangers: file names may not leave the folder, headers are ch
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,8 +17,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .architectures import Architecture, architecture_of
+from .architectures import ARCHITECTURES, Architecture, architecture_of
 from .errors import ModelError
+from .fused import Slice, slices
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -52,7 +53,8 @@ class Checkpoint:
         path: the folder.
         config: `config.json` as a dictionary.
         tensors: name → `TensorInfo`, in the order of the files.
-        stored: the same for what lies on disk; differs from `tensors` in compressed folders only.
+        stored: the same for what lies on disk; differs from `tensors` in compressed folders, and where experts are
+            fused (`runtime/fused.py`).
 
     Raises (from the constructor):
         ModelError: anything wrong with the folder, in one line.
@@ -65,11 +67,13 @@ class Checkpoint:
         self.config = self._json("config.json")
         self._open: dict[str, Any] = {}
         self.tensors: dict[str, TensorInfo] = {}
-        self.stored = self.tensors
+        self.stored: Mapping[str, TensorInfo] = self.tensors
+        self._slices: dict[str, Slice] = {}
         for file, names in self._weight_files().items():
             self._read_header(file, names)
         if not self.tensors:
             raise ModelError(f"{self.path}: the weight files hold no tensor")
+        self._unfuse()
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -104,7 +108,8 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, memory mapped: its pages are read when they are used."""
-        return self.stored_tensor(name)
+        part = self._slices.get(name)
+        return self.stored_tensor(name) if part is None else part.of(self.stored_tensor(part.stored))
 
     def stored_tensor(self, name: str) -> Tensor:
         """A tensor exactly as it lies on disk."""
@@ -135,6 +140,21 @@ class Checkpoint:
     def release(self) -> None:
         """Close the memory maps; the next `tensor` opens them again."""
         self._open.clear()
+
+    def _unfuse(self) -> None:
+        """Name the linears of fused experts in place of the tensors they lie in."""
+        known = ARCHITECTURES.get(str(self.config.get("model_type")))
+        if known is None or not known.fused:
+            return
+        self.stored, self.tensors = dict(self.tensors), {}
+        for name, info in self.stored.items():
+            found = dict(slices(known, name, info.shape))
+            for linear, part in found.items():
+                shape = (part.rows.stop - part.rows.start, info.shape[2])
+                self.tensors[linear] = TensorInfo(info.file, info.dtype, shape)
+            self._slices |= found
+            if not found:
+                self.tensors[name] = info
 
     def _json(self, name: str) -> dict[str, Any]:
         path = self.path / name

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .architectures import EXPERT_COUNTS, EXPERTS, ROUTER
+from .architectures import EXPERT_COUNTS
 from .checkpoint import Checkpoint, TensorInfo, block_index
 
 
@@ -41,13 +41,13 @@ class PrunedCheckpoint(Checkpoint):
             self._parts[name] = name, None
             return
         block, inside = memory.split(".", 3)[:3], memory.split(".", 3)[3]
-        if inside.startswith(EXPERTS + "."):
-            number, rest = inside.removeprefix(EXPERTS + ".").split(".", 1)
+        if inside.startswith(architecture.experts + "."):
+            number, rest = inside.removeprefix(architecture.experts + ".").split(".", 1)
             if int(number) in kept[index]:
-                renamed = ".".join([*block, EXPERTS, str(list(kept[index]).index(int(number))), rest])
+                renamed = ".".join([*block, architecture.experts, str(list(kept[index]).index(int(number))), rest])
                 self._parts[architecture.disk_name(renamed)] = name, None
         else:
-            self._parts[name] = name, kept[index] if inside.startswith(ROUTER + ".") else None
+            self._parts[name] = name, kept[index] if inside.startswith(architecture.router + ".") else None
 
     def _info(self, name: str, rows: Sequence[int] | None) -> TensorInfo:
         info = self._source.tensors[name]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..kernels.dispatch import cpu_capability, products_dtype
-from .architectures import ROUTER, Stage
+from .architectures import Stage
 from .checkpoint import Checkpoint
 from .errors import ModelError
 from .experts import unfuse_experts
@@ -134,7 +134,8 @@ class Skeleton:
         present = {
             name for name, module in self.model.model.layers[index].named_modules() if isinstance(module, nn.Linear)
         }
-        experts = sorted({int(name.split(".")[2]) for name in present if name.startswith("mlp.experts.")})
+        prefix = self.architecture.experts + "."
+        experts = sorted({int(name.removeprefix(prefix).split(".")[0]) for name in present if name.startswith(prefix)})
         stages = []
         for stage in self.architecture.stages:
             groups: list[tuple[str, ...]] = []
@@ -152,16 +153,21 @@ class Skeleton:
         state = {name: self.checkpoint.tensor(self.disk_name(index, name)) for name in layer.state_dict()}
         state = {name: tensor.to(self.device, self.tensor_dtype(name, tensor.dtype)) for name, tensor in state.items()}
         layer.load_state_dict(state, assign=True)
-        if any(name.startswith(ROUTER + ".") for name in state):
-            _without_autocast(layer.get_submodule(ROUTER).float(), self.device.type)
+        for module in layer.modules():
+            if isinstance(module, nn.LayerNorm):  # unlike the families' own norms, it takes no mixture of dtypes
+                module.float()
+        router = self.architecture.router
+        if any(name.startswith(router + ".") for name in state):
+            _without_autocast(layer.get_submodule(router).float(), self.device.type)
         return layer.requires_grad_(False)
 
     def router(self, index: int, numbers: Sequence[int]) -> Any:
         """The router of a block as if it had some experts only: hidden states `[tokens, hidden_size]` → logits,
         coefficients `[tokens, top_k]`, and indices into `numbers`."""
-        router = copy.deepcopy(self.model.model.layers[index].get_submodule(ROUTER))
+        where = self.architecture.router
+        router = copy.deepcopy(self.model.model.layers[index].get_submodule(where))
         for name, old in router.state_dict(keep_vars=True).items():
-            tensor = self.checkpoint.tensor(self.disk_name(index, f"{ROUTER}.{name}")).float()[list(numbers)]
+            tensor = self.checkpoint.tensor(self.disk_name(index, f"{where}.{name}")).float()[list(numbers)]
             setattr(router, name, nn.Parameter(tensor) if isinstance(old, nn.Parameter) else tensor)
         router.num_experts = len(numbers)
         return router.requires_grad_(False)
@@ -183,6 +189,8 @@ class Skeleton:
         base.layers = nn.ModuleList([block])
         base.norm = nn.Identity()
         base.embed_tokens = None
+        if hasattr(base, "embedding_multiplier"):  # what enters a block is multiplied already
+            base.embedding_multiplier = 1.0
         restore_buffers(base, self.config, self.device)
         return base
 
@@ -200,15 +208,21 @@ class Skeleton:
     def logits(self, hidden: Tensor) -> Tensor:
         """What leaves the last block → float32 `[..., vocab_size]`; the head is converted a part at a time."""
         norm = copy.deepcopy(self.model.model.norm)
-        weight = self.checkpoint.tensor(self.architecture.disk_name("model.norm.weight"))
-        norm.load_state_dict({"weight": weight.to(self.device, torch.float32)}, assign=True)
+        norm.load_state_dict({name: self._float(f"model.norm.{name}") for name in norm.state_dict()}, assign=True)
         normed = norm(hidden.float())
         own = "lm_head.weight" in self.checkpoint.tensors
         head = self.checkpoint.tensor("lm_head.weight" if own else "model.embed_tokens.weight")
         parts = (nn.functional.linear(normed, part.to(self.device, torch.float32)) for part in head.split(HEAD_ROWS))
-        return torch.cat(list(parts), -1)
+        logits = torch.cat(list(parts), -1)
+        if "lm_head.bias" in self.checkpoint.tensors:
+            logits += self._float("lm_head.bias")
+        return logits / getattr(self.config, "logits_scaling", 1.0)
+
+    def _float(self, name: str) -> Tensor:
+        return self.checkpoint.tensor(self.architecture.disk_name(name)).to(self.device, torch.float32)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids `[batch, tokens]` → what enters block 0, `[batch, tokens, hidden_size]`."""
         table = self.checkpoint.tensor(self.architecture.disk_name("model.embed_tokens.weight"))
-        return nn.functional.embedding(ids, table).to(self.device, torch.float32)
+        embedded = nn.functional.embedding(ids, table).to(self.device, torch.float32)
+        return embedded * getattr(self.config, "embedding_multiplier", 1.0)

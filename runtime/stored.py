@@ -32,7 +32,7 @@ class StoredModel(Checkpoint):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self.stored = dict(self.tensors)
+        self.stored = dict(self.stored)
         try:
             self.format, self.schemes = _read_schemes(self.path, self.config, self.stored)
         except (KeyError, TypeError, AttributeError, ValueError, re.error) as error:

@@ -123,7 +123,7 @@ def test_families_and_quantized_inputs(folder: Path) -> None:
     change(folder / "config.json", quantization_config={"quant_method": "gptq"})
     refused(folder, r"already compressed \(gptq\); start from the original model")
     change(folder / "config.json", quantization_config=None, model_type="gpt_oss")
-    refused(folder, "'gpt_oss' is not supported: its experts are stored fused")
+    refused(folder, "'gpt_oss' is not supported: its experts have biases")
     change(folder / "config.json", model_type="gptj")
     refused(folder, "'gptj' is not a known family; known: deepseek_v2, ")
 

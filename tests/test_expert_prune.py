@@ -31,9 +31,17 @@ from compressor.runtime.skeleton import Skeleton
 
 Pico = Callable[..., Path]
 FLOAT = {"dtype": torch.float32}
-FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3")
+FAMILIES = (
+    "mixtral", "phimoe", "granitemoe", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "deepseek_v2", "deepseek_v3",
+)  # fmt: skip
 ONE = {"num_experts_per_tok": 1}
-EXACT = {"mixtral": ONE, "qwen3_moe": {**ONE, "norm_topk_prob": True}, "deepseek_v3": {"n_group": 1, "topk_group": 1}}
+EXACT = {
+    "mixtral": ONE,
+    "granitemoe": ONE,
+    "glm4_moe": {},
+    "qwen3_moe": {**ONE, "norm_topk_prob": True},
+    "deepseek_v3": {"n_group": 1, "topk_group": 1},
+}
 INEXACT = {"qwen2_moe": ONE, "olmoe": ONE, "deepseek_v2": {}}  # softmax over all, not normalized again
 
 
@@ -52,6 +60,10 @@ def stock(folder: Path) -> Any:
     return model
 
 
+def fused_experts(layer: Any) -> Any:
+    return (layer.block_sparse_moe if hasattr(layer, "block_sparse_moe") else layer.mlp).experts
+
+
 def logits(model: Any, ids: Tensor) -> Tensor:
     with torch.no_grad():
         result: Tensor = model(input_ids=ids, use_cache=False).logits
@@ -68,7 +80,7 @@ def test_statistics_are_those_of_stock_transformers(pico: Pico, tmp_path: Path, 
     assert not (tmp_path / "scratch").exists()
     model = stock(pico(family, **FLOAT))
     for index, routing in found.items():
-        experts = model.model.layers[index].mlp.experts
+        experts = fused_experts(model.model.layers[index])
         seen: list[tuple[Tensor, ...]] = []
         handle = experts.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args))
         logits(model, ids)
@@ -90,7 +102,7 @@ def with_an_idle_expert(source: Path, folder: Path, number: int) -> Path:
     shutil.copytree(source, folder)
     tensors = load_file(folder / "model.safetensors")
     for name, tensor in tensors.items():
-        if name.endswith(("mlp.gate.weight", "block_sparse_moe.gate.weight")):
+        if name.endswith(("mlp.gate.weight", "block_sparse_moe.gate.weight", "router.layer.weight")):
             first = tensor[0].clone()
             tensor.zero_()
             if len(tensor) == 4:
@@ -128,7 +140,7 @@ def test_half_of_the_experts_reload_everywhere(pico: Pico, tmp_path: Path, calib
     torch.testing.assert_close(logits(own, windows()), logits(plain, windows()), rtol=1e-4, atol=1e-4)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     counts = {config[key] for key in ("num_experts", "num_local_experts", "n_routed_experts") if key in config}
-    assert counts == {4 if family.startswith("deepseek") else 2}
+    assert counts == {4 if family.startswith(("deepseek", "glm")) else 2}
     if family == "qwen3_moe":
         assert {"num_experts", "num_local_experts"} <= set(config)
     report = [json.loads(line) for line in (tmp_path / "out" / "report" / "layers.jsonl").read_text().splitlines()]

@@ -48,7 +48,7 @@ def decoded_reference(out: Path) -> torch.Tensor:
 
 
 EXACT = {"dtype": torch.float32}  # scales and decoded weights are stored without another rounding
-FAMILIES = ["llama", "qwen2", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3"]
+FAMILIES = ["llama", "qwen2", "mixtral", "phimoe", "glm4_moe", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

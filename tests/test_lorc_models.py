@@ -38,6 +38,9 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {}),
     "qwen3_moe": ("qwen3_moe", {}),
     "olmoe, norms over heads": ("olmoe", {}),
+    "glm4_moe, half of a head rotated": ("glm4_moe", {}),
+    "phimoe": ("phimoe", {}),
+    "granitemoe, scaled": ("granitemoe", {}),
 }
 
 

@@ -175,11 +175,11 @@ def _tell(listener: Callable[[Event], None], blocks: int, index: int) -> None:
 def expert_counts(skeleton: Skeleton) -> dict[int, int]:
     """Block → how many routed experts it has, for blocks that have any."""
     found: dict[int, int] = {}
-    for index in range(skeleton.blocks):
-        names = [name.split(".") for stage in skeleton.stages(index) for group in stage for name in group]
-        numbers = {int(parts[2]) for parts in names if parts[:2] == ["mlp", "experts"]}
-        if numbers:
-            found[index] = len(numbers)
+    where = skeleton.architecture.experts
+    for index, layer in enumerate(skeleton.model.model.layers):
+        names = {name for name, _ in layer.named_modules()}
+        if where in names:
+            found[index] = len(layer.get_submodule(where))
     return found
 
 
