@@ -17,11 +17,22 @@ def methods(keep: int) -> dict[str, list[dict[str, Any]]]:
     def prune(**more: Any) -> list[dict[str, Any]]:
         return [{"kind": "expert_prune", "keep": keep, **more}]
 
-    found = {f"{keep}, random {seed}": prune(criterion="random", seed=seed) for seed in range(5)}
-    for criterion in ("frequency", "router_weight", "ean", "reap", "reconstruction"):
-        found[f"{keep}, {criterion}"] = prune(criterion=criterion)
-    int4 = {"kind": "gptq", "bits": 4, "group_size": 128}
-    return {**found, f"{keep}, reap, gptq int4 g128": [*prune(), int4]}
+    found = {}
+    for name, refit in (("", False), (", refit", True)):
+        for seed in range(5):
+            found[f"{keep}, random {seed}{name}"] = prune(criterion="random", seed=seed, refit=refit)
+        for criterion in ("frequency", "router_weight", "ean", "reap", "reconstruction"):
+            found[f"{keep}, {criterion}{name}"] = prune(criterion=criterion, refit=refit)
+        for similarity in (0.6, 0.2):
+            found[f"{keep}, reap, dern {similarity}{name}"] = prune(merge="dern", similarity=similarity, refit=refit)
+        found[f"{keep}, reap, hc{name}"] = prune(merge="hc", refit=refit)
+        found[f"{keep}, reap, mass_correction{name}"] = prune(mass_correction=True, refit=refit)
+        int4 = {"kind": "gptq", "bits": 4, "group_size": 128}
+        found[f"{keep}, reap{name}, gptq int4 g128"] = [*prune(refit=refit), int4]
+        for criterion in ("obs", "activation"):
+            width = {"kind": "expert_width", "criterion": criterion, "ratio": 1 - keep / 8, "refit": refit}
+            found[f"width {keep}/8, {criterion}{name}"] = [width]
+    return found
 
 
 def main() -> None:

@@ -1,35 +1,39 @@
 """Statistics of the uncompressed model, kept in a folder: one calibration serves every recipe that needs no other.
 
-One safetensors file per block and `statistics.json`, written last, which says what they were collected from.
-Statistics of the compressed chain are never kept: they hold for one prefix of compressed blocks only.
+One safetensors file per block and an index, written last, which says what they were collected from. Statistics of the
+compressed chain are never kept: they hold for one prefix of compressed blocks only.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from torch import Tensor
 
 from ..runtime.errors import ResourceError
-from ..runtime.files import write_synced
+from ..runtime.files import save_synced, write_synced
+from .routing import Routing
 from .statistics import Statistics
 
 
-class StatisticsFolder:
-    """A folder of reference statistics.
+class BlockFolder:
+    """A folder with a file of tensors for each of some blocks.
 
     Args:
         folder: made when it is first written to.
         source: what identifies model, text and windows; a folder of something else is refused.
     """
 
+    index: ClassVar[str]
+    prefix: ClassVar[str]
+
     def __init__(self, folder: Path, source: Mapping[str, Any]) -> None:
         self.folder, self.source = folder, dict(source)
-        self._index = folder / "statistics.json"
+        self._index = folder / self.index
         if folder.exists() and not folder.is_dir():
             raise ResourceError(f"{folder}: is a file; name a folder for the statistics")
         if self._index.is_file():
@@ -47,20 +51,39 @@ class StatisticsFolder:
     def complete(self) -> bool:
         return self._index.is_file()
 
+    def _save(self, block: int, tensors: dict[str, Tensor], names: dict[str, str]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_synced(self._file(block), tensors, names)
+
+    def _load(self, block: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+        try:
+            with safe_open(self._file(block), framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ResourceError(f"{self._file(block)}: not readable ({error}); delete {self.folder}") from None
+
+    def finish(self, blocks: Iterable[int]) -> None:
+        """Declare the folder complete, if it is: a run may have begun without it."""
+        if all(self._file(block).is_file() for block in blocks):
+            write_synced(self._index, json.dumps(self.source, indent=2) + "\n")
+
+    def _file(self, block: int) -> Path:
+        return self.folder / f"{self.prefix}-{block:05d}.safetensors"
+
+
+class StatisticsFolder(BlockFolder):
+    """Second moments of what enters the linears."""
+
+    index, prefix = "statistics.json", "block"
+
     def save(self, block: int, statistics: Mapping[str, Statistics]) -> None:
         """Keep a block's statistics; linears that share an object share its tensors on disk."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         tensors, names = {}, {}
         for name, found in statistics.items():
             lead = next(other for other, shared in statistics.items() if shared is found)
             tensors[lead] = found.moment
             names[name] = json.dumps([lead, found.tokens])
-        partial = self._file(block).with_suffix(".partial")
-        try:
-            save_file(tensors, partial, names)
-        except SafetensorError as error:  # not an OSError, whatever the reason
-            raise ResourceError(f"{partial}: cannot be written ({error}); name another folder") from None
-        partial.replace(self._file(block))
+        self._save(block, tensors, names)
 
     def load(self, block: int) -> dict[str, Statistics]:
         """A block's statistics by disk name.
@@ -68,18 +91,33 @@ class StatisticsFolder:
         Raises:
             ResourceError: the file is missing or damaged.
         """
+        tensors, names = self._load(block)
         try:
-            with safe_open(self._file(block), framework="pt") as file:
-                names = {name: json.loads(entry) for name, entry in file.metadata().items()}
-                made = {lead: Statistics(tokens, file.get_tensor(lead)) for lead, tokens in names.values()}
-        except Exception as error:  # safetensors' own, missing files, damaged entries
+            entries = {name: json.loads(entry) for name, entry in names.items()}
+            made = {lead: Statistics(tokens, tensors[lead]) for lead, tokens in entries.values()}
+            return {name: made[lead] for name, (lead, _) in entries.items()}
+        except (ValueError, TypeError, KeyError) as error:
             raise ResourceError(f"{self._file(block)}: not readable ({error}); delete {self.folder}") from None
-        return {name: made[lead] for name, (lead, _) in names.items()}
 
-    def finish(self, blocks: int) -> None:
-        """Declare the folder complete, if it is: a run may have begun without it."""
-        if all(self._file(block).is_file() for block in range(blocks)):
-            write_synced(self._index, json.dumps(self.source, indent=2) + "\n")
 
-    def _file(self, block: int) -> Path:
-        return self.folder / f"block-{block:05d}.safetensors"
+class RoutingFolder(BlockFolder):
+    """What routers do with tokens, and a sample of these (`routing`)."""
+
+    index, prefix = "routing.json", "routing"
+
+    def save(self, block: int, routing: Routing, sample: Tensor) -> None:
+        """Keep a block's sums, and some tokens `[tokens, hidden_size]` that entered its experts."""
+        self._save(block, {**vars(routing), "sample": sample}, {})
+
+    def load(self, block: int) -> tuple[Routing, Tensor]:
+        """A block's sums and its sample of tokens.
+
+        Raises:
+            ResourceError: the file is missing or damaged.
+        """
+        tensors, _ = self._load(block)
+        try:
+            sample = tensors.pop("sample")
+            return Routing(**tensors), sample
+        except (KeyError, TypeError) as error:
+            raise ResourceError(f"{self._file(block)}: not readable ({error}); delete {self.folder}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -10,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..runtime.files import reserve
+from ..runtime.files import reserve, write_synced
+from ..runtime.skeleton import Skeleton
 
 BATCH_TOKENS = 4096  # tokens per micro-batch: enough to fill a GEMM, little enough to stay small beside a block
 
@@ -50,6 +52,11 @@ class Chains:
         """Samples per micro-batch."""
         return max(1, BATCH_TOKENS // self.shape[1])
 
+    def batches(self) -> Iterator[slice]:
+        """Samples of one micro-batch after the other."""
+        for start in range(0, self.shape[0], self.batch):
+            yield slice(start, start + self.batch)
+
     def read(self, generation: int, name: str) -> Spill:
         return Spill(open(self._path(generation, name), "rb+"), self.shape, torch.float32)
 
@@ -73,6 +80,18 @@ class Chains:
             with open(self._path(generation, name), "rb+") as file:
                 os.fsync(file.fileno())
 
+    def advanced(self, generation: int) -> None:
+        """Commit a generation and drop the one before, in a walk that has no journal; `reached` then knows of it."""
+        self.commit(generation)
+        write_synced(self.folder / "reached", str(generation))
+        self.drop(generation - 1)
+
+    @property
+    def reached(self) -> int:
+        """The generation from which an interrupted walk without a journal goes on; -1: none is there."""
+        path = self.folder / "reached"
+        return int(path.read_text()) if path.is_file() else -1
+
     def drop(self, generation: int) -> None:
         for name in self.names:
             self._path(generation, name).unlink(missing_ok=True)
@@ -84,3 +103,23 @@ class Chains:
         file = open(path, "wb+")  # noqa: SIM115 (the spill keeps it)
         reserve(file, shape[0] * shape[1] * shape[2] * dtype.itemsize)
         return Spill(file, shape, dtype)
+
+
+def start_chains(skeleton: Skeleton, windows: Tensor, folder: Path, names: tuple[str, ...]) -> Chains:
+    """Generation 0: the embedded calibration windows `[samples, tokens]`, in every chain."""
+    chains = Chains(folder, names, (*windows.shape, skeleton.config.hidden_size))
+    for name in names:
+        target = chains.create(0, name)
+        for rows in chains.batches():
+            target[rows] = skeleton.embed(windows[rows])
+    chains.commit(0)
+    return chains
+
+
+def walk_chains(skeleton: Skeleton, windows: Tensor, folder: Path, names: tuple[str, ...]) -> Chains:
+    """Chains of a walk that has no journal, at the generation that an earlier try `reached`, or at the first."""
+    chains = Chains(folder, names, (*windows.shape, skeleton.config.hidden_size))
+    if chains.reached < 0:
+        start_chains(skeleton, windows, folder, names)
+        chains.advanced(0)
+    return chains

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from ..runtime.experts import Experts
 from ..runtime.skeleton import Skeleton
-from .chains import Chains, Spill
+from .chains import walk_chains
+
+if TYPE_CHECKING:
+    from .artefact import RoutingFolder
 
 SAMPLE_TOKENS = 2048  # that are given to every expert
 
@@ -59,79 +63,68 @@ class Routing:
             self.peak[expert] = max(float(self.peak[expert]), float((products.abs().amax(1) / g_safe).max()))
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Tokens that entered the experts of a block, `[tokens, hidden_size]`, and what every expert makes of all of them,
-    without coefficients: `[experts, tokens, hidden_size]`."""
-
-    hidden: Tensor
-    outputs: Tensor
+@torch.no_grad()
+def expert_outputs(experts: Iterable[Any], hidden: Tensor) -> Tensor:
+    """What each expert makes of all tokens `[tokens, hidden_size]`, without coefficients:
+    `[experts, tokens, hidden_size]`, float32."""
+    ones = torch.ones(len(hidden), device=hidden.device)
+    return torch.stack([expert.float()(hidden.float(), ones) for expert in experts])
 
 
 def observe_routing(
-    skeleton: Skeleton,
-    windows: Tensor,
-    scratch: Path,
-    done: Callable[[int], None],
-    inspect: Callable[[int, Sample], None] | None = None,
-) -> dict[int, Routing]:
-    """Block → what its experts did, for every block that has some, in one pass over the original model.
+    skeleton: Skeleton, windows: Tensor, scratch: Path, kept: RoutingFolder, done: Callable[[int], None]
+) -> None:
+    """What the experts of every block do, in one pass over the original model; goes on where it was interrupted.
 
     Args:
         windows: token ids `[samples, tokens]`.
-        scratch: a folder to be made and deleted again; holds the activations of two blocks.
+        scratch: a folder for the activations of two blocks, deleted at the end.
+        kept: gets each block's sums, and the first 2,048 of the tokens that entered its experts.
         done: told each block that is behind.
-        inspect: given a sample of each block's tokens, if there is something to find out on it.
     """
-    shutil.rmtree(scratch, ignore_errors=True)
-    chains = Chains(scratch, ("routing",), (*windows.shape, skeleton.config.hidden_size))
-    batches = [slice(start, start + chains.batch) for start in range(0, len(windows), chains.batch)]
-    target = chains.create(0, "routing")
-    for rows in batches:
-        target[rows] = skeleton.embed(windows[rows])
-    found = {}
-    for index in range(skeleton.blocks):
+    chains = walk_chains(skeleton, windows, scratch, ("routing",))
+    for index in range(chains.reached, skeleton.blocks):
         layer = skeleton.block(index)
-        experts = _experts(layer, skeleton.architecture.experts)
-        seen = Routing.empty(len(experts)) if experts is not None else None
-        handles = [expert.register_forward_hook(_recorder(seen, n)) for n, expert in enumerate(experts or ())]
+        experts = experts_of(skeleton, layer)
         runner, source = skeleton.runner(index, layer), chains.read(index, "routing")
         target = chains.create(index + 1, "routing")
-        for rows in batches:
+        seen, entered = Routing.empty(len(experts or ())), list[Tensor]()
+        handles = [expert.register_forward_hook(_recorder(seen, n)) for n, expert in enumerate(experts or ())]
+        if experts is not None:
+            handles.append(experts.register_forward_pre_hook(_keeper(entered)))
+        for rows in chains.batches():
             target[rows] = skeleton.run(runner, source[rows])
         for handle in handles:
             handle.remove()
-        if seen is not None:
-            found[index] = seen
-            if inspect is not None:
-                inspect(index, _sample(skeleton, runner, experts, source))
-        chains.drop(index)
+        if experts is not None:
+            kept.save(index, seen, torch.cat(entered))
+        chains.advanced(index + 1)
         done(index)
+    kept.finish(index for index in range(skeleton.blocks) if experts_of(skeleton, skeleton.model.model.layers[index]))
     shutil.rmtree(scratch)
-    return found
 
 
-def _sample(skeleton: Skeleton, runner: Any, experts: Any, source: Spill) -> Sample:
-    samples = max(1, SAMPLE_TOKENS // source.shape[1])
-    entered: list[Tensor] = []
-    handle = experts.register_forward_pre_hook(lambda module, args: entered.append(args[0]))
-    skeleton.run(runner, source[:samples])
-    handle.remove()
-    hidden = entered[0].float()
-    ones = torch.ones(len(hidden), device=hidden.device)
-    with torch.no_grad():
-        return Sample(hidden, torch.stack([expert.float()(hidden, ones) for expert in experts]))
-
-
-def _experts(layer: nn.Module, name: str) -> Any:
+def experts_of(skeleton: Skeleton, layer: nn.Module) -> Experts | None:
+    """The routed experts of a block, if it has any."""
     try:
-        return layer.get_submodule(name)
+        found = layer.get_submodule(skeleton.architecture.experts)
     except AttributeError:
         return None
+    assert isinstance(found, Experts)
+    return found
 
 
 def _recorder(seen: Any, number: int):  # type: ignore[no-untyped-def]
     def hook(module: nn.Module, args: tuple[Tensor, Tensor], output: Tensor) -> None:
         seen.add(number, args[1], output)
+
+    return hook
+
+
+def _keeper(entered: list[Tensor]):  # type: ignore[no-untyped-def]
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        missing = SAMPLE_TOKENS - sum(map(len, entered))
+        if missing > 0:
+            entered.append(args[0][:missing].float())
 
     return hook

@@ -21,7 +21,7 @@ _BLOCK = 256  # columns of the moment multiplied at a time: large enough for a f
 
 
 @contextmanager
-def _exact_products(dtype: torch.dtype) -> Iterator[None]:
+def exact_products(dtype: torch.dtype) -> Iterator[None]:
     """Inside, float32 products on the CPU read inputs that were bfloat16 as such again: products are exact, sums stay
     float32, and processors that multiply bfloat16 are several times as fast."""
     settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
@@ -64,7 +64,7 @@ class Statistics:
         self.tokens += rows.shape[0]
         scale = None if weights is None else weights.to(rows.dtype)[:, None]
         scaled = rows.float() if scale is None else (rows * scale).float()
-        with _exact_products(x.dtype):
+        with exact_products(x.dtype):
             # The moment is symmetric: only blocks on and right of the diagonal are multiplied.
             for start in range(0, rows.shape[1], _BLOCK):
                 span = slice(start, start + _BLOCK)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -222,7 +221,7 @@ class Block:
             chain: _Capture(runner.layers[0], groups, self.skeleton.dtype) for chain, runner in self._runners.items()
         }
         sums: dict[tuple[str, ...], Statistics] = {}
-        for rows in self._batches():
+        for rows in self.chains.batches():
             seen = self._forward(lead, rows, captures[lead])
             reference = {}
             if both:
@@ -245,7 +244,7 @@ class Block:
         capture = _Capture(self._runners["reference"].layers[0], groups, self.skeleton.dtype, stop=False)
         target = self.chains.create(self.index + 1, "reference")
         sums: dict[tuple[str, ...], Statistics] = {}
-        for rows in self._batches():
+        for rows in self.chains.batches():
             for group, (x, weights) in self._forward("reference", rows, capture).items():
                 if group not in sums:
                     sums[group] = Statistics.empty(x.shape[-1], cross=False, device=x.device)
@@ -260,18 +259,13 @@ class Block:
             self.kept.save(self.index, found)
         return found
 
-    def _batches(self) -> Iterator[slice]:
-        assert self.chains is not None
-        for start in range(0, self.chains.shape[0], self.chains.batch):
-            yield slice(start, start + self.chains.batch)
-
     def advance(self) -> None:
         """Carry the chains over this block into the next generation, synced."""
         if self.chains is None:
             return
         for chain in self._runners:
             target = self.chains.create(self.index + 1, chain)
-            for rows in self._batches():
+            for rows in self.chains.batches():
                 target[rows] = self._forward(chain, rows)
         self._runners.clear()
         self.chains.commit(self.index + 1)
@@ -301,18 +295,6 @@ class _RoutedAs:
     def __exit__(self, *exception: object) -> None:
         for _, follower in self._pairs:
             follower.forced = None
-
-
-def start_chains(skeleton: Skeleton, windows: Tensor, folder: Path, names: tuple[str, ...]) -> Chains:
-    """Generation 0: the embedded calibration windows `[samples, tokens]`, in every chain."""
-    chains = Chains(folder, names, (windows.shape[0], windows.shape[1], skeleton.config.hidden_size))
-    if not chains.exists(0):
-        for name in names:
-            target = chains.create(0, name)
-            for start in range(0, windows.shape[0], chains.batch):
-                target[start : start + chains.batch] = skeleton.embed(windows[start : start + chains.batch])
-        chains.commit(0)
-    return chains
 
 
 def walk(

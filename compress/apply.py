@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibrate.artefact import StatisticsFolder
-from ..calibrate.chains import Chains
+from ..calibrate.artefact import RoutingFolder, StatisticsFolder
+from ..calibrate.chains import Chains, start_chains
 from ..calibrate.corpus import Corpus, builtin_corpus, file_corpus, load_tokenizer, token_windows
-from ..calibrate.walk import Block, start_chains, walk
+from ..calibrate.walk import Block, walk
 from ..kernels.dispatch import cpu_capability
 from ..runtime.checkpoint import Checkpoint, non_finite
 from ..runtime.errors import ModelError, RecipeError, ResourceError, VerifyError
@@ -29,6 +29,7 @@ from .events import BlockDone, Event, Fallback, LayerDone, Resumed, Surveyed
 from .folder import finish_folder
 from .formats import PLAIN, as_written
 from .journal import Journal
+from .passes.base import Pass, Survey
 from .plan import Plan, chain_names, check_disk, check_memory, make_plan
 from .recipe import Recipe
 from .writer import ShardedWriter
@@ -59,7 +60,8 @@ class Job:
     @property
     def inputs(self) -> list[Path]:
         """What the run reads."""
-        data = [] if self.recipe.data.source == "builtin" else [Path(self.recipe.data.source)]
+        sources = {self.recipe.data.source, *(step.text or "builtin" for step in self.recipe.passes)}
+        data = [Path(source) for source in sorted(sources - {"builtin"})]
         return [self.model, *data, *([self.recipe_file] if self.recipe_file else [])]
 
 
@@ -79,10 +81,10 @@ def apply(
     checkpoint = open_source(job.model)
     skeleton = Skeleton(checkpoint, calibration_dtype(checkpoint))
     plan = make_plan(job.recipe, skeleton)
-    if statistics is not None and plan.needs != {"reference"}:
+    if statistics is not None and plan.needs != {"reference"} and "routing" not in plan.needs:
         raise RecipeError(
             "--statistics keeps statistics of the original model, which this recipe does not use; it is for rtn with "
-            "search: true and other passes with sequential: false"
+            "search: true, other passes with sequential: false, and expert_prune"
         )
     journal = Journal(job.out)
     check_memory(plan)
@@ -90,10 +92,15 @@ def apply(
         check_disk(plan, job.out)
     try:
         corpus, windows = calibration_windows(job.recipe, checkpoint) if plan.needs else (None, None)
+        texts = survey_windows(plan.recipe, checkpoint)
         fingerprint = make_fingerprint(job, skeleton, corpus, windows, statistics)
-        kept = None if statistics is None else statistics_folder(statistics, fingerprint)
+        fingerprint["texts"] = {source: found.sha256 for source, (found, _) in texts.items()}
+        kept = None
+        if statistics is not None and plan.needs == {"reference"}:
+            kept = StatisticsFolder(statistics, statistics_source(fingerprint))
         journal.open(fingerprint, resume=resume)
-        plan = make_plan(_surveyed(job.recipe, skeleton, windows, journal, listener), skeleton)
+        surveyed = _surveyed(job.recipe, skeleton, windows, texts, statistics, journal, listener)
+        plan = make_plan(surveyed, skeleton)
         job = replace(job, recipe=plan.recipe)
         if not any(entry.get("step") == "finished" for entry in journal.entries):
             _run(job, plan, windows, kept, journal, listener)
@@ -163,6 +170,15 @@ def calibration_windows(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Corpus,
     return corpus, windows
 
 
+def survey_windows(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, tuple[Corpus, Tensor]]:
+    """Texts that single passes calibrate on, and their windows, of the size of the recipe's."""
+    found = {}
+    for source in {step.text for step in recipe.passes if step.needs and step.text is not None}:
+        data = recipe.data.model_copy(update={"source": source})
+        found[source] = calibration_windows(recipe.model_copy(update={"data": data}), checkpoint)
+    return found
+
+
 def make_fingerprint(
     job: Job, skeleton: Skeleton, corpus: Corpus | None, windows: Tensor | None, statistics: Path | None
 ) -> dict[str, Any]:
@@ -193,35 +209,51 @@ def make_fingerprint(
     }
 
 
-def statistics_folder(folder: Path, fingerprint: dict[str, Any]) -> StatisticsFolder:
-    """The folder, if what it holds was collected from the same weights, text and windows."""
+def statistics_source(fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """What has to be the same for a folder of statistics to serve: weights, text and windows."""
     data = {key: value for key, value in fingerprint["recipe"]["data"].items() if key != "source"}
     same = {key: fingerprint[key] for key in ("model", "corpus", "versions", "device", "cpu", "computes")}
-    return StatisticsFolder(folder, {**same, "windows": data})
+    return {**same, "windows": data}
 
 
 def _surveyed(
-    recipe: Recipe, skeleton: Skeleton, windows: Tensor | None, journal: Journal, listener: Listener
+    recipe: Recipe,
+    skeleton: Skeleton,
+    windows: Tensor | None,
+    texts: Mapping[str, tuple[Corpus, Tensor]],
+    statistics: Path | None,
+    journal: Journal,
+    listener: Listener,
 ) -> Recipe:
     """The recipe once its passes have looked at the whole model; what they found is kept in the journal."""
     known = next((entry["passes"] for entry in journal.entries if entry.get("step") == "survey"), None)
     if known is None:
-        passes, events = [], list[Event]()
+        passes, events = list[Pass](), list[Event]()
 
         def heard(event: Event) -> None:
             listener(event)
             if not isinstance(event, Surveyed):
                 events.append(event)
 
-        for step in recipe.passes:
-            ready = step.prepare(skeleton).survey(skeleton, windows, journal.chains / "survey", heard)
+        for number, step in enumerate(recipe.passes):
+            folder, seen, kept = journal.chains / f"survey-{number}", windows, None
+            folder.mkdir(parents=True, exist_ok=True)
+            source = statistics_source(journal.fingerprint)
+            if step.text is not None:
+                found, seen = texts[step.text]
+                source["corpus"] = {"name": found.name, "sha256": found.sha256}
+            if statistics is not None and step.reshapes and not passes:  # later ones see another model
+                kept = RoutingFolder(statistics, source)
+            ready = step.prepare(skeleton).survey(skeleton, Survey(seen, folder, heard, kept))
             skeleton.checkpoint.release()
             skeleton = ready.view(skeleton)
             passes.append(ready)
-        found = [step.model_dump(mode="json") for step in passes]
-        journal.done({"step": "survey", "passes": found, "events": [event.record() for event in events]})
+        known = [step.model_dump(mode="json") for step in passes]
+        journal.done({"step": "survey", "passes": known, "events": [event.record() for event in events]})
         return recipe.model_copy(update={"passes": tuple(passes)})
-    return Recipe.model_validate(recipe.model_dump(mode="json") | {"passes": known})
+    recipe = Recipe.model_validate(recipe.model_dump(mode="json") | {"passes": known})
+    again = (step.surveyed(journal.chains / f"survey-{number}") for number, step in enumerate(recipe.passes))
+    return recipe.model_copy(update={"passes": tuple(again)})
 
 
 def _run(
@@ -273,7 +305,7 @@ def _run(
         checkpoint.release()
         listener(events[-1])
     if kept is not None and not kept.complete:
-        kept.finish(skeleton.blocks)
+        kept.finish(range(skeleton.blocks))
 
 
 def _rewrite(recipe: Recipe, block: Block, listener: Listener) -> Iterator[Event]:

@@ -75,6 +75,15 @@ class ExpertsKept(Event):
 
 
 @dataclass(frozen=True)
+class ExpertsChanged(Event):
+    """A block's experts have new weights: the squared error of what the block now puts out, as a share of what the
+    original model's does."""
+
+    block: int
+    error: float
+
+
+@dataclass(frozen=True)
 class Fallback(Event):
     """A pass took its simple way for one linear: which, and why."""
 

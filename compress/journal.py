@@ -24,12 +24,14 @@ class Journal:
     Attributes:
         folder: `OUT.work`.
         entries: finished steps read back, oldest first.
+        fingerprint: of the run.
     """
 
     def __init__(self, out: Path) -> None:
         self.out = out
         self.folder = out.with_name(out.name + ".work")
         self.entries: list[dict[str, Any]] = []
+        self.fingerprint: dict[str, Any] = {}
         self._lock: Any = None
 
     @property
@@ -49,6 +51,7 @@ class Journal:
                 is there was made from something else, which is named.
         """
         self._take_lock()
+        self.fingerprint = fingerprint
         path = self.folder / "journal.jsonl"
         lines = _whole_lines(path)
         if not lines:

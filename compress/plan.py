@@ -14,18 +14,15 @@ import torch
 
 from ..calibrate.chains import BATCH_TOKENS
 from ..calibrate.corpus import find_text
-from ..calibrate.sensitivity import LOGITS
 from ..runtime.architectures import KEYS, PARTS, VALUES
 from ..runtime.checkpoint import Checkpoint, block_index
 from ..runtime.errors import RecipeError, ResourceError
 from ..runtime.fused import fuse
 from ..runtime.operators import Dense, Latent, LowRank, Operator, stored_name
-from ..runtime.skeleton import HEAD_ROWS, Skeleton
+from ..runtime.skeleton import Skeleton
 from .formats import PLAIN, as_written, choose_format, describe
-from .passes.base import Pass
+from .passes.base import BUFFERS, Cost, Pass, Survey
 from .recipe import Recipe
-
-_BUFFERS = 48e6  # compiled kernels and scratch of the matrix library
 
 
 @dataclass(frozen=True)
@@ -99,10 +96,11 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, *, look: bool = False) -> Plan
             or a format that cannot hold the result.
     """
     whole = skeleton.checkpoint
-    recipe, skeleton = _prepared(recipe, skeleton, look)
+    recipe, skeleton, survey = _prepared(recipe, skeleton, look)
     checkpoint = skeleton.checkpoint
-    if recipe.data.source != "builtin" and any(step.needs for step in recipe.passes):
-        find_text(Path(recipe.data.source))
+    for step in (step for step in recipe.passes if step.needs):
+        if (source := step.text or recipe.data.source) != "builtin":
+            find_text(Path(source))
     linears: dict[str, LinearPlan] = {}
     matched = [0] * len(recipe.passes)
     for group in input_groups(skeleton):
@@ -123,18 +121,18 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, *, look: bool = False) -> Plan
     tensors = _output_tensors(checkpoint, linears, chosen)
     needs = frozenset(need for step in recipe.passes for need in step.needs)
     after = sum(_nbytes(dtype, shape) for dtype, shape in tensors.values())
-    survey = _survey_cost(recipe, skeleton)
     return Plan(
         recipe, skeleton, linears, tensors, chosen, readers, needs, whole.nbytes, after,
-        max(_peak_memory(recipe, skeleton, linears, needs), survey.memory),
-        max(after + _chain_bytes(recipe, skeleton, needs), survey.disk),
+        int(max(_peak_memory(recipe, skeleton, linears, needs), survey.memory)),
+        int(max(after + _chain_bytes(recipe, skeleton, needs) + survey.left, survey.disk)),
         _flops(recipe, skeleton, linears, needs) + survey.flops, *_cache_bytes(checkpoint, linears),
     )  # fmt: skip
 
 
-def _prepared(recipe: Recipe, skeleton: Skeleton, look: bool) -> tuple[Recipe, Skeleton]:
-    """Passes prepared, each for the model that those before it leave, and what the last one leaves."""
+def _prepared(recipe: Recipe, skeleton: Skeleton, look: bool) -> tuple[Recipe, Skeleton, Cost]:
+    """Passes prepared, each for the model that those before it leave; what the last one leaves; cost of the surveys."""
     passes: list[Pass] = []
+    costs: list[Cost] = []
     for number, step in enumerate(recipe.passes):
         try:
             if step.reshapes and any(not earlier.reshapes for earlier in passes):
@@ -143,10 +141,11 @@ def _prepared(recipe: Recipe, skeleton: Skeleton, look: bool) -> tuple[Recipe, S
         except RecipeError as error:
             raise RecipeError(f"passes.{number}: {error}") from None
         if look and not ready.needs:
-            ready = ready.survey(skeleton, None, Path(), lambda event: None)
+            ready = ready.survey(skeleton, Survey(None, Path(), lambda event: None))
+        costs.append(ready.survey_cost(skeleton, recipe.data.samples, recipe.data.sequence_length))
         skeleton = ready.view(skeleton)
         passes.append(ready)
-    return recipe.model_copy(update={"passes": tuple(passes)}), skeleton
+    return recipe.model_copy(update={"passes": tuple(passes)}), skeleton, Cost.of(costs)
 
 
 def input_groups(skeleton: Skeleton) -> list[list[str]]:
@@ -362,38 +361,10 @@ def _peak_memory(recipe: Recipe, skeleton: Skeleton, linears: dict[str, LinearPl
                 for step in recipe.passes
             ]
             solving = max((step.memory(wanted) for step, wanted in asked if wanted), default=0.0)
-            peak = max(peak, held + done + moments + (_BUFFERS if needs else 0) + max(running, solving))
+            peak = max(peak, held + done + moments + (BUFFERS if needs else 0) + max(running, solving))
             rewritten = (shapes[name] for group in groups for name in group if wanting[name])
             done += sum(r * c for r, c in rewritten) * (1 + (item if needs else 0))
     return int(peak)
-
-
-@dataclass(frozen=True)
-class _Cost:
-    memory: int = 0
-    disk: int = 0
-    flops: float = 0.0
-
-
-def _survey_cost(recipe: Recipe, skeleton: Skeleton) -> _Cost:
-    """Of surveys that run the model (`calibrate/sensitivity.py`), in float32."""
-    names = [n for step in recipe.passes if step.to_survey and step.needs for group in input_groups(skeleton)
-             for n in group if step.wants(n)]  # fmt: skip
-    if not names:
-        return _Cost()
-    tokens = min(recipe.data.samples * recipe.data.sequence_length, BATCH_TOKENS)
-    blocks = [[linear.weight.shape for linear in skeleton.linears(n).values()] for n in range(skeleton.blocks)]
-    block = max(sum(rows * columns for rows, columns in shapes) for shapes in blocks)
-    widest = max(max(shape) for shapes in blocks for shape in shapes)
-    vocabulary, hidden = skeleton.config.vocab_size, skeleton.config.hidden_size
-    running = 4 * block + 4 * tokens * (3 * widest + 6 * hidden)
-    comparing = 5 * 4 * max(LOGITS, 32 * vocabulary) + 4 * hidden * min(vocabulary, HEAD_ROWS)
-    runs = len(names) * skeleton.blocks / 2
-    return _Cost(
-        int(_BUFFERS + max(running, comparing)),
-        len(names) * tokens * 4 * hidden,
-        2.0 * tokens * (runs * block + len(names) * vocabulary * hidden),
-    )
 
 
 def _flops(recipe: Recipe, skeleton: Skeleton, linears: dict[str, LinearPlan], needs: frozenset[str]) -> float:

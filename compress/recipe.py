@@ -20,6 +20,7 @@ from .passes.armor import ArmorPass
 from .passes.base import Pass
 from .passes.eora import Eora
 from .passes.expert_prune import ExpertPrune
+from .passes.expert_width import ExpertWidth
 from .passes.gptq import Gptq
 from .passes.lorc import Lorc
 from .passes.rtn import Rtn
@@ -27,9 +28,11 @@ from .passes.sparse24 import SparsePass
 
 PASSES: dict[str, type[Pass]] = {
     "rtn": Rtn, "gptq": Gptq, "sparse24": SparsePass, "armor": ArmorPass, "eora": Eora, "lorc": Lorc,
-    "expert_prune": ExpertPrune,
+    "expert_prune": ExpertPrune, "expert_width": ExpertWidth,
 }  # fmt: skip
-AnyPass = Annotated[Rtn | Gptq | SparsePass | ArmorPass | Eora | Lorc | ExpertPrune, Field(discriminator="kind")]
+AnyPass = Annotated[
+    Rtn | Gptq | SparsePass | ArmorPass | Eora | Lorc | ExpertPrune | ExpertWidth, Field(discriminator="kind")
+]
 _Path = tuple[str | int, ...]
 
 

@@ -5,8 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import ResourceError
 
 
 def reserve(file: BinaryIO, size: int) -> None:
@@ -25,6 +32,25 @@ def write_synced(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def save_synced(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, which is whole or not there.
+
+    Raises:
+        ResourceError: it cannot be written.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, dict(metadata))
+    except SafetensorError as error:  # not an OSError, whatever the reason
+        raise ResourceError(
+            f"{partial}: cannot be written ({error}); name another folder, or free some space"
+        ) from None
+    with open(partial, "rb+") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+    sync_folder(path.parent)
 
 
 def copy_synced(source: Path, target: Path) -> None:

@@ -16,18 +16,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from compressor.calibrate.artefact import RoutingFolder
 from compressor.calibrate.routing import Routing, observe_routing
 from compressor.compress.apply import Job, apply, calibration_windows
 from compressor.compress.events import Event, ExpertsKept
-from compressor.compress.passes.expert_prune import ExpertPrune, highest, saliency, super_experts
+from compressor.compress.passes.base import Survey
+from compressor.compress.passes.expert_prune import ExpertPrune, highest, saliency
+from compressor.compress.passes.experts import expert_counts, super_experts
 from compressor.compress.plan import make_plan
 from compressor.compress.recipe import parse_recipe
 from compressor.compress.solvers.subsets import best_subset, few_enough, subset_losses
 from compressor.runtime import load
 from compressor.runtime.checkpoint import Checkpoint
 from compressor.runtime.errors import RecipeError
-from compressor.runtime.pruned import PrunedCheckpoint
 from compressor.runtime.skeleton import Skeleton
+from compressor.runtime.views import fewer_experts
 
 Pico = Callable[..., Path]
 FLOAT = {"dtype": torch.float32}
@@ -53,6 +56,12 @@ def windows(samples: int = 3, tokens: int = 20) -> Tensor:
     return torch.randint(0, 128, (samples, tokens), generator=torch.Generator().manual_seed(0))
 
 
+def observed(skeleton: Skeleton, ids: Tensor, room: Path, done: Callable[[int], None]) -> dict[int, Routing]:
+    folder = RoutingFolder(room / "routing", {})
+    observe_routing(skeleton, ids, room / "scratch", folder, done)
+    return {index: folder.load(index)[0] for index in expert_counts("test", skeleton)}
+
+
 def stock(folder: Path) -> Any:
     """transformers' own model, nothing missing and nothing left over."""
     model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
@@ -75,7 +84,7 @@ def test_statistics_are_those_of_stock_transformers(pico: Pico, tmp_path: Path, 
     """Routing seen in front of the fused experts, outputs computed by hand from the fused weights."""
     ids = windows()
     behind: list[int] = []
-    found = observe_routing(Skeleton(Checkpoint(pico(family, **FLOAT))), ids, tmp_path / "scratch", behind.append)
+    found = observed(Skeleton(Checkpoint(pico(family, **FLOAT))), ids, tmp_path, behind.append)
     assert behind == [0, 1]
     assert not (tmp_path / "scratch").exists()
     model = stock(pico(family, **FLOAT))
@@ -118,13 +127,14 @@ def test_an_expert_that_no_token_meets_goes_without_a_trace(pico: Pico, tmp_path
     """Where chosen weights are normalized again; where they are not, the others' weights grow, and that is seen."""
     source = with_an_idle_expert(pico(family, **{**EXACT, **INEXACT}[family], **FLOAT), tmp_path / "model", 3)
     skeleton = Skeleton(Checkpoint(source))
-    seen = observe_routing(skeleton, windows(), tmp_path / "scratch", lambda index: None)
+    seen = observed(skeleton, windows(), tmp_path, lambda index: None)
     assert all(routing.tokens[3] == 0 for routing in seen.values())
     count = len(next(iter(seen.values())).tokens)
     kept = {index: tuple(n for n in range(count) if n != 3) for index in seen}
     if family == "deepseek_v2":
         kept = {index: numbers[:-1] for index, numbers in kept.items()}  # two groups of three
-    recipe = f"passes: [{{kind: expert_prune, keep: {len(next(iter(kept.values())))}, kept: {json.dumps(kept)}}}]"
+    keep = len(next(iter(kept.values())))
+    recipe = f"passes: [{{kind: expert_prune, refit: false, keep: {keep}, kept: {json.dumps(kept)}}}]"
     run(recipe, source, tmp_path / "out")
     before, after = logits(stock(source), windows()), logits(stock(tmp_path / "out"), windows())
     difference = float((before - after).abs().max() / before.abs().max())
@@ -178,7 +188,8 @@ def test_a_run_goes_on_with_the_experts_it_chose(
 
     with pytest.raises(KeyboardInterrupt):
         run(recipe, pico("qwen2_moe"), tmp_path / "out", interrupt)
-    monkeypatch.delattr("compressor.compress.passes.expert_prune.observe_routing")
+    monkeypatch.delattr("compressor.compress.passes.experts.observe_routing")
+    monkeypatch.delattr("compressor.compress.passes.experts.refit_blocks")
     apply(
         Job(parse_recipe(recipe), recipe, (), pico("qwen2_moe"), tmp_path / "out", "pico"), lambda e: None, resume=True
     )
@@ -242,7 +253,7 @@ def test_it_comes_before_what_rewrites_linears(pico: Pico) -> None:
 
 def test_the_view_of_fewer_experts_names_and_slices(pico: Pico) -> None:
     source = Checkpoint(pico("mixtral"))
-    view = PrunedCheckpoint(source, {0: (1, 3), 1: (0, 2)})
+    view = fewer_experts(source, {0: (1, 3), 1: (0, 2)})
     assert torch.equal(
         view.tensor("model.layers.0.block_sparse_moe.experts.1.w2.weight"),
         source.tensor("model.layers.0.block_sparse_moe.experts.3.w2.weight"),
@@ -268,7 +279,7 @@ def test_reconstruction_finds_the_best_subset_of_all(
     skeleton = Skeleton(Checkpoint(folder))
     _, ids = calibration_windows(recipe, skeleton.checkpoint)
     events: list[Event] = []
-    step = recipe.passes[0].prepare(skeleton).survey(skeleton, ids, tmp_path / "scratch", events.append)
+    step = recipe.passes[0].prepare(skeleton).survey(skeleton, Survey(ids, tmp_path, events.append))
     assert isinstance(step, ExpertPrune)
     assert step.kept is not None
     model = stock(folder)
@@ -284,7 +295,7 @@ def test_reconstruction_finds_the_best_subset_of_all(
             count = 8 if family == "deepseek_v3" else 4
             for subset in itertools.combinations(range(count), count // 2):
                 kept = {number: tuple(range(count // 2)) for number in step.kept} | {index: subset}
-                pruned = Skeleton(PrunedCheckpoint(skeleton.checkpoint, kept))
+                pruned = Skeleton(fewer_experts(skeleton.checkpoint, kept))
                 found = pruned.block(index).mlp(entered[0])
                 losses[subset] = float((found - expected).square().sum())
         assert losses[chosen] == pytest.approx(min(losses.values()), rel=1e-4)
@@ -322,7 +333,7 @@ def test_layers_beyond_the_last_block_go_with_the_count_of_experts(pico: Pico, t
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     config = json.loads((source / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
     (source / "config.json").write_text(json.dumps(config))
-    run("passes: [{kind: expert_prune, keep: 4, criterion: random}]", source, tmp_path / "out")
+    run("passes: [{kind: expert_prune, keep: 4, criterion: random, refit: false}]", source, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["num_nextn_predict_layers"] == 0
     assert not any(".layers.2." in name for name in load_file(tmp_path / "out" / "model.safetensors"))
     stock(tmp_path / "out")

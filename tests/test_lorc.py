@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from test_sparse import problem
 from torch import Tensor
 
+from compressor.calibrate.chains import start_chains
 from compressor.calibrate.probes import output_metrics
 from compressor.calibrate.sensitivity import Seen, divergences
 from compressor.calibrate.statistics import Statistics
-from compressor.calibrate.walk import StageWork, start_chains, walk
+from compressor.calibrate.walk import StageWork, walk
 from compressor.compress.apply import Job, apply, calibration_windows
 from compressor.compress.events import LayerDone
 from compressor.compress.passes.gptq import Gptq

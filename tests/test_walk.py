@@ -13,8 +13,8 @@ import torch
 from pico import FAMILIES
 from transformers import AutoModelForCausalLM
 
-from compressor.calibrate.chains import Chains
-from compressor.calibrate.walk import start_chains, walk
+from compressor.calibrate.chains import Chains, start_chains
+from compressor.calibrate.walk import walk
 from compressor.runtime.checkpoint import Checkpoint
 from compressor.runtime.operators import Dense
 from compressor.runtime.skeleton import Skeleton

@@ -5,19 +5,61 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
 from torch import Tensor
 
+from ...calibrate.artefact import RoutingFolder
 from ...calibrate.walk import StageWork
 from ...runtime.operators import Dense, LowRank, Operator
 from ...runtime.skeleton import Skeleton
-from ..events import Event
+from ..events import Event, Surveyed
 
+BUFFERS = 48e6  # bytes: compiled kernels and scratch of the matrix library
+MADE = ("merged", "corrected", "refitted")  # new weights in the folder of a survey, later ones over earlier ones
 Need = Literal["reference", "moment", "cross", "metric", "routing"]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a pass has at hand when it looks at the whole model, before the first block is rewritten.
+
+    Attributes:
+        windows: calibration tokens `[samples, tokens]`, if the pass needs any.
+        folder: the pass's own, until the run is done; what an interrupted run of the same job left there is good.
+        listener: told how it goes.
+        routing: statistics of experts that other runs may have left, and may use; None: they are kept in `folder`.
+    """
+
+    windows: Tensor | None
+    folder: Path
+    listener: Callable[[Event], None]
+    routing: RoutingFolder | None = None
+
+    def passed(self, blocks: int) -> Callable[[int], None]:
+        """What tells the listener of each block that is behind."""
+        return lambda index: self.listener(Surveyed(index, blocks))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes of memory beyond the imports and of disk at the worst moment, bytes that are `left` on disk for the run,
+    floating-point operations."""
+
+    memory: float = 0.0
+    disk: float = 0.0
+    left: float = 0.0
+    flops: float = 0.0
+
+    @classmethod
+    def of(cls, steps: Sequence[Cost]) -> Cost:
+        """Of one step after the other."""
+        left = sum(step.left for step in steps)
+        memory, disk = (max((getattr(step, key) for step in steps), default=0.0) for key in ("memory", "disk"))
+        return cls(memory, left + disk, left, sum(step.flops for step in steps))
 
 
 def _check_pattern(pattern: str) -> str:
@@ -59,6 +101,7 @@ class Pass(BaseModel):
         ("*",), description="linears to work on: globs over names without .weight, or re: patterns"
     )
     ignore: Patterns = Field((), description="linears to leave alone, of those that match targets")
+    _made: tuple[Path, ...] = PrivateAttr(default=())  # folders of new weights, left by the survey
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -87,17 +130,24 @@ class Pass(BaseModel):
         """Whether `survey` has still to be called; without `needs`, it reads weights only."""
         return False
 
-    def survey(
-        self, skeleton: Skeleton, windows: Tensor | None, scratch: Path, listener: Callable[[Event], None]
-    ) -> Pass:
-        """This prepared pass once it has looked at all weights, before the first block is rewritten.
-
-        Args:
-            windows: calibration tokens `[samples, tokens]`, if the recipe needs any.
-            scratch: a folder for large files.
-            listener: told how it goes.
-        """
+    def survey(self, skeleton: Skeleton, survey: Survey) -> Pass:
+        """This prepared pass once it has looked at all weights; what it makes of them is left in `survey.folder`."""
         return self
+
+    def surveyed(self, folder: Path) -> Pass:
+        """This pass, of which an earlier run of the same job has made `survey` in a folder."""
+        result = self.model_copy()
+        result._made = tuple(folder / name for name in MADE if (folder / name).is_dir())
+        return result
+
+    def survey_cost(self, skeleton: Skeleton, samples: int, sequence_length: int) -> Cost:
+        """What `survey` takes, for so much calibration text."""
+        return Cost()
+
+    @property
+    def text(self) -> str | None:
+        """The text that `survey` calibrates on, where it is another than the recipe's."""
+        return None
 
     @property
     def note(self) -> str:

@@ -5,27 +5,33 @@
 - `reconstruction`: those that together come nearest to what all of them put out, on a sample of tokens: of all subsets
   where these are few, else found by leaving out one after the other (NAEE, arXiv:2402.14800).
 - `frequency`: how many tokens; `router_weight`: `Σ g`; `ean`: `Σ ‖f‖`; `random`: for comparison.
+
+What the dropped ones knew need not all be lost: `merge` puts their weights into others (`solvers/merge.py`), and
+`refit` fits the down projections that stay to what the original block put out (`calibrate/refit.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor
 
-from ...calibrate.routing import Routing, Sample, observe_routing
+from ...calibrate.refit import fit
+from ...calibrate.routing import Routing, expert_outputs, experts_of
 from ...calibrate.walk import StageWork
 from ...runtime.errors import RecipeError
-from ...runtime.pruned import PrunedCheckpoint
 from ...runtime.skeleton import Skeleton
-from ..events import Event, ExpertsKept, Surveyed
-from ..solvers.subsets import best_subset, few_enough, subset_losses
-from .base import Need, Pass
+from ...runtime.views import fewer_experts
+from ..events import Event, ExpertsKept
+from ..solvers.merge import Neurons, averaged, clusters, redistributed
+from ..solvers.subsets import best_subset, few_enough, mixed, subset_losses
+from .base import Cost, Need, Pass, Survey
+from .experts import Look, change_experts, expert_counts, refit_cost, sample_cost, save_made, walk_cost
 
 Criterion = Literal["reap", "frequency", "router_weight", "ean", "reconstruction", "random"]
 
@@ -39,6 +45,14 @@ class ExpertPrune(Pass):
     reshapes: ClassVar[bool] = True
     kind: Literal["expert_prune"]
     criterion: Criterion = Field("reap", description="which experts matter; random: for comparison")
+    merge: Literal["none", "dern", "hc"] = Field(
+        "none",
+        description="where the weights of dropped experts go: dern: similar neurons to other experts; hc: experts that "
+        "put out the same on the mean are averaged",
+    )
+    refit: bool = Field(
+        True, description="fit the down projections that stay to what the original model's blocks put out"
+    )
     ratio: float | None = Field(None, ge=0, lt=1, description="of the experts of each block that go; this, or keep")
     keep: int | None = Field(None, ge=1, description="how many experts of each block stay")
     min_tokens: int = Field(
@@ -48,6 +62,18 @@ class ExpertPrune(Pass):
         True,
         description="keep experts whose largest activation is beyond both the 99.5th percentile and a tenth of the "
         "model's largest, in the first three quarters of the blocks",
+    )
+    mass_correction: bool = Field(
+        False,
+        description="multiply what the experts of a block put out by the number that brings it nearest to what all of "
+        "them did, where routers do not normalize the weights of those they choose",
+    )
+    similarity: float = Field(
+        0.6, ge=-1, description="of dern: cosine beyond which a neuron is moved; above 1, none is"
+    )
+    damping: float = Field(0.01, gt=0, le=1, description="of refit: share of the mean diagonal that is added")
+    task: str | None = Field(
+        None, description="text that says which experts matter, as data.source; default: data.source itself"
     )
     seed: int = Field(0, ge=0, description="of random")
     kept: dict[int, tuple[int, ...]] | None = Field(
@@ -64,15 +90,34 @@ class ExpertPrune(Pass):
         return self
 
     @property
+    def text(self) -> str | None:
+        return self.task
+
+    @property
+    def _drops(self) -> bool:
+        return self._keep < max(self._blocks.values())
+
+    @property
+    def _makes(self) -> bool:
+        """Whether weights are changed, too."""
+        return self._drops and (self.merge != "none" or self.refit or self.mass_correction)
+
+    @property
+    def _observes(self) -> bool:
+        """Whether the routing of the original model is looked at."""
+        chooses = self._nominal and self.criterion != "random"
+        return chooses or (self._drops and (self.merge != "none" or self.mass_correction))
+
+    @property
     def needs(self) -> frozenset[Need]:
-        return frozenset({"routing"}) if self.criterion != "random" and self._nominal else frozenset()
+        return frozenset({"routing"}) if self.to_survey and (self._observes or self._makes) else frozenset()
 
     def wants(self, name: str) -> bool:
         return False  # no single linear: the survey, and then the view of the checkpoint
 
     @property
     def to_survey(self) -> bool:
-        return self._nominal
+        return self._nominal or (self._makes and not self._made)
 
     def prepare(self, skeleton: Skeleton) -> ExpertPrune:
         """With the first experts of each block, in place of which the survey puts those that matter.
@@ -80,10 +125,8 @@ class ExpertPrune(Pass):
         Raises:
             RecipeError: the model has no experts, or so many cannot go.
         """
-        blocks = expert_counts(skeleton)
+        blocks = expert_counts(self.step, skeleton)
         config = skeleton.config
-        if not blocks:
-            raise RecipeError(f"{self.step}: this model has no experts")
         [count] = set(blocks.values())
         groups = getattr(config, "n_group", None) or 1
         keep = self.keep if self.keep is not None else count - round(count * (self.ratio or 0))
@@ -110,55 +153,132 @@ class ExpertPrune(Pass):
 
     def view(self, skeleton: Skeleton) -> Skeleton:
         assert self.kept is not None
-        return Skeleton(PrunedCheckpoint(skeleton.checkpoint, self.kept), skeleton.dtype, skeleton.device)
+        return Skeleton(fewer_experts(skeleton.checkpoint, self.kept, self._made), skeleton.dtype, skeleton.device)
 
-    def survey(
-        self, skeleton: Skeleton, windows: Tensor | None, scratch: Path, listener: Callable[[Event], None]
-    ) -> ExpertPrune:
-        """With the experts that matter in `kept`, each block's told as `ExpertsKept`."""
-        if not self._nominal:
+    def survey(self, skeleton: Skeleton, survey: Survey) -> ExpertPrune:
+        """With the experts that matter in `kept`, each block's told as `ExpertsKept`; and with new weights."""
+        if not self.to_survey:
             return self
-        chosen: dict[int, Choice] = {}
-        seen: Mapping[int, Routing] = {}
-        if self.criterion == "random":
-            generator = torch.Generator().manual_seed(self.seed)
-            for index, count in self._blocks.items():
-                chosen[index] = self._highest(torch.rand(count, generator=generator, dtype=torch.float64), ())
+        look = Look.at(skeleton, survey, self._blocks if self._observes else (), protect=self.protect_super_experts)
+        result = self
+        if self._nominal:
+            chosen = {}
+            for index in self._blocks:
+                chosen[index] = self._choice(look, index)
+                kept, found = chosen[index]
+                tokens = look.seen[index].tokens.int().tolist() if index in look.seen else []
+                survey.listener(ExpertsKept(index, self.criterion, list(kept), found, tokens))
+            result = self._with_kept({index: kept for index, (kept, _) in chosen.items()})
+        if self._makes:
+            steps = {"merged": self.merge != "none", "corrected": self.mass_correction, "refitted": self.refit}
+            for name, wanted in steps.items():
+                if wanted:
+                    folder = survey.folder / name
+                    folder.mkdir(exist_ok=True)
+                    result._make(name, look, survey, folder)
+                    result._made = (*result._made, folder)
+        return result
+
+    def _make(self, name: str, look: Look, survey: Survey, folder: Path) -> None:
+        if name == "merged":
+            self._merge(look, folder)
+        elif name == "corrected":
+            self._correct(look, folder)
         else:
-            assert windows is not None
-            inspect = partial(self._search, skeleton, chosen) if self.criterion == "reconstruction" else None
-            done = partial(_tell, listener, skeleton.blocks)
-            seen = observe_routing(skeleton, windows, scratch, done, inspect)
-            protected = super_experts(seen, skeleton.blocks) if self.protect_super_experts else {}
-            for index in seen.keys() - chosen.keys():
-                scores, tokens = saliency(seen[index], self.criterion), seen[index].tokens
-                scores = torch.where(tokens < self.min_tokens, scores - scores.max() - 1, scores)
-                chosen[index] = self._highest(scores, protected.get(index, ()))
-        for index in self._blocks:
-            tokens = seen[index].tokens if index in seen else torch.empty(0)
-            kept, found = chosen[index]
-            listener(ExpertsKept(index, self.criterion, list(kept), found, tokens.int().tolist()))
-        return self._with_kept({index: chosen[index][0] for index in self._blocks})
+            view = self.view(look.skeleton)
+            change = partial(fit, damping=self.damping)
+            change_experts(look.skeleton, view, survey, folder, change, view, ["down_proj"])
 
     @property
     def _keep(self) -> int:
         assert self.kept is not None
         return len(next(iter(self.kept.values())))
 
-    def _highest(self, scores: Tensor, protected: tuple[int, ...]) -> Choice:
-        return highest(scores, self._keep, self._groups, protected), scores.tolist()
+    def _choice(self, look: Look, index: int) -> Choice:
+        """The experts of a block that stay, and every expert's score."""
+        if self.criterion == "random":
+            generator = torch.Generator().manual_seed(1000 * self.seed + index)
+            scores = torch.rand(self._blocks[index], generator=generator, dtype=torch.float64)
+        elif self.criterion == "reconstruction" and self.merge != "hc":
+            return self._search(look, index)
+        else:
+            criterion = "reap" if self.criterion == "reconstruction" else self.criterion
+            scores, tokens = saliency(look.seen[index], criterion), look.seen[index].tokens
+            scores = torch.where(tokens < self.min_tokens, scores - scores.max() - 1, scores)
+        if self.merge != "hc":
+            return highest(scores, self._keep, self._groups, look.protected.get(index, ())), scores.tolist()
+        best = (max(cluster, key=lambda number: float(scores[number])) for cluster in self._clusters(look, index))
+        return tuple(sorted(best)), scores.tolist()
 
-    def _search(self, skeleton: Skeleton, chosen: dict[int, Choice], index: int, sample: Sample) -> None:
-        """Find a block's best subset on a sample of its tokens."""
+    def _clusters(self, look: Look, index: int) -> list[list[int]]:
+        """As many clusters of a block's experts as are kept, in each group; protected ones stay alone."""
+        outputs = expert_outputs(look.experts(index), look.sample(index)).mean(1)
+        size, keep, found = len(outputs) // self._groups, self._keep // self._groups, list[list[int]]()
+        for start in range(0, len(outputs), size):
+            group = range(start, start + size)
+            alone = [number for number in group if number in look.protected.get(index, ())][: keep - 1]
+            rest = [number for number in group if number not in alone]
+            found += [[number] for number in alone]
+            found += [[rest[n] for n in cluster] for cluster in clusters(outputs[rest], keep - len(alone))]
+        return found
+
+    def _search(self, look: Look, index: int) -> Choice:
+        """A block's best subset on a sample of its tokens, and the loss without each expert alone."""
+        sample = look.sample(index)
+        outputs = expert_outputs(look.experts(index), sample)
 
         def route(numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
-            _, weights, places = skeleton.router(index, numbers)(sample.hidden)
+            _, weights, places = look.skeleton.router(index, numbers)(sample)
             return weights, places
 
         every = range(self._blocks[index])
         without = [tuple(n for n in every if n != gone) for gone in every] if self._groups == 1 else []
-        losses = subset_losses(route, sample.outputs, without if len(every) > self._keep else [])
-        chosen[index] = best_subset(route, sample.outputs, self._keep, self._groups), losses
+        losses = subset_losses(route, outputs, without if len(every) > self._keep else [])
+        return best_subset(route, outputs, self._keep, self._groups), losses
+
+    def _merge(self, look: Look, folder: Path) -> None:
+        """Put what is dropped into what is kept."""
+        assert self.kept is not None
+        view = self.view(look.skeleton)
+        for index, kept in self.kept.items():
+            experts = [_neurons(expert) for expert in look.experts(index)]
+            found: dict[int, Neurons] = {}
+            if self.merge == "dern":
+                found = redistributed(experts, kept, look.seen[index].weights, self.similarity)
+            for cluster in self._clusters(look, index) if self.merge == "hc" else ():
+                staying = [number for number in cluster if number in kept][:1]
+                members = [*staying, *(number for number in cluster if number not in kept)]
+                if staying and len(members) > 1:
+                    tokens = look.seen[index].tokens[members].tolist()
+                    found[members[0]] = averaged([experts[number] for number in members], tokens)
+            tensors: dict[str, Tensor] = {}
+            for number, merged in found.items():
+                name = f"{look.skeleton.architecture.experts}.{kept.index(number)}."
+                parts = {"gate_proj": merged.gate, "up_proj": merged.up, "down_proj": merged.down.T}
+                tensors |= {name + part + ".weight": tensor for part, tensor in parts.items()}
+            save_made(view, index, tensors, folder)
+
+    def _correct(self, look: Look, folder: Path) -> None:
+        """Multiply down projections by `<F, F'> / <F', F'>`, F and F' being what all experts of a block put out on a
+        sample, and what the kept ones do."""
+        view = self.view(look.skeleton)
+        for index in self._blocks:
+            sample, layer = look.sample(index), view.block(index)
+            before = _routed(look.skeleton, look.skeleton.block(index), sample)
+            after = _routed(view, layer, sample)
+            factor = float((before * after).sum() / after.square().sum().clamp(min=1e-30))
+            names = [f"{view.architecture.experts}.{n}.down_proj.weight" for n in range(self._keep)]
+            save_made(view, index, {name: factor * layer.get_parameter(name).float() for name in names}, folder)
+
+    def survey_cost(self, skeleton: Skeleton, samples: int, sequence_length: int) -> Cost:
+        if not self.needs:
+            return Cost()
+        costs = [walk_cost(skeleton, samples, sequence_length)] if self._observes else []
+        if self.criterion == "reconstruction" or self.merge != "none" or self.mass_correction:
+            costs.append(sample_cost(skeleton))
+        if self.refit and self._drops:
+            costs.append(refit_cost(self.view(skeleton), samples, sequence_length))
+        return Cost.of(costs)
 
     @property
     def note(self) -> str:
@@ -166,21 +286,6 @@ class ExpertPrune(Pass):
 
     def apply(self, work: StageWork) -> Iterator[Event]:
         yield from ()
-
-
-def _tell(listener: Callable[[Event], None], blocks: int, index: int) -> None:
-    listener(Surveyed(index, blocks))
-
-
-def expert_counts(skeleton: Skeleton) -> dict[int, int]:
-    """Block → how many routed experts it has, for blocks that have any."""
-    found: dict[int, int] = {}
-    where = skeleton.architecture.experts
-    for index, layer in enumerate(skeleton.model.model.layers):
-        names = {name for name, _ in layer.named_modules()}
-        if where in names:
-            found[index] = len(layer.get_submodule(where))
-    return found
 
 
 def saliency(seen: Routing, criterion: str) -> Tensor:
@@ -194,15 +299,15 @@ def saliency(seen: Routing, criterion: str) -> Tensor:
     return scores[criterion]
 
 
-def super_experts(seen: Mapping[int, Routing], blocks: int) -> dict[int, tuple[int, ...]]:
-    """Block → experts whose peak is beyond the 99.5th percentile and a tenth of the model's, in the first three
-    quarters of the blocks: few, and the model does not survive without them."""
-    if not seen:
-        return {}
-    peaks = torch.cat([routing.peak for routing in seen.values()])
-    limit = max(float(torch.quantile(peaks, 0.995)), 0.1 * float(peaks.max()))
-    early = {index: routing for index, routing in seen.items() if index < 0.75 * blocks}
-    return {index: tuple(torch.where(routing.peak > limit)[0].tolist()) for index, routing in early.items()}
+def _neurons(expert: Any) -> Neurons:
+    return Neurons(expert.gate_proj.weight.float(), expert.up_proj.weight.float(), expert.down_proj.weight.float().T)
+
+
+def _routed(skeleton: Skeleton, layer: Any, sample: Tensor) -> Tensor:
+    """What the routed experts of a block put out for tokens `[tokens, hidden_size]`, float64."""
+    _, weights, places = layer.get_submodule(skeleton.architecture.router)(sample)
+    outputs = expert_outputs(experts_of(skeleton, layer) or (), sample)
+    return mixed(lambda _: (weights, places), outputs, range(len(outputs))).double()
 
 
 def highest(scores: Tensor, keep: int, groups: int, protected: tuple[int, ...] = ()) -> tuple[int, ...]:

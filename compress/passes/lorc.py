@@ -8,28 +8,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor
 
+from ...calibrate.chains import BATCH_TOKENS
 from ...calibrate.probes import output_metrics
-from ...calibrate.sensitivity import Seen, divergences
+from ...calibrate.sensitivity import LOGITS, Seen, divergences
 from ...calibrate.walk import StageWork
 from ...kernels.layouts import LATENT_SPLIT
 from ...runtime.architectures import KEYS, VALUES
 from ...runtime.attention import rope_obstacle, sliding
 from ...runtime.errors import ModelError, RecipeError
 from ...runtime.operators import Dense, Latent, LowRank, Operator, cached_bytes
-from ...runtime.skeleton import Skeleton
-from ..events import Event, Fallback, LayerDone, Surveyed
+from ...runtime.skeleton import HEAD_ROWS, Skeleton
+from ..events import Event, Fallback, LayerDone
 from ..solvers.lowrank import Components, rotation
 from ..solvers.ranks import bisected, greedy, log_condition, progressive, rounded
-from .base import Need
+from .base import BUFFERS, Cost, Need, Survey
 from .calibrated import Calibrated, plain_floats
 
 _SPREAD = 1.25  # of the highest share over the mean, where only the mean is given
@@ -187,15 +187,13 @@ class Lorc(Calibrated):
     def to_survey(self) -> bool:
         return self._nominal
 
-    def survey(
-        self, skeleton: Skeleton, windows: Tensor | None, scratch: Path, listener: Callable[[Event], None]
-    ) -> Lorc:
+    def survey(self, skeleton: Skeleton, survey: Survey) -> Lorc:
         """With the ranks that the weights, or cutting each projection on its own, call for."""
         if not self._nominal:
             return self
         if not self.calibrated:
             return self._with_ranks(self._progressive(skeleton))
-        assert windows is not None
+        assert survey.windows is not None
         assert self.ratio is not None
         curves: dict[str, Tensor] = {}
         probed: dict[str, int] = {}
@@ -219,14 +217,26 @@ class Lorc(Calibrated):
 
         # What one projection does to the answers is far below the rounding of bfloat16.
         exact = Skeleton(skeleton.checkpoint, torch.float32, skeleton.device)
-        lost = divergences(
-            exact, windows, scratch, KEYS, changes, lambda index: listener(Surveyed(index, skeleton.blocks))
-        )
+        lost = divergences(exact, survey.windows, survey.folder, KEYS, changes, survey.passed(skeleton.blocks))
         losses = {
             name: curve * max(lost[name], 0.0) / curve[probed[name]].clamp(min=torch.finfo(torch.float64).tiny)
             for name, curve in curves.items()
         }
         return self._with_ranks(greedy(losses, self._steps, self._cost, self._budget(self.ratio)))
+
+    def survey_cost(self, skeleton: Skeleton, samples: int, sequence_length: int) -> Cost:
+        if not (self._nominal and self.calibrated):
+            return Cost()
+        tokens = min(samples * sequence_length, BATCH_TOKENS)
+        blocks = [[linear.weight.shape for linear in skeleton.linears(n).values()] for n in range(skeleton.blocks)]
+        block = max(sum(rows * columns for rows, columns in shapes) for shapes in blocks)
+        widest = max(max(shape) for shapes in blocks for shape in shapes)
+        vocabulary, hidden, names = skeleton.config.vocab_size, skeleton.config.hidden_size, len(self._shapes)
+        running = 4 * block + 4 * tokens * (3 * widest + 6 * hidden)
+        comparing = 5 * 4 * max(LOGITS, 32 * vocabulary) + 4 * hidden * min(vocabulary, HEAD_ROWS)
+        passes = names * skeleton.blocks / 2
+        flops = 2.0 * tokens * (passes * block + names * vocabulary * hidden)
+        return Cost(BUFFERS + max(running, comparing), names * tokens * 4 * hidden, 0.0, flops)
 
     @property
     def _ranks(self) -> dict[str, int]:

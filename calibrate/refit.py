@@ -1,0 +1,244 @@
+"""The down projections of a block's experts, fitted again once something else of the experts was taken away.
+
+With h the activations of an expert's neurons, g the router's coefficient and D its down projection, a block puts out
+`r + Σ_e g_e D_e h_e`, which is linear in all D together. They are fitted to what the original block puts out, on the
+inputs that the changed model gives it: ridge regression toward the D there is, by conjugate gradients. The moments
+`Σ g² h hᵀ` of single experts are the preconditioner, and rows of D are independent systems that share their products.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..runtime.skeleton import Skeleton
+from .chains import Chains, Spill, walk_chains
+from .routing import experts_of
+from .statistics import exact_products
+
+ITERATIONS = 10  # of conjugate gradients: the error is then within a hundredth of the least there is
+SHARED = "mlp.shared_experts"  # that every token enters, and no coefficient multiplies
+
+
+@dataclass
+class Member:
+    """A gated MLP of a block: a routed expert by its number, or the shared ones (None).
+
+    Attributes:
+        name: in the block, in memory.
+    """
+
+    name: str
+    module: Any
+    number: int | None
+
+
+def members_of(skeleton: Skeleton, layer: nn.Module) -> list[Member]:
+    """The experts of a block whose down projections can be fitted together."""
+    where = skeleton.architecture.experts
+    routed = [Member(f"{where}.{n}", expert, n) for n, expert in enumerate(experts_of(skeleton, layer) or ())]
+    shared = dict(layer.named_modules()).get(SHARED)
+    return routed if shared is None or not routed else [*routed, Member(SHARED, shared, None)]
+
+
+class Routed:
+    """What entered a block's experts, on disk, and what they were to put out.
+
+    Attributes:
+        target: `[samples, tokens, hidden_size]`.
+    """
+
+    def __init__(self, chains: Chains, dtype: torch.dtype, top_k: int) -> None:
+        self.chains, self.dtype = chains, dtype
+        hidden = chains.shape[2]
+        self.hidden, self.target = chains.scratch(hidden, dtype), chains.scratch(hidden, torch.float32)
+        self.places, self.weights = chains.scratch(top_k, torch.int32), chains.scratch(top_k, torch.float32)
+
+    def store(self, rows: slice, hidden: Tensor, places: Tensor, weights: Tensor) -> None:
+        """Some samples; each `[tokens of all samples, ...]`."""
+        for spill, tensor in ((self.hidden, hidden), (self.places, places), (self.weights, weights)):
+            part = spill[rows]
+            part.copy_(tensor.reshape(part.shape))
+
+    def activations(self, rows: slice, members: Sequence[Member]) -> Iterator[tuple[Member, Tensor, Tensor]]:
+        """For each member: the tokens of some samples that it sees, and `g h`, float32 `[tokens, width]`."""
+        x = self.hidden[rows].flatten(0, 1)
+        places, weights = self.places[rows].flatten(0, 1), self.weights[rows].flatten(0, 1)
+        everyone = torch.arange(len(x))
+        for member in members:
+            tokens, coefficients = everyone, None
+            if member.number is not None:
+                tokens, slots = torch.where(places == member.number)
+                coefficients = weights[tokens, slots][:, None]
+            h = neurons(member.module, x[tokens]).float()
+            yield member, tokens, h if coefficients is None else h * coefficients
+
+
+def neurons(module: Any, x: Tensor) -> Tensor:
+    """What enters the down projection of a gated MLP."""
+    activation = module.activation if hasattr(module, "activation") else module.act_fn
+    gate, up = (nn.functional.linear(x, part.weight.to(x.dtype)) for part in (module.gate_proj, module.up_proj))
+    hidden: Tensor = activation(gate) * up
+    return hidden
+
+
+def put_out(found: Sequence[tuple[Member, Tensor, Tensor]], weights: Sequence[Tensor], count: int) -> Tensor:
+    """`Σ g D h` of all members, `[count, hidden_size]`, for down projections given."""
+    result = torch.zeros(count, weights[0].shape[0])
+    for (_, tokens, h), weight in zip(found, weights, strict=True):
+        result.index_add_(0, tokens, h @ weight.T)
+    return result
+
+
+@dataclass(frozen=True)
+class Normal:
+    """The normal equations of a fit: for each member `Σ g² h hᵀ` `[width, width]` and `Σ residual (g h)ᵀ`
+    `[hidden_size, width]`; what the members put out now is taken off the target."""
+
+    moments: list[Tensor]
+    right: list[Tensor]
+
+    @property
+    def mean(self) -> float:
+        """Of the diagonals of all moments, as far as anything came by."""
+        diagonals = torch.cat([moment.diagonal() for moment in self.moments])
+        return float(diagonals[diagonals > 0].mean()) if bool((diagonals > 0).any()) else 1.0
+
+
+def normal_equations(routed: Routed, members: Sequence[Member]) -> Normal:
+    downs = [member.module.down_proj.weight.float() for member in members]
+    normal = Normal([torch.zeros(d.shape[1], d.shape[1]) for d in downs], [torch.zeros_like(d) for d in downs])
+    for rows in routed.chains.batches():
+        found = list(routed.activations(rows, members))
+        target = routed.target[rows].flatten(0, 1)
+        residual = target - put_out(found, downs, len(target))
+        with exact_products(routed.dtype):
+            for number, (_, tokens, h) in enumerate(found):
+                normal.moments[number].addmm_(h.T, h)
+                normal.right[number].addmm_(residual[tokens].T, h)
+    return normal
+
+
+def fit(routed: Routed, members: Sequence[Member], damping: float) -> None:
+    """Change the members' down projections; stored in the dtype that they have.
+
+    Args:
+        damping: share of the mean diagonal of all moments that is added.
+    """
+    normal = normal_equations(routed, members)
+    ridge = damping * normal.mean
+    inverses = [_inverse(moment, ridge) for moment in normal.moments]
+    left = normal.right
+    steep = [part @ inverse for part, inverse in zip(left, inverses, strict=True)]
+    change, direction = [torch.zeros_like(part) for part in left], steep
+    size = _dot(left, steep)
+    for _ in range(ITERATIONS):
+        applied = [ridge * part for part in direction]
+        for rows in routed.chains.batches():
+            found = list(routed.activations(rows, members))
+            with exact_products(routed.dtype):
+                moved = put_out(found, direction, routed.hidden[rows][..., 0].numel())
+                for (_, tokens, h), part in zip(found, applied, strict=True):
+                    part.addmm_(moved[tokens].T, h)
+        step = (size / _dot(direction, applied).clamp(min=1e-30))[:, None]
+        for number in range(len(members)):
+            change[number] += step * direction[number]
+            left[number] -= step * applied[number]
+        steep = [part @ inverse for part, inverse in zip(left, inverses, strict=True)]
+        size, before = _dot(left, steep), size
+        grown = (size / before.clamp(min=1e-30))[:, None]
+        direction = [new + grown * old for new, old in zip(steep, direction, strict=True)]
+    for member, part in zip(members, change, strict=True):
+        weight = member.module.down_proj.weight
+        member.module.down_proj.weight = nn.Parameter((weight.float() + part).to(weight.dtype), requires_grad=False)
+
+
+def _inverse(moment: Tensor, ridge: float) -> Tensor:
+    damped = moment.double()
+    damped.diagonal().add_(ridge)
+    return torch.cholesky_inverse(torch.linalg.cholesky(damped)).float()
+
+
+def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """Of each row of all members together, `[hidden_size]`."""
+    return torch.stack([(x * y).sum(1) for x, y in zip(a, b, strict=True)]).sum(0)
+
+
+Change = Callable[[int, Any, Routed], None]
+
+
+@torch.no_grad()
+def refit_blocks(
+    original: Skeleton,
+    changed: Skeleton,
+    windows: Tensor,
+    scratch: Path,
+    change: Change,
+    done: Callable[[int, float | None], None],
+) -> None:
+    """Walk over a model and its changed form side by side, and let each block of experts make up for what is lost.
+
+    Args:
+        windows: token ids `[samples, tokens]`.
+        scratch: a folder for activations; the walk goes on where an earlier one was interrupted. Deleted at the end.
+        change: given a block's index, the changed block and what its experts saw, changes the block's experts in place,
+            and keeps what is new.
+        done: told of each block that is behind, and the share of its output that is in error if it has experts.
+    """
+    chains = walk_chains(original, windows, scratch, ("reference", "changed"))
+    for index in range(chains.reached, original.blocks):
+        layer = changed.block(index)
+        runner, experts = changed.runner(index, layer), experts_of(changed, layer)
+        reference = original.runner(index, original.block(index))
+        follow = chains.create(index + 1, "reference")
+        for rows in chains.batches():
+            follow[rows] = original.run(reference, chains.read(index, "reference")[rows])
+        if experts is not None:
+            members = members_of(changed, layer)
+            routed = Routed(chains, changed.dtype, experts_top_k(changed))
+            _watch(changed, chains, index, runner, routed, members, follow)
+            change(index, layer, routed)
+        target, lost, whole = chains.create(index + 1, "changed"), 0.0, 0.0
+        for rows in chains.batches():
+            target[rows] = changed.run(runner, chains.read(index, "changed")[rows])
+            lost += float((target[rows] - follow[rows]).square().sum(dtype=torch.float64))
+            whole += float(follow[rows].square().sum(dtype=torch.float64))
+        chains.advanced(index + 1)
+        done(index, lost / max(whole, 1e-30) if experts is not None else None)
+    shutil.rmtree(scratch)
+
+
+def experts_top_k(skeleton: Skeleton) -> int:
+    return int(skeleton.config.num_experts_per_tok)
+
+
+def _watch(
+    skeleton: Skeleton,
+    chains: Chains,
+    index: int,
+    runner: Any,
+    routed: Routed,
+    members: Sequence[Member],
+    wanted: Spill,
+) -> None:
+    """Fill `routed` with what enters the experts, and with what they were to put out."""
+    experts = experts_of(skeleton, runner.layers[0])
+    assert experts is not None
+    entered: list[Any] = []
+    handle = experts.register_forward_pre_hook(lambda module, args: entered.append(args))
+    downs = [member.module.down_proj.weight.float() for member in members]
+    share = getattr(skeleton.config, "residual_multiplier", 1.0)  # of what is put out that is added
+    for rows in chains.batches():
+        output = skeleton.run(runner, chains.read(index, "changed")[rows])
+        hidden, places, weights = entered.pop()
+        routed.store(rows, hidden.to(routed.dtype), places, weights)
+        missing = wanted[rows] - output
+        found = list(routed.activations(rows, members))
+        routed.target[rows] = missing / share + put_out(found, downs, missing[..., 0].numel()).view(missing.shape)
+    handle.remove()

@@ -1,0 +1,133 @@
+"""Drop neurons inside experts, the same number in each, so that what every token costs falls too.
+
+A neuron of an expert is a row of gate and up and a column of down. `obs` leaves out those whose part the others of the
+expert can play best, by the second moment of what enters its down projection (optimal brain surgeon, as ZipLM,
+arXiv:2302.04089, uses it for whole neurons); `activation` those with the least `E[g² h²] ‖d‖²`, g being the router's
+coefficient, h the activation and d the column of down (HEAPr's score, arXiv:2509.22299, with the identity for the
+covariance of gradients). All down projections are then fitted to what the original block put out
+(`calibrate/refit.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+from pydantic import Field, PrivateAttr, model_validator
+from torch import nn
+
+from ...calibrate.refit import Member, Routed, fit, normal_equations
+from ...calibrate.walk import StageWork
+from ...runtime.errors import RecipeError
+from ...runtime.skeleton import Skeleton
+from ...runtime.views import narrower_experts, width_key
+from ..events import Event
+from ..solvers.neurons import eliminated, strongest
+from .base import Cost, Need, Pass, Survey
+from .experts import change_experts, expert_counts, refit_cost
+
+_PARTS = ("gate_proj", "up_proj", "down_proj")
+
+
+class ExpertWidth(Pass):
+    """Narrow the experts of all blocks to the neurons that matter most."""
+
+    step: ClassVar[str] = "expert_width"
+    reshapes: ClassVar[bool] = True
+    kind: Literal["expert_width"]
+    criterion: Literal["obs", "activation"] = Field("obs", description="which neurons matter")
+    refit: bool = Field(
+        True, description="fit the down projections that stay to what the original model's blocks put out"
+    )
+    ratio: float | None = Field(
+        None, ge=0, lt=1, description="of an expert's neurons that go, rounded to the step; this, or width"
+    )
+    width: int | None = Field(
+        None, ge=16, description="neurons of an expert that stay: a multiple of 64, of 16 below 512"
+    )
+    damping: float = Field(0.01, gt=0, le=1, description="share of the mean diagonal added to second moments")
+    _before: int = PrivateAttr(default=0)
+    _after: int = PrivateAttr(default=0)
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> ExpertWidth:
+        if (self.ratio is None) == (self.width is None):
+            raise ValueError("give either ratio or width")
+        return self
+
+    @property
+    def _narrows(self) -> bool:
+        return self._after < self._before
+
+    @property
+    def to_survey(self) -> bool:
+        return self._narrows and not self._made
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"routing"}) if self.to_survey else frozenset()
+
+    def wants(self, name: str) -> bool:
+        return False  # no single linear: the survey, and then the view of the checkpoint
+
+    def prepare(self, skeleton: Skeleton) -> ExpertWidth:
+        """With the width that is left.
+
+        Raises:
+            RecipeError: the model has no experts, or kernels cannot work with so many neurons.
+        """
+        expert_counts(self.step, skeleton)
+        before = int(skeleton.checkpoint.config[width_key(skeleton.checkpoint.config)])
+        step = 64 if before >= 512 else 16
+        after = self.width or max(step, round(before * (1 - (self.ratio or 0)) / step) * step)
+        if after > before or (after % step and after != before):
+            raise RecipeError(
+                f"{self.step}: {after} of {before} neurons cannot stay: kernels need a multiple of {step}, at most that"
+            )
+        result = self.model_copy()
+        result._before, result._after = before, min(after, before)
+        return result
+
+    def view(self, skeleton: Skeleton) -> Skeleton:
+        view = narrower_experts(skeleton.checkpoint, self._after, self._made) if self._narrows else skeleton.checkpoint
+        return Skeleton(view, skeleton.dtype, skeleton.device)
+
+    def survey(self, skeleton: Skeleton, survey: Survey) -> ExpertWidth:
+        """With the neurons that stay, and their weights."""
+        if not self.to_survey:
+            return self
+        folder = survey.folder / "refitted"
+        folder.mkdir(exist_ok=True)
+        change_experts(skeleton, skeleton, survey, folder, self._change, self.view(skeleton), _PARTS)
+        result = self.model_copy()
+        result._made = (folder,)
+        return result
+
+    def _change(self, routed: Routed, members: list[Member]) -> None:
+        """Narrow the experts of a block, and fit what is left."""
+        normal = normal_equations(routed, members)
+        ridge = self.damping * normal.mean
+        for member, moment in zip(members, normal.moments, strict=True):
+            module = member.module
+            weight = module.down_proj.weight
+            keep = len(moment) // self._before * self._after
+            if self.criterion == "obs":
+                numbers, narrow = eliminated(weight.float(), moment, keep, ridge)
+            else:
+                numbers, narrow = strongest(weight.float(), moment, keep)
+            module.down_proj.weight = nn.Parameter(narrow.to(weight.dtype), requires_grad=False)
+            for part in (module.gate_proj, module.up_proj):
+                part.weight = nn.Parameter(part.weight[numbers], requires_grad=False)
+        del normal
+        if self.refit:
+            fit(routed, members, self.damping)
+
+    def survey_cost(self, skeleton: Skeleton, samples: int, sequence_length: int) -> Cost:
+        return refit_cost(skeleton, samples, sequence_length, parts=len(_PARTS)) if self.needs else Cost()
+
+    @property
+    def note(self) -> str:
+        return f"experts of {self._before} → {self._after} neurons"
+
+    def apply(self, work: StageWork) -> Iterator[Event]:
+        yield from ()

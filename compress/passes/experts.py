@@ -1,0 +1,158 @@
+"""What the passes share that change the experts of a model: a look at the routing, new weights, what that takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...calibrate.artefact import RoutingFolder
+from ...calibrate.chains import BATCH_TOKENS
+from ...calibrate.refit import ITERATIONS, Member, Routed, members_of, refit_blocks
+from ...calibrate.routing import SAMPLE_TOKENS, Routing, experts_of, observe_routing
+from ...runtime.errors import RecipeError
+from ...runtime.files import save_synced
+from ...runtime.skeleton import Skeleton
+from ..events import ExpertsChanged
+from .base import BUFFERS, Cost, Survey
+
+
+def expert_counts(step: str, skeleton: Skeleton) -> dict[int, int]:
+    """Block → how many routed experts it has, for blocks that have any.
+
+    Raises:
+        RecipeError: none has.
+    """
+    found = {}
+    for index, layer in enumerate(skeleton.model.model.layers):
+        if (experts := experts_of(skeleton, layer)) is not None:
+            found[index] = len(experts)
+    if not found:
+        raise RecipeError(f"{step}: this model has no experts")
+    return found
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was seen of the original model's experts.
+
+    Attributes:
+        seen: block → sums over its tokens.
+        protected: block → experts that are to stay.
+        folder: of the samples.
+    """
+
+    skeleton: Skeleton
+    seen: Mapping[int, Routing]
+    protected: Mapping[int, tuple[int, ...]]
+    folder: RoutingFolder
+
+    @classmethod
+    def at(cls, skeleton: Skeleton, survey: Survey, blocks: Iterable[int], *, protect: bool) -> Look:
+        """At some blocks; the model is run unless another run left what is needed."""
+        folder = survey.routing or RoutingFolder(survey.folder / "routing", {})
+        if (wanted := list(blocks)) and not folder.complete:
+            assert survey.windows is not None
+            observe_routing(skeleton, survey.windows, survey.folder / "walk", folder, survey.passed(skeleton.blocks))
+        seen = {index: folder.load(index)[0] for index in wanted}
+        return cls(skeleton, seen, super_experts(seen, skeleton.blocks) if protect else {}, folder)
+
+    def sample(self, index: int) -> Tensor:
+        """Tokens that entered the experts of a block, `[tokens, hidden_size]`."""
+        return self.folder.load(index)[1]
+
+    def experts(self, index: int) -> Sequence[Any]:
+        """The experts of a block, with their weights."""
+        return list(experts_of(self.skeleton, self.skeleton.block(index)) or ())
+
+
+def super_experts(seen: Mapping[int, Routing], blocks: int) -> dict[int, tuple[int, ...]]:
+    """Block → experts whose peak is beyond the 99.5th percentile and a tenth of the model's, in the first three
+    quarters of the blocks: few, and the model does not survive without them."""
+    if not seen:
+        return {}
+    peaks = torch.cat([routing.peak for routing in seen.values()])
+    limit = max(float(torch.quantile(peaks, 0.995)), 0.1 * float(peaks.max()))
+    early = {index: routing for index, routing in seen.items() if index < 0.75 * blocks}
+    return {index: tuple(torch.where(routing.peak > limit)[0].tolist()) for index, routing in early.items()}
+
+
+def save_made(view: Skeleton, index: int, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Leave new weights (names inside a block, in memory) in the dtype that the checkpoint has them in."""
+    named = {view.disk_name(index, name): tensor for name, tensor in tensors.items()}
+    stored = {name: tensor.to(view.checkpoint.tensors[name].dtype) for name, tensor in named.items()}
+    if stored:
+        save_synced(folder / f"block-{index:05d}.safetensors", stored, {})
+
+
+def change_experts(
+    original: Skeleton,
+    changed: Skeleton,
+    survey: Survey,
+    folder: Path,
+    change: Callable[[Routed, list[Member]], None],
+    final: Skeleton,
+    parts: Sequence[str],
+) -> None:
+    """Walk over a model and its changed form, let `change` rewrite the experts of each block, and keep some parts of
+    them in a folder as `final` has them."""
+    assert survey.windows is not None
+
+    def rewrite(index: int, layer: nn.Module, routed: Routed) -> None:
+        members = members_of(changed, layer)
+        change(routed, members)
+        new = {f"{m.name}.{part}.weight": getattr(m.module, part).weight for m in members for part in parts}
+        save_made(final, index, new, folder)
+
+    def done(index: int, error: float | None) -> None:
+        survey.passed(original.blocks)(index)
+        if error is not None:
+            survey.listener(ExpertsChanged(index, error))
+
+    refit_blocks(original, changed, survey.windows, survey.folder / "refit", rewrite, done)
+
+
+def walk_cost(skeleton: Skeleton, samples: int, sequence_length: int) -> Cost:
+    """Of running the model once over calibration text, block by block."""
+    tokens, hidden, item = samples * sequence_length, skeleton.config.hidden_size, skeleton.dtype.itemsize
+    shapes = [[(w.out_features, w.in_features) for w in skeleton.linears(n).values()] for n in range(skeleton.blocks)]
+    block = max(sum(rows * columns for rows, columns in block) for block in shapes)
+    widest = max(max(shape) for block in shapes for shape in block)
+    held = block * item if skeleton.dtype != skeleton.checkpoint.dtype else 0
+    batch = max(1, BATCH_TOKENS // sequence_length) * sequence_length
+    running = batch * ((3 * item + 8) * widest + 12 * hidden)
+    parameters = sum(rows * columns for block in shapes for rows, columns in block)
+    return Cost(BUFFERS + held + running, 8.0 * tokens * hidden, 0.0, 2.0 * tokens * parameters)
+
+
+def sample_cost(skeleton: Skeleton) -> Cost:
+    """Of giving a sample of tokens to every expert of a block, its weights in float32."""
+    count, hidden, width = _sizes(skeleton)
+    return Cost(BUFFERS + 12.0 * count * hidden * width + 6.0 * count * SAMPLE_TOKENS * hidden)
+
+
+def refit_cost(changed: Skeleton, samples: int, sequence_length: int, parts: int = 1) -> Cost:
+    """Of `change_experts`: two blocks, five sets of down projections, a moment for each expert; `parts` of experts on
+    disk."""
+    count, hidden, width = _sizes(changed)
+    walk = walk_cost(changed, samples, sequence_length)
+    tokens, top_k = samples * sequence_length, changed.config.num_experts_per_tok
+    solving = 20.0 * count * hidden * width + 8.0 * count * width**2 + 16.0 * width**2
+    solving += 4.0 * BATCH_TOKENS * (top_k * width + 3 * hidden)
+    spilled = tokens * (hidden * (4 + changed.dtype.itemsize) + 8 * top_k)
+    left = parts * changed.blocks * count * hidden * width * changed.checkpoint.dtype.itemsize
+    flops = 2.0 * tokens * hidden * width * top_k * changed.blocks * 4 * (ITERATIONS + 2)
+    return Cost(2 * walk.memory + solving, 2 * walk.disk + spilled, float(left), 3 * walk.flops + flops)
+
+
+def _sizes(skeleton: Skeleton) -> tuple[int, int, int]:
+    """Experts of a block, their input width, their neurons."""
+    blocks = skeleton.model.model.layers
+    experts = next(found for layer in blocks if (found := experts_of(skeleton, layer)) is not None)
+    first: Any = next(iter(experts))
+    rows, columns = first.gate_proj.weight.shape
+    return len(experts), columns, rows

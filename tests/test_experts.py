@@ -1,0 +1,300 @@
+"""What is made of experts that go: merged neurons, fitted projections, narrower experts; beside brute force."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_expert_prune import FLOAT, ONE, logits, run, stock, windows
+from torch import Tensor, nn
+
+from compressor.calibrate import refit
+from compressor.calibrate.chains import Chains
+from compressor.calibrate.refit import Member, Routed, fit
+from compressor.compress.apply import Job, apply
+from compressor.compress.events import Event, ExpertsChanged, ExpertsKept
+from compressor.compress.plan import make_plan
+from compressor.compress.recipe import parse_recipe
+from compressor.compress.solvers.merge import Neurons, aligned, averaged, clusters, redistributed
+from compressor.compress.solvers.neurons import eliminated, strongest
+from compressor.runtime import load
+from compressor.runtime.checkpoint import Checkpoint
+from compressor.runtime.errors import RecipeError
+from compressor.runtime.experts import Expert
+from compressor.runtime.skeleton import Skeleton
+from compressor.runtime.views import fewer_experts
+
+Pico = Callable[..., Path]
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def neurons(width: int = 24, hidden: int = 16, seed: int = 0) -> Neurons:
+    return Neurons(*(random(width, hidden, seed=3 * seed + part) for part in range(3)))
+
+
+def disguised(expert: Neurons, seed: int = 9) -> Neurons:
+    """The same function: neurons in another order, some with both signs turned, up and down scaled in turn."""
+    order = torch.randperm(len(expert.up), generator=torch.Generator().manual_seed(seed))
+    factor = random(len(order), 1, seed=seed).exp() * random(len(order), 1, seed=seed + 1).sign()
+    gate, up, down = expert.rows(order)
+    return Neurons(gate, factor * up, down / factor)
+
+
+def output(expert: Neurons, x: Tensor) -> Tensor:
+    return (nn.functional.silu(x @ expert.gate.T) * (x @ expert.up.T)) @ expert.down
+
+
+def test_a_disguised_copy_is_recognized() -> None:
+    expert, x = neurons(), random(50, 16, seed=5)
+    copy = disguised(expert)
+    torch.testing.assert_close(output(copy, x), output(expert, x), rtol=1e-4, atol=1e-4)
+    for found, own in zip(aligned(copy, expert), expert, strict=True):
+        torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-4)
+    merged = averaged([expert, copy, copy], [1.0, 2.0, 0.0])
+    torch.testing.assert_close(output(merged, x), output(expert, x), rtol=1e-3, atol=1e-3)
+    naive = Neurons(*((a + b) / 2 for a, b in zip(expert, copy, strict=True)))
+    assert float((output(naive, x) - output(expert, x)).norm() / output(expert, x).norm()) > 0.5
+
+
+def test_neurons_go_where_their_like_are() -> None:
+    a, b, x = neurons(seed=1), neurons(seed=2), random(50, 16, seed=5)
+    experts = [a, b, disguised(b)]
+    found = redistributed(experts, (0, 1), torch.tensor([1.0, 2.0, 3.0]), 0.6)
+    assert set(found) == {1}, "nothing in expert 0 is like the dropped one"
+    torch.testing.assert_close(output(found[1], x), output(b, x), rtol=1e-3, atol=1e-3)
+    assert redistributed(experts, (0, 1), torch.ones(3), 1.01) == {}
+    assert redistributed(experts, (0, 1, 2), torch.ones(3), 0.0) == {}
+    everything = redistributed(experts, (0,), torch.ones(3), -1.0)
+    assert everything[0].up.shape == (24, 16)
+    assert all(torch.isfinite(part).all() for part in everything[0])
+
+
+def test_experts_that_put_out_the_same_are_one_cluster() -> None:
+    outputs = random(3, 16)[[0, 1, 0, 2, 1]] + 0.01 * random(5, 16, seed=1)
+    assert sorted(clusters(outputs, 3)) == [[0, 2], [1, 4], [3]]
+    assert sorted(clusters(torch.zeros(4, 8), 3), key=len)[-1] != []
+    assert len(clusters(torch.zeros(4, 8), 3)) == 3
+    assert clusters(outputs, 5) == [[0], [1], [2], [3], [4]]
+
+
+def routed_tokens(room: Path, experts: list[Expert], samples: int = 4, tokens: int = 64) -> Routed:
+    """Tokens of which each goes to two of three experts, with a fourth member that sees all."""
+    chains = Chains(room, (), (samples, tokens, 16))
+    routed = Routed(chains, torch.float32, 2)
+    count = samples * tokens
+    places = torch.stack([random(3, seed=token).topk(2).indices for token in range(count)])
+    every = slice(None)
+    routed.store(every, random(count, 16, seed=1), places, random(count, 2, seed=2).abs())
+    routed.target[every] = random(samples, tokens, 16, seed=3)
+    return routed
+
+
+def test_a_fit_is_the_ridge_regression_of_all_experts_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    experts = [Expert(16, 8, nn.functional.silu).requires_grad_(False) for _ in range(4)]
+    members = [Member(f"e{n}", expert, n if n < 3 else None) for n, expert in enumerate(experts)]
+    routed, every = routed_tokens(tmp_path, experts), slice(None)
+    features = torch.zeros(256, 32, dtype=torch.float64)
+    for number, (_, tokens, h) in enumerate(routed.activations(every, members)):
+        features[tokens, 8 * number : 8 * number + 8] = h.double()
+    target = routed.target[every].flatten(0, 1).double()
+    before = torch.cat([expert.down_proj.weight.T for expert in experts]).double()
+    gram = features.T @ features
+    ridge = 0.01 * gram.diagonal().mean()
+    residual = target - features @ before
+    best = before + torch.linalg.solve(gram + ridge * torch.eye(32), features.T @ residual)
+    monkeypatch.setattr(refit, "ITERATIONS", 40)
+    fit(routed, members, 0.01)
+    found = torch.cat([expert.down_proj.weight.T for expert in experts]).double()
+    torch.testing.assert_close(found, best, rtol=1e-3, atol=1e-4)
+    torch.manual_seed(0)
+    for member in members:
+        member.module.down_proj.weight = nn.Parameter(torch.randn(16, 8) / 9, requires_grad=False)
+    monkeypatch.undo()
+    fit(routed, members, 0.01)
+    found = torch.cat([expert.down_proj.weight.T for expert in experts]).double()
+    lost, least = ((target - features @ d).square().sum() for d in (found, best))
+    assert lost < 1.01 * least, "ten iterations are enough"
+
+
+def test_a_fit_leaves_alone_what_is_right(tmp_path: Path) -> None:
+    experts = [Expert(16, 8, nn.functional.silu).requires_grad_(False) for _ in range(3)]
+    members = [Member(f"e{n}", expert, n) for n, expert in enumerate(experts)]
+    routed, every = routed_tokens(tmp_path, experts), slice(None)
+    target = torch.zeros(256, 16)
+    for member, tokens, h in routed.activations(every, members):
+        target.index_add_(0, tokens, h @ member.module.down_proj.weight.T)
+    routed.target[every] = target.view(4, 64, 16)
+    before = [expert.down_proj.weight.clone() for expert in experts]
+    fit(routed, members, 0.01)
+    for old, expert in zip(before, experts, strict=True):
+        torch.testing.assert_close(expert.down_proj.weight, old, rtol=0, atol=1e-5)
+
+
+def test_eliminated_neurons_cost_least_and_the_others_make_up_for_them() -> None:
+    features = random(200, 12) @ random(12, 12, seed=1)
+    moment, weight, ridge = features.T @ features, random(7, 12, seed=2), 1.0
+    damped = moment.double() + ridge * torch.eye(12)
+
+    def compensated(numbers: list[int]) -> tuple[Tensor, float]:
+        best = weight.double() @ damped[:, numbers] @ torch.linalg.inv(damped[numbers][:, numbers])
+        delta = weight.double().clone()
+        delta[:, numbers] -= best
+        return best, float((delta @ damped * delta).sum())
+
+    losses = [compensated([n for n in range(12) if n != gone])[1] for gone in range(12)]
+    numbers, narrow = eliminated(weight, moment, 11, ridge)
+    assert set(range(12)) - set(numbers.tolist()) == {losses.index(min(losses))}
+    numbers, narrow = eliminated(weight, moment, 5, ridge)
+    torch.testing.assert_close(narrow.double(), compensated(numbers.tolist())[0], rtol=1e-4, atol=1e-5)
+    plain, same = strongest(weight, moment, 5)
+    assert torch.equal(same, weight[:, plain])
+    assert compensated(numbers.tolist())[1] < compensated(plain.tolist())[1]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "granitemoe", "deepseek_v3", "qwen2_moe"])
+def test_narrower_experts_reload_everywhere(pico: Pico, tmp_path: Path, calibration_text: Path, family: str) -> None:
+    data = f"data: {{source: {calibration_text}, samples: 8, sequence_length: 64}}\noutput: {{shard_size: 0.1MB}}\n"
+    events: list[Event] = []
+    run(data + "passes: [{kind: expert_width, ratio: 0.5}]", pico(family, **FLOAT), tmp_path / "out", events.append)
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    plain, own = stock(tmp_path / "out"), load(tmp_path / "out", dtype=torch.float32)
+    torch.testing.assert_close(logits(own, windows()), logits(plain, windows()), rtol=1e-4, atol=1e-4)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config.get("moe_intermediate_size", config["intermediate_size"]) == (
+        48 if family in ("mixtral", "granitemoe") else 16
+    )
+    changed = [event for event in events if isinstance(event, ExpertsChanged)]
+    assert len(changed) == (1 if family == "deepseek_v3" else 2)
+    assert all(0 < event.error < 0.5 for event in changed)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("width: 40", "40 of 32 neurons cannot stay"),
+        ("width: 24", "24 of 32 neurons cannot stay: kernels need a multiple of 16"),
+        ("ratio: 0.5, width: 16", "give either ratio or width"),
+    ],
+)
+def test_widths_that_kernels_cannot_take_are_refused(pico: Pico, options: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        make_plan(parse_recipe(f"passes: [{{kind: expert_width, {options}}}]"), Skeleton(Checkpoint(pico("qwen3_moe"))))
+
+
+def test_a_fitted_model_is_nearer_to_the_original(pico: Pico, tmp_path: Path, calibration_text: Path) -> None:
+    """On its calibration text, where fits are certain to help; with whatever was merged before."""
+    source = pico("qwen3_moe", **FLOAT)
+    data = f"data: {{source: {calibration_text}, samples: 24, sequence_length: 64}}\n"
+    options = {
+        "plain": "refit: false", "fitted": "", "dern": "merge: dern, similarity: 0.1, refit: false",
+        "hc": "merge: hc, refit: false", "hc, fitted": "merge: hc", "corrected": "mass_correction: true, refit: false",
+    }  # fmt: skip
+    ids, found = windows(), {}
+    expected = logits(stock(source), ids)
+    for name, option in options.items():
+        out = tmp_path / name
+        run(data + f"passes: [{{kind: expert_prune, keep: 2, min_tokens: 0, {option}}}]", source, out)
+        found[name] = float((logits(stock(out), ids) - expected).square().mean())
+    assert found["fitted"] < found["plain"]
+    assert found["hc, fitted"] < found["hc"]
+    assert len(set(found.values())) == len(found), "every option does something"
+
+
+def test_moving_no_neuron_is_plain_pruning(pico: Pico, tmp_path: Path, calibration_text: Path) -> None:
+    data = f"data: {{source: {calibration_text}, samples: 8, sequence_length: 64}}\n"
+    for name, merge in (("plain", "none"), ("dern", "dern")):
+        option = f"{{kind: expert_prune, keep: 3, merge: {merge}, similarity: 1.01, refit: false}}"
+        run(data + f"passes: [{option}]", pico("mixtral"), tmp_path / name)
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "dern"))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_order_of_experts_does_not_matter(pico: Pico) -> None:
+    skeleton = Skeleton(Checkpoint(pico("qwen3_moe", **FLOAT)))
+    turned = Skeleton(fewer_experts(skeleton.checkpoint, {0: (2, 0, 3, 1), 1: (3, 2, 1, 0)}))
+    x = random(2, 20, 64)
+    for index in range(2):
+        found, expected = (s.run(s.runner(index, s.block(index)), x) for s in (turned, skeleton))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_a_twin_is_missed_where_two_are_chosen(pico: Pico, tmp_path: Path, top_k: int) -> None:
+    """The same expert twice: one of a token's experts then, both of two; only in the first case nobody misses it."""
+    source = tmp_path / "model"
+    shutil.copytree(pico("mixtral", **{**ONE, "num_experts_per_tok": top_k}, **FLOAT), source)
+    tensors = load_file(source / "model.safetensors")
+    for name in [name for name in tensors if ".experts.3." in name]:
+        tensors[name] = tensors[name.replace(".experts.3.", ".experts.1.")].clone()
+    for name in [name for name in tensors if name.endswith("block_sparse_moe.gate.weight")]:
+        tensors[name][3] = tensors[name][1]
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    skeleton = Skeleton(Checkpoint(source))
+    without = Skeleton(fewer_experts(skeleton.checkpoint, {0: (0, 1, 2), 1: (0, 1, 2)}))
+    x = random(2, 20, 64)
+    found, expected = (s.run(s.runner(0, s.block(0)), x) for s in (without, skeleton))
+    difference = float((found - expected).abs().max())
+    assert difference < 1e-5 if top_k == 1 else difference > 1e-2
+
+
+def test_statistics_serve_other_ratios_and_criteria(
+    pico: Pico, tmp_path: Path, calibration_text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = f"data: {{source: {calibration_text}, samples: 8, sequence_length: 64}}\n"
+
+    def pruned(out: str, option: str, statistics: Path | None) -> list[list[int]]:
+        recipe, events = data + f"passes: [{{kind: expert_prune, refit: false, {option}}}]", list[Event]()
+        job = Job(parse_recipe(recipe), recipe, (), pico("mixtral"), tmp_path / out, "pico")
+        apply(job, events.append, statistics=statistics)
+        return [event.kept for event in events if isinstance(event, ExpertsKept)]
+
+    options = ["keep: 2, criterion: frequency", "keep: 2, criterion: reconstruction", "keep: 3, merge: hc"]
+    own = [pruned(f"own {number}", option, None) for number, option in enumerate(options)]
+    kept = tmp_path / "statistics"
+    first = pruned("first", "keep: 3", kept)
+    monkeypatch.delattr("compressor.compress.passes.experts.observe_routing")
+    assert [pruned(f"again {number}", option, kept) for number, option in enumerate(options)] == own
+    assert pruned("again", "keep: 3", kept) == first
+
+
+def test_experts_are_judged_on_a_text_of_their_own(pico: Pico, tmp_path: Path, calibration_text: Path) -> None:
+    task = tmp_path / "task.txt"
+    task.write_text("0123456789 " * 3000)
+    data = f"data: {{source: {calibration_text}, samples: 8, sequence_length: 64}}\n"
+    tokens = []
+    for name, option in (("data", ""), ("task", f", task: {task}")):
+        events: list[Event] = []
+        recipe = data + f"passes: [{{kind: expert_prune, keep: 3, refit: false{option}}}]"
+        run(recipe, pico("mixtral"), tmp_path / name, events.append)
+        tokens.append([event.tokens for event in events if isinstance(event, ExpertsKept)])
+    assert tokens[0] != tokens[1]
+    with pytest.raises(RecipeError, match="nowhere"):
+        run(data + "passes: [{kind: expert_prune, keep: 3, task: nowhere.txt}]", pico("mixtral"), tmp_path / "x")
+
+
+def test_an_interrupted_fit_goes_on_where_it_was(pico: Pico, tmp_path: Path, calibration_text: Path) -> None:
+    data = f"data: {{source: {calibration_text}, samples: 8, sequence_length: 64}}\n"
+    recipe = data + "passes: [{kind: expert_prune, keep: 3, merge: hc}, {kind: expert_width, width: 16}]"
+
+    def stopped(event: Event) -> None:
+        if isinstance(event, ExpertsChanged):
+            raise KeyboardInterrupt
+
+    run(recipe, pico("qwen2_moe"), tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, pico("qwen2_moe"), tmp_path / "out", stopped)
+    job: Any = Job(parse_recipe(recipe), recipe, (), pico("qwen2_moe"), tmp_path / "out", "pico")
+    apply(job, lambda event: None, resume=True)
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
