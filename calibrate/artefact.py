@@ -82,7 +82,7 @@ class StatisticsFolder(BlockFolder):
         for name, found in statistics.items():
             lead = next(other for other, shared in statistics.items() if shared is found)
             tensors[lead] = found.moment
-            names[name] = json.dumps([lead, found.tokens])
+            names[name] = json.dumps([lead, found.tokens, found.lent])
         self._save(block, tensors, names)
 
     def load(self, block: int) -> dict[str, Statistics]:
@@ -94,8 +94,8 @@ class StatisticsFolder(BlockFolder):
         tensors, names = self._load(block)
         try:
             entries = {name: json.loads(entry) for name, entry in names.items()}
-            made = {lead: Statistics(tokens, tensors[lead]) for lead, tokens in entries.values()}
-            return {name: made[lead] for name, (lead, _) in entries.items()}
+            made = {lead: Statistics(tokens, tensors[lead], lent=lent) for lead, tokens, lent in entries.values()}
+            return {name: made[lead] for name, (lead, *_) in entries.items()}
         except (ValueError, TypeError, KeyError) as error:
             raise ResourceError(f"{self._file(block)}: not readable ({error}); delete {self.folder}") from None
 

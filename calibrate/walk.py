@@ -7,10 +7,10 @@ block and its statistics, whatever the depth of the model.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,10 @@ from ..runtime.skeleton import Skeleton
 from .artefact import StatisticsFolder
 from .chains import Chains, Spill
 from .probes import output_metrics
-from .statistics import Statistics
+from .routing import experts_of
+from .statistics import ENOUGH, Statistics
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -43,6 +46,24 @@ class StageWork:
     groups: list[list[str]]
     statistics: dict[str, Statistics] = field(default_factory=dict)
     metrics: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def starved(self) -> dict[str, int]:
+        """Disk name → tokens that came by, of experts whose statistics lean on other tokens."""
+        return {name: found.tokens for name, found in self.statistics.items() if found.lent}
+
+
+def parts(items: Sequence[T], sizes: Sequence[float], room: float | None) -> list[list[T]]:
+    """Neighbours together, as long as their sizes add up to no more than `room`; one at least."""
+    found: list[list[T]] = []
+    left = 0.0
+    for item, size in zip(items, sizes, strict=True):
+        if not found or (room is not None and size > left):
+            found.append([])
+            left = float("inf") if room is None else room
+        found[-1].append(item)
+        left -= size
+    return found
 
 
 class _Captured(Exception):
@@ -89,6 +110,7 @@ class _Capture:
         return self.inputs
 
     def close(self) -> None:
+        self.inputs = {}
         for handle in self._handles:
             handle.remove()
 
@@ -120,8 +142,9 @@ class Block:
         wanted: set[str],
         probed: Collection[str],
         kept: StatisticsFolder | None,
+        room: float | None,
     ) -> None:
-        self.skeleton, self.index, self.chains, self.kept = skeleton, index, chains, kept
+        self.skeleton, self.index, self.chains, self.kept, self._room = skeleton, index, chains, kept, room
         self._wanted, self._probed = wanted, probed
         self.linears: dict[str, Operator] = {}
         self._runners: dict[str, Any] = {}
@@ -134,6 +157,7 @@ class Block:
         """Groups of linears in execution order, each with the statistics of what now enters it."""
         sequential = self.chains is not None and "compressed" in self.chains.names
         known: dict[str, Statistics] = {}
+        at_once = True
         metrics: dict[str, Tensor] = {}
         if self.kept is not None and self.kept.complete:
             known = self.kept.load(self.index)
@@ -146,14 +170,16 @@ class Block:
             if "reference" in self.chains.names:
                 self._runners["reference"] = self.skeleton.runner(self.index, original)
             metrics = self._probe()
-            if not sequential:
+            every = [group for stage in self.skeleton.stages(self.index) for group in stage]
+            at_once = not sequential and (self.kept is not None or self._fits(every))
+            if at_once:
                 known = self._collect_reference()
-        for stage in self.skeleton.stages(self.index):
+        for stage in (part for whole in self.skeleton.stages(self.index) for part in self._parts(whole)):
             groups = [[self._disk(name) for name in group] for group in stage]
             names = [name for group in groups for name in group]
             originals = {name: self.skeleton.checkpoint.tensor(name + ".weight") for name in names}
             work = StageWork({name: Dense(weight) for name, weight in originals.items()}, originals, groups)
-            if sequential:
+            if self._runners and not at_once:
                 work.statistics = self._collect(stage)
             else:
                 work.statistics = {name: known.pop(name) for name in names if name in known}
@@ -173,6 +199,21 @@ class Block:
                         if isinstance(operator, Latent) and operator.bits < 16:
                             linear.register_forward_hook(_through_cache(operator))
             self._replay()
+
+    def _sizes(self, stage: Stage) -> list[float]:
+        """Bytes of each group's moments."""
+        chains = len(self.chains.names) if self.chains is not None else 0
+        inner = self.skeleton.model.model.layers[self.index]
+        wanted = [any(self._disk(name) in self._wanted for name in group) for group in stage]
+        widths = [inner.get_submodule(group[0]).in_features for group in stage]
+        return [4.0 * chains * width**2 * asked for width, asked in zip(widths, wanted, strict=True)]
+
+    def _fits(self, groups: Sequence[tuple[str, ...]]) -> bool:
+        return self._room is None or sum(self._sizes(tuple(groups))) <= self._room
+
+    def _parts(self, stage: Stage) -> list[Stage]:
+        """A stage in as many parts as there is room for; they are independent of each other."""
+        return [tuple(part) for part in parts(stage, self._sizes(stage), self._room)]
 
     def _probe(self) -> dict[str, Tensor]:
         """Metrics of the linears for which they are wanted, from one micro-batch of what now enters the block."""
@@ -211,29 +252,78 @@ class Block:
         return seen
 
     def _collect(self, stage: Stage) -> dict[str, Statistics]:
+        """Statistics of a stage's groups, of the compressed chain if there is one."""
         assert self.chains is not None
         groups = [group for group in stage if any(self._disk(name) in self._wanted for name in group)]
         if not groups:
             return {}
-        lead = "compressed" if "compressed" in self._runners else "reference"
-        both = len(self._runners) == 2
-        captures = {
-            chain: _Capture(runner.layers[0], groups, self.skeleton.dtype) for chain, runner in self._runners.items()
-        }
         sums: dict[tuple[str, ...], Statistics] = {}
-        for rows in self.chains.batches():
-            seen = self._forward(lead, rows, captures[lead])
-            reference = {}
-            if both:
-                with _RoutedAs(self._runners[lead], self._runners["reference"]):
-                    reference = self._forward("reference", rows, captures["reference"])
-            for group, (x, weights) in seen.items():
-                if group not in sums:
-                    sums[group] = Statistics.empty(x.shape[-1], cross=both, device=x.device)
-                sums[group].add(x, weights, reference[group][0] if both else None)
-        for capture in captures.values():
-            capture.close()
+        self._only(groups)
+        with self._captures(groups) as captures:
+            for rows in self.chains.batches():
+                for group, (x, weights, reference) in self._inputs(rows, captures).items():
+                    if group not in sums:
+                        sums[group] = Statistics.empty(x.shape[-1], cross=reference is not None, device=x.device)
+                    sums[group].add(x, weights, reference)
+                del x, weights, reference  # before the next batch needs the room
+        self._only(None)
+        self._lend(groups, sums)
         return {self._disk(name): sums[group] for group in groups if group in sums for name in group}
+
+    @contextmanager
+    def _captures(self, groups: list[tuple[str, ...]]) -> Iterator[dict[str, _Capture]]:
+        """What watches some groups in each chain."""
+        dtype = self.skeleton.dtype
+        found = {chain: _Capture(runner.layers[0], groups, dtype) for chain, runner in self._runners.items()}
+        yield found
+        for capture in found.values():
+            capture.close()
+
+    def _inputs(
+        self, rows: slice, captures: dict[str, _Capture]
+    ) -> dict[tuple[str, ...], tuple[Tensor, Tensor | None, Tensor | None]]:
+        """What enters the groups that are watched, of one micro-batch: inputs, coefficients of experts, and inputs in
+        the reference chain if there are two; the reference block is routed as the compressed one."""
+        lead, both = "compressed" if "compressed" in self._runners else "reference", len(self._runners) == 2
+        seen, reference = self._forward(lead, rows, captures[lead]), {}
+        if both:
+            with _RoutedAs(self._runners[lead], self._runners["reference"]):
+                reference = self._forward("reference", rows, captures["reference"])
+        return {group: (x, w, reference[group][0] if both else None) for group, (x, w) in seen.items()}
+
+    def _experts(self) -> list[Experts]:
+        """The routed experts of all chains, those first that others follow."""
+        found = (experts_of(self.skeleton, runner.layers[0]) for runner in self._runners.values())
+        return [experts for experts in found if experts is not None]
+
+    def _number(self, group: tuple[str, ...]) -> int | None:
+        """The routed expert that a group belongs to, if it does."""
+        start = self.skeleton.architecture.experts + "."
+        return int(group[0].removeprefix(start).split(".")[0]) if group[0].startswith(start) else None
+
+    def _only(self, groups: Sequence[tuple[str, ...]] | None) -> None:
+        """Run no experts but those of some groups, for what the others put out is not asked for; None: run all."""
+        numbers = {self._number(group) for group in groups or ()} - {None}
+        for experts in self._experts():
+            experts.only = numbers or None
+
+    def _lend(self, groups: Sequence[tuple[str, ...]], sums: dict[tuple[str, ...], Statistics]) -> None:
+        """Let experts that saw next to no tokens lean on what they would make of all tokens."""
+        assert self.chains is not None
+        inner = self.skeleton.model.model.layers[self.index]
+        first = next(self.chains.batches())
+        for group in groups:
+            number, own = self._number(group), sums.get(group)
+            enough = ENOUGH * inner.get_submodule(group[0]).in_features
+            if number is None or (own is not None and own.tokens >= enough):
+                continue
+            self._experts()[0].everyone = number
+            with self._captures([group]) as captures:
+                x, _, reference = self._inputs(first, captures)[group]
+            lent = Statistics.empty(x.shape[-1], cross=reference is not None, device=x.device)
+            lent.add(x, None, reference)
+            sums[group] = lent.lent_to(own)
+            self._experts()[0].everyone = None
 
     def _collect_reference(self) -> dict[str, Statistics]:
         """Statistics of all stages in one pass over the original block, which also carries the chain on."""
@@ -252,6 +342,7 @@ class Block:
             assert capture.output is not None
             target[rows] = capture.output
         capture.close()
+        self._lend(groups, sums)
         self._runners.clear()
         self._seen = {}
         found = {self._disk(name): sums[group] for group in groups if group in sums for name in group}
@@ -304,6 +395,7 @@ def walk(
     first: int = 0,
     kept: StatisticsFolder | None = None,
     probed: Collection[str] = (),
+    room: float | None = None,
 ) -> Iterator[Block]:
     """Every block from `first` on; the caller rewrites it through `stages()` and then calls `advance()`.
 
@@ -312,6 +404,7 @@ def walk(
         wanted: disk names of the linears whose statistics are collected.
         kept: where statistics of the reference chain are read from, or kept if it is not complete yet.
         probed: disk names of the linears whose metrics are wanted.
+        room: bytes of second moments at a time; stages that have more come in parts. Default: no limit.
     """
     for index in range(first, skeleton.blocks):
-        yield Block(skeleton, index, chains, wanted, probed, kept)
+        yield Block(skeleton, index, chains, wanted, probed, kept, room)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import sys
@@ -30,9 +31,20 @@ FolderArgument = Annotated[Path, typer.Argument(help="a folder that apply wrote"
 JsonOption = Annotated[bool, typer.Option("--json", help="one JSON document on stdout")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="change the recipe: path=value, may be repeated")]
 RevisionOption = Annotated[str | None, typer.Option(help="branch, tag or commit of a hub model")]
+MemoryOption = Annotated[str | None, typer.Option(help="memory to get by with, as 16GB; default: what is available")]
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="replace the model folder at OUT, once the new one is done")
 ]
+
+
+def _bytes(size: str | None) -> float | None:
+    """`16GB` or `500MB` → bytes."""
+    if size is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(MB|GB)", size)
+    if found is None:
+        raise typer.BadParameter(f"--memory {size}: write it as 16GB or 500MB")
+    return float(found[1]) * {"MB": 1e6, "GB": 1e9}[found[2]]
 
 
 @app.callback()
@@ -55,12 +67,13 @@ def apply(
     statistics: Annotated[
         Path | None, typer.Option(help="folder of the original model's statistics: used if there, else made")
     ] = None,
+    memory: MemoryOption = None,
     revision: RevisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compress MODEL by RECIPE into OUT."""
     if dry_run:
-        plan(recipe, model, edits, revision, as_json)
+        plan(recipe, model, edits, memory, revision, as_json)
         return
     from ..calibrate.corpus import has_tokenizer
     from ..compress.apply import Job
@@ -83,11 +96,14 @@ def apply(
     job = Job(parsed, text, tuple(edits or ()), folder, out, model, commit, recipe_file)
     try:
         with render.ApplyProgress(blocks, _state["quiet"]) as progress:
-            done = run_job(job, progress, resume=resume, overwrite=overwrite, statistics=statistics)
+            done = run_job(
+                job, progress, resume=resume, overwrite=overwrite, statistics=statistics, memory=_bytes(memory)
+            )
     except KeyboardInterrupt:
         words = ["compressor", "apply", recipe, model, str(out)]
         for option, values in (
             ("--set", edits or []),
+            ("--memory", [memory] if memory else []),
             ("--statistics", [str(statistics)] if statistics else []),
             ("--revision", [revision] if revision else []),
         ):
@@ -113,6 +129,7 @@ def plan(
     recipe: RecipeArgument,
     model: ModelArgument,
     edits: SetOption = None,
+    memory: MemoryOption = None,
     revision: RevisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -120,12 +137,13 @@ def plan(
     import shutil
 
     from ..compress.apply import open_source
-    from ..compress.plan import estimated_seconds, make_plan, rows
+    from ..compress.plan import make_plan, rows
+    from ..compress.resources import estimated_seconds
     from ..runtime.skeleton import Skeleton, calibration_dtype
 
     _, parsed = _recipe(recipe, edits)
     checkpoint = open_source(_model(model, revision)[0])
-    result = make_plan(parsed, Skeleton(checkpoint, calibration_dtype(checkpoint)), look=True)
+    result = make_plan(parsed, Skeleton(checkpoint, calibration_dtype(checkpoint)), look=True, memory=_bytes(memory))
     seconds, free = estimated_seconds(result), shutil.disk_usage(Path.cwd()).free
     if as_json:
         render.document(_plan_record(result) | {"seconds": seconds, "disk_free": free})

@@ -25,13 +25,14 @@ from ..runtime.files import file_sha256
 from ..runtime.fused import fuse
 from ..runtime.operators import Operator, from_tensors, stored_name
 from ..runtime.skeleton import Skeleton, calibration_dtype
-from .events import BlockDone, Event, Fallback, LayerDone, Resumed, Surveyed
+from .events import BlockDone, Event, Fallback, LayerDone, Resumed, Starved, Surveyed
 from .folder import finish_folder
 from .formats import PLAIN, as_written
 from .journal import Journal
 from .passes.base import Pass, Survey
-from .plan import Plan, chain_names, check_disk, check_memory, make_plan
+from .plan import Plan, make_plan
 from .recipe import Recipe
+from .resources import chain_names, check_disk, check_memory
 from .writer import ShardedWriter
 
 Listener = Callable[[Event], None]
@@ -66,12 +67,19 @@ class Job:
 
 
 def apply(
-    job: Job, listener: Listener, *, resume: bool = False, overwrite: bool = False, statistics: Path | None = None
+    job: Job,
+    listener: Listener,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    statistics: Path | None = None,
+    memory: float | None = None,
 ) -> Plan:
     """Run a job to its end.
 
     Args:
         statistics: a folder to take the original model's statistics from, or to keep them in.
+        memory: bytes beyond the imports to get by with; default: what is available.
 
     Raises:
         CompressorError: anything a person can mend; what was done so far can be resumed.
@@ -80,14 +88,14 @@ def apply(
     check_output(job.out, resume=resume, overwrite=overwrite, inputs=inputs)
     checkpoint = open_source(job.model)
     skeleton = Skeleton(checkpoint, calibration_dtype(checkpoint))
-    plan = make_plan(job.recipe, skeleton)
+    plan = make_plan(job.recipe, skeleton, memory=memory)
     if statistics is not None and plan.needs != {"reference"} and "routing" not in plan.needs:
         raise RecipeError(
             "--statistics keeps statistics of the original model, which this recipe does not use; it is for rtn with "
             "search: true, other passes with sequential: false, and expert_prune"
         )
     journal = Journal(job.out)
-    check_memory(plan)
+    check_memory(plan, memory)
     if not resume:
         check_disk(plan, job.out)
     try:
@@ -100,7 +108,7 @@ def apply(
             kept = StatisticsFolder(statistics, statistics_source(fingerprint))
         journal.open(fingerprint, resume=resume)
         surveyed = _surveyed(job.recipe, skeleton, windows, texts, statistics, journal, listener)
-        plan = make_plan(surveyed, skeleton)
+        plan = make_plan(surveyed, skeleton, memory=memory)
         job = replace(job, recipe=plan.recipe)
         if not any(entry.get("step") == "finished" for entry in journal.entries):
             _run(job, plan, windows, kept, journal, listener)
@@ -290,7 +298,7 @@ def _run(
     wanting = [(name, step) for name in plan.linears for step in job.recipe.passes if step.wants(name)]
     wanted = {name for name, step in wanting if step.needs}
     probed = {name for name, step in wanting if "metric" in step.needs}
-    for block in walk(skeleton, chains, wanted, first, kept, probed):
+    for block in walk(skeleton, chains, wanted, first, kept, probed, plan.room):
         start = time.monotonic()
         events = list(_rewrite(job.recipe, block, listener))
         _store(block, plan, checkpoint, writer)
@@ -310,6 +318,9 @@ def _run(
 
 def _rewrite(recipe: Recipe, block: Block, listener: Listener) -> Iterator[Event]:
     for work in block.stages():
+        for name, tokens in work.starved.items():
+            listener(starved := Starved(name, tokens))
+            yield starved
         for step in recipe.passes:
             for event in step.apply(work):
                 listener(event)

@@ -53,6 +53,9 @@ def model_card(
     fallbacks = sum(event["kind"] == "Fallback" for event in events)
     if fallbacks:
         lines += ["", f"{fallbacks} linears took a pass's fallback; `report/layers.jsonl` names them and says why."]
+    starved = len({event["name"] for event in events if event["kind"] == "Starved"})
+    if starved:
+        lines += ["", f"{starved} linears of experts saw few calibration tokens; `report/layers.jsonl` names them."]
     if plan.needs and job.recipe.data.source == "builtin" and parameters > LARGE_MODEL:
         lines += ["", "**Calibrated on the built-in text only**, which is little for a model of this size."]
     return "\n".join(lines) + "\n"

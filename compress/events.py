@@ -93,6 +93,14 @@ class Fallback(Event):
 
 
 @dataclass(frozen=True)
+class Starved(Event):
+    """An expert's linear was seen by so few tokens that its statistics lean on other experts' tokens."""
+
+    name: str
+    tokens: int
+
+
+@dataclass(frozen=True)
 class BlockDone(Event):
     """A block is rewritten and on disk."""
 

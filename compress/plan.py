@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import re
-import shutil
-import time
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..calibrate.chains import BATCH_TOKENS
 from ..calibrate.corpus import find_text
-from ..runtime.architectures import KEYS, PARTS, VALUES
+from ..runtime.architectures import KEYS, VALUES
 from ..runtime.checkpoint import Checkpoint, block_index
-from ..runtime.errors import RecipeError, ResourceError
+from ..runtime.errors import RecipeError
 from ..runtime.fused import fuse
 from ..runtime.operators import Dense, Latent, LowRank, Operator, stored_name
 from ..runtime.skeleton import Skeleton
 from .formats import PLAIN, as_written, choose_format, describe
-from .passes.base import BUFFERS, Cost, Pass, Survey
+from .passes.base import Cost, Pass, Survey
 from .recipe import Recipe
+from .resources import available_memory, chain_bytes, flops, room_for_moments, stage_memory
 
 
 @dataclass(frozen=True)
@@ -49,6 +46,7 @@ class Plan:
         memory, disk: peak bytes while applying: resident beyond the imports, and in OUT.work.
         flops: of calibration and solving.
         kv_before, kv_after: bytes of the KV cache for each token, in the dtype of the weights.
+        room: bytes of second moments at a time, or None for those of a whole stage.
     """
 
     recipe: Recipe
@@ -65,6 +63,7 @@ class Plan:
     flops: float
     kv_before: int
     kv_after: int
+    room: float | None
 
     @property
     def rewritten(self) -> dict[str, Operator]:
@@ -85,10 +84,11 @@ class Row:
     after: int
 
 
-def make_plan(recipe: Recipe, skeleton: Skeleton, *, look: bool = False) -> Plan:
+def make_plan(recipe: Recipe, skeleton: Skeleton, *, look: bool = False, memory: float | None = None) -> Plan:
     """Plan a recipe for a model.
 
     Args:
+        memory: bytes to get by with, if that can be; default: what is available.
         look: let passes that need no data survey the weights, to plan what they will find.
 
     Raises:
@@ -120,12 +120,14 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, *, look: bool = False) -> Plan
         linears[name] = replace(linear, operator=as_written(linear.operator, chosen, dtype))
     tensors = _output_tensors(checkpoint, linears, chosen)
     needs = frozenset(need for step in recipe.passes for need in step.needs)
+    stages, least = stage_memory(recipe, skeleton, linears, needs)
+    room = room_for_moments(stages, memory if memory is not None else available_memory())
     after = sum(_nbytes(dtype, shape) for dtype, shape in tensors.values())
     return Plan(
         recipe, skeleton, linears, tensors, chosen, readers, needs, whole.nbytes, after,
-        int(max(_peak_memory(recipe, skeleton, linears, needs), survey.memory)),
-        int(max(after + _chain_bytes(recipe, skeleton, needs) + survey.left, survey.disk)),
-        _flops(recipe, skeleton, linears, needs) + survey.flops, *_cache_bytes(checkpoint, linears),
+        int(max(survey.memory, least, *(stage.peak(room) for stage in stages))),
+        int(max(after + chain_bytes(recipe, skeleton, needs) + survey.left, survey.disk)),
+        flops(recipe, linears, needs) + survey.flops, *_cache_bytes(checkpoint, linears), room,
     )  # fmt: skip
 
 
@@ -209,17 +211,6 @@ def rows(plan: Plan) -> list[Row]:
     return result
 
 
-def check_disk(plan: Plan, out: Path) -> None:
-    """Refuse to start where the disk cannot hold the work folder."""
-    folder = next(p for p in (out.absolute(), *out.absolute().parents) if p.is_dir())
-    free = shutil.disk_usage(folder).free
-    if free < plan.disk:
-        raise ResourceError(
-            f"{folder}: {free / 1e9:.2f} GB free, {plan.disk / 1e9:.2f} GB needed (weights and calibration "
-            "activations); free some space or write elsewhere"
-        )
-
-
 def _ranges(numbers: set[int]) -> str:
     """`0,2-4` for 0, 2, 3, 4."""
     parts: list[list[int]] = []
@@ -229,45 +220,6 @@ def _ranges(numbers: set[int]) -> str:
         else:
             parts.append([number, number])
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
-
-
-def available_memory() -> int | None:
-    """Bytes this process may still take, or None where the system does not say."""
-    free = []
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        free.append(1024 * int(lines["MemAvailable"].split()[0]))
-    except (OSError, KeyError, ValueError):
-        return None
-    for limit, usage in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        with suppress(OSError, ValueError):
-            free.append(int(Path(limit).read_text()) - int(Path(usage).read_text()))
-    return min(free)
-
-
-def check_memory(plan: Plan) -> None:
-    """Refuse to start what the machine cannot hold."""
-    free = available_memory()
-    if free is not None and free < plan.memory:
-        raise ResourceError(
-            f"about {plan.memory / 1e9:.2f} GB of memory are needed and {free / 1e9:.2f} GB are available; close other "
-            "programs, or run on a larger machine"
-        )
-
-
-def estimated_seconds(plan: Plan) -> float:
-    """Time to apply, from the plan's work and the speed of a GEMM measured now."""
-    a = torch.randn(1024, 1024)
-    a @ a
-    start = time.perf_counter()
-    for _ in range(3):
-        a @ a
-    speed = 3 * 2 * 1024**3 / (time.perf_counter() - start)
-    blocks = 1 + max(index for name in plan.linears if (index := block_index(name + ".weight")) is not None)
-    return plan.flops / speed + plan.disk / 2e8 + 5 + 0.5 * blocks  # reading text, checks, steps too small to count
 
 
 def _nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
@@ -300,79 +252,3 @@ def _cache_bytes(checkpoint: Checkpoint, linears: dict[str, LinearPlan]) -> tupl
             latent = linear.operator
             after += latent.cached_bytes(checkpoint.dtype.itemsize) if isinstance(latent, Latent) else full
     return before, after
-
-
-def _chain_bytes(recipe: Recipe, skeleton: Skeleton, needs: frozenset[str]) -> int:
-    """Disk for calibration: two generations of each chain, and a block's inputs that are kept while it is rewritten."""
-    if not needs:
-        return 0
-    kept = 0
-    for index in range(skeleton.blocks):
-        inner = skeleton.model.model.layers[index]
-        modules = dict(inner.named_modules())
-        widths = [modules[last].in_features for last in PARTS.values() if last in modules]
-        kept = max(kept, sum(widths) * skeleton.dtype.itemsize)
-    tokens = recipe.data.samples * recipe.data.sequence_length
-    return len(chain_names(needs)) * tokens * (2 * 4 * skeleton.config.hidden_size + kept)
-
-
-def chain_names(needs: frozenset[str]) -> tuple[str, ...]:
-    """Which chains of activations the needs call for."""
-    if "cross" in needs:
-        return "compressed", "reference"
-    return ("compressed",) if "moment" in needs else ("reference",) if needs else ()
-
-
-def _peak_memory(recipe: Recipe, skeleton: Skeleton, linears: dict[str, LinearPlan], needs: frozenset[str]) -> int:
-    """Anonymous bytes beyond the imports at the worst moment: a group being solved, or a block run and measured.
-
-    Weights of the checkpoint are mapped from its files and do not count unless they are converted.
-    """
-    batch = max(1, BATCH_TOKENS // recipe.data.sequence_length) * recipe.data.sequence_length
-    item = skeleton.dtype.itemsize
-    converted = item if skeleton.dtype != skeleton.checkpoint.dtype else 0
-    hidden = skeleton.config.hidden_size
-    chains = len(chain_names(needs))
-    peak = 0.0
-    at_once = chain_names(needs) == ("reference",)  # moments of all stages, from one run of the block
-    for index in range(skeleton.blocks):
-        shapes = {name: (w.out_features, w.in_features) for name, w in skeleton.linears(index).items()}
-        wanting = {name: [step for step in recipe.passes if step.wants(name)] for name in shapes}
-        held = sum(r * c for r, c in shapes.values()) * (converted if needs else 0)
-        done = 0
-        measured = [
-            4 * shapes[group[0]][1] ** 2 if any(step.needs for name in group for step in wanting[name]) else 0
-            for group in _groups(skeleton, index)
-        ]
-        # At the end the output is run once, each block decoded.
-        largest = max(r * c for r, c in shapes.values())
-        peak = max(peak, sum(r * c for r, c in shapes.values()) * item + 6.0 * largest)
-        before = 0
-        for stage in skeleton.stages(index):
-            groups = _groups(skeleton, index)[before : before + len(stage)]
-            moments = sum(measured) if at_once else sum(measured[before : before + len(stage)]) * chains
-            before += len(stage)
-            widest = max(shapes[name][1] for group in groups for name in group)
-            # The widest activations of a forward pass, or one of them measured; the residual stream of both chains.
-            running = batch * (max(3 * item, item + 6) * widest + 12 * hidden) if needs else 0
-            asked = [
-                (step, [linears[name].operator for name in group if step in wanting[name]])
-                for group in groups
-                for step in recipe.passes
-            ]
-            solving = max((step.memory(wanted) for step, wanted in asked if wanted), default=0.0)
-            peak = max(peak, held + done + moments + (BUFFERS if needs else 0) + max(running, solving))
-            rewritten = (shapes[name] for group in groups for name in group if wanting[name])
-            done += sum(r * c for r, c in rewritten) * (1 + (item if needs else 0))
-    return int(peak)
-
-
-def _flops(recipe: Recipe, skeleton: Skeleton, linears: dict[str, LinearPlan], needs: frozenset[str]) -> float:
-    tokens = recipe.data.samples * recipe.data.sequence_length
-    total = 0.0
-    for name, plan in linears.items():
-        r, c = plan.operator.shape
-        if needs:  # about three forward passes per chain, and the statistics
-            total += 2.0 * tokens * r * c * 3 * len(chain_names(needs)) + 2.0 * tokens * c * c
-        total += sum(step.flops(r, c) for step in recipe.passes if step.wants(name))
-    return total

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ class Experts(nn.ModuleList):
     Attributes:
         routing: `(top_k_index, top_k_weights)` of the last call.
         forced: a routing to use in place of the router's, or None.
+        everyone: the number of an expert to which all tokens go, with a coefficient of one, or None.
+        only: numbers of experts that are run, or None for all.
     """
 
     def __init__(
@@ -37,14 +39,21 @@ class Experts(nn.ModuleList):
         super().__init__(Expert(hidden_size, intermediate_size, activation) for _ in range(count))
         self.routing: tuple[Tensor, Tensor] | None = None
         self.forced: tuple[Tensor, Tensor] | None = None
+        self.everyone: int | None = None
+        self.only: Container[int | None] | None = None
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states `[tokens, hidden_size]`; index and weights `[tokens, top_k]`."""
         if self.forced is not None:
             top_k_index, top_k_weights = self.forced
+        if self.everyone is not None:
+            top_k_index = torch.full_like(top_k_index[:, :1], self.everyone)
+            top_k_weights = torch.ones_like(top_k_weights[:, :1])
         self.routing = (top_k_index, top_k_weights)
         result = torch.zeros_like(hidden_states)
         for number in top_k_index.unique().tolist():
+            if self.only is not None and number not in self.only:
+                continue
             token, slot = torch.where(top_k_index == number)
             output = self[number](hidden_states[token], top_k_weights[token, slot])
             result.index_add_(0, token, output.to(result.dtype))

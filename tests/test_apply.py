@@ -204,16 +204,18 @@ def test_the_report_tells_every_linear(job: Job) -> None:
     assert (job.out / "recipe.yaml").read_text() == job.recipe_text
 
 
-def test_an_expert_without_tokens_falls_back_and_says_so(pico: Pico, calibration_text: Path, tmp_path: Path) -> None:
+def test_an_expert_without_tokens_leans_on_others_and_says_so(
+    pico: Pico, calibration_text: Path, tmp_path: Path
+) -> None:
     data = f"data: {{source: '{calibration_text}', samples: 1, sequence_length: 3}}\n"
     text = data + "passes:\n  - {kind: gptq, bits: 4, group_size: 32}\n"
-    apply(Job(parse_recipe(text), text, (), pico("qwen3_moe"), tmp_path / "out", "pico"), quiet)
+    apply(Job(parse_recipe(text), text, (), pico("qwen3_moe", num_experts=16), tmp_path / "out", "pico"), quiet)
     events = [json.loads(line) for line in (tmp_path / "out" / "report" / "layers.jsonl").read_text().splitlines()]
-    fallbacks = [event for event in events if event["kind"] == "Fallback"]
-    assert fallbacks
-    assert all(
-        "no calibration token came by" in event["reason"] and ".experts." in event["name"] for event in fallbacks
-    )
+    starved = {event["name"]: event["tokens"] for event in events if event["kind"] == "Starved"}
+    done = {event["name"]: event["tokens"] for event in events if event["kind"] == "LayerDone"}
+    assert min(starved.values()) == 0
+    assert starved == {name: tokens for name, tokens in done.items() if ".experts." in name}, "all of three tokens"
+    assert "saw few calibration tokens" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -349,7 +351,7 @@ def test_a_run_with_statistics_is_resumed_with_them(job: Job, tmp_path: Path, mo
 
 
 def test_too_little_memory_is_refused_before_work(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compressor.compress.plan.available_memory", lambda: 1000)
+    monkeypatch.setattr("compressor.compress.resources.available_memory", lambda: 1000)
     with pytest.raises(ResourceError, match=r"of memory are needed and 0\.00 GB are available"):
         apply(job, quiet)
     assert not job.out.with_name("out.work").exists()

@@ -25,7 +25,7 @@ from compressor.compress.solvers.merge import Neurons, aligned, averaged, cluste
 from compressor.compress.solvers.neurons import eliminated, strongest
 from compressor.runtime import load
 from compressor.runtime.checkpoint import Checkpoint
-from compressor.runtime.errors import RecipeError
+from compressor.runtime.errors import RecipeError, ResourceError
 from compressor.runtime.experts import Expert
 from compressor.runtime.skeleton import Skeleton
 from compressor.runtime.views import fewer_experts
@@ -298,3 +298,35 @@ def test_an_interrupted_fit_goes_on_where_it_was(pico: Pico, tmp_path: Path, cal
     apply(job, lambda event: None, resume=True)
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("sequential", ["true", "false"])
+def test_little_memory_changes_nothing_but_the_order_of_work(
+    pico: Pico, tmp_path: Path, calibration_text: Path, sequential: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Moments of a stage in parts of one or two experts, the others not run."""
+    data = f"data: {{source: {calibration_text}, samples: 8, sequence_length: 64}}\n"
+    recipe = parse_recipe(data + f"passes: [{{kind: gptq, group_size: 32, sequential: {sequential}}}]")
+    model = pico("qwen2_moe")
+    plan = make_plan(recipe, Skeleton(Checkpoint(model)))
+    for name, room in (("whole", None), ("parts", 50_000.0)):
+        monkeypatch.setattr("compressor.compress.plan.room_for_moments", lambda *_, room=room: room)
+        apply(Job(recipe, "", (), model, tmp_path / name, "pico"), lambda event: None)
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert plan.room is None
+
+
+def test_the_plan_makes_do_with_what_memory_there_is(pico: Pico, tmp_path: Path) -> None:
+    sizes = {"num_experts": 16, "moe_intermediate_size": 512, "hidden_size": 64}
+    recipe = parse_recipe("data: {samples: 2, sequence_length: 16}\npasses: [{kind: gptq, group_size: 32}]")
+    skeleton = Skeleton(Checkpoint(pico("qwen3_moe", **sizes)))
+    whole = make_plan(recipe, skeleton, memory=1e12)
+    less = make_plan(recipe, skeleton, memory=whole.memory - 20e6)
+    assert whole.room is None
+    assert less.room is not None
+    assert less.memory <= whole.memory - 20e6
+    least = make_plan(recipe, skeleton, memory=1.0)
+    assert least.memory < less.memory
+    with pytest.raises(ResourceError, match="--memory allows"):
+        apply(Job(recipe, "", (), skeleton.checkpoint.path, tmp_path / "x", "pico"), lambda event: None, memory=1.0)

@@ -41,3 +41,19 @@ def test_products_are_exact_in_the_dtype_of_the_inputs(dtype: torch.dtype) -> No
     exact, moved = x.double(), reference.double() - x.double()
     for ours, expected in ((found.moment, exact.T @ exact), (found.cross, moved.T @ exact)):
         assert float((ours.double() - expected).abs().max() / expected.std()) < 2e-5
+
+
+def test_what_is_lent_counts_as_much_as_is_missing() -> None:
+    own, other = Statistics.empty(32, cross=True), Statistics.empty(32, cross=True)
+    x, y = torch.randn(2, 32), 3 * torch.randn(40, 32)
+    own.add(x, None, 2 * x)
+    other.add(y, None, 2 * y)
+    scale = (x.square().sum() / 2) / (y.square().sum() / 40)
+    expected = x.T @ x + (4 - 2) * scale * (y.T @ y) / 40  # four tokens are an eighth of 32 inputs
+    found = other.lent_to(own)
+    torch.testing.assert_close(found.moment, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.cross, expected, rtol=1e-5, atol=1e-5)
+    assert (found.tokens, found.lent) == (2, 40)
+    alone = other.lent_to(None)
+    assert (alone.tokens, alone.lent) == (0, 40)
+    assert torch.equal(alone.moment, other.moment)

@@ -1,0 +1,198 @@
+"""What a run takes: memory, disk, time; and what the machine has."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..calibrate.chains import BATCH_TOKENS
+from ..calibrate.walk import parts
+from ..runtime.architectures import PARTS
+from ..runtime.checkpoint import block_index
+from ..runtime.errors import ResourceError
+from ..runtime.skeleton import Skeleton
+from .formats import is_expert
+from .passes.base import BUFFERS, Pass
+from .recipe import Recipe
+
+if TYPE_CHECKING:
+    from .plan import LinearPlan, Plan
+
+Linears = Mapping[str, "LinearPlan"]
+
+
+def chain_names(needs: frozenset[str]) -> tuple[str, ...]:
+    """Which chains of activations the needs call for."""
+    if "cross" in needs:
+        return "compressed", "reference"
+    return ("compressed",) if "moment" in needs else ("reference",) if needs else ()
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes beyond the imports while the groups of a stage are measured and solved: second moments of each group of the
+    stage, those of the whole block if they are taken in one run, and all else."""
+
+    moments: list[float]
+    block: list[float]
+    rest: float
+
+    def peak(self, room: float | None) -> float:
+        """With at most so many bytes of moments at a time, if that can be."""
+        together = self.block if self.block and (room is None or sum(self.block) <= room) else self.moments
+        if together is self.block:
+            return self.rest + sum(self.block)
+        return self.rest + max((sum(part) for part in parts(self.moments, self.moments, room)), default=0.0)
+
+    @property
+    def least(self) -> float:
+        """With one group at a time."""
+        return self.rest + max(self.moments, default=0.0)
+
+
+def stage_memory(
+    recipe: Recipe, skeleton: Skeleton, linears: Linears, needs: frozenset[str]
+) -> tuple[list[StageMemory], float]:
+    """Of every stage of every block, and what is needed in any case.
+
+    Weights of the checkpoint are mapped from its files and do not count unless they are converted.
+    """
+    chains, at_once = len(chain_names(needs)), chain_names(needs) == ("reference",)
+    found: list[StageMemory] = []
+    least = 0.0
+    for index in range(skeleton.blocks):
+        shapes = {name: (w.out_features, w.in_features) for name, w in skeleton.linears(index).items()}
+        wanting = {name: [step for step in recipe.passes if step.wants(name)] for name in shapes}
+        item = skeleton.dtype.itemsize
+        sizes = {name: r * c for name, (r, c) in shapes.items()}
+        # At the end the output is run once, each block decoded.
+        least = max(least, sum(sizes.values()) * item + 6.0 * max(sizes.values()))
+        converted = item if needs and skeleton.dtype != skeleton.checkpoint.dtype else 0
+        held, block = float(sum(sizes.values()) * converted), list[float]()
+        for stage in skeleton.stages(index):
+            groups = [[skeleton.disk_name(index, name) for name in group] for group in stage]
+            moments = [
+                4.0 * chains * shapes[group[0]][1] ** 2
+                for group in groups
+                if any(step.needs for name in group for step in wanting[name])
+            ]
+            block += moments if at_once else []
+            working = _working(recipe, skeleton, linears, needs, groups)
+            found.append(StageMemory(moments, block, held + working + (BUFFERS if needs else 0)))
+            held += sum(
+                sizes[name] * (1 + (item if needs else 0)) for group in groups for name in group if wanting[name]
+            )
+    return found, least
+
+
+def _working(
+    recipe: Recipe, skeleton: Skeleton, linears: Linears, needs: frozenset[str], groups: Sequence[Sequence[str]]
+) -> float:
+    """The larger of running a block (the widest activations of a forward pass, or one of them measured; the residual
+    stream of both chains) and solving a group."""
+    batch = max(1, BATCH_TOKENS // recipe.data.sequence_length) * recipe.data.sequence_length
+    item, hidden = skeleton.dtype.itemsize, skeleton.config.hidden_size
+    widest = max(linears[name].operator.shape[1] for group in groups for name in group)
+    running = batch * (max(3 * item, item + 6) * widest + 12 * hidden) if needs else 0
+    if needs and any(is_expert(name) for group in groups for name in group):  # every expert's inputs are kept
+        running += len(chain_names(needs)) * batch * skeleton.config.num_experts_per_tok * widest * item
+    asked: list[tuple[Pass, list[str]]] = [
+        (step, [name for name in group if step.wants(name)]) for group in groups for step in recipe.passes
+    ]
+    solving = (step.memory([linears[name].operator for name in names]) for step, names in asked if names)
+    return max(float(running), *solving, 0.0)
+
+
+def room_for_moments(stages: Sequence[StageMemory], budget: float | None) -> float | None:
+    """Bytes of second moments at a time with which a run stays within a budget, if it can; None: all of a stage."""
+    if budget is None or all(stage.peak(None) <= budget for stage in stages):
+        return None
+    tight = [stage for stage in stages if stage.peak(None) > budget]
+    return max(1.0, min(budget - stage.rest for stage in tight))
+
+
+def chain_bytes(recipe: Recipe, skeleton: Skeleton, needs: frozenset[str]) -> int:
+    """Disk for calibration: two generations of each chain, and a block's inputs that are kept while it is rewritten."""
+    if not needs:
+        return 0
+    kept = 0
+    for layer in skeleton.model.model.layers:
+        modules = dict(layer.named_modules())
+        widths = [modules[last].in_features for last in PARTS.values() if last in modules]
+        kept = max(kept, sum(widths) * skeleton.dtype.itemsize)
+    tokens = recipe.data.samples * recipe.data.sequence_length
+    return len(chain_names(needs)) * tokens * (2 * 4 * skeleton.config.hidden_size + kept)
+
+
+def flops(recipe: Recipe, linears: Linears, needs: frozenset[str]) -> float:
+    """Floating-point operations of calibrating and solving."""
+    tokens = recipe.data.samples * recipe.data.sequence_length
+    total = 0.0
+    for name, plan in linears.items():
+        r, c = plan.operator.shape
+        if needs:  # about three forward passes per chain, and the statistics
+            total += 2.0 * tokens * r * c * 3 * len(chain_names(needs)) + 2.0 * tokens * c * c
+        total += sum(step.flops(r, c) for step in recipe.passes if step.wants(name))
+    return total
+
+
+def available_memory() -> int | None:
+    """Bytes this process may still take, or None where the system does not say."""
+    free = []
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free.append(1024 * int(lines["MemAvailable"].split()[0]))
+    except (OSError, KeyError, ValueError):
+        return None
+    for limit, usage in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        with suppress(OSError, ValueError):
+            free.append(int(Path(limit).read_text()) - int(Path(usage).read_text()))
+    return min(free)
+
+
+def check_memory(plan: Plan, limit: float | None) -> None:
+    """Refuse to start what the machine, or the limit that was set, cannot hold."""
+    free = available_memory()
+    if limit is not None and limit < plan.memory:
+        raise ResourceError(
+            f"about {plan.memory / 1e9:.2f} GB of memory are needed, --memory allows {limit / 1e9:.2f} GB; allow more, "
+            "or take a cheaper pass"
+        )
+    if free is not None and free < plan.memory:
+        raise ResourceError(
+            f"about {plan.memory / 1e9:.2f} GB of memory are needed and {free / 1e9:.2f} GB are available; close other "
+            "programs, or run on a larger machine"
+        )
+
+
+def estimated_seconds(plan: Plan) -> float:
+    """Time to apply, from the plan's work and the speed of a GEMM measured now."""
+    a = torch.randn(1024, 1024)
+    a @ a
+    start = time.perf_counter()
+    for _ in range(3):
+        a @ a
+    speed = 3 * 2 * 1024**3 / (time.perf_counter() - start)
+    blocks = 1 + max(index for name in plan.linears if (index := block_index(name + ".weight")) is not None)
+    return plan.flops / speed + plan.disk / 2e8 + 5 + 0.5 * blocks  # reading text, checks, steps too small to count
+
+
+def check_disk(plan: Plan, out: Path) -> None:
+    """Refuse to start where the disk cannot hold the work folder."""
+    folder = next(p for p in (out.absolute(), *out.absolute().parents) if p.is_dir())
+    free = shutil.disk_usage(folder).free
+    if free < plan.disk:
+        raise ResourceError(
+            f"{folder}: {free / 1e9:.2f} GB free, {plan.disk / 1e9:.2f} GB needed (weights and calibration "
+            "activations); free some space or write elsewhere"
+        )
