@@ -13,12 +13,17 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 _LLAMA = {"vocab_size": 4096, "num_hidden_layers": 2, "head_dim": 64}
 _MOE = {
     **_LLAMA, "num_hidden_layers": 1, "hidden_size": 512, "num_experts": 32, "num_experts_per_tok": 2,
     "moe_intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4,
+}  # fmt: skip
+_WIDE_MOE = {
+    **_MOE, "num_hidden_layers": 2, "hidden_size": 1024, "num_experts": 64, "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768, "num_attention_heads": 16, "num_key_value_heads": 8,
 }  # fmt: skip
 
 
@@ -40,6 +45,13 @@ CASES = {
     "hidden 1024, rtn with search": (_llama(1024, 4096), "{kind: rtn, bits: 4, search: true}"),
     "32 experts": (("qwen3_moe", _MOE), "{kind: gptq, bits: 4}"),
     "32 experts, rtn": (("qwen3_moe", _MOE), "{kind: rtn, bits: 4}"),
+    "64 experts, pruned": (("qwen3_moe", _WIDE_MOE), "{kind: expert_prune, keep: 48}"),
+    "64 experts, pruned, hc": (("qwen3_moe", _WIDE_MOE), "{kind: expert_prune, keep: 48, merge: hc, refit: false}"),
+    "64 experts, reconstruction": (
+        ("qwen3_moe", _WIDE_MOE), "{kind: expert_prune, keep: 62, criterion: reconstruction, refit: false}"
+    ),
+    "64 experts, narrowed": (("qwen3_moe", _WIDE_MOE), "{kind: expert_width, width: 512}"),
+    "64 experts": (("qwen3_moe", _WIDE_MOE), "{kind: gptq, bits: 4}"),
     "hidden 2048": (_llama(2048, 5632), "{kind: gptq, bits: 4}"),
     "hidden 1024, wanda": (_llama(1024, 4096), "{kind: sparse24, method: wanda}"),
     "hidden 1024, sparse": (_llama(1024, 4096), "{kind: sparse24, sweeps: 2}, {kind: eora, rank: 16}"),
@@ -86,14 +98,15 @@ def child(recipe_text: str, model: Path) -> None:
 
     thread = threading.Thread(target=watch)
     thread.start()
+    start = time.perf_counter()
     apply(Job(recipe, recipe_text, (), model, model.with_name("out"), "random"), lambda event: None)
     stop.set()
     thread.join()
-    print(predicted, peak - base, base)
+    print(predicted, peak - base, base, round(time.perf_counter() - start))
 
 
-def measure(name: str) -> tuple[int, int, int]:
-    """Bytes of anonymous memory of a case: predicted, measured, and in use before it began."""
+def measure(name: str) -> tuple[int, int, int, int]:
+    """Bytes of anonymous memory of a case: predicted, measured, and in use before it began; and seconds."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -110,17 +123,17 @@ def measure(name: str) -> tuple[int, int, int]:
         settings = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}  # as the command line has them
         environment = {**os.environ, **settings, "MALLOC_MMAP_THRESHOLD_": "65536"}
         done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    predicted, measured, base = (int(word) for word in done.stdout.split())
-    return predicted, measured, base
+    predicted, measured, base, seconds = (int(word) for word in done.stdout.split())
+    return predicted, measured, base, seconds
 
 
 def main(names: list[str]) -> None:
     """Print predicted and measured megabytes for the cases named, or for all."""
-    print("case: predicted MB, measured MB (beyond the imports), error of the whole")
+    print("case: predicted MB, measured MB (beyond the imports), error of the whole, time")
     for name in names or CASES:
-        predicted, measured, base = measure(name)
+        predicted, measured, base, seconds = measure(name)
         error = (predicted - measured) / (base + measured)
-        print(f"{name}: {predicted / 1e6:.0f}, {measured / 1e6:.0f}, {100 * error:+.1f} %", flush=True)
+        print(f"{name}: {predicted / 1e6:.0f}, {measured / 1e6:.0f}, {100 * error:+.1f} %, {seconds} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ Each tool runs in a process of its own with two threads, from an environment of 
 plain weights and judged by one float32 forward pass on all windows of the built-in evaluation split: KL(original ‖
 result) per token, and the paired difference to ours over windows. `--time-only` stops after the runs. `--sparse BLOCK`
 compares 2:4 in place of integers: ARMOR with blocks of that size (`armor-24`), without wrappers (`sparsegpt-24`), and
-llm-compressor's SparseGPT and Wanda.
+llm-compressor's SparseGPT and Wanda. `--experts` first drops a quarter of the experts, by REAP: ours with and without
+`refit`, and llm-compressor's; results are then read by stock transformers.
 """
 
 from __future__ import annotations
@@ -36,24 +37,28 @@ def run_compressor(model: str, ids: list[list[int]], out: str, passes: str, seed
     apply(Job(parse_recipe(text), text, (), Path(model), Path(out), model), lambda event: None)
 
 
-def llm_compressor_modifier(method: str, bits: int, group: int) -> Any:
+def llm_compressor_modifiers(method: str, bits: int, group: int) -> list[Any]:
+    if method == "experts":
+        from llmcompressor.modifiers.pruning import REAPPruningModifier
+
+        return [REAPPruningModifier(sparsity=0.25), *llm_compressor_modifiers("", bits, group)]
     if method == "sparsegpt":
         from llmcompressor.modifiers.pruning import SparseGPTModifier
 
-        return SparseGPTModifier(sparsity=0.5, mask_structure="2:4", targets=["Linear"], ignore=["re:.*lm_head"])
+        return [SparseGPTModifier(sparsity=0.5, mask_structure="2:4", targets=["Linear"], ignore=["re:.*lm_head"])]
     if method == "wanda":
         from llmcompressor.modifiers.pruning import WandaPruningModifier
 
-        return WandaPruningModifier(sparsity=0.5, mask_structure="2:4", targets=["Linear"], ignore=["re:.*lm_head"])
+        return [WandaPruningModifier(sparsity=0.5, mask_structure="2:4", targets=["Linear"], ignore=["re:.*lm_head"])]
     from compressed_tensors.quantization import preset_name_to_scheme
     from llmcompressor.modifiers.quantization import GPTQModifier
 
     scheme = preset_name_to_scheme("W4A16", ["Linear"])
     scheme.weights.num_bits, scheme.weights.group_size = bits, group
-    return GPTQModifier(ignore=["lm_head"], config_groups={"group_0": scheme})
+    return [GPTQModifier(ignore=["lm_head", "re:.*mlp.gate$"], config_groups={"group_0": scheme})]
 
 
-def run_llm_compressor(model: str, ids: list[list[int]], out: str, modifier: Any) -> None:
+def run_llm_compressor(model: str, ids: list[list[int]], out: str, modifiers: list[Any]) -> None:
     from datasets import Dataset
     from llmcompressor import oneshot
     from transformers import AutoModelForCausalLM
@@ -62,7 +67,7 @@ def run_llm_compressor(model: str, ids: list[list[int]], out: str, modifier: Any
     rows = [{"input_ids": window, "attention_mask": [1] * len(window)} for window in ids]
     oneshot(
         model=loaded, dataset=Dataset.from_list(rows), max_seq_length=LENGTH, num_calibration_samples=len(ids),
-        recipe=[modifier],
+        recipe=modifiers,
         shuffle_calibration_samples=False,
     )  # fmt: skip
     loaded.save_pretrained(out, save_compressed=True)
@@ -93,13 +98,15 @@ def child(tool: str, model: str, ids_file: str, out: str, bits: int, group: int,
         import compressor.compress.apply  # noqa: F401
     ready = time.perf_counter()
     if tool == "llm-compressor":
-        run_llm_compressor(model, ids, out, llm_compressor_modifier(method, bits, group))
+        run_llm_compressor(model, ids, out, llm_compressor_modifiers(method, bits, group))
     elif tool == "gptqmodel":
         run_gptqmodel(model, ids, out, bits, group)
     else:
         gptq = f"kind: gptq, bits: {bits}, group_size: {group}"
         armor = f"kind: armor, solver: als, objective: full, correction: 1, block_size: {group}"
         passes = {"": gptq, "plain": gptq + PLAIN, "armor-24": armor, "sparsegpt-24": "kind: sparse24"}
+        prune = "kind: expert_prune, ratio: 0.25"
+        passes |= {"experts": f"{prune}}}, {{{gptq}", "experts, published": f"{prune}, refit: false}}, {{{gptq}"}
         run_compressor(model, ids, out, passes[method], seed)
     done = time.perf_counter()
     # Not getrusage, whose peak a child inherits from the process that started it.
@@ -145,9 +152,14 @@ def judge(model: str, folders: dict[str, Path]) -> dict[str, Any]:
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     found = {}
     for name, folder in folders.items():
-        other = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-        missing = other.load_state_dict(decoded(folder), strict=False)
-        assert not missing.unexpected_keys, missing
+        if "experts" in name:
+            other, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+            assert not any(info.values()), info
+            other.eval()
+        else:
+            other = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+            missing = other.load_state_dict(decoded(folder), strict=False)
+            assert not missing.unexpected_keys, missing
         divergences, ratios = [], []
         with torch.no_grad():
             for ids in windows.split(4):
@@ -165,6 +177,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--sparse", type=int, help="compare 2:4, ARMOR's blocks being of this size")
+    parser.add_argument("--experts", action="store_true", help="drop a quarter of the experts first")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--llm-compressor", help="a Python that has it")
@@ -184,6 +197,9 @@ def main() -> None:
         pythons = {"compressor, armor-24": sys.executable, "compressor, sparsegpt-24": sys.executable}
         if options.llm_compressor:
             pythons |= {f"llm-compressor, {method}": options.llm_compressor for method in ("sparsegpt", "wanda")}
+    if options.experts:
+        pythons = {"compressor, experts": sys.executable, "compressor, experts, published": sys.executable}
+        pythons |= {"llm-compressor, experts": options.llm_compressor} if options.llm_compressor else {}
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     per_seed: dict[str, list[Any]] = {tool: [] for tool in pythons}
     for seed in options.seeds:

@@ -83,7 +83,7 @@ def test_quality_falls_in_the_expected_order() -> None:
             ("w4a16-gptq", "armor-24", "armor-24-w4", "sparsegpt-24", "sparsegpt-24-w4"),
             ("armor-24", "armor-24-paper"),
             ("lorc-calibrated-50", "lorc-w4"),
-            ("moe-reap-25", "moe-reap-25-w4"),
+            ("moe-width-50-w4", "moe-reap-25", "moe-reap-25-w4", "moe-reap-dern-50"),
             ("lorc-calibrated-50", "lorc-50"),
         ):
             order = [found[recipe]["kl_mean"] for recipe in recipes if recipe in found]
