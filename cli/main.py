@@ -41,9 +41,11 @@ def _bytes(size: str | None) -> float | None:
     """`16GB` or `500MB` → bytes."""
     if size is None:
         return None
+    from ..runtime.errors import ResourceError
+
     found = re.fullmatch(r"(\d+(?:\.\d+)?)(MB|GB)", size)
     if found is None:
-        raise typer.BadParameter(f"--memory {size}: write it as 16GB or 500MB")
+        raise ResourceError(f"--memory {size}: write it as 16GB or 500MB")
     return float(found[1]) * {"MB": 1e6, "GB": 1e9}[found[2]]
 
 

@@ -149,6 +149,7 @@ def test_readme_commands_run(tmp_path: Path) -> None:
         (("eval", "MODEL", "--against", "OTHER"), "tokens in their vocabularies"),
         (("recipes", "copy", "w8a16", "nowhere/x.yaml"), "cannot be written"),
         (("inspect", "EMPTY"), "model.safetensors"),
+        (("plan", "w8a16", "MODEL", "--memory", "5x"), "--memory 5x: write it as 16GB"),
     ],
 )
 def test_odd_models_and_prompts_are_one_line_and_exit_2(
