@@ -47,6 +47,7 @@ CASES = {
     "32 experts, rtn": (("qwen3_moe", _MOE), "{kind: rtn, bits: 4}"),
     "64 experts, pruned": (("qwen3_moe", _WIDE_MOE), "{kind: expert_prune, keep: 48}"),
     "64 experts, pruned, hc": (("qwen3_moe", _WIDE_MOE), "{kind: expert_prune, keep: 48, merge: hc, refit: false}"),
+    "64 experts, pruned, dern": (("qwen3_moe", _WIDE_MOE), "{kind: expert_prune, keep: 48, merge: dern, refit: false}"),
     "64 experts, reconstruction": (
         ("qwen3_moe", _WIDE_MOE), "{kind: expert_prune, keep: 62, criterion: reconstruction, refit: false}"
     ),

@@ -6,6 +6,7 @@ compressed chain are never kept: they hold for one prefix of compressed blocks o
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,6 +19,8 @@ from ..runtime.errors import ResourceError
 from ..runtime.files import save_synced, write_synced
 from .routing import Routing
 from .statistics import Statistics
+
+_SOURCE = "source"  # in the metadata of files
 
 
 class BlockFolder:
@@ -39,6 +42,8 @@ class BlockFolder:
         if self._index.is_file():
             try:
                 found = json.loads(self._index.read_text(encoding="utf-8"))
+                if not isinstance(found, dict):
+                    raise ValueError("no object")
             except ValueError as error:
                 raise ResourceError(f"{self._index}: damaged ({error}); delete {folder}") from None
             changed = [key for key in {*found, *self.source} if found.get(key) != self.source.get(key)]
@@ -53,19 +58,34 @@ class BlockFolder:
 
     def _save(self, block: int, tensors: dict[str, Tensor], names: dict[str, str]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        save_synced(self._file(block), tensors, names)
+        save_synced(self._file(block), tensors, {**names, _SOURCE: self._digest})
 
     def _load(self, block: int) -> tuple[dict[str, Tensor], dict[str, str]]:
         try:
             with safe_open(self._file(block), framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+                names = dict(file.metadata() or {})
+                if names.pop(_SOURCE, "") != self._digest:  # another run began with the same folder
+                    raise ResourceError(f"{self._file(block)}: of another model or text; delete {self.folder}")
+                return {name: file.get_tensor(name) for name in file.keys()}, names  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ResourceError(f"{self._file(block)}: not readable ({error}); delete {self.folder}") from None
 
     def finish(self, blocks: Iterable[int]) -> None:
         """Declare the folder complete, if it is: a run may have begun without it."""
-        if all(self._file(block).is_file() for block in blocks):
+        if all(self._own(block) for block in blocks):
             write_synced(self._index, json.dumps(self.source, indent=2) + "\n")
+
+    @property
+    def _digest(self) -> str:
+        """Of the source, in every file: runs on other texts may have begun with the same folder."""
+        return hashlib.sha256(json.dumps(self.source, sort_keys=True).encode()).hexdigest()
+
+    def _own(self, block: int) -> bool:
+        try:
+            with safe_open(self._file(block), framework="pt") as file:
+                return bool((file.metadata() or {}).get(_SOURCE) == self._digest)
+        except (SafetensorError, OSError):
+            return False
 
     def _file(self, block: int) -> Path:
         return self.folder / f"{self.prefix}-{block:05d}.safetensors"

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..runtime.files import reserve, write_synced
+from ..runtime.files import reserve, sync_folder, write_synced
 from ..runtime.skeleton import Skeleton
 
 BATCH_TOKENS = 4096  # tokens per micro-batch: enough to fill a GEMM, little enough to stay small beside a block
@@ -84,13 +84,15 @@ class Chains:
         """Commit a generation and drop the one before, in a walk that has no journal; `reached` then knows of it."""
         self.commit(generation)
         write_synced(self.folder / "reached", str(generation))
+        sync_folder(self.folder)
         self.drop(generation - 1)
 
     @property
     def reached(self) -> int:
         """The generation from which an interrupted walk without a journal goes on; -1: none is there."""
         path = self.folder / "reached"
-        return int(path.read_text()) if path.is_file() else -1
+        found = path.read_text() if path.is_file() else ""
+        return int(found) if found.isdigit() and self.exists(int(found)) else -1
 
     def drop(self, generation: int) -> None:
         for name in self.names:

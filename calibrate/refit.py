@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..runtime.architectures import SHARED
+from ..runtime.errors import ModelError
 from ..runtime.skeleton import Skeleton
 from .chains import Chains, Spill, walk_chains
 from .routing import experts_of
 from .statistics import exact_products
 
 ITERATIONS = 10  # of conjugate gradients: the error is then within a hundredth of the least there is
-SHARED = "mlp.shared_experts"  # that every token enters, and no coefficient multiplies
 
 
 @dataclass
@@ -66,6 +67,20 @@ class Routed:
             part = spill[rows]
             part.copy_(tensor.reshape(part.shape))
 
+    @property
+    def fitted(self) -> list[slice]:
+        """Micro-batches of samples to fit on; the others are `held_out`, to see how far a fit holds."""
+        return _slices(0, self.chains.shape[0] - self._aside, self.chains.batch)
+
+    @property
+    def held_out(self) -> list[slice]:
+        return _slices(self.chains.shape[0] - self._aside, self.chains.shape[0], self.chains.batch)
+
+    @property
+    def _aside(self) -> int:
+        samples = self.chains.shape[0]
+        return -(-samples // 8) if samples > 1 else 0
+
     def activations(self, rows: slice, members: Sequence[Member]) -> Iterator[tuple[Member, Tensor, Tensor]]:
         """For each member: the tokens of some samples that it sees, and `g h`, float32 `[tokens, width]`."""
         x = self.hidden[rows].flatten(0, 1)
@@ -78,6 +93,10 @@ class Routed:
                 coefficients = weights[tokens, slots][:, None]
             h = neurons(member.module, x[tokens]).float()
             yield member, tokens, h if coefficients is None else h * coefficients
+
+
+def _slices(start: int, stop: int, size: int) -> list[slice]:
+    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
 
 
 def neurons(module: Any, x: Tensor) -> Tensor:
@@ -114,7 +133,7 @@ class Normal:
 def normal_equations(routed: Routed, members: Sequence[Member]) -> Normal:
     downs = [member.module.down_proj.weight.float() for member in members]
     normal = Normal([torch.zeros(d.shape[1], d.shape[1]) for d in downs], [torch.zeros_like(d) for d in downs])
-    for rows in routed.chains.batches():
+    for rows in routed.fitted:
         found = list(routed.activations(rows, members))
         target = routed.target[rows].flatten(0, 1)
         residual = target - put_out(found, downs, len(target))
@@ -126,21 +145,21 @@ def normal_equations(routed: Routed, members: Sequence[Member]) -> Normal:
 
 
 def fit(routed: Routed, members: Sequence[Member], damping: float) -> None:
-    """Change the members' down projections; stored in the dtype that they have.
+    """Change the members' down projections, as far as that serves an eighth of the samples, too, which are not fitted.
 
     Args:
         damping: share of the mean diagonal of all moments that is added.
     """
     normal = normal_equations(routed, members)
     ridge = damping * normal.mean
-    inverses = [_inverse(moment, ridge) for moment in normal.moments]
+    inverses = [damped_inverse(moment, ridge).float() for moment in normal.moments]
     left = normal.right
     steep = [part @ inverse for part, inverse in zip(left, inverses, strict=True)]
     change, direction = [torch.zeros_like(part) for part in left], steep
     size = _dot(left, steep)
     for _ in range(ITERATIONS):
         applied = [ridge * part for part in direction]
-        for rows in routed.chains.batches():
+        for rows in routed.fitted:
             found = list(routed.activations(rows, members))
             with exact_products(routed.dtype):
                 moved = put_out(found, direction, routed.hidden[rows][..., 0].numel())
@@ -154,15 +173,41 @@ def fit(routed: Routed, members: Sequence[Member], damping: float) -> None:
         size, before = _dot(left, steep), size
         grown = (size / before.clamp(min=1e-30))[:, None]
         direction = [new + grown * old for new, old in zip(steep, direction, strict=True)]
+    share = _held(routed, members, change)
     for member, part in zip(members, change, strict=True):
         weight = member.module.down_proj.weight
-        member.module.down_proj.weight = nn.Parameter((weight.float() + part).to(weight.dtype), requires_grad=False)
+        new = torch.add(weight.float(), part, alpha=share).to(weight.dtype)
+        member.module.down_proj.weight = nn.Parameter(new, requires_grad=False)
 
 
-def _inverse(moment: Tensor, ridge: float) -> Tensor:
-    damped = moment.double()
-    damped.diagonal().add_(ridge)
-    return torch.cholesky_inverse(torch.linalg.cholesky(damped)).float()
+def _held(routed: Routed, members: Sequence[Member], change: Sequence[Tensor]) -> float:
+    """How much of a change serves tokens that were not fitted best, from none to all of it."""
+    downs = [member.module.down_proj.weight.float() for member in members]
+    along = size = 0.0
+    for rows in routed.held_out:
+        found = list(routed.activations(rows, members))
+        target = routed.target[rows].flatten(0, 1)
+        moved = put_out(found, change, len(target))
+        along += float(((target - put_out(found, downs, len(target))) * moved).sum(dtype=torch.float64))
+        size += float(moved.square().sum(dtype=torch.float64))
+    return min(1.0, max(0.0, along / size)) if size > 0 else 0.0
+
+
+def damped_inverse(moment: Tensor, ridge: float) -> Tensor:
+    """`(moment + ridge I)⁻¹`, float64; the ridge is made ten times as large until that can be computed.
+
+    Raises:
+        ModelError: the moment is not finite.
+    """
+    if not bool(torch.isfinite(moment).all()):
+        raise ModelError("what experts put out is not finite on this text; is the model sound?")
+    while True:
+        damped = moment.double()
+        damped.diagonal().add_(ridge)
+        factor, info = torch.linalg.cholesky_ex(damped)
+        if int(info) == 0:
+            return torch.cholesky_inverse(factor)
+        ridge *= 10
 
 
 def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
@@ -209,8 +254,8 @@ def refit_blocks(
             target[rows] = changed.run(runner, chains.read(index, "changed")[rows])
             lost += float((target[rows] - follow[rows]).square().sum(dtype=torch.float64))
             whole += float(follow[rows].square().sum(dtype=torch.float64))
-        chains.advanced(index + 1)
         done(index, lost / max(whole, 1e-30) if experts is not None else None)
+        chains.advanced(index + 1)
     shutil.rmtree(scratch)
 
 

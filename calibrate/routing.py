@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -67,8 +68,19 @@ class Routing:
 def expert_outputs(experts: Iterable[Any], hidden: Tensor) -> Tensor:
     """What each expert makes of all tokens `[tokens, hidden_size]`, without coefficients:
     `[experts, tokens, hidden_size]`, float32."""
+    members = list(experts)
+    result = torch.empty(len(members), *hidden.shape, device=hidden.device)
+    for number, expert in enumerate(members):
+        result[number] = expert_output(expert, hidden)
+    return result
+
+
+@torch.no_grad()
+def expert_output(expert: Any, hidden: Tensor) -> Tensor:
+    """One expert for all tokens, `[tokens, hidden_size]`, its weights in float32 for as long."""
     ones = torch.ones(len(hidden), device=hidden.device)
-    return torch.stack([expert.float()(hidden.float(), ones) for expert in experts])
+    output: Tensor = copy.deepcopy(expert).float()(hidden.float(), ones)
+    return output
 
 
 def observe_routing(

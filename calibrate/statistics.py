@@ -26,7 +26,8 @@ _BLOCK = 256  # columns of the moment multiplied at a time: large enough for a f
 @contextmanager
 def exact_products(dtype: torch.dtype) -> Iterator[None]:
     """Inside, float32 products on the CPU read inputs that were bfloat16 as such again: products are exact, sums stay
-    float32, and processors that multiply bfloat16 are several times as fast."""
+    float32, and processors that multiply bfloat16 are several times as fast. Other inputs are rounded to it, which sums
+    over many tokens bear."""
     settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
     settings.fp32_precision = "bf16" if dtype == torch.bfloat16 else before
@@ -79,6 +80,11 @@ class Statistics:
                 assert reference is not None
                 moved = reference.reshape(rows.shape) - rows
                 self.cross.addmm_((moved if scale is None else moved * scale).float().T, scaled)
+
+    @property
+    def informed(self) -> bool:
+        """Whether anything was seen at all."""
+        return bool(self.tokens or self.lent)
 
     def lent_to(self, own: Statistics | None) -> Statistics:
         """These statistics of other tokens, with an expert's own (None: it has none) and of their mean size: they count

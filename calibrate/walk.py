@@ -37,7 +37,7 @@ class StageWork:
         originals: disk name → the weight as the checkpoint has it.
         groups: disk names of linears that read the same input.
         statistics: disk name → statistics; linears that read the same input share one object. Empty without data,
-            and without an entry for an expert no token was routed to.
+            and without an entry for linears that no pass asks about.
         metrics: disk name → Gauss-Newton metric of the block's output (`probes`), where a pass asks for it.
     """
 

@@ -160,7 +160,7 @@ def plan(
     )
     _print_notes(result)
     if any(step.to_survey for step in result.recipe.passes):
-        render.out.print("ranks and kept experts are placeholders; the run surveys the model, and chooses as many")
+        render.out.print("the run begins with a survey of the model, which finds the ranks, experts or weights to keep")
 
 
 @app.command()

@@ -89,11 +89,16 @@ def apply(
     checkpoint = open_source(job.model)
     skeleton = Skeleton(checkpoint, calibration_dtype(checkpoint))
     plan = make_plan(job.recipe, skeleton, memory=memory)
-    if statistics is not None and plan.needs != {"reference"} and "routing" not in plan.needs:
+    reshaped = any(step.reshapes for step in job.recipe.passes)
+    of_linears = plan.needs == {"reference"} and not reshaped
+    if statistics is not None and not of_linears and "routing" not in plan.needs:
         raise RecipeError(
             "--statistics keeps statistics of the original model, which this recipe does not use; it is for rtn with "
-            "search: true, other passes with sequential: false, and expert_prune"
+            "search: true and other passes with sequential: false, without one that changes the model before, and for "
+            "expert_prune"
         )
+    if statistics is not None and of_linears:  # which are kept of all blocks at once
+        plan = make_plan(job.recipe, skeleton, memory=float("inf"))
     journal = Journal(job.out)
     check_memory(plan, memory)
     if not resume:
@@ -102,13 +107,14 @@ def apply(
         corpus, windows = calibration_windows(job.recipe, checkpoint) if plan.needs else (None, None)
         texts = survey_windows(plan.recipe, checkpoint)
         fingerprint = make_fingerprint(job, skeleton, corpus, windows, statistics)
-        fingerprint["texts"] = {source: found.sha256 for source, (found, _) in texts.items()}
+        fingerprint["texts"] = {s: {"name": found.name, "sha256": found.sha256} for s, (found, _) in texts.items()}
         kept = None
-        if statistics is not None and plan.needs == {"reference"}:
+        if statistics is not None and of_linears:
             kept = StatisticsFolder(statistics, statistics_source(fingerprint))
+        routing = None if statistics is None or of_linears else routing_folder(statistics, plan.recipe, fingerprint)
         journal.open(fingerprint, resume=resume)
-        surveyed = _surveyed(job.recipe, skeleton, windows, texts, statistics, journal, listener)
-        plan = make_plan(surveyed, skeleton, memory=memory)
+        surveyed = _surveyed(job.recipe, skeleton, windows, texts, routing, journal, listener)
+        plan = make_plan(surveyed, skeleton, memory=float("inf") if kept is not None else memory)
         job = replace(job, recipe=plan.recipe)
         if not any(entry.get("step") == "finished" for entry in journal.entries):
             _run(job, plan, windows, kept, journal, listener)
@@ -178,10 +184,10 @@ def calibration_windows(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Corpus,
     return corpus, windows
 
 
-def survey_windows(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, tuple[Corpus, Tensor]]:
+def survey_windows(recipe: Recipe, checkpoint: Checkpoint) -> dict[str | None, tuple[Corpus, Tensor]]:
     """Texts that single passes calibrate on, and their windows, of the size of the recipe's."""
-    found = {}
-    for source in {step.text for step in recipe.passes if step.needs and step.text is not None}:
+    found: dict[str | None, tuple[Corpus, Tensor]] = {}
+    for source in {step.text for step in recipe.passes if "routing" in step.needs and step.text is not None}:
         data = recipe.data.model_copy(update={"source": source})
         found[source] = calibration_windows(recipe.model_copy(update={"data": data}), checkpoint)
     return found
@@ -224,44 +230,54 @@ def statistics_source(fingerprint: dict[str, Any]) -> dict[str, Any]:
     return {**same, "windows": data}
 
 
+def routing_folder(folder: Path, recipe: Recipe, fingerprint: dict[str, Any]) -> RoutingFolder | None:
+    """Where statistics of the first pass's routing are kept; passes after it see another model."""
+    first = recipe.passes[0]
+    if "routing" not in first.needs:
+        return None
+    source = statistics_source(fingerprint)
+    if first.text is not None:
+        source["corpus"] = fingerprint["texts"][first.text]
+    return RoutingFolder(folder, source)
+
+
 def _surveyed(
     recipe: Recipe,
     skeleton: Skeleton,
     windows: Tensor | None,
-    texts: Mapping[str, tuple[Corpus, Tensor]],
-    statistics: Path | None,
+    texts: Mapping[str | None, tuple[Corpus, Tensor]],
+    routing: RoutingFolder | None,
     journal: Journal,
     listener: Listener,
 ) -> Recipe:
-    """The recipe once its passes have looked at the whole model; what they found is kept in the journal."""
-    known = next((entry["passes"] for entry in journal.entries if entry.get("step") == "survey"), None)
-    if known is None:
-        passes, events = list[Pass](), list[Event]()
+    """The recipe once its passes have looked at the whole model; what each found is kept in the journal."""
+    entries = journal.entries
+    known = {entry["number"]: entry["pass"] for entry in entries if entry.get("step") == "survey"}
+    told = [event for entry in entries if entry.get("step") == "surveying" for event in entry["events"]]
+    passes: list[Pass] = []
 
-        def heard(event: Event) -> None:
-            listener(event)
-            if not isinstance(event, Surveyed):
-                events.append(event)
+    def heard(event: Event) -> None:
+        record = event.record()
+        if not isinstance(event, Surveyed) and record not in told:  # told again by a survey that goes on
+            told.append(record)
+            journal.done({"step": "surveying", "events": [record]})
+        listener(event)
 
-        for number, step in enumerate(recipe.passes):
-            folder, seen, kept = journal.chains / f"survey-{number}", windows, None
+    for number, step in enumerate(recipe.passes):
+        folder = journal.chains / f"survey-{number}"
+        if number in known:
+            content = recipe.model_dump(mode="json") | {"passes": [known[number]]}
+            ready = Recipe.model_validate(content).passes[0].prepare(skeleton).surveyed(folder)
+        else:
             folder.mkdir(parents=True, exist_ok=True)
-            source = statistics_source(journal.fingerprint)
-            if step.text is not None:
-                found, seen = texts[step.text]
-                source["corpus"] = {"name": found.name, "sha256": found.sha256}
-            if statistics is not None and step.reshapes and not passes:  # later ones see another model
-                kept = RoutingFolder(statistics, source)
-            ready = step.prepare(skeleton).survey(skeleton, Survey(seen, folder, heard, kept))
-            skeleton.checkpoint.release()
-            skeleton = ready.view(skeleton)
-            passes.append(ready)
-        known = [step.model_dump(mode="json") for step in passes]
-        journal.done({"step": "survey", "passes": known, "events": [event.record() for event in events]})
-        return recipe.model_copy(update={"passes": tuple(passes)})
-    recipe = Recipe.model_validate(recipe.model_dump(mode="json") | {"passes": known})
-    again = (step.surveyed(journal.chains / f"survey-{number}") for number, step in enumerate(recipe.passes))
-    return recipe.model_copy(update={"passes": tuple(again)})
+            ready = step.prepare(skeleton)
+            task = texts[ready.text][1] if ready.text in texts else None
+            ready = ready.survey(skeleton, Survey(windows, folder, heard, task, None if number else routing))
+            journal.done({"step": "survey", "number": number, "pass": ready.model_dump(mode="json")})
+        skeleton.checkpoint.release()
+        skeleton = ready.view(skeleton)
+        passes.append(ready)
+    return recipe.model_copy(update={"passes": tuple(passes)})
 
 
 def _run(

@@ -59,6 +59,7 @@ def finish_folder(
         "source": {"name": job.source, "revision": job.revision, "files": fingerprint["model"]},
         "edits": list(job.edits),
         "corpus": fingerprint["corpus"],
+        "texts": fingerprint["texts"],
         "format": plan.format,
         "readers": list(plan.readers),
         "bytes": {"before": plan.bytes_before, "after": plan.bytes_after},

@@ -99,7 +99,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, *, look: bool = False, memory:
     recipe, skeleton, survey = _prepared(recipe, skeleton, look)
     checkpoint = skeleton.checkpoint
     for step in (step for step in recipe.passes if step.needs):
-        if (source := step.text or recipe.data.source) != "builtin":
+        for source in {recipe.data.source, step.text or "builtin"} - {"builtin"}:
             find_text(Path(source))
     linears: dict[str, LinearPlan] = {}
     matched = [0] * len(recipe.passes)
@@ -120,14 +120,15 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, *, look: bool = False, memory:
         linears[name] = replace(linear, operator=as_written(linear.operator, chosen, dtype))
     tensors = _output_tensors(checkpoint, linears, chosen)
     needs = frozenset(need for step in recipe.passes for need in step.needs)
-    stages, least = stage_memory(recipe, skeleton, linears, needs)
+    walked = needs - {"routing", "text"}  # which surveys see to
+    stages, least = stage_memory(recipe, skeleton, linears, walked)
     room = room_for_moments(stages, memory if memory is not None else available_memory())
     after = sum(_nbytes(dtype, shape) for dtype, shape in tensors.values())
     return Plan(
         recipe, skeleton, linears, tensors, chosen, readers, needs, whole.nbytes, after,
         int(max(survey.memory, least, *(stage.peak(room) for stage in stages))),
-        int(max(after + chain_bytes(recipe, skeleton, needs) + survey.left, survey.disk)),
-        flops(recipe, linears, needs) + survey.flops, *_cache_bytes(checkpoint, linears), room,
+        int(max(after + chain_bytes(recipe, skeleton, walked) + survey.left, survey.disk)),
+        flops(recipe, linears, walked) + survey.flops, *_cache_bytes(checkpoint, linears), room,
     )  # fmt: skip
 
 

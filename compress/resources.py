@@ -32,7 +32,9 @@ def chain_names(needs: frozenset[str]) -> tuple[str, ...]:
     """Which chains of activations the needs call for."""
     if "cross" in needs:
         return "compressed", "reference"
-    return ("compressed",) if "moment" in needs else ("reference",) if needs else ()
+    if "moment" in needs:
+        return ("compressed",)
+    return ("reference",) if "reference" in needs else ()
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,6 @@ class StageMemory:
         if together is self.block:
             return self.rest + sum(self.block)
         return self.rest + max((sum(part) for part in parts(self.moments, self.moments, room)), default=0.0)
-
-    @property
-    def least(self) -> float:
-        """With one group at a time."""
-        return self.rest + max(self.moments, default=0.0)
 
 
 def stage_memory(
@@ -114,6 +111,7 @@ def room_for_moments(stages: Sequence[StageMemory], budget: float | None) -> flo
     """Bytes of second moments at a time with which a run stays within a budget, if it can; None: all of a stage."""
     if budget is None or all(stage.peak(None) <= budget for stage in stages):
         return None
+    budget *= 0.95  # what is predicted is not exact, and what is available changes
     tight = [stage for stage in stages if stage.peak(None) > budget]
     return max(1.0, min(budget - stage.rest for stage in tight))
 

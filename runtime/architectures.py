@@ -13,6 +13,7 @@ from typing import Any
 from .errors import ModelError
 
 Stage = tuple[tuple[str, ...], ...]  # groups of linears; a group shares one input
+SHARED = "mlp.shared_experts"  # that every token enters, no coefficient multiplies, and `moe_intermediate_size` widens
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # keys of config.json
 QUERIES, KEYS, VALUES = "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"  # in memory and on disk
 # Parts of a block that end in a linear: once that is final, the rest of the part need not be computed again.

@@ -9,8 +9,9 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from .architectures import EXPERT_COUNTS
+from .architectures import EXPERT_COUNTS, SHARED
 from .checkpoint import Checkpoint, TensorInfo, block_index
+from .errors import ModelError
 
 Cut = tuple[Sequence[int] | slice, ...]  # what stays, for each of the first dimensions
 _ALL = slice(None)
@@ -53,13 +54,18 @@ class View(Checkpoint):
             with safe_open(self._made[name], framework="pt") as file:
                 made: Tensor = file.get_tensor(name)
             return made
-        source, cut = self._parts.get(name, (name, ()))
+        if name not in self._parts:
+            raise ModelError(f"{self.path}: the checkpoint has no tensor {name!r}")
+        source, cut = self._parts[name]
         tensor = self._source.tensor(source)
         for dimension, stays in enumerate(cut):
             if stays != _ALL:
                 whole = (_ALL,) * dimension
                 tensor = tensor[(*whole, stays if isinstance(stays, slice) else list(stays))]
         return tensor
+
+    def stored_tensor(self, name: str) -> Tensor:
+        return self._source.stored_tensor(name)
 
     def release(self) -> None:
         self._source.release()
@@ -111,7 +117,7 @@ def narrower_experts(source: Checkpoint, width: int, made: Sequence[Path] = ()) 
         index = block_index(memory)
         inside = memory.split(".", 3)[3] if index is not None else ""
         cut: Cut = ()
-        if inside.startswith((architecture.experts + ".", "mlp.shared_experts.")):
+        if inside.startswith((architecture.experts + ".", SHARED + ".")):
             down = inside.endswith("down_proj.weight")
             stays = slice(info.shape[1 if down else 0] // before * width)
             cut = (_ALL, stays) if down else (stays,)

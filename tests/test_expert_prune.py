@@ -232,6 +232,7 @@ def test_criteria_by_hand() -> None:
         ("deepseek_v3", "keep: 2", "groups are compared by their two best"),
         ("llama", "keep: 2", "this model has no experts"),
         ("qwen3_moe", "keep: 2, ratio: 0.5", "give either ratio or keep"),
+        ("qwen3_moe", "keep: 2, criterion: reconstruction, merge: hc", "hc merges: use reap with it"),
         ("qwen3_moe", "keep: 2, kept: {0: [0, 1]}", "kept has to name 2 rising numbers"),
         ("qwen3_moe", "keep: 2, kept: {0: [0, 1], 1: [1, 9]}", "kept has to name 2 rising numbers"),
         ("qwen3_moe", "keep: 2, kept: {0: [0, 1], 1: [-1, 0]}", "kept has to name 2 rising numbers"),
@@ -243,6 +244,14 @@ def test_what_routers_cannot_work_with_is_refused_before_work(
 ) -> None:
     with pytest.raises(RecipeError, match=message):
         make_plan(parse_recipe(f"passes: [{{kind: expert_prune, {options}}}]"), Skeleton(Checkpoint(pico(family))))
+
+
+def test_experts_without_groups_are_not_held_to_them(pico: Pico) -> None:
+    """deepseek_v2 has groups only where its router is limited to them, and compares them by their best expert."""
+    skeleton = Skeleton(Checkpoint(pico("deepseek_v2", topk_method="greedy")))
+    make_plan(parse_recipe("passes: [{kind: expert_prune, keep: 3, criterion: random}]"), skeleton)
+    skeleton = Skeleton(Checkpoint(pico("deepseek_v2", topk_method="group_limited_greedy", topk_group=2)))
+    make_plan(parse_recipe("passes: [{kind: expert_prune, keep: 2, criterion: random}]"), skeleton)
 
 
 def test_it_comes_before_what_rewrites_linears(pico: Pico) -> None:

@@ -20,7 +20,7 @@ from ..events import Event, Surveyed
 
 BUFFERS = 48e6  # bytes: compiled kernels and scratch of the matrix library
 MADE = ("merged", "corrected", "refitted")  # new weights in the folder of a survey, later ones over earlier ones
-Need = Literal["reference", "moment", "cross", "metric", "routing"]
+Need = Literal["reference", "moment", "cross", "metric", "routing", "text"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Survey:
 
     Attributes:
         windows: calibration tokens `[samples, tokens]`, if the pass needs any.
+        task: the same, of the pass's own `text`, if it has one.
         folder: the pass's own, until the run is done; what an interrupted run of the same job left there is good.
         listener: told how it goes.
         routing: statistics of experts that other runs may have left, and may use; None: they are kept in `folder`.
@@ -37,6 +38,7 @@ class Survey:
     windows: Tensor | None
     folder: Path
     listener: Callable[[Event], None]
+    task: Tensor | None = None
     routing: RoutingFolder | None = None
 
     def passed(self, blocks: int) -> Callable[[int], None]:
@@ -109,7 +111,7 @@ class Pass(BaseModel):
 
         `reference`: moments of the uncompressed model; `moment`: of the compressed chain, which serve for `reference`
         too; `cross`: cross moments of the two chains besides; `metric`: how the linear's errors move the block;
-        `routing`: what experts do, which the survey collects itself.
+        `routing`: what experts do, and `text`: calibration text as such, which surveys alone ask for.
         """
         return frozenset()
 

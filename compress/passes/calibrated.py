@@ -203,7 +203,7 @@ def _known(
 ) -> dict[str, Any]:
     """What a group knows of its inputs: tokens, system, energy, and the reason where there is no system."""
     tokens = 0 if statistics is None else statistics.tokens
-    if statistics is not None and (tokens or statistics.lent):
+    if statistics is not None and statistics.informed:
         if not statistics.moment.diagonal().any():
             reason = "its inputs were all zero"
         else:

@@ -22,7 +22,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor
 
 from ...calibrate.refit import fit
-from ...calibrate.routing import Routing, expert_outputs, experts_of
+from ...calibrate.routing import Routing, expert_output, expert_outputs, experts_of
 from ...calibrate.walk import StageWork
 from ...runtime.errors import RecipeError
 from ...runtime.skeleton import Skeleton
@@ -31,7 +31,7 @@ from ..events import Event, ExpertsKept
 from ..solvers.merge import Neurons, averaged, clusters, redistributed
 from ..solvers.subsets import best_subset, few_enough, mixed, subset_losses
 from .base import Cost, Need, Pass, Survey
-from .experts import Look, change_experts, expert_counts, refit_cost, sample_cost, save_made, walk_cost
+from .experts import Look, change_experts, expert_counts, merge_cost, refit_cost, sample_cost, save_made, walk_cost
 
 Criterion = Literal["reap", "frequency", "router_weight", "ean", "reconstruction", "random"]
 
@@ -56,17 +56,19 @@ class ExpertPrune(Pass):
     ratio: float | None = Field(None, ge=0, lt=1, description="of the experts of each block that go; this, or keep")
     keep: int | None = Field(None, ge=1, description="how many experts of each block stay")
     min_tokens: int = Field(
-        32, ge=0, description="experts that fewer calibration tokens were routed to are the first to go"
+        32,
+        ge=0,
+        description="experts that fewer calibration tokens were routed to are the first to go; but for reconstruction",
     )
     protect_super_experts: bool = Field(
         True,
         description="keep experts whose largest activation is beyond both the 99.5th percentile and a tenth of the "
-        "model's largest, in the first three quarters of the blocks",
+        "model's largest, in the first three quarters of the blocks; but for reconstruction",
     )
     mass_correction: bool = Field(
         False,
         description="multiply what the experts of a block put out by the number that brings it nearest to what all of "
-        "them did, where routers do not normalize the weights of those they choose",
+        "them did; of use where routers do not normalize the weights of those they choose, and without refit",
     )
     similarity: float = Field(
         0.6, ge=-1, description="of dern: cosine beyond which a neuron is moved; above 1, none is"
@@ -87,6 +89,8 @@ class ExpertPrune(Pass):
     def _one_of_two(self) -> ExpertPrune:
         if (self.ratio is None) == (self.keep is None):
             raise ValueError("give either ratio or keep")
+        if self.criterion == "reconstruction" and self.merge == "hc":
+            raise ValueError("reconstruction chooses experts that are to stand alone; hc merges: use reap with it")
         return self
 
     @property
@@ -110,7 +114,9 @@ class ExpertPrune(Pass):
 
     @property
     def needs(self) -> frozenset[Need]:
-        return frozenset({"routing"}) if self.to_survey and (self._observes or self._makes) else frozenset()
+        if not self.to_survey:
+            return frozenset()
+        return frozenset({"routing"} if self._observes else {"text"} if self._makes else ())
 
     def wants(self, name: str) -> bool:
         return False  # no single linear: the survey, and then the view of the checkpoint
@@ -128,9 +134,12 @@ class ExpertPrune(Pass):
         blocks = expert_counts(self.step, skeleton)
         config = skeleton.config
         [count] = set(blocks.values())
-        groups = getattr(config, "n_group", None) or 1
+        method = getattr(config, "topk_method", None)  # of deepseek_v2 alone
+        groups = 1 if method == "greedy" else getattr(config, "n_group", None) or 1
+        compared = 1 if method == "group_limited_greedy" else 2  # experts of a group, by which groups are chosen
         keep = self.keep if self.keep is not None else count - round(count * (self.ratio or 0))
-        _check(self.step, keep, count, config.num_experts_per_tok, groups, getattr(config, "topk_group", None) or 1)
+        top_groups = getattr(config, "topk_group", None) or 1
+        _check(self.step, keep, count, config.num_experts_per_tok, groups, top_groups, compared)
         if self.criterion == "reconstruction" and groups > 1 and not few_enough(count, keep, groups):
             raise RecipeError(f"{self.step}: reconstruction cannot search {groups} groups of so many; use reap")
         result = self.model_copy()
@@ -153,6 +162,8 @@ class ExpertPrune(Pass):
 
     def view(self, skeleton: Skeleton) -> Skeleton:
         assert self.kept is not None
+        if not self._drops:
+            return skeleton
         return Skeleton(fewer_experts(skeleton.checkpoint, self.kept, self._made), skeleton.dtype, skeleton.device)
 
     def survey(self, skeleton: Skeleton, survey: Survey) -> ExpertPrune:
@@ -199,11 +210,10 @@ class ExpertPrune(Pass):
         if self.criterion == "random":
             generator = torch.Generator().manual_seed(1000 * self.seed + index)
             scores = torch.rand(self._blocks[index], generator=generator, dtype=torch.float64)
-        elif self.criterion == "reconstruction" and self.merge != "hc":
+        elif self.criterion == "reconstruction":
             return self._search(look, index)
         else:
-            criterion = "reap" if self.criterion == "reconstruction" else self.criterion
-            scores, tokens = saliency(look.seen[index], criterion), look.seen[index].tokens
+            scores, tokens = saliency(look.seen[index], self.criterion), look.seen[index].tokens
             scores = torch.where(tokens < self.min_tokens, scores - scores.max() - 1, scores)
         if self.merge != "hc":
             return highest(scores, self._keep, self._groups, look.protected.get(index, ())), scores.tolist()
@@ -212,7 +222,8 @@ class ExpertPrune(Pass):
 
     def _clusters(self, look: Look, index: int) -> list[list[int]]:
         """As many clusters of a block's experts as are kept, in each group; protected ones stay alone."""
-        outputs = expert_outputs(look.experts(index), look.sample(index)).mean(1)
+        sample = look.sample(index)
+        outputs = torch.stack([expert_output(expert, sample).mean(0) for expert in look.experts(index)])
         size, keep, found = len(outputs) // self._groups, self._keep // self._groups, list[list[int]]()
         for start in range(0, len(outputs), size):
             group = range(start, start + size)
@@ -274,8 +285,10 @@ class ExpertPrune(Pass):
         if not self.needs:
             return Cost()
         costs = [walk_cost(skeleton, samples, sequence_length)] if self._observes else []
-        if self.criterion == "reconstruction" or self.merge != "none" or self.mass_correction:
-            costs.append(sample_cost(skeleton))
+        if self.criterion == "reconstruction" or self.mass_correction:
+            costs.append(sample_cost(skeleton, corrected=self.mass_correction))
+        if self.merge != "none" and self._drops:
+            costs.append(merge_cost(skeleton, self._keep, compared=self.merge == "dern"))
         if self.refit and self._drops:
             costs.append(refit_cost(self.view(skeleton), samples, sequence_length))
         return Cost.of(costs)
@@ -331,7 +344,7 @@ def _can_stay(numbers: Sequence[int], keep: int, count: int, groups: int) -> boo
     return sorted(set(numbers)) == list(numbers) and sum(own) == len(numbers) and set(own) == {keep // groups}
 
 
-def _check(step: str, keep: int, count: int, top_k: int, groups: int, top_groups: int) -> None:
+def _check(step: str, keep: int, count: int, top_k: int, groups: int, top_groups: int, compared: int) -> None:
     """Refuse a number of experts with which the router cannot work."""
     why = ""
     if keep > count:
@@ -340,7 +353,7 @@ def _check(step: str, keep: int, count: int, top_k: int, groups: int, top_groups
         why = f"each token is sent to {top_k}"
     elif keep % groups:
         why = f"they stand in {groups} groups of equal size"
-    elif groups > 1 and keep // groups < 2:
+    elif groups > 1 and keep // groups < compared:
         why = "groups are compared by their two best"
     elif top_groups * keep // groups < top_k:
         why = f"each token is sent to {top_k} in {top_groups} of {groups} groups"

@@ -40,7 +40,7 @@ class ExpertWidth(Pass):
         True, description="fit the down projections that stay to what the original model's blocks put out"
     )
     ratio: float | None = Field(
-        None, ge=0, lt=1, description="of an expert's neurons that go, rounded to the step; this, or width"
+        None, ge=0, lt=1, description="of an expert's neurons that go, or a few more; this, or width"
     )
     width: int | None = Field(
         None, ge=16, description="neurons of an expert that stay: a multiple of 64, of 16 below 512"
@@ -65,7 +65,7 @@ class ExpertWidth(Pass):
 
     @property
     def needs(self) -> frozenset[Need]:
-        return frozenset({"routing"}) if self.to_survey else frozenset()
+        return frozenset({"text"}) if self.to_survey else frozenset()
 
     def wants(self, name: str) -> bool:
         return False  # no single linear: the survey, and then the view of the checkpoint
@@ -79,7 +79,7 @@ class ExpertWidth(Pass):
         expert_counts(self.step, skeleton)
         before = int(skeleton.checkpoint.config[width_key(skeleton.checkpoint.config)])
         step = 64 if before >= 512 else 16
-        after = self.width or max(step, round(before * (1 - (self.ratio or 0)) / step) * step)
+        after = self.width or (max(step, int(before * (1 - self.ratio) / step) * step) if self.ratio else before)
         if after > before or (after % step and after != before):
             raise RecipeError(
                 f"{self.step}: {after} of {before} neurons cannot stay: kernels need a multiple of {step}, at most that"
@@ -89,7 +89,9 @@ class ExpertWidth(Pass):
         return result
 
     def view(self, skeleton: Skeleton) -> Skeleton:
-        view = narrower_experts(skeleton.checkpoint, self._after, self._made) if self._narrows else skeleton.checkpoint
+        if not self._narrows:
+            return skeleton
+        view = narrower_experts(skeleton.checkpoint, self._after, self._made)
         return Skeleton(view, skeleton.dtype, skeleton.device)
 
     def survey(self, skeleton: Skeleton, survey: Survey) -> ExpertWidth:

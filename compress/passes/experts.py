@@ -49,20 +49,24 @@ class Look:
     skeleton: Skeleton
     seen: Mapping[int, Routing]
     protected: Mapping[int, tuple[int, ...]]
-    folder: RoutingFolder
+    folder: RoutingFolder | None
 
     @classmethod
     def at(cls, skeleton: Skeleton, survey: Survey, blocks: Iterable[int], *, protect: bool) -> Look:
         """At some blocks; the model is run unless another run left what is needed."""
+        if not (wanted := list(blocks)):
+            return cls(skeleton, {}, {}, None)
         folder = survey.routing or RoutingFolder(survey.folder / "routing", {})
-        if (wanted := list(blocks)) and not folder.complete:
-            assert survey.windows is not None
-            observe_routing(skeleton, survey.windows, survey.folder / "walk", folder, survey.passed(skeleton.blocks))
+        if not folder.complete:
+            windows = survey.task if survey.task is not None else survey.windows
+            assert windows is not None
+            observe_routing(skeleton, windows, survey.folder / "walk", folder, survey.passed(skeleton.blocks))
         seen = {index: folder.load(index)[0] for index in wanted}
         return cls(skeleton, seen, super_experts(seen, skeleton.blocks) if protect else {}, folder)
 
     def sample(self, index: int) -> Tensor:
         """Tokens that entered the experts of a block, `[tokens, hidden_size]`."""
+        assert self.folder is not None
         return self.folder.load(index)[1]
 
     def experts(self, index: int) -> Sequence[Any]:
@@ -126,13 +130,32 @@ def walk_cost(skeleton: Skeleton, samples: int, sequence_length: int) -> Cost:
     batch = max(1, BATCH_TOKENS // sequence_length) * sequence_length
     running = batch * ((3 * item + 8) * widest + 12 * hidden)
     parameters = sum(rows * columns for block in shapes for rows, columns in block)
-    return Cost(BUFFERS + held + running, 8.0 * tokens * hidden, 0.0, 2.0 * tokens * parameters)
+    samples_kept = 4.0 * skeleton.blocks * min(tokens, SAMPLE_TOKENS) * hidden
+    return Cost(BUFFERS + held + running, 8.0 * tokens * hidden, samples_kept, 2.0 * tokens * parameters)
 
 
-def sample_cost(skeleton: Skeleton) -> Cost:
-    """Of giving a sample of tokens to every expert of a block, its weights in float32."""
+def sample_cost(skeleton: Skeleton, *, corrected: bool) -> Cost:
+    """Of giving a sample of tokens to every expert of a block; of a correction, to those that stay too."""
     count, hidden, width = _sizes(skeleton)
-    return Cost(BUFFERS + 12.0 * count * hidden * width + 6.0 * count * SAMPLE_TOKENS * hidden)
+    held = _converted(skeleton) + 12.0 * hidden * width + 8.0 * (1 + corrected) * count * SAMPLE_TOKENS * hidden
+    left = skeleton.blocks * count * hidden * width * skeleton.checkpoint.dtype.itemsize if corrected else 0
+    return Cost(BUFFERS + held, left=float(left))
+
+
+def merge_cost(skeleton: Skeleton, keep: int, *, compared: bool) -> Cost:
+    """Of merging: a block's experts in float32, before and after; neurons that are compared; new weights on disk."""
+    count, hidden, width = _sizes(skeleton)
+    held = _converted(skeleton) + 24.0 * count * hidden * width + 8.0 * compared * keep * width * (hidden + 1024)
+    left = 3.0 * skeleton.blocks * keep * hidden * width * skeleton.checkpoint.dtype.itemsize
+    return Cost(BUFFERS + held, left=left)
+
+
+def _converted(skeleton: Skeleton) -> float:
+    """Bytes of a block's weights where they are not those of the file."""
+    if skeleton.dtype == skeleton.checkpoint.dtype:
+        return 0.0
+    count, hidden, width = _sizes(skeleton)
+    return 3.0 * count * hidden * width * skeleton.dtype.itemsize
 
 
 def refit_cost(changed: Skeleton, samples: int, sequence_length: int, parts: int = 1) -> Cost:
@@ -146,7 +169,7 @@ def refit_cost(changed: Skeleton, samples: int, sequence_length: int, parts: int
     spilled = tokens * (hidden * (4 + changed.dtype.itemsize) + 8 * top_k)
     left = parts * changed.blocks * count * hidden * width * changed.checkpoint.dtype.itemsize
     flops = 2.0 * tokens * hidden * width * top_k * changed.blocks * 4 * (ITERATIONS + 2)
-    return Cost(2 * walk.memory + solving, 2 * walk.disk + spilled, float(left), 3 * walk.flops + flops)
+    return Cost(2 * walk.memory + solving, 2 * walk.disk + spilled, float(left) + walk.left, 3 * walk.flops + flops)
 
 
 def _sizes(skeleton: Skeleton) -> tuple[int, int, int]:

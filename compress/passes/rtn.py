@@ -57,18 +57,18 @@ class Rtn(Quantizer):
                 return operator, error
             if statistics is not None:
                 down = below.dense()
-                statistics = Statistics(statistics.tokens, down @ statistics.moment @ down.T)
+                statistics = replace(statistics, moment=down @ statistics.moment @ down.T, cross=None)
             above, more = self._rounded(operator.up, statistics, stored)
             return replace(operator, up=above), max(error, more)
         if isinstance(operator, Composite):
             if isinstance(operator, Armor) and statistics is not None:
-                statistics = Statistics(statistics.tokens, operator.seen(statistics.moment))
+                statistics = replace(statistics, moment=operator.seen(statistics.moment), cross=None)
             inner, error = self._rounded(operator.inner, statistics, stored)
             return operator.with_inner(inner), error
         weight = operator.dense()
         options = (self.bits, self.group_for(weight.shape[1]), self.symmetric, stored)
         importance = torch.ones(weight.shape[1])
-        if statistics is not None and statistics.tokens:
+        if statistics is not None and statistics.informed:
             importance = statistics.moment.diagonal().clone()
             grid = searched_grid(weight, importance, *options) if self.search else range_grid(weight, *options)
         else:

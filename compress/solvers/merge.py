@@ -18,7 +18,7 @@ from torch import Tensor
 ROUNDS = 20  # of k-means at most
 ALIGNED = 4096  # neurons up to which experts are aligned: an assignment takes minutes beyond, and wide experts mostly
 # come from copies of one MLP, whose neurons stand in the same places already
-_TILE = 4096  # neurons compared at a time
+_TILE = 1024  # neurons compared at a time
 
 
 class Neurons(NamedTuple):
@@ -48,13 +48,11 @@ def joined(parts: Sequence[Neurons]) -> Neurons:
 
 def aligned(expert: Neurons, like: Neurons) -> Neurons:
     """An expert's neurons in the order, with the signs and the balance of those that are most like them in another."""
-    similar = like.directions() @ expert.directions().T
-    if len(similar) <= ALIGNED:
-        _, places = linear_sum_assignment(similar.abs().numpy(), maximize=True)
-        order = torch.as_tensor(places)
-    else:
-        order = torch.arange(len(similar))
-    signs = torch.where(similar.gather(1, order[:, None]) < 0, -1.0, 1.0)
+    wanted, own = like.directions(), expert.directions()
+    order = torch.arange(len(own))
+    if len(own) <= ALIGNED:
+        order = torch.as_tensor(linear_sum_assignment((wanted @ own.T).abs().numpy(), maximize=True)[1])
+    signs = torch.where((wanted * own[order]).sum(1, keepdim=True) < 0, -1.0, 1.0)
     chosen = expert.balanced().rows(order)
     balance = (like.up.norm(dim=1) / like.down.norm(dim=1).clamp(min=1e-30)).clamp(min=1e-30).sqrt()[:, None]
     return Neurons(chosen.gate, signs * balance * chosen.up, signs * chosen.down / balance)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...calibrate.refit import damped_inverse
+
 
 def eliminated(weight: Tensor, moment: Tensor, keep: int, ridge: float) -> tuple[Tensor, Tensor]:
     """The columns that stay of a linear, and its weight with those only, `[rows, keep]`.
@@ -17,10 +19,7 @@ def eliminated(weight: Tensor, moment: Tensor, keep: int, ridge: float) -> tuple
         moment: `[columns, columns]`.
         ridge: what is added to the diagonal.
     """
-    damped = moment.double()
-    damped.diagonal().add_(ridge)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    del damped
+    inverse = damped_inverse(moment, ridge)
     left, numbers = weight.double(), torch.arange(weight.shape[1])
     while len(numbers) > keep:
         costs = left.square().sum(0) / inverse.diagonal()
