@@ -17,5 +17,5 @@ _spec.loader.exec_module(benchmark)
 
 @pytest.mark.parametrize("case", ["hidden 512", "32 experts", "hidden 1024, rtn", "hidden 1024, lorc"])
 def test_peak_memory_is_within_a_tenth_of_the_plan(case: str) -> None:
-    predicted, measured, base = benchmark.measure(case)
+    predicted, measured, base, _ = benchmark.measure(case)
     assert predicted + base == pytest.approx(measured + base, rel=0.1)
