@@ -1,9 +1,20 @@
-"""Which path runs a linear: pure functions of shapes and capabilities, so they are tested without the hardware."""
+"""Which path runs an operator: pure functions of shapes and capabilities, so they are tested without the hardware.
+
+On a GPU a configuration comes from the device's file in `configs/`, which `benchmarks/gpu.py` writes, else from the
+tables below, all of whose entries `tests/test_aot.py` compiles. Nothing is tuned while a model loads or runs.
+"""
 
 from __future__ import annotations
 
+import json
+import math
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -41,3 +52,223 @@ def int4_path(tokens: int, dtype: torch.dtype, capability: CpuCapability) -> str
     if dtype != torch.bfloat16:
         return "dequantize"
     return "int4pack" if tokens <= (48 if capability.bf16_matrix else 64) else "dequantize"
+
+
+@dataclass(frozen=True)
+class GpuCapability:
+    """What of a GPU the choice depends on."""
+
+    name: str
+    backend: str  # "cuda" or "hip"
+    arch: int  # 80, 90, 100, ...
+    processors: int
+
+    @property
+    def assembly(self) -> bool:
+        """Whether it takes NVIDIA's instructions."""
+        return self.backend == "cuda"
+
+    @property
+    def family(self) -> str:
+        """Of the tables below: Hopper's matrix instructions, or those since Ampere."""
+        return "hopper" if self.backend == "cuda" and self.arch == 90 else "ampere"
+
+
+def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether Triton's kernels run activations of a dtype on a device: a GPU, or the CPU in Triton's interpreter."""
+    here = device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+    return here and dtype in (torch.bfloat16, torch.float16) and find_spec("triton") is not None
+
+
+def has_int_linear(bits: int, group_size: int, columns: int) -> bool:
+    """Whether `int_linear` takes groups of a size: the columns of a plane share a scale, or those of a tile."""
+    if group_size >= columns:
+        return True
+    return group_size % 128 == 0 or (group_size < 128 and group_size % (16 if bits in (2, 3) else 32) == 0)
+
+
+def has_sparse_linear(group_size: int, kept: int) -> bool:
+    """Whether `sparse_linear` takes groups of so many of a row's `kept` entries: a quarter of a tile shares one."""
+    return group_size >= kept or group_size % 32 == 0
+
+
+INTERPRETER = GpuCapability("interpreter", "cpu", 0, 4)
+
+
+@cache
+def gpu_capability(device: torch.device) -> GpuCapability:
+    """Of a device that tensors lie on; of the CPU that of Triton's interpreter."""
+    if device.type != "cuda":
+        return INTERPRETER
+    found = torch.cuda.get_device_properties(device)
+    backend = "hip" if torch.version.hip else "cuda"
+    return GpuCapability(found.name, backend, 10 * found.major + found.minor, found.multi_processor_count)
+
+
+class Tile(NamedTuple):
+    """What a program of a GEMM works on.
+
+    Attributes:
+        tokens, rows: of the result.
+        warps: of a program.
+        stages: of loads in flight.
+    """
+
+    tokens: int
+    rows: int
+    warps: int
+    stages: int
+
+
+class Launch(NamedTuple):
+    """How a product runs.
+
+    Attributes:
+        kernel: `gemv`, `gemm`, or `expand` (decode the weight, a few rows at a time, in front of a dense product).
+        tile: of its programs.
+        splits: programs that share the columns.
+    """
+
+    kernel: str
+    tile: Tile
+    splits: int
+
+
+# By the number of tokens up to which it serves.
+TILES: dict[str, dict[str, dict[int, Tile]]] = {
+    "int_linear": {
+        "hopper": {8: Tile(8, 64, 4, 5), 16: Tile(16, 64, 4, 4), 32: Tile(32, 128, 4, 4), 64: Tile(64, 128, 4, 3),
+                   192: Tile(128, 128, 8, 3)},
+        "ampere": {8: Tile(8, 64, 4, 4), 16: Tile(16, 64, 4, 4), 32: Tile(32, 64, 4, 3), 64: Tile(64, 64, 4, 2),
+                   192: Tile(64, 128, 8, 2)},
+    },
+    "sparse_linear": {
+        "hopper": {8: Tile(8, 64, 4, 3), 16: Tile(16, 64, 4, 2), 32: Tile(32, 64, 4, 2), 64: Tile(64, 128, 8, 2)},
+        "ampere": {8: Tile(8, 64, 4, 3), 16: Tile(16, 64, 4, 2), 32: Tile(32, 64, 4, 3), 64: Tile(64, 64, 4, 2)},
+    },
+    "experts": {
+        "hopper": {16: Tile(16, 64, 4, 3), 1024: Tile(32, 64, 4, 3), 1 << 30: Tile(64, 64, 4, 2)},
+        "ampere": {16: Tile(16, 64, 4, 3), 1024: Tile(32, 64, 4, 2), 1 << 30: Tile(64, 64, 8, 2)},
+    },
+}  # fmt: skip
+GEMV = Tile(1, 64, 4, 3)
+TILES_PER_SPLIT = 4  # tiles of columns that a program gets at least
+PROGRAMS = 4  # that a processor should have
+
+
+def splits_for(programs: int, tiles: int, processors: int) -> int:
+    """In how many parts to split the columns so that all processors have work."""
+    wanted = -(-PROGRAMS * processors // programs)
+    return max(1, min(wanted, tiles // TILES_PER_SPLIT, 16))
+
+
+def heuristic_tile(kernel: str, tokens: int, gpu: GpuCapability) -> Tile | None:
+    """By the tables; None beyond these."""
+    return next((tile for most, tile in TILES[kernel][gpu.family].items() if tokens <= most), None)
+
+
+def bucket(tokens: int) -> int:
+    """The number of tokens that a tuned configuration is kept under."""
+    return next((most for most in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512) if tokens <= most), 1024)
+
+
+def config_key(
+    kernel: str, tokens: int, rows: int, columns: int, bits: int, group_size: int, dtype: torch.dtype
+) -> str:
+    """The name of a tuned configuration."""
+    kind = str(dtype).removeprefix("torch.")
+    return f"{kernel} int{bits} group {group_size} {kind} tokens {bucket(tokens)} shape {rows}x{columns}"
+
+
+def config_file(gpu: GpuCapability) -> Path:
+    """Where a device's tuned configurations are."""
+    return Path(__file__).parent / "configs" / (gpu.name.replace(" ", "_").replace("/", "_") + ".json")
+
+
+@cache
+def tuned(gpu: GpuCapability) -> dict[str, Launch]:
+    """A device's tuned configurations; empty where it has no file."""
+    file = config_file(gpu)
+    if not file.is_file():
+        return {}
+    entries = json.loads(file.read_text(encoding="utf-8"))["launches"]
+    return {key: Launch(found["kernel"], Tile(*found["tile"]), found["splits"]) for key, found in entries.items()}
+
+
+def nearest(key: str, entries: dict[str, Launch]) -> Launch | None:
+    """A tuned configuration: of this very shape, else of the nearest size among those alike in all else."""
+    if key in entries:
+        return entries[key]
+    alike, shape = key.rsplit(" ", 1)
+    size = _size(shape)
+    others = [other for other in entries if other.rsplit(" ", 1)[0] == alike]
+    if not others:
+        return None
+    return entries[min(others, key=lambda other: abs(math.log(_size(other.rsplit(" ", 1)[1]) / size)))]
+
+
+def _size(shape: str) -> int:
+    rows, columns = shape.split("x")
+    return int(rows) * int(columns)
+
+
+def linear_launch(
+    kernel: str, tokens: int, rows: int, columns: int, bits: int, group_size: int, depth: int, dtype: torch.dtype,
+    gpu: GpuCapability,
+) -> Launch:  # fmt: skip
+    """How a product runs.
+
+    Args:
+        kernel: `int_linear` or `sparse_linear`.
+        tokens, rows, columns: of the inputs and the weight.
+        bits, group_size: of its codes.
+        depth: columns of a tile.
+        dtype: of the activations.
+    """
+    if found := nearest(config_key(kernel, tokens, rows, columns, bits, group_size, dtype), tuned(gpu)):
+        return found
+    tile = heuristic_tile(kernel, tokens, gpu)
+    if tile is None:
+        return Launch("expand", GEMV, 1)
+    programs = -(-rows // tile.rows) * -(-tokens // tile.tokens)
+    return Launch("gemm", tile, splits_for(programs, -(-columns // depth), gpu.processors))
+
+
+def every_launch() -> Iterator[tuple[str, str, Tile]]:
+    """Kernel, family and tile of all that the tables can ask for."""
+    for kernel, families in TILES.items():
+        for family, tiles in families.items():
+            for tile in dict.fromkeys(tiles.values()):
+                yield kernel, family, tile
+
+
+class Span(NamedTuple):
+    """What a program of latent attention works on.
+
+    Attributes:
+        tokens: of a tile.
+        channels: of a key's latents at a time.
+        warps: of a program; stages: of loads in flight.
+    """
+
+    tokens: int
+    channels: int
+    warps: int
+    stages: int
+
+
+def attention_span(key_width: int, value_width: int, codes: bool, gpu: GpuCapability) -> Span:
+    """By the latents that a head reads: wide ones leave less room in shared memory and registers."""
+    channels = next(part for part in (64, 32, 16) if key_width % part == 0 or (codes and part == 32))  # of a scale
+    width = key_width + value_width
+    if width <= 256:
+        return Span(64, channels, 4, 2)
+    if width <= 512:
+        return Span(32, channels, 8, 1 if codes else 2)
+    return Span(32 if gpu.family == "hopper" else 16, channels, 8, 1)
+
+
+def attention_splits(lines: int, tokens: int, span: Span, gpu: GpuCapability) -> int:
+    """Into how many spans to divide the tokens of `lines` (sequences × key-value heads)."""
+    wanted = -(-2 * gpu.processors // lines)
+    return max(1, min(wanted, -(-tokens // (2 * span.tokens)), 128))

@@ -49,3 +49,52 @@ def grouped_product(x: Tensor, weight: Tensor, groups: int) -> Tensor:
     parts = x.reshape(-1, groups, x.shape[-1] // groups).transpose(0, 1)
     product = torch.bmm(parts, weight.view(groups, -1, weight.shape[1]).mT)
     return product.transpose(0, 1).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def latent_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, up: Tensor, cosines: Tensor, sines: Tensor, scale: float,
+    key_groups: int, value_groups: int, bias: Tensor | None = None, norm: Tensor | None = None, epsilon: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """One new token of one sequence over the latents of what it sees, by the book; arguments as `ops` has them.
+
+    Args:
+        queries: `[kv_heads, queries, head_dim]`; keys, values: `[tokens, rank]`.
+        cosines, sines: `[tokens, head_dim / 2]`.
+
+    Returns:
+        `[kv_heads, queries, value_rank / value_groups]`.
+    """
+    heads = len(queries)
+    made = keys.unflatten(1, (key_groups, -1)).transpose(0, 1).repeat_interleave(heads // key_groups, 0) @ up
+    if bias is not None:
+        made = made + bias[:, None]
+    if norm is not None:
+        made = made * torch.rsqrt(made.square().mean(-1, keepdim=True) + epsilon) * norm
+    first, second = made.chunk(2, -1)
+    made = torch.cat([first * cosines - second * sines, second * cosines + first * sines], -1)
+    shares = (queries @ made.mT * scale).softmax(-1)
+    return shares @ values.unflatten(1, (value_groups, -1)).transpose(0, 1).repeat_interleave(heads // value_groups, 0)
+
+
+def gated_experts(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, index: Tensor, coefficients: Tensor) -> Tensor:
+    """A mixture of gated MLPs with SiLU.
+
+    Args:
+        x: `[tokens, hidden_size]`.
+        gate, up: `[experts, intermediate_size, hidden_size]`; down: `[experts, hidden_size, intermediate_size]`.
+        index, coefficients: `[tokens, top_k]`, the router's.
+    """
+    result = torch.zeros_like(x)
+    for token, choice in torch.cartesian_prod(torch.arange(len(x)), torch.arange(index.shape[1])).tolist():
+        expert = int(index[token, choice])
+        inner = F.silu(gate[expert] @ x[token]) * (up[expert] @ x[token])
+        result[token] += coefficients[token, choice] * (down[expert] @ inner)
+    return result
+
+
+def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Each row of `[rows, columns]` over its largest size: codes in `dtype` (int8, fp8), float32 scales `[rows]`."""
+    largest = 127 if dtype == torch.int8 else torch.finfo(dtype).max
+    scales = x.float().abs().amax(1).clamp_min(1e-12) / largest
+    codes = x.float() / scales[:, None]
+    return (codes.round() if dtype == torch.int8 else codes).to(dtype), scales

@@ -1,0 +1,98 @@
+"""Group-quantized products: every width, group, shape and path, with what follows them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from compressor.kernels import dispatch, layouts, ops, reference
+
+Guard = Callable[[Tensor], Tensor]
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def weights(rows: int, columns: int, bits: int, group: int, symmetric: bool, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(rows + columns + bits)
+    half = 2 ** (bits - 1)
+    codes = torch.randint(-half, half, (rows, columns), generator=generator).to(torch.int8)
+    groups = -(-columns // group)
+    scales = (torch.rand(rows, groups, generator=generator) - 0.3).to(dtype)
+    zeros = torch.randint(-half, half, (rows, groups), generator=generator).to(torch.int8)
+    return (codes, scales) if symmetric else (codes, scales, zeros)
+
+
+def twin(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, group: int, dtype: torch.dtype) -> Tensor:
+    weight = reference.dequantize_int(codes, scales, zeros, group, dtype)  # rounded once, as a kernel may
+    return x.double() @ weight.double().T
+
+
+def stored(guarded: Guard, parts: tuple[Tensor, ...], bits: int, group: int, dtype: torch.dtype) -> layouts.IntWords:
+    codes, scales, *zeros = parts
+    words = layouts.swizzle_int(codes, scales, zeros[0] if zeros else None, bits, group, dtype)
+    high = None if words.high is None else guarded(words.high)
+    return words._replace(words=guarded(words.words), high=high, pairs=guarded(words.pairs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize(("kernel", "splits"), [("gemm", 1), ("gemm", 2), ("gemv", 2), ("expand", 1)])
+def test_every_width_and_path(
+    device: torch.device, guarded: Guard, close: Callable[..., None], kernel: str, splits: int, bits: int,
+    symmetric: bool, dtype: torch.dtype,
+) -> None:  # fmt: skip
+    rows, columns, group, tokens = 72, 256, 128, 1 if kernel == "gemv" else 5
+    parts = weights(rows, columns, bits, group, symmetric, dtype)
+    x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(1)).to(dtype)
+    launch = dispatch.Launch(kernel, dispatch.Tile(16, 64, 4, 2), splits)
+    result = ops.run_int_linear(launch, guarded(x), stored(guarded, parts, bits, group, dtype), rows)
+    assert result.dtype == dtype
+    close(result, twin(x, parts[0], parts[1], parts[2] if len(parts) > 2 else None, group, dtype), kernel)
+
+
+@pytest.mark.parametrize(("rows", "columns", "group"), [(40, 160, 32), (64, 200, 64), (130, 96, 96), (33, 288, 128)])
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_ragged_shapes_and_groups(
+    device: torch.device, guarded: Guard, close: Callable[..., None], rows: int, columns: int, group: int, bits: int
+) -> None:
+    dtype = torch.float16
+    parts = weights(rows, columns, bits, group, False, dtype)
+    weight = stored(guarded, parts, bits, group, dtype)
+    for tokens, kernel in ((1, "gemv"), (3, "gemm"), (17, "gemm"), (2, "expand")):
+        x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(2)).to(dtype)
+        launch = dispatch.Launch(kernel, dispatch.Tile(16, 64, 4, 2), 1)
+        result = ops.run_int_linear(launch, guarded(x), weight, rows)
+        close(result, twin(x, *parts, group, dtype), f"{kernel} {tokens}")
+
+
+@pytest.mark.parametrize(("kernel", "splits"), [("gemm", 1), ("gemm", 3), ("expand", 1)])
+def test_bias_and_residual(
+    device: torch.device, guarded: Guard, close: Callable[..., None], kernel: str, splits: int
+) -> None:
+    dtype, rows, columns, rank = torch.bfloat16, 72, 384, 24
+    parts = weights(rows, columns, 4, 128, True, dtype)
+    generator = torch.Generator().manual_seed(3)
+    x, bias = torch.randn(6, columns, generator=generator).to(dtype), torch.randn(rows, generator=generator).to(dtype)
+    up = torch.randn(rows, rank, generator=generator).to(dtype)
+    down = (10 * torch.randn(6, rank, generator=generator)).to(dtype)
+    launch = dispatch.Launch(kernel, dispatch.Tile(16, 64, 4, 2), splits)
+    weight = stored(guarded, parts, 4, 128, dtype)
+    result = ops.run_int_linear(launch, guarded(x), weight, rows, guarded(bias), guarded(up), guarded(down))
+    exact = twin(x, *parts, None, 128, dtype) + bias.double() + down.double() @ up.double().T
+    close(result, exact, kernel)
+
+
+def test_the_operator(device: torch.device, close: Callable[..., None]) -> None:
+    dtype, rows, columns = torch.bfloat16, 64, 128
+    parts = weights(rows, columns, 4, 64, True, dtype)
+    words, high, pairs, bits, group = layouts.swizzle_int(*parts, None, 4, 64, dtype)
+    x = torch.randn(2, 3, columns, generator=torch.Generator().manual_seed(4)).to(dtype)
+    arguments = (x.to(device), words.to(device), high, pairs.to(device), rows, bits, group)
+    result = ops.int_linear(*arguments)
+    close(result, twin(x, *parts, None, 64, dtype), "operator")
+    torch.library.opcheck(
+        torch.ops.compressor.int_linear.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )

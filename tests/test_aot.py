@@ -1,0 +1,51 @@
+"""Kernels compiled for GPUs that are not here: no spills, memory that fits, matrix instructions.
+
+One width of codes for every tile that dispatch can ask for; `benchmarks/aot.py` has all of them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("a process either interprets or compiles", allow_module_level=True)
+SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "aot.py"
+_spec = importlib.util.spec_from_file_location("aot_benchmark", SCRIPT)
+assert _spec is not None
+assert _spec.loader is not None
+aot = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(aot)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_products_with_integers(target: str) -> None:
+    for case in aot.int_cases(target, 4, 128, torch.bfloat16):
+        found = aot.check(case, target)
+        assert found.instructions["I2F"] <= 3, case.name  # decoding converts no integers; divisions of sizes may
+
+
+@pytest.mark.parametrize(("target", "bits"), [("sm_80", 16), ("sm_90", 4)])
+def test_products_with_sparse_weights(target: str, bits: int) -> None:
+    for case in aot.sparse_cases(target, bits, 32, torch.bfloat16):
+        aot.check(case, target)
+
+
+@pytest.mark.parametrize(("target", "codes"), [("sm_80", False), ("sm_90", False), ("sm_90", True)])
+def test_attention_over_latents(target: str, codes: bool) -> None:
+    for case in aot.attention_cases(target, codes, torch.bfloat16):
+        aot.check(case, target)
+
+
+def test_the_gate_can_fail() -> None:
+    case = next(iter(aot.int_cases("sm_80", 4, 128, torch.bfloat16)))
+    with pytest.raises(AssertionError, match="spills"):
+        aot.check(case._replace(constants={**case.constants, "BM": 128, "BN": 128}, stages=12), "sm_80")
+    gemv = next(case for case in aot.int_cases("sm_80", 4, 128, torch.bfloat16) if not case.matrix)
+    with pytest.raises(AssertionError, match="no matrix instruction"):
+        aot.check(gemv._replace(matrix=True), "sm_80")

@@ -1,0 +1,101 @@
+"""Which kernel runs what, on devices that are not here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from compressor.kernels import dispatch
+from compressor.kernels.dispatch import GpuCapability, Launch, Tile
+
+H200 = GpuCapability("NVIDIA H200", "cuda", 90, 132)
+A100 = GpuCapability("NVIDIA A100-SXM4-80GB", "cuda", 80, 108)
+MI300 = GpuCapability("AMD Instinct MI300X", "hip", 94, 304)
+
+
+def launch(tokens: int, gpu: GpuCapability = H200, rows: int = 4096, columns: int = 4096) -> Launch:
+    return dispatch.linear_launch("int_linear", tokens, rows, columns, 4, 128, 128, torch.bfloat16, gpu)
+
+
+@pytest.fixture(autouse=True)
+def _no_tuned_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(dispatch, "config_file", lambda gpu: tmp_path / f"{gpu.name}.json")
+    dispatch.tuned.cache_clear()
+
+
+def test_tiles_grow_with_the_tokens() -> None:
+    for gpu in (H200, A100, MI300, dispatch.INTERPRETER):
+        sizes = [launch(tokens, gpu).tile.tokens for tokens in (1, 8, 9, 16, 17, 64, 65, 192)]
+        assert sizes == sorted(sizes)
+        assert all(found >= min(tokens, 64) for found, tokens in zip(sizes, (1, 8, 9, 16, 17, 64), strict=False))
+
+
+def test_many_tokens_share_a_decoded_weight() -> None:
+    assert launch(192).kernel == "gemm"
+    assert launch(193).kernel == "expand"
+
+
+def test_small_layers_are_split_and_large_ones_are_not() -> None:
+    assert launch(1).splits > 1
+    assert launch(1, rows=1 << 17).splits == 1
+    assert launch(1, columns=256).splits == 1  # two tiles: nothing to share
+    for tokens in (1, 16, 64, 192):
+        found = launch(tokens)
+        assert 4096 // 128 // found.splits >= dispatch.TILES_PER_SPLIT or found.splits == 1
+
+
+def test_assembly_is_for_nvidia_alone() -> None:
+    assert H200.assembly
+    assert not MI300.assembly
+    assert not dispatch.INTERPRETER.assembly
+
+
+def write(gpu: GpuCapability, launches: dict[str, Launch]) -> None:
+    entries = {
+        key: {"kernel": one.kernel, "tile": list(one.tile), "splits": one.splits} for key, one in launches.items()
+    }
+    dispatch.config_file(gpu).write_text(json.dumps({"launches": entries}), encoding="utf-8")
+
+
+def test_a_tuned_configuration_wins_and_serves_its_neighbours() -> None:
+    key = dispatch.config_key("int_linear", 4, 4096, 4096, 4, 128, torch.bfloat16)
+    large = dispatch.config_key("int_linear", 4, 28672, 8192, 4, 128, torch.bfloat16)
+    first, second = Launch("gemm", Tile(16, 32, 2, 5), 3), Launch("gemm", Tile(16, 128, 4, 3), 1)
+    write(H200, {key: first, large: second})
+    assert launch(4) == launch(3) == first  # 3 tokens run like 4
+    assert launch(4, rows=4096, columns=5120) == first
+    assert launch(4, rows=28672, columns=4096) == second
+    assert launch(4, A100) not in (first, second)
+    assert launch(1) not in (first, second)
+
+
+def test_experts_have_a_tile_for_any_number_of_tokens() -> None:
+    for tokens in (0, 1, 100, 10**6):
+        assert dispatch.heuristic_tile("experts", tokens, H200) is not None
+
+
+@pytest.mark.parametrize("gpu", [H200, A100])
+@pytest.mark.parametrize("width", [16, 48, 64, 512])
+def test_spans_of_attention(gpu: GpuCapability, width: int) -> None:
+    span = dispatch.attention_span(width, width, False, gpu)
+    assert width % span.channels == 0
+    assert dispatch.attention_splits(1, 100, span, gpu) <= 4
+    assert 64 <= dispatch.attention_splits(2, 1 << 17, span, gpu) <= 128
+    assert dispatch.attention_splits(512, 1 << 17, span, gpu) == 1
+
+
+def test_importing_the_kernels_touches_no_driver() -> None:
+    code = (
+        "import torch\n"
+        "def refuse(*args, **options): raise AssertionError('a driver was asked')\n"
+        "torch.cuda.init = torch.cuda._lazy_init = torch.cuda.get_device_properties = refuse\n"
+        "from compressor.kernels import cpu, dispatch, layouts, ops, reference\n"
+        "import sys; assert 'triton' not in sys.modules\n"
+        "from compressor.kernels.triton import activations, grouped, latent_attention, sparse24, w4a16\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
