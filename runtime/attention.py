@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ModelError
+from .latent_decode import LatentDecode
 from .modules import LatentLinear, StoredLinear
 
 TILE = 1024  # cached tokens whose keys are made again at a time while decoding
@@ -44,6 +45,7 @@ class RotaryTable:
     def __init__(self, rotary: nn.Module) -> None:
         self._rotary = rotary
         self._tables: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+        self._halves: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """`[length, head_dim]` each, in the dtype and on the device of `like`."""
@@ -52,7 +54,21 @@ class RotaryTable:
             slots = torch.arange(max(1024, 1 << (length - 1).bit_length()), device=like.device)
             cosines, sines = self._rotary(like.new_empty(1), slots[None])
             known = self._tables[like.dtype] = cosines[0], sines[0]
+            self._halves.pop(like.dtype, None)
         return known[0][:length], known[1][:length]
+
+    def halves(self, length: int, like: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+        """`[length or more, head_dim / 2]` each: those of the pairs of `layouts.pair_order`, all channels of a head."""
+        self(length, like)
+        if like.dtype not in self._halves:
+            cosines, sines = self._tables[like.dtype]
+            width = cosines.shape[1] // 2
+            rest = (0, head_dim // 2 - width)
+            self._halves[like.dtype] = (
+                nn.functional.pad(cosines[:, :width], rest, value=1.0).contiguous(),
+                nn.functional.pad(sines[:, :width], rest).contiguous(),
+            )
+        return self._halves[like.dtype]
 
 
 def rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
@@ -133,6 +149,7 @@ class LatentAttention(nn.Module):
         if self.value_up is not None and type(self.o_proj) is nn.Linear and width <= self.head_dim:
             self.o_proj, self.value_up = self._merged(self.o_proj), None
             del self.values.up
+        self._kernel = LatentDecode.of(self)
 
     def _behind_output(self, bias: Tensor) -> Tensor:
         heads = bias.float().view(self.kv_heads, 1, -1).expand(-1, self.num_key_value_groups, -1).reshape(1, -1)
@@ -225,6 +242,9 @@ class LatentAttention(nn.Module):
         batch, heads, _, _ = queries.shape
         grouped = queries.view(batch, self.kv_heads, -1, self.head_dim)
         total = keys.shape[2]
+        if self._kernel is not None and (mask is None or mask.dtype == torch.bool):
+            found = self._kernel(grouped, keys, values, mask, self._rotary.halves(total, queries, self.head_dim))
+            return (found if self.value_up is None else found @ self.value_up.mT).reshape(batch, 1, heads, -1)
         tiles = (
             self._keys(keys, slice(start, min(start + TILE, total)), queries.dtype).contiguous() @ grouped.mT
             for start in range(0, total, TILE)

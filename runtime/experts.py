@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..kernels import ops
+from ..kernels.layouts import stacked_rows
+from .modules import IntLinear
 
 
 class Expert(nn.Module):
@@ -58,6 +63,63 @@ class Experts(nn.ModuleList):
             output = self[number](hidden_states[token], top_k_weights[token, slot])
             result.index_add_(0, token, output.to(result.dtype))
         return result
+
+
+class PackedExperts(nn.Module):
+    """Quantized experts of a layer as one stack that a kernel runs, in place of `Experts`.
+
+    Attributes:
+        gate_up_words, gate_up_high, gate_up_pairs: `[experts, ...]` as `layouts.IntWords` has them, gate above up.
+        down_words, down_high, down_pairs: alike.
+    """
+
+    def __init__(self, experts: Sequence[Any]) -> None:
+        super().__init__()
+        gate, down = (getattr(experts[0], name) for name in ("gate_proj", "down_proj"))
+        self.intermediate_size = gate.out_features
+        self.bits, self.group_sizes = ([gate.layout[i], down.layout[i]] for i in (0, 1))
+        stacks = {
+            "gate_up": [stacked_rows([one.gate_proj.stored, one.up_proj.stored]) for one in experts],
+            "down": [one.down_proj.stored for one in experts],
+        }
+        for name, members in stacks.items():
+            for part in ("words", "high", "pairs"):
+                tensors = [getattr(member, part) for member in members]
+                stack = None if tensors[0] is None else torch.stack(tensors)
+                self.register_buffer(f"{name}_{part}", stack, persistent=False)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """As `Experts.forward`."""
+        result: Tensor = ops.int_experts(
+            hidden_states, top_k_index, top_k_weights.to(hidden_states.dtype), self.gate_up_words, self.gate_up_high,
+            self.gate_up_pairs, self.down_words, self.down_high, self.down_pairs, self.intermediate_size, self.bits,
+            self.group_sizes,
+        )  # fmt: skip
+        return result
+
+
+def _can_be_packed(experts: Sequence[Any]) -> bool:
+    """Whether a kernel runs all experts at once: weights in its layout, of one scheme, and gates with SiLU."""
+    linears = [part for one in experts for part in (one.gate_proj, one.up_proj, one.down_proj)]
+    if not all(isinstance(part, IntLinear) and part.device_layout and part.bias is None for part in linears):
+        return False
+    first, activation = experts[0], experts[0].activation
+    alike = all(
+        one.gate_proj.layout == one.up_proj.layout == first.gate_proj.layout
+        and one.down_proj.layout == first.down_proj.layout
+        for one in experts
+    )
+    return alike and getattr(activation, "__name__", type(activation).__name__) in ("silu", "SiLUActivation")
+
+
+def pack_experts(model: nn.Module) -> None:
+    """Stack the experts of a loaded model where a kernel runs them."""
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, Experts)]
+    for name, module in found:
+        experts: list[Any] = list(module)
+        if _can_be_packed(experts):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, PackedExperts(experts))
 
 
 def unfuse_experts(model: nn.Module) -> None:

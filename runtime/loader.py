@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from .attention import install_latent_attention
 from .errors import ModelError
+from .experts import pack_experts
 from .modules import stored_linear
 from .skeleton import Skeleton, restore_buffers
 from .stored import NATIVE_TYPE, StoredModel, open_model
@@ -57,6 +58,7 @@ def load(
     if head is None or torch.equal(model.get_input_embeddings().weight, state["lm_head.weight"]):
         model.tie_weights()  # a head of its own is kept, whatever the config says, as transformers does
     restore_buffers(model, skeleton.config, target)
+    pack_experts(model)
     left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     assert not left, f"left on meta: {left}"
     if (checkpoint.path / "generation_config.json").is_file():

@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from ..kernels import cpu, dispatch, layouts
+from ..kernels import cpu, dispatch, layouts, ops
 from ..kernels.reference import block_diagonal, grouped_product
-from .operators import IntQuantized
+from .operators import IntQuantized, Operator, Sparse24, from_tensors
 from .operators.base import below, shared
+
+Blocks = tuple[Tensor | None, Tensor | None]  # diagonal blocks one below the other, and the scales of their rows
 
 _ALL = slice(None)
 
@@ -38,26 +41,59 @@ class StoredLinear(nn.Module):
         """The weight `[out_features, in_features]`."""
         return self.product(torch.eye(self.in_features, dtype=dtype, device=next(self.buffers()).device)).T
 
-    def forward(self, x: Tensor) -> Tensor:
+    def affine(self, x: Tensor, bias: Tensor | None, up: Tensor | None = None, down: Tensor | None = None) -> Tensor:
+        """`W x + bias + up down`, for `down` `[..., rank]` that a residual's lower factor made of x."""
         result = self.product(x)
-        return result if self.bias is None else result + self.bias
+        if up is not None and down is not None:
+            result = result + F.linear(down, up)
+        return result if bias is None else result + bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.affine(x, self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}"
 
 
 class RowsLinear(StoredLinear):
-    """One whose rows can be decoded on their own, so that products are made a tile of rows at a time."""
+    """One whose rows can be decoded on their own, so that products are made a tile of rows at a time; or, on a GPU, one
+    that a kernel runs as it is.
+
+    Attributes:
+        device_layout: which of the two; then activations are taken in `dtype`.
+    """
+
+    device_layout = False
+    dtype: torch.dtype
 
     def decode(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Some rows of the weight."""
+        """Some rows of the weight, without a device layout."""
         raise NotImplementedError
 
+    def fused(self, x: Tensor, *ends: Tensor | None) -> Tensor:
+        """A kernel's product and what follows it: bias, up and down, as `affine` takes them."""
+        raise NotImplementedError
+
+    def tiled(self, x: Tensor) -> Tensor:
+        """The product a tile of rows at a time."""
+        return cpu.linear_tiles(x, lambda rows: self.decode(rows, x.dtype), self.out_features)
+
     def whole(self, dtype: torch.dtype) -> Tensor:
-        return self.decode(_ALL, dtype)
+        return super().whole(dtype) if self.device_layout else self.decode(_ALL, dtype)
 
     def product(self, x: Tensor) -> Tensor:
-        return cpu.linear_tiles(x, lambda rows: self.decode(rows, x.dtype), self.out_features)
+        return self.fused(x.to(self.dtype)).to(x.dtype) if self.device_layout else self.tiled(x)
+
+    def affine(self, x: Tensor, bias: Tensor | None, up: Tensor | None = None, down: Tensor | None = None) -> Tensor:
+        if self.device_layout and x.dtype == self.dtype:
+            return self.fused(x, bias, up, down)
+        return super().affine(x, bias, up, down)
+
+    def _keep(self, **tensors: Tensor | None) -> None:
+        """Tensors of the kernels' layout, in place of those on disk."""
+        self.device_layout = True
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=False)
 
 
 class DenseLinear(RowsLinear):
@@ -78,37 +114,59 @@ class IntLinear(RowsLinear):
     """Group-quantized integers, kept packed.
 
     Attributes:
-        packed, scales, zeros: as stored (`operators.IntQuantized`), zeros unpacked to int8.
+        packed, scales, zeros: as stored (`operators.IntQuantized`), zeros unpacked to int8; or, for GPUs,
+        words, high, pairs: in the layout of the kernels (`layouts.IntWords`).
     """
 
     packed: Tensor
     scales: Tensor
     zeros: Tensor | None
+    words: Tensor
+    high: Tensor | None
+    pairs: Tensor
 
     def __init__(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any], dtype: torch.dtype) -> None:
         operator = IntQuantized.from_tensors(tensors, scheme)
         super().__init__(*operator.shape)
         self.bits, self.group_size, self.span = operator.bits, operator.group_size, operator.span
+        self.dtype, self._int4 = dtype, None
+        device = operator.codes.device
+        if dispatch.has_kernels(device, dtype) and dispatch.has_int_linear(self.bits, self.span, self.in_features):
+            self._swizzle(operator)
+            return
         self.register_buffer("packed", tensors["weight_packed"], persistent=False)
         self.register_buffer("scales", operator.scales, persistent=False)
         self.register_buffer("zeros", operator.zeros, persistent=False)
-        self._int4: tuple[Tensor, Tensor] | None = None
         native = dispatch.has_int4_kernel(
             self.bits, self.out_features, self.span, self.in_features, operator.zeros is None
         )
-        if native and dtype == torch.bfloat16 and self.packed.device.type == "cpu":
+        if native and dtype == torch.bfloat16 and device.type == "cpu":
             self._int4 = cpu.pack_int4(operator.codes, operator.scales)
+
+    def _swizzle(self, operator: IntQuantized) -> None:
+        words = layouts.swizzle_int(operator.codes, operator.scales, operator.zeros, self.bits, self.span, self.dtype)
+        self.layout = words.bits, words.group_size
+        self._keep(words=words.words, high=words.high, pairs=words.pairs)
+
+    @property
+    def stored(self) -> layouts.IntWords:
+        """The weight in the kernels' layout."""
+        return layouts.IntWords(self.words, self.high, self.pairs, *self.layout)
+
+    def fused(self, x: Tensor, *ends: Tensor | None) -> Tensor:
+        result: Tensor = ops.int_linear(x, self.words, self.high, self.pairs, self.out_features, *self.layout, *ends)
+        return result
 
     def decode(self, rows: slice, dtype: torch.dtype) -> Tensor:
         zeros = None if self.zeros is None else self.zeros[rows]
         packed, scales = self.packed[rows], self.scales[rows]
         return cpu.decode_packed(packed, scales, zeros, self.bits, self.in_features, self.span, dtype)
 
-    def product(self, x: Tensor) -> Tensor:
+    def tiled(self, x: Tensor) -> Tensor:
         tokens = x.numel() // x.shape[-1]
         if self._int4 is not None and dispatch.int4_path(tokens, x.dtype, dispatch.cpu_capability()) == "int4pack":
             return cpu.linear_int4(x, *self._int4, self.span)
-        return super().product(x)
+        return super().tiled(x)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, int{self.bits}, group_size={self.group_size}"
@@ -118,18 +176,49 @@ class Sparse24Linear(RowsLinear):
     """Two of every four columns.
 
     Attributes:
-        values: holds the kept entries `[out_features, in_features / 2]`.
-        indices: as stored, two groups a byte.
+        values: holds the kept entries `[out_features, in_features / 2]`; indices: as stored, two groups a byte; or,
+            for GPUs,
+        entries, kept, pairs: in the layout of the kernels (`layouts.SparseWords`).
     """
 
+    values: RowsLinear
     indices: Tensor
+    entries: Tensor
+    kept: Tensor
+    pairs: Tensor
 
     def __init__(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any], dtype: torch.dtype) -> None:
-        values = _build(below(tensors, "values"), scheme["values"], dtype)
-        assert isinstance(values, RowsLinear)
-        super().__init__(values.out_features, 2 * values.in_features)
-        self.values = values
+        operator = Sparse24.from_tensors(tensors, scheme, from_tensors)
+        super().__init__(*operator.shape)
+        self.dtype, values = dtype, operator.values
+        span = values.span if isinstance(values, IntQuantized) else values.shape[1]
+        if dispatch.has_kernels(tensors["indices"].device, dtype) and dispatch.has_sparse_linear(span, values.shape[1]):
+            self._swizzle(values, operator.indices)
+            return
+        inner = _build(below(tensors, "values"), scheme["values"], dtype)
+        assert isinstance(inner, RowsLinear)
+        self.values = inner
         self.register_buffer("indices", tensors["indices"], persistent=False)
+
+    def _swizzle(self, values: Operator, indices: Tensor) -> None:
+        if isinstance(values, IntQuantized):
+            words = layouts.swizzle_sparse24(
+                values.codes, indices, values.scales, values.zeros, values.bits, values.span, self.dtype
+            )
+        else:
+            words = layouts.swizzle_sparse24(values.dense(self.dtype), indices, None, None, 16, 0, self.dtype)
+        self.layout = words.bits, words.group_size, words.width
+        self._keep(entries=words.values, kept=words.kept, pairs=words.pairs)
+
+    def between(self, x: Tensor, b: Blocks, a: Blocks, *ends: Tensor | None) -> Tensor:
+        """`A W B x` and what follows: blocks as `ops` takes them, with their scales."""
+        result: Tensor = ops.sparse_linear(
+            x, self.entries, self.kept, self.pairs, self.out_features, *self.layout, *b, *a, *ends
+        )
+        return result
+
+    def fused(self, x: Tensor, *ends: Tensor | None) -> Tensor:
+        return self.between(x, (None, None), (None, None), *ends)
 
     def decode(self, rows: slice, dtype: torch.dtype) -> Tensor:
         indices = layouts.unpack_indices(self.indices[rows], self.in_features // 4)
@@ -140,28 +229,51 @@ class ArmorLinear(StoredLinear):
     """Block-diagonal × core × block-diagonal.
 
     Attributes:
-        a, b: hold the blocks, one below the other.
+        a, b: hold the blocks, one below the other, where no kernel runs all at once.
     """
+
+    core: Any
 
     def __init__(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any], dtype: torch.dtype) -> None:
         common = scheme.get("shared")
-        a = _build(below(tensors, "a"), scheme["a"], dtype)
-        b = _build(below(tensors, "/" + common if common else "b"), scheme["b"], dtype)
-        assert isinstance(a, RowsLinear)
-        assert isinstance(b, RowsLinear)
-        super().__init__(a.out_features, b.out_features)
-        self.a, self.b = a, b
-        self.core = _build({**below(tensors, "core"), **shared(tensors)}, scheme["core"], dtype)
+        parts = below(tensors, "a"), below(tensors, "/" + common if common else "b")
+        core = _build({**below(tensors, "core"), **shared(tensors)}, scheme["core"], dtype)
+        super().__init__(core.out_features, core.in_features)
+        self.core = core
+        self._blocks: tuple[Blocks, Blocks] | None = None
+        operators = [from_tensors(part, scheme[key]) for part, key in zip(parts, "ab", strict=True)]
+        if getattr(core, "device_layout", False) and all(one.shape[1] in (16, 32, 64, 128) for one in operators):
+            left, right = (_blocks(one, dtype) for one in operators)
+            self._blocks = right, left
+            return
+        self.a, self.b = (_build(part, scheme[key], dtype) for part, key in zip(parts, "ab", strict=True))
 
     def product(self, x: Tensor) -> Tensor:
-        left, right = (
-            part.decode(_ALL, x.dtype).view(-1, part.in_features, part.in_features) for part in (self.a, self.b)
-        )
+        if self._blocks is not None:
+            return self.affine(x.to(self.core.dtype), None).to(x.dtype)
+        left, right = (part.whole(x.dtype).view(-1, part.in_features, part.in_features) for part in (self.a, self.b))
         return block_diagonal(self.core.product(block_diagonal(x, right)), left)
+
+    def affine(self, x: Tensor, bias: Tensor | None, up: Tensor | None = None, down: Tensor | None = None) -> Tensor:
+        if self._blocks is None or x.dtype != self.core.dtype:
+            return super().affine(x, bias, up, down)
+        result: Tensor = self.core.between(x, *self._blocks, bias, up, down)
+        return result
+
+
+def _blocks(operator: Operator, dtype: torch.dtype) -> Blocks:
+    """A or B as the kernels take it: bytes with a scale a row as they are, else floats."""
+    bytes_by_row = isinstance(operator, IntQuantized) and operator.bits == 8 and operator.scales.shape[1] == 1
+    if isinstance(operator, IntQuantized) and bytes_by_row and operator.zeros is None:
+        return operator.codes, operator.scales[:, 0].to(dtype).contiguous()
+    return operator.dense(dtype).contiguous(), None
 
 
 class LowRankLinear(StoredLinear):
     """Down to a few numbers, and up again."""
+
+    up: StoredLinear
+    down: StoredLinear
 
     def __init__(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any], dtype: torch.dtype) -> None:
         up, down = (_build(below(tensors, part), scheme[part], dtype) for part in ("up", "down"))
@@ -208,14 +320,22 @@ class LatentLinear(LowRankLinear):
 class ResidualLinear(StoredLinear):
     """A linear in stored form, and beside it a low-rank one."""
 
+    base: StoredLinear
+    residual: LowRankLinear
+
     def __init__(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any], dtype: torch.dtype) -> None:
         base = _build({**below(tensors, "base"), **shared(tensors)}, scheme["base"], dtype)
         super().__init__(base.out_features, base.in_features)
         self.base = base
-        self.residual = _build(below(tensors, "residual"), scheme["residual"], dtype)
+        self.residual = LowRankLinear(below(tensors, "residual"), scheme["residual"], dtype)
 
     def product(self, x: Tensor) -> Tensor:
-        return self.base.product(x) + self.residual.product(x)
+        return self.affine(x, None)
+
+    def affine(self, x: Tensor, bias: Tensor | None, up: Tensor | None = None, down: Tensor | None = None) -> Tensor:
+        if up is None and type(self.residual.up) is DenseLinear:
+            return self.base.affine(x, bias, self.residual.up.matrix.to(x.dtype), self.residual.down.product(x))
+        return self.base.affine(x, bias, up, down) + self.residual.product(x)
 
 
 _MODULES: dict[str, Any] = {

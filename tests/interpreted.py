@@ -1,0 +1,62 @@
+"""Whole models by the kernels in Triton's interpreter, beside the CPU's own paths; run by `test_interpreter.py`.
+
+TRITON_INTERPRET=1 python tests/interpreted.py FOLDER
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compressor.kernels import dispatch
+from compressor.runtime import load
+from compressor.runtime.attention import LatentAttention
+from compressor.runtime.experts import PackedExperts
+from compressor.runtime.modules import ArmorLinear, IntLinear, RowsLinear
+
+
+def executed(model: Any) -> set[str]:
+    """What of a model the kernels run."""
+    found = set()
+    for module in model.modules():
+        if isinstance(module, RowsLinear) and module.device_layout:
+            found.add("int" if isinstance(module, IntLinear) else "sparse24")
+        if isinstance(module, ArmorLinear) and module._blocks is not None:
+            found.add("armor")
+        if isinstance(module, LatentAttention) and module._kernel is not None:
+            found.add("latents")
+        if isinstance(module, PackedExperts):
+            found.add("experts")
+    return found
+
+
+@torch.no_grad()
+def logits(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Of a prompt, and of a token after it."""
+    first = model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True)
+    last = model(input_ids=ids[:, -1:], attention_mask=mask, past_key_values=first.past_key_values)
+    return torch.cat([first.logits, last.logits], 1).double()[mask.bool()]
+
+
+def main(folder: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 60, (2, 7), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0  # padded on the left
+    model = load(folder, "cpu", torch.float16)
+    kinds = executed(model)
+    by_kernels = logits(model, ids, mask)
+    present, dispatch.has_kernels = dispatch.has_kernels, lambda device, dtype: False
+    plain = load(folder, "cpu", torch.float16)
+    assert not executed(plain)
+    exact, by_hand = logits(load(folder, "cpu", torch.float32), ids, mask), logits(plain, ids, mask)
+    dispatch.has_kernels = present
+    errors = [float((one - exact).norm() / exact.norm()) for one in (by_kernels, by_hand)]
+    print(",".join(sorted(kinds)), *errors)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,59 @@
+"""The kernels without a GPU: in Triton's interpreter, in processes of their own, since a process either interprets or
+compiles."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from compressor.compress.apply import Job, apply
+from compressor.compress.recipe import parse_recipe
+
+HERE = Path(__file__).resolve().parent
+pytest.importorskip("triton")
+
+
+def interpreted(*command: str) -> str:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment = {key: value for key, value in environment.items() if not key.startswith("PYTEST_")}
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, cwd=HERE.parent)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", ["w4a16", "sparse24", "latent_attention", "grouped", "activations"])
+def test_kernels_do_what_their_twins_do(name: str) -> None:
+    options = ["-q", "-p", "no:cacheprovider", "--confcutdir", "tests/kernels"]
+    assert " passed" in interpreted("-m", "pytest", *options, f"tests/kernels/test_{name}.py")
+
+
+WIDE = {"head_dim": 32}
+MODELS = {
+    "int": ("llama", {}, "[{kind: rtn, bits: 4, group_size: 32}]"),
+    "int,latents": ("qwen2", WIDE, "[{kind: lorc, ratio: .5, rank_step: 16}, {kind: rtn, bits: 3, group_size: 32}]"),
+    "latents": ("qwen3", WIDE, "[{kind: lorc, ratio: .5, rank_step: 16, latent_bits: 8}]"),
+    "armor,sparse24": (
+        "llama",
+        {"hidden_size": 128, "intermediate_size": 192},
+        "[{kind: armor, block_size: 16, iterations: 1, wrapper_bits: 8}, {kind: rtn, bits: 4, group_size: 64}]",
+    ),
+    "experts,int": ("mixtral", {}, "[{kind: rtn, bits: 4, group_size: -1}]"),
+}
+
+
+@pytest.mark.parametrize("kinds", MODELS)
+def test_models_run_by_the_kernels(
+    kinds: str, pico: Callable[..., Path], calibration_text: Path, tmp_path: Path
+) -> None:
+    family, changes, passes = MODELS[kinds]
+    text = f"data: {{source: {calibration_text}, samples: 4, sequence_length: 32}}\npasses: {passes}\n"
+    source, out = pico(family, **changes), tmp_path / "out"
+    apply(Job(parse_recipe(text), text, (), source, out, "pico"), lambda event: None)
+    found, by_kernels, by_hand = interpreted("tests/interpreted.py", str(out)).split()
+    assert found == kinds
+    assert float(by_kernels) < max(2e-3, 2 * float(by_hand))
