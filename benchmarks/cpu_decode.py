@@ -1,8 +1,9 @@
 """Decode speed on the CPU: 4-bit against the dense bf16 model it came from, and where the kernels cross over.
 
-    python benchmarks/cpu_decode.py --layers 8 --hidden-size 2048
+    python benchmarks/cpu_decode.py
 
-Makes a random Llama (speed does not depend on the values), compresses it with `w4a16-rtn`, and times both in turn.
+One square layer in several schemes beside fp32 and bf16, by number of tokens; then a random Llama of the shape of a 1B
+model (speed does not depend on the values) beside what 4-bit rounding makes of it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -20,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from compressor.compress.apply import Job, apply
 from compressor.compress.recipe import parse_recipe
-from compressor.kernels.cpu import decode_packed, linear_int4, linear_tiles, pack_int4
+from compressor.kernels.cpu import Room, decode_packed, linear_int4, linear_tiles, pack_int4
 from compressor.kernels.layouts import pack_codes
 from compressor.runtime import load
 
@@ -40,58 +42,83 @@ def medians(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def kernels(size: int) -> None:
-    """One square layer: milliseconds by number of tokens."""
-    codes = torch.randint(-8, 8, (size, size)).to(torch.int8)
-    scales = torch.rand(size, size // 128).to(torch.bfloat16)
-    dense = torch.randn(size, size).to(torch.bfloat16)
-    packed, (native, pairs) = pack_codes(codes, 4), pack_int4(codes, scales)
-    print(f"\n{size} × {size}, ms:  tokens  bf16  int4pack  dequantize")
+def kernels(size: int, bits: int, group_size: int, symmetric: bool) -> None:
+    """One square layer: milliseconds by number of tokens, and how many times as fast as bf16 the better way is."""
+    half = 2 ** (bits - 1)
+    codes = torch.randint(-half, half, (size, size)).to(torch.int8)
+    scales = torch.rand(size, size // group_size).to(torch.bfloat16)
+    zeros = None if symmetric else torch.randint(-half, half, scales.shape).to(torch.int8)
+    dense = torch.randn(size, size)
+    half_dense, packed = dense.to(torch.bfloat16), pack_codes(codes, bits)
+    native = pack_int4(codes, scales, zeros, group_size)
+    scheme = f"{bits} bits, groups of {group_size}{'' if symmetric else ', asymmetric'}"
+    print(f"\n{size} × {size}, {scheme}, ms:\n tokens     fp32     bf16 int4pack dequantize   × bf16  × fp32")
 
-    def decode(rows: slice) -> torch.Tensor:
-        return decode_packed(packed[rows], scales[rows], None, 4, size, 128, torch.bfloat16)
+    def decode(rows: slice, room: Room) -> torch.Tensor:
+        zero = None if zeros is None else zeros[rows]
+        return decode_packed(packed[rows], scales[rows], zero, bits, size, group_size, torch.bfloat16, room)
 
-    for tokens in (1, 4, 16, 32, 48, 64, 96, 128, 512):
-        x = torch.randn(tokens, size).to(torch.bfloat16)
+    for tokens in (1, 4, 16, 32, 64, 96, 128, 256):
+        x = torch.randn(tokens, size)
+        inputs = x.to(torch.bfloat16)
         functions: dict[str, Callable[[], object]] = {
-            "bf16": lambda x=x: F.linear(x, dense),
-            "int4pack": lambda x=x: linear_int4(x, native, pairs, 128),
-            "dequantize": lambda x=x: linear_tiles(x, decode, size),
+            "fp32": lambda x=x: F.linear(x, dense),
+            "bf16": lambda x=inputs: F.linear(x, half_dense),
+            "int4pack": lambda x=inputs: linear_int4(x, native),
+            "dequantize": lambda x=inputs: linear_tiles(x, decode, size),
         }
         found = medians(functions, 9)
-        print(f"{tokens:>28}" + "".join(f"  {1e3 * value:8.2f}" for value in found.values()))
+        best = min(found["int4pack"], found["dequantize"])
+        columns = "".join(f"{1e3 * value:9.2f}" for value in found.values())
+        print(f"{tokens:>7}{columns}   {found['bf16'] / best:8.2f}{found['fp32'] / best:8.2f}", flush=True)
 
 
-def decode(layers: int, hidden_size: int, tokens: int) -> None:
-    """Whole models: tokens per second."""
+def models(layers: int, hidden_size: int, tokens: int, prompt: int) -> None:
+    """Whole models: tokens per second, of a prompt and after it."""
     with tempfile.TemporaryDirectory() as folder:
         plain, out = Path(folder) / "plain", Path(folder) / "out"
         config = LlamaConfig(
-            vocab_size=4096, hidden_size=hidden_size, intermediate_size=4 * hidden_size, num_hidden_layers=layers,
-            num_attention_heads=hidden_size // 128, num_key_value_heads=hidden_size // 512, head_dim=128,
-            eos_token_id=None,
+            vocab_size=32000, hidden_size=hidden_size, intermediate_size=4 * hidden_size, num_hidden_layers=layers,
+            num_attention_heads=hidden_size // 64, num_key_value_heads=8, head_dim=64, eos_token_id=None,
+            tie_word_embeddings=True,
         )  # fmt: skip
         LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(plain)
         apply(Job(parse_recipe(RECIPE), RECIPE, (), plain, out, "random"), lambda event: None)
-        ids = torch.arange(16)[None]
-        models = {"bf16": load(plain), "int4": load(out)}
-        functions: dict[str, Callable[[], object]] = {
-            name: lambda model=model: model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=0
-            )
-            for name, model in models.items()
-        }
-        found = medians(functions, 3)
-    print(f"{layers} layers of {hidden_size}: " + ", ".join(f"{k} {tokens / v:.2f} tokens/s" for k, v in found.items()))
-    print(f"int4 decodes {found['bf16'] / found['int4']:.2f} × as fast as bf16")
+        ids = torch.arange(prompt)[None]
+        loaded = {"bf16": load(plain), "int4": load(out)}
+        count = sum(parameter.numel() for parameter in loaded["bf16"].parameters())
+        found = {name: generation(model, ids, tokens) for name, model in loaded.items()}
+    print(f"\n{layers} layers of {hidden_size}, {count / 1e9:.2f} B parameters; tokens/s:")
+    for place, what in enumerate((f"prompt of {prompt}", "after it")):
+        dense, small = (found[name][place] for name in ("bf16", "int4"))
+        print(f"  {what:<14} bf16 {dense:7.1f}, int4 {small:7.1f} ({small / dense:.2f} ×)")
+
+
+@torch.no_grad()
+def generation(model: Any, ids: torch.Tensor, tokens: int) -> tuple[float, float]:
+    """Tokens per second while reading a prompt and while writing: the best of three."""
+    reading, writing = [], []
+    for _ in range(3):
+        start = time.perf_counter()
+        output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        reading.append(ids.shape[1] / (time.perf_counter() - start))
+        start = time.perf_counter()
+        for _ in range(tokens):
+            last = output.logits[:, -1:].argmax(-1)
+            output = model(input_ids=last, past_key_values=output.past_key_values)
+        writing.append(tokens / (time.perf_counter() - start))
+    return max(reading), max(writing)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--hidden-size", type=int, default=2048)
-    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--prompt", type=int, default=256)
+    parser.add_argument("--size", type=int, default=4096, help="of the single layer")
     options = parser.parse_args()
     print(f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
-    decode(options.layers, options.hidden_size, options.tokens)
-    kernels(4096)
+    for bits, group_size, symmetric in ((4, 128, True), (4, 128, False), (4, 16, True), (3, 128, True), (2, 64, True)):
+        kernels(options.size, bits, group_size, symmetric)
+    models(options.layers, options.hidden_size, options.tokens, options.prompt)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,60 +16,127 @@ from .reference import dequantize_int
 TILE_ROWS = 512  # rows decoded at a time: the tile stays in cache between decoding and the GEMM
 
 
-def pack_int4(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Signed codes → the layout of torch's CPU kernel.
+class Int4(NamedTuple):
+    """Integers of up to 4 bits as torch's CPU kernel reads them (`pack_int4`).
+
+    Attributes:
+        packed: uint8, in an order private to the processor; rows are padded to a multiple of 16.
+        pairs: bf16 `[groups, rows, 2]`: a weight is `(code + 8 - 8) * scale + offset`.
+        rows: without the padding.
+        span: columns that share a scale; padded: how many the kernel has in their place.
+        group_size: of the kernel, a part of `padded`.
+    """
+
+    packed: Tensor
+    pairs: Tensor
+    rows: int
+    span: int
+    padded: int
+    group_size: int
+
+
+def pack_int4(codes: Tensor, scales: Tensor, zeros: Tensor | None, span: int) -> Int4:
+    """Signed codes of up to 4 bits → the layout of torch's CPU kernel.
+
+    The kernel knows groups of 32, 64, 128 and 256 columns. Wider ones are several of these with one scale, others get
+    columns that no input meets.
 
     Args:
         codes: int8 `[rows, columns]` in [-8, 7].
-        scales: `[rows, groups]`.
-
-    Returns:
-        uint8 `[rows, columns / 2]` in an order private to the processor, and bf16 `[groups, rows, 2]` of scales and
-        (zero) offsets: the kernel computes `(code + 8 - 8) * scale + 0`.
+        scales: `[rows, groups]`; zeros: int8 alike, or None.
+        span: columns that share a scale.
     """
+    rows, columns = codes.shape
+    groups, padded = scales.shape[1], -(-span // 32) * 32
+    group_size = next(size for size in (256, 128, 64, 32) if padded % size == 0)
+    codes = F.pad(codes, (0, groups * span - columns)).view(rows, groups, span)
+    codes = F.pad(codes, (0, padded - span, 0, 0, 0, -rows % 16)).flatten(1)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32) + 8, 1)
-    pairs = torch.stack([scales.T, torch.zeros_like(scales.T)], -1).to(torch.bfloat16)
-    return packed, pairs.contiguous()
+    offsets = torch.zeros_like(scales) if zeros is None else -zeros * scales.float()
+    pairs = torch.stack([scales.to(torch.bfloat16), offsets.to(torch.bfloat16)], -1)
+    pairs = F.pad(pairs, (0, 0, 0, 0, 0, -rows % 16)).repeat_interleave(padded // group_size, 1).transpose(0, 1)
+    return Int4(packed, pairs.contiguous(), rows, span, padded, group_size)
 
 
-def linear_int4(x: Tensor, packed: Tensor, pairs: Tensor, group_size: int) -> Tensor:
+def linear_int4(x: Tensor, weight: Int4) -> Tensor:
     """bf16 `[..., columns]` → bf16 `[..., rows]`."""
     flat = x.reshape(-1, x.shape[-1])
-    result = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, packed, group_size, pairs)
-    return result.view(*x.shape[:-1], -1)
+    columns = len(weight.pairs) * weight.group_size
+    if weight.padded != weight.span:
+        groups = columns // weight.padded
+        flat = F.pad(flat, (0, groups * weight.span - flat.shape[1])).unflatten(1, (groups, weight.span))
+        flat = F.pad(flat, (0, weight.padded - weight.span)).flatten(1)
+    elif flat.shape[1] != columns:
+        flat = F.pad(flat, (0, columns - flat.shape[1]))
+    result = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, weight.packed, weight.group_size, weight.pairs)
+    return result[:, : weight.rows].reshape(*x.shape[:-1], weight.rows)
+
+
+Room = dict[str, Tensor]  # memory to decode into, tile after tile: fresh pages would cost more than the decoding
+
+
+def _taken(room: Room | None, name: str, count: int, dtype: torch.dtype) -> Tensor:
+    """`count` numbers of the room, or of its own memory."""
+    if room is None:
+        return torch.empty(count, dtype=dtype)
+    if name not in room or len(room[name]) < count:
+        room[name] = torch.empty(count, dtype=dtype)
+    return room[name][:count]
 
 
 def decode_packed(
-    packed: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, columns: int, group_size: int, dtype: torch.dtype
-) -> Tensor:
+    packed: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, columns: int, group_size: int, dtype: torch.dtype,
+    room: Room | None = None,
+) -> Tensor:  # fmt: skip
     """Words of the packed layout → weight `[rows, columns]` in `dtype`, rounded once.
 
     Args:
         packed: int32 `[rows, words]`; scales `[rows, groups]`; zeros int8 alike or None.
+        room: what the result may lie in.
     """
-    # A code times a bf16 scale, both exact in bf16, is rounded once by the product: no float32 in between is needed.
-    plain = bits == 4 and zeros is None and columns % group_size == 0 and dtype == scales.dtype == torch.bfloat16
-    if not plain:
+    # A code less its zero point, and a bf16 scale, are exact in bf16: the product is rounded once without float32.
+    quick = (
+        bits in (2, 3, 4, 8) and columns % 32 == columns % group_size == 0 and dtype == scales.dtype == torch.bfloat16
+    )
+    if not quick:
         return dequantize_int(unpack_codes(packed, bits, columns), scales, zeros, group_size, dtype)
-    groups = scales.shape[1]
-    pairs = _nibble_pairs().index_select(0, packed.contiguous().view(torch.uint8).view(-1).to(torch.int32))
-    weight = pairs.view(torch.bfloat16).view(packed.shape[0], -1)[:, :columns].reshape(-1, groups, group_size)
-    return weight.mul_(scales[:, :, None]).view(-1, columns)
+    rows, packed = packed.shape[0], packed.contiguous()
+    if bits == 8:
+        weight = (packed.view(torch.uint8) ^ 128).view(torch.int8).to(dtype)
+    else:
+        count = rows * columns // 4
+        places = _taken(room, "places", count if bits == 3 else 2 * packed.numel(), torch.int32)
+        if bits == 3:  # three bytes are two words of 12 bits
+            first, middle, last = packed.view(torch.uint8).view(-1, 3).to(torch.int32).unbind(1)
+            places.view(-1, 2)[:, 0] = first | (middle & 15) << 8
+            places.view(-1, 2)[:, 1] = middle >> 4 | last << 4
+        else:
+            places.copy_(packed.view(torch.uint16).view(-1))
+        wide = _taken(room, "codes", count, torch.int64)
+        wide = wide.view(-1, 2) if bits == 2 else wide  # a table of single numbers is read faster
+        weight = torch.index_select(_codes_of_words(bits), 0, places, out=wide)
+    weight = weight.view(dtype).view(rows, -1, group_size)
+    if zeros is not None:
+        weight -= zeros[:, :, None].to(dtype)
+    return weight.mul_(scales[:, :, None]).view(rows, columns)
 
 
-def linear_tiles(x: Tensor, decode: Callable[[slice], Tensor], rows: int) -> Tensor:
+def linear_tiles(x: Tensor, decode: Callable[[slice, Room], Tensor], rows: int) -> Tensor:
     """`x @ W.T` for x `[..., columns]`; `decode` gives some rows of W, asked for a tile at a time."""
-    parts = [F.linear(x, decode(slice(start, min(start + TILE_ROWS, rows)))) for start in range(0, rows, TILE_ROWS)]
-    return torch.cat(parts, -1)
+    flat = x.reshape(-1, x.shape[-1])
+    room: Room = {}
+    result = flat.new_empty(len(flat), rows)
+    for start in range(0, rows, TILE_ROWS):
+        part = slice(start, min(start + TILE_ROWS, rows))
+        result[:, part] = F.linear(flat, decode(part, room))
+    return result.view(*x.shape[:-1], rows)
 
 
-_TABLE: list[Tensor] = []
-
-
-def _nibble_pairs() -> Tensor:
-    """int32 `[256]`: for each byte the bf16 values of its two signed codes, side by side."""
-    if not _TABLE:
-        byte = torch.arange(256)
-        pairs = torch.stack([(byte & 15) - 8, (byte >> 4) - 8], -1).to(torch.bfloat16)
-        _TABLE.append(pairs.view(torch.int32).flatten().contiguous())
-    return _TABLE[0]
+@cache
+def _codes_of_words(bits: int) -> Tensor:
+    """For each word of 16 bits, or 12 of 3-bit codes, the bf16 values of its signed codes: four to an int64, two of
+    these for 2-bit codes."""
+    shifts = bits * torch.arange(8 if bits == 2 else 4)
+    codes = (torch.arange(1 << bits * len(shifts))[:, None] >> shifts & (2**bits - 1)) - 2 ** (bits - 1)
+    wide = codes.to(torch.bfloat16).contiguous().view(torch.int64)
+    return wide if bits == 2 else wide[:, 0].contiguous()

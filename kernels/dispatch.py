@@ -38,20 +38,13 @@ def products_dtype(capability: CpuCapability) -> torch.dtype:
     return torch.bfloat16 if capability.bf16 else torch.float32
 
 
-def has_int4_kernel(bits: int, rows: int, group_size: int, columns: int, symmetric: bool) -> bool:
-    """Whether torch's native CPU kernel takes a `[rows, columns]` weight of this scheme."""
-    return bits == 4 and symmetric and rows % 16 == 0 and group_size in (32, 64, 128, 256) and columns % group_size == 0
-
-
-def int4_path(tokens: int, dtype: torch.dtype, capability: CpuCapability) -> str:
+def int4_path(tokens: int, dtype: torch.dtype) -> str:
     """`int4pack` or `dequantize` for a batch of `tokens` on a CPU.
 
-    The native kernel multiplies with few tokens at the speed of memory; dequantizing once and multiplying in bf16 wins
-    when many tokens share the work (crossovers: `benchmarks/cpu_decode.py`). It computes in bf16 only.
+    The native kernel multiplies few tokens at the speed of memory; decoding once and multiplying in bf16 wins when many
+    share the work (crossover: `benchmarks/cpu_decode.py`). It computes in bf16 only.
     """
-    if dtype != torch.bfloat16:
-        return "dequantize"
-    return "int4pack" if tokens <= (48 if capability.bf16_matrix else 64) else "dequantize"
+    return "int4pack" if dtype == torch.bfloat16 and tokens <= 64 else "dequantize"
 
 
 @dataclass(frozen=True)

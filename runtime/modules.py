@@ -66,8 +66,8 @@ class RowsLinear(StoredLinear):
     device_layout = False
     dtype: torch.dtype
 
-    def decode(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Some rows of the weight, without a device layout."""
+    def decode(self, rows: slice, dtype: torch.dtype, room: cpu.Room | None = None) -> Tensor:
+        """Some rows of the weight, without a device layout; they may lie in `room`."""
         raise NotImplementedError
 
     def fused(self, x: Tensor, *ends: Tensor | None) -> Tensor:
@@ -76,7 +76,7 @@ class RowsLinear(StoredLinear):
 
     def tiled(self, x: Tensor) -> Tensor:
         """The product a tile of rows at a time."""
-        return cpu.linear_tiles(x, lambda rows: self.decode(rows, x.dtype), self.out_features)
+        return cpu.linear_tiles(x, lambda rows, room: self.decode(rows, x.dtype, room), self.out_features)
 
     def whole(self, dtype: torch.dtype) -> Tensor:
         return super().whole(dtype) if self.device_layout else self.decode(_ALL, dtype)
@@ -106,7 +106,7 @@ class DenseLinear(RowsLinear):
         super().__init__(rows, columns)
         self.register_buffer("matrix", tensors["weight"].to(dtype), persistent=False)
 
-    def decode(self, rows: slice, dtype: torch.dtype) -> Tensor:
+    def decode(self, rows: slice, dtype: torch.dtype, room: cpu.Room | None = None) -> Tensor:
         return self.matrix[rows].to(dtype)
 
 
@@ -129,7 +129,8 @@ class IntLinear(RowsLinear):
         operator = IntQuantized.from_tensors(tensors, scheme)
         super().__init__(*operator.shape)
         self.bits, self.group_size, self.span = operator.bits, operator.group_size, operator.span
-        self.dtype, self._int4 = dtype, None
+        self.dtype = dtype
+        self._int4: cpu.Int4 | None = None
         device = operator.codes.device
         if dispatch.has_kernels(device, dtype) and dispatch.has_int_linear(self.bits, self.span, self.in_features):
             self._swizzle(operator)
@@ -137,11 +138,8 @@ class IntLinear(RowsLinear):
         self.register_buffer("packed", tensors["weight_packed"], persistent=False)
         self.register_buffer("scales", operator.scales, persistent=False)
         self.register_buffer("zeros", operator.zeros, persistent=False)
-        native = dispatch.has_int4_kernel(
-            self.bits, self.out_features, self.span, self.in_features, operator.zeros is None
-        )
-        if native and dtype == torch.bfloat16 and device.type == "cpu":
-            self._int4 = cpu.pack_int4(operator.codes, operator.scales)
+        if self.bits <= 4 and dtype == torch.bfloat16 and device.type == "cpu":
+            self._int4 = cpu.pack_int4(operator.codes, operator.scales, operator.zeros, self.span)
 
     def _swizzle(self, operator: IntQuantized) -> None:
         words = layouts.swizzle_int(operator.codes, operator.scales, operator.zeros, self.bits, self.span, self.dtype)
@@ -157,15 +155,15 @@ class IntLinear(RowsLinear):
         result: Tensor = ops.int_linear(x, self.words, self.high, self.pairs, self.out_features, *self.layout, *ends)
         return result
 
-    def decode(self, rows: slice, dtype: torch.dtype) -> Tensor:
+    def decode(self, rows: slice, dtype: torch.dtype, room: cpu.Room | None = None) -> Tensor:
         zeros = None if self.zeros is None else self.zeros[rows]
         packed, scales = self.packed[rows], self.scales[rows]
-        return cpu.decode_packed(packed, scales, zeros, self.bits, self.in_features, self.span, dtype)
+        return cpu.decode_packed(packed, scales, zeros, self.bits, self.in_features, self.span, dtype, room)
 
     def tiled(self, x: Tensor) -> Tensor:
         tokens = x.numel() // x.shape[-1]
-        if self._int4 is not None and dispatch.int4_path(tokens, x.dtype, dispatch.cpu_capability()) == "int4pack":
-            return cpu.linear_int4(x, *self._int4, self.span)
+        if self._int4 is not None and dispatch.int4_path(tokens, x.dtype) == "int4pack":
+            return cpu.linear_int4(x, self._int4)
         return super().tiled(x)
 
     def extra_repr(self) -> str:
@@ -220,9 +218,9 @@ class Sparse24Linear(RowsLinear):
     def fused(self, x: Tensor, *ends: Tensor | None) -> Tensor:
         return self.between(x, (None, None), (None, None), *ends)
 
-    def decode(self, rows: slice, dtype: torch.dtype) -> Tensor:
+    def decode(self, rows: slice, dtype: torch.dtype, room: cpu.Room | None = None) -> Tensor:
         indices = layouts.unpack_indices(self.indices[rows], self.in_features // 4)
-        return layouts.expand24(self.values.decode(rows, dtype), indices)
+        return layouts.expand24(self.values.decode(rows, dtype, room), indices)
 
 
 class ArmorLinear(StoredLinear):

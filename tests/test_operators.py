@@ -11,6 +11,7 @@ from compressor.compress.passes.gptq import Gptq
 from compressor.compress.passes.quantizer import quantized
 from compressor.compress.solvers.grid import range_grid
 from compressor.kernels import cpu
+from compressor.kernels.layouts import pack_codes
 from compressor.runtime.modules import IntLinear, stored_linear
 from compressor.runtime.operators import Dense, IntQuantized, Operator, bits_per_weight, from_tensors
 
@@ -68,18 +69,37 @@ def test_dense_is_the_definition() -> None:
             )
 
 
-@pytest.mark.parametrize("group_size", [32, 64, 128, -1])
-def test_native_int4_kernel_agrees_with_the_reference(group_size: int) -> None:
-    operator = make(48, 256, 4, group_size, symmetric=True)
-    linear = module(operator, torch.bfloat16, torch.randn(48))
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    ("bits", "rows", "columns", "group_size"),
+    [(4, 48, 256, 32), (4, 50, 256, 64), (4, 48, 172, 128), (4, 33, 300, -1), (4, 48, 192, 16), (3, 48, 256, 128),
+     (2, 20, 96, 96), (3, 16, 100, 40)],
+)  # fmt: skip
+def test_native_int4_kernel_agrees_with_the_reference(
+    bits: int, rows: int, columns: int, group_size: int, symmetric: bool
+) -> None:
+    operator = make(rows, columns, bits, group_size, symmetric=symmetric)
+    linear = module(operator, torch.bfloat16, torch.randn(rows))
     assert linear._int4 is not None
-    x = torch.randn(3, 5, 256).to(torch.bfloat16)
+    x = (torch.randn(3, 5, columns) + 0.5).to(torch.bfloat16)  # a mean, in which errors of zero points add up
     exact = x.double() @ operator.dense(torch.float64).T
-    found = cpu.linear_int4(x, *linear._int4, operator.span).double()
+    found = cpu.linear_int4(x, linear._int4).double()
     assert (found - exact).norm() / exact.norm() < 4e-3  # bf16 output
     whole = linear(x).double()
     assert linear.bias is not None
     assert (whole - exact - linear.bias.double()).norm() / exact.norm() < 6e-3
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("bits", "group_size"), [(2, 32), (3, 16), (3, 64), (4, 128), (5, 32), (8, 64)])
+def test_decoding_is_exact_in_bfloat16(bits: int, group_size: int, symmetric: bool) -> None:
+    operator = make(20, 256, bits, group_size, symmetric=symmetric)
+    room: cpu.Room = {}
+    for rows in (slice(0, 12), slice(12, 20)):  # the second in the room of the first
+        packed = pack_codes(operator.codes[rows], bits)
+        zeros = None if operator.zeros is None else operator.zeros[rows]
+        found = cpu.decode_packed(packed, operator.scales[rows], zeros, bits, 256, group_size, torch.bfloat16, room)
+        assert torch.equal(found, operator.dense(torch.bfloat16)[rows])
 
 
 @pytest.mark.parametrize(("bits", "columns", "group_size"), [(4, 172, 128), (3, 96, 32), (8, 64, -1), (4, 96, 32)])

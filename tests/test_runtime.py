@@ -16,7 +16,7 @@ from pico import FAMILIES
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from compressor.kernels.dispatch import CpuCapability, has_int4_kernel, int4_path, products_dtype
+from compressor.kernels.dispatch import CpuCapability, int4_path, products_dtype
 from compressor.runtime import load
 from compressor.runtime.checkpoint import Checkpoint
 from compressor.runtime.skeleton import Skeleton
@@ -65,17 +65,9 @@ def test_tied_embeddings_are_tied(pico: Pico) -> None:
 
 
 def test_dispatch_is_by_shape_and_capability() -> None:
-    assert has_int4_kernel(4, 64, 128, 256, True)
-    assert not has_int4_kernel(4, 60, 128, 256, True)  # rows come in sixteens
-    assert not has_int4_kernel(4, 64, 100, 200, True)
-    assert not has_int4_kernel(4, 64, 128, 172, True)
-    assert not has_int4_kernel(4, 64, 128, 256, False)
-    assert not has_int4_kernel(3, 64, 128, 256, True)
-    for tokens, capability, path in ((1, AMX, "int4pack"), (48, AMX, "int4pack"), (49, AMX, "dequantize")):
-        assert int4_path(tokens, torch.bfloat16, capability) == path
-    assert int4_path(64, torch.bfloat16, PLAIN) == "int4pack"
-    assert int4_path(65, torch.bfloat16, PLAIN) == "dequantize"
-    assert int4_path(1, torch.float32, PLAIN) == "dequantize"
+    assert int4_path(64, torch.bfloat16) == "int4pack"
+    assert int4_path(65, torch.bfloat16) == "dequantize"
+    assert int4_path(1, torch.float32) == "dequantize"
     assert [products_dtype(cpu) for cpu in (AMX, PLAIN, OLD)] == [torch.bfloat16, torch.bfloat16, torch.float32]
 
 
