@@ -185,15 +185,15 @@ def attention_cases(target: str, codes: bool, dtype: torch.dtype) -> Iterator[Ca
         "UP": FLOAT[dtype], "scale": "fp32", "epsilon": "fp32",
     }  # fmt: skip
     for half, keys, values in ((32, 32, 32), (64, 64, 64), (64, 128, 128), (64, 256, 256), (64, 512, 512)):
-        span = dispatch.attention_span(keys, values, codes, device)
+        tile = dispatch.attention_launch(keys, values, codes, dtype, device).tile
         constants = {
             "QUERIES": 4, "KEY_HEADS": 1, "VALUE_HEADS": 1, "HALF": half, "KEY_RANK": keys, "KEY_WIDTH": keys,
             "VALUE_RANK": values, "VALUE_WIDTH": values, "KEY_CODES": codes, "VALUE_CODES": codes, "HAS_BIAS": False,
-            "HAS_NORM": True, "HAS_MASK": True, "PAGE": 0, "BQ": 16, "BT": span.tokens, "BR": span.channels,
+            "HAS_NORM": True, "HAS_MASK": True, "PAGE": 0, "BQ": 16, "BT": tile.tokens, "BR": tile.rows,
             "BV": values,
         }  # fmt: skip
         what = f"{'8 bits' if codes else FLOAT[dtype][1:]} heads of {2 * half}, latents of {keys} and {values}"
-        yield Case(f"latent_attention {what}", kernel, _typed(kernel, given, dtype), constants, span.warps, span.stages)
+        yield Case(f"latent_attention {what}", kernel, _typed(kernel, given, dtype), constants, *tile[2:])
 
 
 def check(case: Case, target: str) -> Resources:

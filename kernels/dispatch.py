@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -227,41 +226,38 @@ def linear_launch(
     return Launch("gemm", tile, splits_for(programs, -(-columns // depth), gpu.processors))
 
 
-def every_launch() -> Iterator[tuple[str, str, Tile]]:
-    """Kernel, family and tile of all that the tables can ask for."""
-    for kernel, families in TILES.items():
-        for family, tiles in families.items():
-            for tile in dict.fromkeys(tiles.values()):
-                yield kernel, family, tile
+def experts_tile(
+    pairs: int, rows: int, columns: int, bits: int, group_size: int, dtype: torch.dtype, gpu: GpuCapability
+) -> Tile:
+    """What a program of a mixture works on, by the pairs of token and choice that an expert has on average."""
+    found = nearest(config_key("experts", pairs, rows, columns, bits, group_size, dtype), tuned(gpu))
+    tile = heuristic_tile("experts", pairs, gpu) if found is None else found.tile
+    assert tile is not None
+    return tile
 
 
-class Span(NamedTuple):
-    """What a program of latent attention works on.
+def attention_launch(key_width: int, value_width: int, codes: bool, dtype: torch.dtype, gpu: GpuCapability) -> Launch:
+    """What a program of latent attention works on, by the latents that a head reads: wide ones leave less room.
 
-    Attributes:
-        tokens: of a tile.
-        channels: of a key's latents at a time.
-        warps: of a program; stages: of loads in flight.
+    Returns:
+        In `tile` the tokens at a time, the channels of a key's latents at a time, warps and stages; in `splits` the
+        programs that a processor should have.
     """
-
-    tokens: int
-    channels: int
-    warps: int
-    stages: int
-
-
-def attention_span(key_width: int, value_width: int, codes: bool, gpu: GpuCapability) -> Span:
-    """By the latents that a head reads: wide ones leave less room in shared memory and registers."""
+    bits = 8 if codes else 16
+    if found := nearest(config_key("attention", 1, key_width, value_width, bits, 0, dtype), tuned(gpu)):
+        return found
     channels = next(part for part in (64, 32, 16) if key_width % part == 0 or (codes and part == 32))  # of a scale
     width = key_width + value_width
     if width <= 256:
-        return Span(64, channels, 4, 2)
-    if width <= 512:
-        return Span(32, channels, 8, 1 if codes else 2)
-    return Span(32 if gpu.family == "hopper" else 16, channels, 8, 1)
+        tile = Tile(64, channels, 4, 2)
+    elif width <= 512:
+        tile = Tile(32, channels, 8, 1 if codes else 2)
+    else:
+        tile = Tile(32 if gpu.family == "hopper" else 16, channels, 8, 1)
+    return Launch("attention", tile, 2)
 
 
-def attention_splits(lines: int, tokens: int, span: Span, gpu: GpuCapability) -> int:
+def attention_splits(lines: int, tokens: int, launch: Launch, gpu: GpuCapability) -> int:
     """Into how many spans to divide the tokens of `lines` (sequences × key-value heads)."""
-    wanted = -(-2 * gpu.processors // lines)
-    return max(1, min(wanted, -(-tokens // (2 * span.tokens)), 128))
+    wanted = -(-launch.splits * gpu.processors // lines)
+    return max(1, min(wanted, -(-tokens // (2 * launch.tile.tokens)), 128))

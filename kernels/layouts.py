@@ -263,8 +263,9 @@ def _scale_pairs(
     if zeros is not None:
         shifted += zeros.to(dtype)
     both = torch.stack([scales.to(dtype), shifted], -1).view(torch.int32)[..., 0]
-    missing = -(-columns // TILE) * TILE // group_size + 1 - scales.shape[1] if group_size < columns else 0
-    return torch.nn.functional.pad(both, (0, max(missing, 0), 0, -rows % TILE)).T.contiguous()
+    padded = -(-columns // TILE) * TILE
+    missing = -(-padded // group_size) - scales.shape[1] if group_size < columns else 0
+    return torch.nn.functional.pad(both, (0, missing, 0, -rows % TILE)).T.contiguous()
 
 
 def _planes(codes: Tensor, bits: int) -> Tensor:

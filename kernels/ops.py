@@ -281,8 +281,8 @@ def _latent_attention(
     page = 0 if pages is None else keys.shape[1]
     tokens = keys.shape[1] if pages is None else page * pages.shape[1]
     gpu = dispatch.gpu_capability(queries.device)
-    span = dispatch.attention_span(key_width, value_width, any(codes), gpu)
-    splits = dispatch.attention_splits(batch * heads, tokens, span, gpu)
+    launch = dispatch.attention_launch(key_width, value_width, any(codes), queries.dtype, gpu)
+    splits, tile = dispatch.attention_splits(batch * heads, tokens, launch, gpu), launch.tile
     parts = torch.empty(batch, heads, splits, count, value_width, dtype=torch.float32, device=queries.device)
     totals = torch.empty(batch, heads, splits, count, dtype=torch.float32, device=queries.device)
     wide = max(_power(value_width), layouts.LATENT_SPLIT)
@@ -296,8 +296,8 @@ def _latent_attention(
         QUERIES=count, KEY_HEADS=heads // key_groups, VALUE_HEADS=heads // value_groups, HALF=head_dim // 2,
         KEY_RANK=key_width * key_groups, KEY_WIDTH=key_width, VALUE_RANK=value_rank, VALUE_WIDTH=value_width,
         KEY_CODES=codes[0], VALUE_CODES=codes[1], HAS_BIAS=bias is not None, HAS_NORM=norm is not None,
-        HAS_MASK=mask is not None, PAGE=page, BQ=max(16, _power(count)), BT=span.tokens, BR=span.channels, BV=wide,
-        num_warps=span.warps, num_stages=span.stages,
+        HAS_MASK=mask is not None, PAGE=page, BQ=max(16, _power(count)), BT=tile.tokens, BR=tile.rows, BV=wide,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     out = queries.new_empty(batch, heads, count, value_width)
     block = min(wide, 128)
@@ -343,8 +343,9 @@ def _int_experts(
     kernels = _kernels("grouped")
     (tokens, columns), (_, top_k), experts = x.shape, index.shape, len(gate_words)
     gpu = dispatch.gpu_capability(x.device)
-    tile = dispatch.heuristic_tile("experts", tokens * top_k // experts, gpu)
-    assert tile is not None
+    tile = dispatch.experts_tile(
+        tokens * top_k // experts, intermediate_size, columns, bits[0], group_sizes[0], x.dtype, gpu
+    )
     slots, owners = sorted_slots(index, experts, tile.tokens)
     inner = x.new_empty(tokens * top_k, intermediate_size)
     outer = x.new_empty(tokens * top_k, columns)

@@ -76,17 +76,17 @@ def test_a_tuned_configuration_wins_and_serves_its_neighbours() -> None:
 
 def test_experts_have_a_tile_for_any_number_of_tokens() -> None:
     for tokens in (0, 1, 100, 10**6):
-        assert dispatch.heuristic_tile("experts", tokens, H200) is not None
+        assert dispatch.experts_tile(tokens, 1408, 2048, 4, 128, torch.bfloat16, H200).tokens >= 16
 
 
 @pytest.mark.parametrize("gpu", [H200, A100])
 @pytest.mark.parametrize("width", [16, 48, 64, 512])
 def test_spans_of_attention(gpu: GpuCapability, width: int) -> None:
-    span = dispatch.attention_span(width, width, False, gpu)
-    assert width % span.channels == 0
-    assert dispatch.attention_splits(1, 100, span, gpu) <= 4
-    assert 64 <= dispatch.attention_splits(2, 1 << 17, span, gpu) <= 128
-    assert dispatch.attention_splits(512, 1 << 17, span, gpu) == 1
+    found = dispatch.attention_launch(width, width, False, torch.bfloat16, gpu)
+    assert width % found.tile.rows == 0
+    assert dispatch.attention_splits(1, 100, found, gpu) <= 4
+    assert 64 <= dispatch.attention_splits(2, 1 << 17, found, gpu) <= 128
+    assert dispatch.attention_splits(512, 1 << 17, found, gpu) == 1
 
 
 def test_importing_the_kernels_touches_no_driver() -> None:

@@ -57,3 +57,10 @@ def test_models_run_by_the_kernels(
     found, by_kernels, by_hand = interpreted("tests/interpreted.py", str(out)).split()
     assert found == kinds
     assert float(by_kernels) < max(2e-3, 2 * float(by_hand))
+
+
+def test_the_gpu_benchmark_runs() -> None:
+    few = ["--shapes", "128x256", "--tokens", "3", "--schemes", "1"]
+    lines = interpreted("benchmarks/gpu.py", *few, "--only", "linear", "experts")
+    assert "int4 groups of 128, 128 x 256, 4.25 bits a weight" in lines
+    assert "mixture of 4 experts" in lines

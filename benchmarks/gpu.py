@@ -1,0 +1,448 @@
+"""Every kernel on this GPU: checked against float64, tuned, and timed beside the library's dense product.
+
+    python benchmarks/gpu.py --write
+    python benchmarks/gpu.py --only linear --shapes 4096x4096
+
+Needs torch and triton, and no installed package. Weights rotate through copies that exceed the cache, inputs are
+random, calls are replayed from a CUDA graph, and the median counts. `--write` keeps the fastest configurations in
+`kernels/configs/` and the tables in `benchmarks/results/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+if find_spec("compressor") is None:
+    sys.path.insert(0, str(ROOT / "typings"))
+import triton  # noqa: E402
+
+from compressor.kernels import dispatch, layouts, ops, reference  # noqa: E402
+from compressor.kernels.dispatch import Launch, Tile  # noqa: E402
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # to see that this script runs; times mean nothing then
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+DTYPE = torch.float16 if INTERPRETED else torch.bfloat16
+ROTATED = 1 << 12 if INTERPRETED else 1 << 28  # bytes of weights that calls go through
+TOKENS = (1, 4, 16, 32, 64, 128, 256, 512)
+Call = Callable[[int], Any]  # of a number, which picks a copy of the weights
+
+
+def microseconds(call: Call, copies: int) -> float:
+    """Of a call, the median of some replays of a graph of one call for each copy."""
+    if INTERPRETED:
+        start = time.perf_counter()
+        call(0)
+        return 1e6 * (time.perf_counter() - start)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        call(0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for number in range(copies):
+            call(number)
+    times = []
+    for _ in range(12):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(1e3 * start.elapsed_time(end) / copies)
+    return statistics.median(times[2:])
+
+
+def ceilings() -> dict[str, float]:
+    """Bytes per second of a copy, read and written, and products per second of a large bf16 GEMM."""
+    room = torch.randn(1 << (10 if INTERPRETED else 29), device=DEVICE)
+    target = torch.empty_like(room)
+    copy = microseconds(lambda number: target.copy_(room), 4)
+    size = 64 if INTERPRETED else 8192
+    a, b = (torch.randn(size, size, device=DEVICE, dtype=DTYPE) for _ in range(2))
+    product = microseconds(lambda number: a @ b, 4)
+    return {"bytes": 2 * room.nbytes / copy * 1e6, "flops": 2 * size**3 / product * 1e6}
+
+
+def copies_for(size: float) -> int:
+    return max(1, min(64, int(ROTATED // size) + 1))
+
+
+def error(result: Tensor, exact: Tensor) -> float:
+    return float((result.double() - exact).norm() / exact.norm())
+
+
+def fastest(candidates: Sequence[Launch], run: Callable[[Launch], Call], copies: int) -> tuple[Launch, float]:
+    """The best of some configurations; those that do not compile or fit are left out."""
+    found = []
+    for launch in candidates:
+        try:
+            found.append((microseconds(run(launch), copies), launch))
+        except Exception as problem:  # a compiler's, of any type
+            print(f"    {launch}: {type(problem).__name__}", file=sys.stderr)
+    elapsed, best = min(found, key=lambda one: one[0])
+    return best, elapsed
+
+
+def tiles(tokens: int) -> list[Tile]:
+    """Configurations to try for a number of tokens."""
+    sizes = [size for size in (8, 16, 32, 64, 128) if min(tokens, 128) <= size < 4 * max(tokens, 4)]
+    shapes = itertools.product(sizes, (64, 128), (2, 3, 5))
+    found = [Tile(size, rows, 4 if size * rows <= 4096 else 8, stages) for size, rows, stages in shapes]
+    return found[:2] if INTERPRETED else found
+
+
+def candidates(tokens: int, rows: int, columns: int, depth: int, processors: int, sparse: bool) -> list[Launch]:
+    """Ways to run a product."""
+    found = []
+    for tile in tiles(tokens):
+        programs = -(-rows // tile.rows) * -(-tokens // tile.tokens)
+        usual = dispatch.splits_for(programs, -(-columns // depth), processors)
+        splits = {1, usual, max(1, usual // 2)} if tokens <= 64 else {1}
+        found += [Launch("gemm", tile, split) for split in sorted(splits)]
+    if tokens == 1 and not sparse:
+        found += [Launch("gemv", Tile(1, n, 4, 3), s) for n, s in itertools.product((32, 64, 128), (4, 8, 16))]
+    if tokens >= 64:
+        found.append(Launch("expand", dispatch.GEMV, 1))
+    return found[:3] if INTERPRETED else found
+
+
+class Linear:
+    """A random weight of a shape in a scheme, in copies, and its products."""
+
+    def __init__(self, rows: int, columns: int, bits: int, group: int, sparse: bool, block: int) -> None:
+        self.rows, self.columns, self.bits, self.group, self.sparse = rows, columns, bits, group, sparse
+        generator = torch.Generator(DEVICE).manual_seed(0)
+        dense = torch.randn(rows, columns, device=DEVICE, dtype=DTYPE, generator=generator) / columns**0.5
+        kept = columns // 2 if sparse else columns
+        half = 2 ** (bits - 1)
+        codes = torch.randint(-half, half, (rows, kept), device=DEVICE, generator=generator).to(torch.int8)
+        scales = torch.rand(rows, -(-kept // group), device=DEVICE, generator=generator).to(DTYPE) / half / columns**0.5
+        self.kind = "sparse_linear" if sparse else "int_linear"
+        if sparse:
+            order = torch.rand(rows, columns // 4, 4, device=DEVICE, generator=generator).argsort(2).argsort(2)
+            values, indices = layouts.compress24(dense, (order < 2).view(rows, columns))
+            entries, used = (values, None) if bits == 16 else (codes, scales)
+            stored: Any = layouts.swizzle_sparse24(entries, indices, used, None, bits, group, DTYPE)
+            values = values if bits == 16 else reference.dequantize_int(codes, scales, None, group, DTYPE)
+            self.weight = layouts.expand24(values, indices)
+        else:
+            stored = layouts.swizzle_int(codes, scales, None, bits, group, DTYPE)
+            self.weight = reference.dequantize_int(codes, scales, None, group, DTYPE)
+        self.nbytes = sum(part.nbytes for part in stored if isinstance(part, Tensor))
+        self.blocks = None
+        if block:
+            self.blocks = [torch.randn(n, block, device=DEVICE, dtype=DTYPE) / block**0.5 for n in (columns, rows)]
+            self.nbytes += sum(part.nbytes for part in self.blocks)
+        self.depth = 16 * stored.width if sparse else layouts.TILE
+        self.copies = [
+            type(stored)(*(part.clone() if isinstance(part, Tensor) else part for part in stored))
+            for _ in range(copies_for(self.nbytes))
+        ]
+
+    def call(self, x: Tensor) -> Callable[[Launch], Call]:
+        def by(launch: Launch) -> Call:
+            if not self.sparse:
+                return lambda number: ops.run_int_linear(launch, x, self.copies[number], self.rows)
+            b, a = self.blocks or (None, None)
+            return lambda number: ops.run_sparse_linear(
+                launch, ops.four_planes(x, b, None), self.copies[number], self.rows, a
+            )
+
+        return by
+
+    def exact(self, x: Tensor) -> Tensor:
+        z = x.double()
+        if self.blocks:
+            b, a = (part.double().view(-1, part.shape[1], part.shape[1]) for part in self.blocks)
+            return reference.block_diagonal(reference.block_diagonal(z, b) @ self.weight.double().T, a)
+        return z @ self.weight.double().T
+
+
+def linears(options: argparse.Namespace, limits: dict[str, float], found: dict[str, Launch]) -> None:
+    """Tables of products with one weight."""
+    for name, bits, group, sparse, block in options.schemes:
+        for rows, columns in options.shapes:
+            layer = Linear(rows, columns, bits, group, sparse, block)
+            dense = [layer.weight.clone() for _ in range(copies_for(2 * rows * columns))]
+            options.say(f"\n{name}, {rows} x {columns}, {8 * layer.nbytes / rows / columns:.2f} bits a weight")
+            options.say(
+                " tokens       us     GB/s  % copy  TFLOP/s  % GEMM  x dense  x gemlite    error  configuration"
+            )
+            for tokens in options.tokens:
+                options.say(linear_row(options, limits, found, layer, dense, tokens))
+
+
+def linear_row(
+    options: argparse.Namespace, limits: dict[str, float], found: dict[str, Launch], layer: Linear,
+    dense: list[Tensor], tokens: int,
+) -> str:  # fmt: skip
+    """One number of tokens."""
+    gpu, group = dispatch.gpu_capability(DEVICE), layer.copies[0].group_size
+    rows, columns, bits = layer.rows, layer.columns, layer.bits
+    x = torch.randn(tokens, columns, device=DEVICE, dtype=DTYPE)
+    tried = [dispatch.linear_launch(layer.kind, tokens, rows, columns, bits, group, layer.depth, DTYPE, gpu)]
+    if not options.no_tune:
+        tried += candidates(tokens, rows, columns, layer.depth, gpu.processors, layer.sparse)
+    best, elapsed = fastest(tried, layer.call(x), len(layer.copies))
+    wrong = error(layer.call(x)(best)(0), layer.exact(x))
+    assert wrong < 1e-2, f"{layer.kind}, {rows} x {columns}, {tokens} tokens, {best}: error {wrong}"
+    if tokens == dispatch.bucket(tokens):
+        found[dispatch.config_key(layer.kind, tokens, rows, columns, bits, group, DTYPE)] = best
+    cublas = microseconds(lambda number: F.linear(x, dense[number]), len(dense))
+    other = None if layer.sparse else gemlite_time(layer, x)
+    rate, flops = layer.nbytes / elapsed * 1e6, 2 * tokens * rows * columns / elapsed * 1e6
+    beside = f"{other / elapsed:.2f}" if other else "-"
+    return (
+        f"{tokens:>7} {elapsed:>8.1f} {rate / 1e9:>8.0f} {100 * rate / limits['bytes']:>7.0f} {flops / 1e12:>8.1f} "
+        f"{100 * flops / limits['flops']:>7.0f} {cublas / elapsed:>8.2f} {beside:>10} "
+        f"{wrong:>8.1e}  {best.kernel} {'x'.join(map(str, best.tile))} / {best.splits}"
+    )
+
+
+def gemlite_time(layer: Linear, x: Tensor) -> float | None:
+    """Microseconds of gemlite's 4-bit product, where that package is at hand."""
+    if INTERPRETED or layer.bits != 4 or find_spec("gemlite") is None:
+        return None
+    from gemlite.core import DType, GemLiteLinearTriton  # type: ignore[import-not-found]
+
+    codes = torch.randint(0, 16, (layer.rows, layer.columns), device=DEVICE).to(torch.uint8)
+    scales = torch.rand(layer.rows, layer.columns // layer.group, device=DEVICE).to(DTYPE)
+    kind = DType.BF16
+    others = []
+    for _ in layer.copies:
+        other = GemLiteLinearTriton(4, layer.group, layer.columns, layer.rows, input_dtype=kind, output_dtype=kind)
+        other.pack(codes, scales, torch.full_like(scales, 8), None)
+        others.append(other)
+    return microseconds(lambda number: others[number](x), len(others))
+
+
+class Mixture:
+    """Random experts in 4 bits, in copies, and dense."""
+
+    def __init__(self, count: int, top_k: int, hidden: int, inner: int) -> None:
+        self.count, self.top_k, self.hidden, self.inner = count, top_k, hidden, inner
+        (gate, first), (up, second), (down, third) = (
+            self._made(*shape) for shape in ((inner, hidden), (inner, hidden), (hidden, inner))
+        )
+        joined = [layouts.stacked_rows(pair) for pair in zip(first, second, strict=True)]
+        both = itertools.product((joined, third), ("words", "pairs"))
+        stacks = [torch.stack([getattr(one, part) for one in each]) for each, part in both]
+        self.dense = torch.cat([gate, up], 1), down
+        self.nbytes = sum(part.nbytes for part in stacks)
+        self.copies = [[part.clone() for part in stacks] for _ in range(copies_for(self.nbytes))]
+
+    def _made(self, rows: int, columns: int) -> tuple[Tensor, list[layouts.IntWords]]:
+        codes = torch.randint(-8, 8, (self.count, rows, columns), device=DEVICE).to(torch.int8)
+        scales = torch.rand(self.count, rows, columns // 128, device=DEVICE).to(DTYPE) / columns**0.5 / 4
+        both = list(zip(codes, scales, strict=True))
+        dense = torch.stack([reference.dequantize_int(c, s, None, 128, DTYPE) for c, s in both])
+        return dense, [layouts.swizzle_int(c, s, None, 4, 128, DTYPE) for c, s in both]
+
+
+def experts(options: argparse.Namespace, limits: dict[str, float], found: dict[str, Launch]) -> None:
+    """Tables of mixtures beside a grouped bf16 product."""
+    for count, top_k, hidden, inner in options.mixtures:
+        options.say(f"\nmixture of {count} experts, {top_k} to a token, {hidden} -> {inner}, int4 groups of 128")
+        options.say(" tokens       us  x bf16    error  tile")
+        layer = Mixture(count, top_k, hidden, inner)
+        for tokens in options.tokens:
+            options.say(experts_row(options, found, layer, tokens))
+
+
+def experts_row(options: argparse.Namespace, found: dict[str, Launch], layer: Mixture, tokens: int) -> str:
+    """One number of tokens."""
+    gpu, each = dispatch.gpu_capability(DEVICE), tokens * layer.top_k // layer.count
+    shape = (each, layer.inner, layer.hidden, 4, 128, DTYPE)
+    key = dispatch.config_key("experts", *shape)
+    x = torch.randn(tokens, layer.hidden, device=DEVICE, dtype=DTYPE)
+    weights, index = torch.rand(tokens, layer.count, device=DEVICE).topk(layer.top_k)
+    weights = weights.to(DTYPE)
+
+    def by(launch: Launch) -> Call:
+        dispatch.tuned(gpu)[key] = launch
+
+        def call(number: int) -> Tensor:
+            first, first_pairs, second, second_pairs = layer.copies[number]
+            stacks = first, None, first_pairs, second, None, second_pairs
+            result: Tensor = ops.int_experts(x, index, weights, *stacks, layer.inner, [4, 4], [128, 128])
+            return result
+
+        return call
+
+    tried = [dispatch.experts_tile(*shape, gpu)]
+    if not options.no_tune:
+        tried += [tile for tile in tiles(max(16, each)) if tile.tokens >= 16]
+    best, elapsed = fastest([Launch("experts", tile, 1) for tile in tried], by, len(layer.copies))
+    exact = mixture(x.double(), *(part.double() for part in layer.dense), index, weights.double())
+    wrong = error(by(best)(0), exact)
+    assert wrong < 2e-2, f"{layer.count} experts, {tokens} tokens, {best}: error {wrong}"
+    found[key] = best
+    plain = None
+    if not INTERPRETED:
+        plain = microseconds(lambda number: grouped_dense(x, *layer.dense, index, weights), 4)
+    return f"{tokens:>7} {elapsed:>8.1f} {f'{plain / elapsed:.2f}' if plain else '-':>7} {wrong:>8.1e}  {best.tile}"
+
+
+def mixture(x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """By the book, an expert at a time."""
+    result = torch.zeros_like(x)
+    for expert in range(len(down)):
+        token, choice = torch.where(index == expert)
+        gate, up = (x[token] @ gate_up[expert].T).chunk(2, 1)
+        result.index_add_(0, token, (F.silu(gate) * up) @ down[expert].T * weights[token, choice][:, None])
+    return result
+
+
+def grouped_dense(x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """The bf16 mixture by torch's grouped product."""
+    flat = index.flatten()
+    order = flat.argsort(stable=True)
+    ends = torch.zeros(len(down), dtype=torch.int32, device=x.device).scatter_add_(
+        0, flat, torch.ones_like(flat, dtype=torch.int32)
+    ).cumsum(0).to(torch.int32)  # fmt: skip
+    inputs = x[order // index.shape[1]]
+    gate, up = torch._grouped_mm(inputs, gate_up.mT, offs=ends).chunk(2, 1)
+    outer = torch._grouped_mm(F.silu(gate) * up, down.mT, offs=ends) * weights.flatten()[order][:, None]
+    return torch.zeros_like(x).index_add_(0, order // index.shape[1], outer)
+
+
+class Latents(NamedTuple):
+    """How a cache is made: numbers of a token, groups of heads with their own, and whether they are of 8 bits."""
+
+    rank: int
+    groups: int
+    codes: bool
+
+
+def attention(options: argparse.Namespace, limits: dict[str, float], found: dict[str, Launch]) -> None:
+    """Tables of decoding over latents beside attention over the dense cache."""
+    heads, count, head_dim = options.heads
+    for kind in options.latents:
+        what = f"latents of {kind.rank} in {kind.groups} groups{', 8 bits' if kind.codes else ''}"
+        options.say(f"\n{what}; {heads} heads of {head_dim}, {count} queries each")
+        options.say("context batch       us  kept  x dense time    GB/s  % copy    error  tile")
+        for context, batch in options.contexts:
+            if 6 * batch * context * (2 * kind.rank + 2 * heads * head_dim) < options.memory:
+                options.say(attention_row(options, limits, found, kind, context, batch))
+
+
+def attention_row(
+    options: argparse.Namespace, limits: dict[str, float], found: dict[str, Launch], kind: Latents, context: int,
+    batch: int,
+) -> str:  # fmt: skip
+    """One context and batch."""
+    (heads, count, head_dim), (rank, groups, codes) = options.heads, kind
+    gpu, width = dispatch.gpu_capability(DEVICE), rank // groups
+    queries = torch.randn(batch, heads, count, head_dim, device=DEVICE, dtype=DTYPE)
+    up = torch.randn(heads, width, head_dim, device=DEVICE, dtype=DTYPE) / width**0.5
+    turns = 1e4 ** (torch.arange(head_dim // 2, device=DEVICE) * 2 / head_dim)
+    angles = torch.arange(context, device=DEVICE)[:, None] / turns
+    tables = angles.cos().to(DTYPE), angles.sin().to(DTYPE)
+    cached = read = [torch.randn(batch, context, rank, device=DEVICE, dtype=DTYPE) for _ in range(2)]
+    if codes:
+        cached = [layouts.pack_latents(part, 8) for part in read]
+        read = [layouts.unpack_latents(part, rank, 8, DTYPE) for part in cached]
+    ends = torch.full((batch,), context, dtype=torch.int32, device=DEVICE)
+    key = dispatch.config_key("attention", 1, width, width, 8 if codes else 16, 0, DTYPE)
+    usual = dispatch.attention_launch(width, width, codes, DTYPE, gpu)
+    tried = [usual]
+    if not options.no_tune and not INTERPRETED:
+        shapes = itertools.product((32, 64, 128), (4, 8), (1, 2, 3), (1, 2, 4))
+        tried += [Launch("attention", Tile(t, usual.tile.rows, w, s), n) for t, w, s, n in shapes]
+
+    def by(launch: Launch) -> Call:
+        dispatch.tuned(gpu)[key] = launch
+        given = queries, *cached, up, *tables, ends * 0, ends, head_dim**-0.5, groups, groups, rank
+        return lambda number: ops.latent_attention(*given)
+
+    best, elapsed = fastest(tried, by, 1)
+    sample = [part.double() for part in (queries[-1], read[0][-1], read[1][-1], up, *tables)]
+    wrong = error(by(best)(0)[-1], reference.latent_attention(*sample, head_dim**-0.5, groups, groups))
+    assert wrong < 2e-2, f"latents of {rank}, {context} tokens, {best}: error {wrong}"
+    found[key] = best
+    dense = [torch.randn(batch, heads, context, head_dim, device=DEVICE, dtype=DTYPE) for _ in range(2)]
+    flat = queries.flatten(1, 2)[:, :, None]
+    plain = microseconds(lambda number: F.scaled_dot_product_attention(flat, *dense, enable_gqa=True), 1)
+    size = sum(part.nbytes for part in cached)
+    rate = size / elapsed * 1e6
+    return (
+        f"{context:>7} {batch:>5} {elapsed:>8.1f} {size / sum(part.nbytes for part in dense):>5.2f} "
+        f"{elapsed / plain:>13.2f} {rate / 1e9:>7.0f} {100 * rate / limits['bytes']:>7.0f} {wrong:>8.1e}  {best.tile}"
+    )
+
+
+PARTS = {"linear": linears, "experts": experts, "attention": attention}
+SCHEMES = [  # name, bits, group size of the stored values, sparse, block of the wrappers
+    ("int4 groups of 128", 4, 128, False, 0),
+    ("2:4 bf16", 16, 64, True, 0),
+    ("ARMOR bf16, blocks of 64", 16, 64, True, 64),
+    ("ARMOR int4, blocks of 64", 4, 64, True, 64),
+    ("int8 groups of 128", 8, 128, False, 0),
+    ("int3 groups of 128", 3, 128, False, 0),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS))
+    parser.add_argument("--shapes", nargs="+", default=["4096x4096", "14336x4096", "8192x8192", "28672x8192"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    parser.add_argument("--schemes", type=int, default=len(SCHEMES), help="how many of the schemes of the products")
+    parser.add_argument("--no-tune", action="store_true", help="time what would run as things are")
+    parser.add_argument("--write", action="store_true", help="keep configurations and tables")
+    options = parser.parse_args()
+    if not INTERPRETED and not torch.cuda.is_available():
+        sys.exit("no GPU here; TRITON_INTERPRET=1 only shows that this script runs")
+    gpu = dispatch.gpu_capability(DEVICE)
+    lines: list[str] = []
+    options.say = lambda line: (lines.append(line), print(line, flush=True))
+    options.shapes = [tuple(int(n) for n in shape.split("x")) for shape in options.shapes]
+    options.schemes = SCHEMES[: options.schemes]
+    small = INTERPRETED
+    options.mixtures = [(4, 2, 128, 128)] if small else [(8, 2, 4096, 14336), (64, 8, 2048, 1408)]
+    options.heads = (2, 2, 32) if small else (8, 4, 128)
+    kinds = [(64, 1, False), (64, 2, True)]
+    if not small:
+        kinds = [(512, 8, False), (256, 8, False), (512, 8, True), (512, 1, False)]
+    options.latents = [Latents(*kind) for kind in kinds]
+    pairs = itertools.product((4096, 32768, 131072), (1, 8, 64))
+    options.contexts = [(100, 2)] if small else list(pairs)
+    options.memory = 1 << 40 if small else torch.cuda.get_device_properties(DEVICE).total_memory
+    limits = ceilings()
+    options.say(
+        f"{gpu.name}, torch {torch.__version__}, triton {triton.__version__}: copy {limits['bytes'] / 1e9:.0f} GB/s, "
+        f"GEMM {limits['flops'] / 1e12:.0f} TFLOP/s"
+    )
+    found: dict[str, Launch] = {}
+    for part in options.only:
+        PARTS[part](options, limits, found)
+    if options.write:
+        entries = {
+            key: {"kernel": one.kernel, "tile": list(one.tile), "splits": one.splits} for key, one in found.items()
+        }
+        record = {"device": gpu.name, "torch": torch.__version__, "triton": triton.__version__, "launches": entries}
+        dispatch.config_file(gpu).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        results = ROOT / "benchmarks" / "results"
+        results.mkdir(exist_ok=True)
+        (results / dispatch.config_file(gpu).with_suffix(".txt").name).write_text(
+            "\n".join(lines) + "\n", encoding="utf-8"
+        )
+
+
+if __name__ == "__main__":
+    main()
