@@ -55,10 +55,11 @@ class Routed:
         target: `[samples, tokens, hidden_size]`.
     """
 
-    def __init__(self, chains: Chains, dtype: torch.dtype, top_k: int) -> None:
-        self.chains, self.dtype = chains, dtype
+    def __init__(self, chains: Chains, skeleton: Skeleton) -> None:
+        self.chains, self.dtype, self.device = chains, skeleton.dtype, skeleton.device
+        top_k = int(skeleton.config.num_experts_per_tok)
         hidden = chains.shape[2]
-        self.hidden, self.target = chains.scratch(hidden, dtype), chains.scratch(hidden, torch.float32)
+        self.hidden, self.target = chains.scratch(hidden, self.dtype), chains.scratch(hidden, torch.float32)
         self.places, self.weights = chains.scratch(top_k, torch.int32), chains.scratch(top_k, torch.float32)
 
     def store(self, rows: slice, hidden: Tensor, places: Tensor, weights: Tensor) -> None:
@@ -74,6 +75,7 @@ class Routed:
 
     @property
     def held_out(self) -> list[slice]:
+        """Micro-batches of samples that are not fitted; none where there is a single sample."""
         return _slices(self.chains.shape[0] - self._aside, self.chains.shape[0], self.chains.batch)
 
     @property
@@ -83,9 +85,10 @@ class Routed:
 
     def activations(self, rows: slice, members: Sequence[Member]) -> Iterator[tuple[Member, Tensor, Tensor]]:
         """For each member: the tokens of some samples that it sees, and `g h`, float32 `[tokens, width]`."""
-        x = self.hidden[rows].flatten(0, 1)
-        places, weights = self.places[rows].flatten(0, 1), self.weights[rows].flatten(0, 1)
-        everyone = torch.arange(len(x))
+        x, places, weights = (
+            part[rows].flatten(0, 1).to(self.device) for part in (self.hidden, self.places, self.weights)
+        )
+        everyone = torch.arange(len(x), device=self.device)
         for member in members:
             tokens, coefficients = everyone, None
             if member.number is not None:
@@ -109,7 +112,7 @@ def neurons(module: Any, x: Tensor) -> Tensor:
 
 def put_out(found: Sequence[tuple[Member, Tensor, Tensor]], weights: Sequence[Tensor], count: int) -> Tensor:
     """`Σ g D h` of all members, `[count, hidden_size]`, for down projections given."""
-    result = torch.zeros(count, weights[0].shape[0])
+    result = torch.zeros(count, weights[0].shape[0], device=weights[0].device)
     for (_, tokens, h), weight in zip(found, weights, strict=True):
         result.index_add_(0, tokens, h @ weight.T)
     return result
@@ -131,11 +134,13 @@ class Normal:
 
 
 def normal_equations(routed: Routed, members: Sequence[Member]) -> Normal:
+    """Those of the samples that are fitted."""
     downs = [member.module.down_proj.weight.float() for member in members]
-    normal = Normal([torch.zeros(d.shape[1], d.shape[1]) for d in downs], [torch.zeros_like(d) for d in downs])
+    moments = [torch.zeros(d.shape[1], d.shape[1], device=d.device) for d in downs]
+    normal = Normal(moments, [torch.zeros_like(d) for d in downs])
     for rows in routed.fitted:
         found = list(routed.activations(rows, members))
-        target = routed.target[rows].flatten(0, 1)
+        target = routed.target[rows].flatten(0, 1).to(routed.device)
         residual = target - put_out(found, downs, len(target))
         with exact_products(routed.dtype):
             for number, (_, tokens, h) in enumerate(found):
@@ -186,7 +191,7 @@ def _held(routed: Routed, members: Sequence[Member], change: Sequence[Tensor]) -
     along = size = 0.0
     for rows in routed.held_out:
         found = list(routed.activations(rows, members))
-        target = routed.target[rows].flatten(0, 1)
+        target = routed.target[rows].flatten(0, 1).to(routed.device)
         moved = put_out(found, change, len(target))
         along += float(((target - put_out(found, downs, len(target))) * moved).sum(dtype=torch.float64))
         size += float(moved.square().sum(dtype=torch.float64))
@@ -246,7 +251,7 @@ def refit_blocks(
             follow[rows] = original.run(reference, chains.read(index, "reference")[rows])
         if experts is not None:
             members = members_of(changed, layer)
-            routed = Routed(chains, changed.dtype, experts_top_k(changed))
+            routed = Routed(chains, changed)
             _watch(changed, chains, index, runner, routed, members, follow)
             change(index, layer, routed)
         target, lost, whole = chains.create(index + 1, "changed"), 0.0, 0.0
@@ -257,10 +262,6 @@ def refit_blocks(
         done(index, lost / max(whole, 1e-30) if experts is not None else None)
         chains.advanced(index + 1)
     shutil.rmtree(scratch)
-
-
-def experts_top_k(skeleton: Skeleton) -> int:
-    return int(skeleton.config.num_experts_per_tok)
 
 
 def _watch(
@@ -283,7 +284,7 @@ def _watch(
         output = skeleton.run(runner, chains.read(index, "changed")[rows])
         hidden, places, weights = entered.pop()
         routed.store(rows, hidden.to(routed.dtype), places, weights)
-        missing = wanted[rows] - output
+        missing = wanted[rows].to(output.device) - output
         found = list(routed.activations(rows, members))
         routed.target[rows] = missing / share + put_out(found, downs, missing[..., 0].numel()).view(missing.shape)
     handle.remove()

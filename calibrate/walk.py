@@ -118,13 +118,13 @@ class _Capture:
 class _Replay(nn.Module):
     """A part of a block that was already computed: its last linear over the inputs that were seen."""
 
-    def __init__(self, part: str, last: nn.Module, inputs: Spill) -> None:
+    def __init__(self, part: str, last: Any, inputs: Spill) -> None:
         super().__init__()
         self.add_module(PARTS[part].rpartition(".")[2], last)
         self.last, self.inputs, self.rows, self.attention = [last], inputs, slice(0), part == "self_attn"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.last[0](self.inputs[self.rows])
+        output = self.last[0](self.inputs[self.rows].to(self.last[0].weight.device))
         return (output, None) if self.attention else output  # attention also returns its weights
 
 
@@ -177,7 +177,9 @@ class Block:
         for stage in (part for whole in self.skeleton.stages(self.index) for part in self._parts(whole)):
             groups = [[self._disk(name) for name in group] for group in stage]
             names = [name for group in groups for name in group]
-            originals = {name: self.skeleton.checkpoint.tensor(name + ".weight") for name in names}
+            originals = {
+                name: self.skeleton.checkpoint.tensor(name + ".weight").to(self.skeleton.device) for name in names
+            }
             work = StageWork({name: Dense(weight) for name, weight in originals.items()}, originals, groups)
             if self._runners and not at_once:
                 work.statistics = self._collect(stage)

@@ -70,6 +70,7 @@ def apply(
         Path | None, typer.Option(help="folder of the original model's statistics: used if there, else made")
     ] = None,
     memory: MemoryOption = None,
+    device: Annotated[str, typer.Option(help="where a block runs and is solved: cpu, or cuda for a GPU")] = "cpu",
     revision: RevisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -99,14 +100,16 @@ def apply(
     try:
         with render.ApplyProgress(blocks, _state["quiet"]) as progress:
             done = run_job(
-                job, progress, resume=resume, overwrite=overwrite, statistics=statistics, memory=_bytes(memory)
-            )
+                job, progress, resume=resume, overwrite=overwrite, statistics=statistics, memory=_bytes(memory),
+                device=device,
+            )  # fmt: skip
     except KeyboardInterrupt:
         words = ["compressor", "apply", recipe, model, str(out)]
         for option, values in (
             ("--set", edits or []),
             ("--memory", [memory] if memory else []),
             ("--statistics", [str(statistics)] if statistics else []),
+            ("--device", [device] if device != "cpu" else []),
             ("--revision", [revision] if revision else []),
         ):
             words += [word for value in values for word in (option, value)]

@@ -74,10 +74,12 @@ def apply(
     overwrite: bool = False,
     statistics: Path | None = None,
     memory: float | None = None,
+    device: str = "cpu",
 ) -> Plan:
     """Run a job to its end.
 
     Args:
+        device: where blocks run and passes solve, `cpu` or a GPU as `cuda`; one block at a time is there.
         statistics: a folder to take the original model's statistics from, or to keep them in.
         memory: bytes beyond the imports to get by with; default: what is available.
 
@@ -86,8 +88,9 @@ def apply(
     """
     inputs = [*job.inputs, *([statistics] if statistics else [])]
     check_output(job.out, resume=resume, overwrite=overwrite, inputs=inputs)
+    check_device(device)
     checkpoint = open_source(job.model)
-    skeleton = Skeleton(checkpoint, calibration_dtype(checkpoint))
+    skeleton = Skeleton(checkpoint, calibration_dtype(checkpoint, device), device)
     plan = make_plan(job.recipe, skeleton, memory=memory)
     reshaped = any(step.reshapes for step in job.recipe.passes)
     of_linears = plan.needs == {"reference"} and not reshaped
@@ -134,6 +137,18 @@ def apply(
     finally:
         journal.close()
     return plan
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not there."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        kind = device
+    if kind not in ("cpu", "cuda"):
+        raise ResourceError(f"--device {device}: is not cpu or cuda")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ResourceError(f"--device {device}: torch {torch.__version__} finds no GPU here; leave the option out")
 
 
 def check_output(out: Path, *, resume: bool, overwrite: bool, inputs: Sequence[Path]) -> None:
@@ -361,10 +376,13 @@ def _store(block: Block, plan: Plan, checkpoint: Checkpoint, writer: ShardedWrit
         tensors = fuse(checkpoint.architecture, tensors)
     writer.write(tensors)
     for name in tensors:
-        if not torch.equal(writer.read(name), tensors[name]):
+        if not torch.equal(writer.read(name), tensors[name].cpu()):
             raise VerifyError(f"{name}: what was read back is not what was written; check the disk")
     for linear, operator in rewritten.items() if plan.format != PLAIN else ():
-        parts = {suffix: writer.read(stored_name(linear, suffix)) for suffix in operator.to_tensors()}
+        parts = {
+            suffix: writer.read(stored_name(linear, suffix)).to(tensor.device)
+            for suffix, tensor in operator.to_tensors().items()
+        }
         if not torch.equal(from_tensors(parts, operator.scheme()).dense(), operator.dense()):
             raise VerifyError(f"{linear}: decodes to other weights than were meant; this is a bug, please report it")
 

@@ -51,12 +51,14 @@ def model_config(checkpoint: Checkpoint) -> Any:
         raise ModelError(f"{checkpoint.path}/config.json: transformers cannot read it ({error})") from None
 
 
-def calibration_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """What blocks compute in while calibrating: the checkpoint's bfloat16 where the processor is fast at it.
+def calibration_dtype(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> torch.dtype:
+    """What blocks compute in while calibrating: the checkpoint's bfloat16 on GPUs and processors that are fast at it.
 
     Hidden states and statistics stay float32 in any case.
     """
-    return products_dtype(cpu_capability()) if checkpoint.dtype == torch.bfloat16 else torch.float32
+    if checkpoint.dtype != torch.bfloat16:
+        return torch.float32
+    return products_dtype(cpu_capability()) if torch.device(device).type == "cpu" else torch.bfloat16
 
 
 def _without_autocast(router: nn.Module, device: str) -> None:
@@ -167,7 +169,8 @@ class Skeleton:
         where = self.architecture.router
         router = copy.deepcopy(self.model.model.layers[index].get_submodule(where))
         for name, old in router.state_dict(keep_vars=True).items():
-            tensor = self.checkpoint.tensor(self.disk_name(index, f"{where}.{name}")).float()[list(numbers)]
+            stored = self.checkpoint.tensor(self.disk_name(index, f"{where}.{name}"))
+            tensor = stored.to(self.device, torch.float32)[list(numbers)]
             setattr(router, name, nn.Parameter(tensor) if isinstance(old, nn.Parameter) else tensor)
         router.num_experts = len(numbers)
         return router.requires_grad_(False)
@@ -209,7 +212,7 @@ class Skeleton:
         """What leaves the last block → float32 `[..., vocab_size]`; the head is converted a part at a time."""
         norm = copy.deepcopy(self.model.model.norm)
         norm.load_state_dict({name: self._float(f"model.norm.{name}") for name in norm.state_dict()}, assign=True)
-        normed = norm(hidden.float())
+        normed = norm(hidden.to(self.device).float())
         own = "lm_head.weight" in self.checkpoint.tensors
         head = self.checkpoint.tensor("lm_head.weight" if own else "model.embed_tokens.weight")
         parts = (nn.functional.linear(normed, part.to(self.device, torch.float32)) for part in head.split(HEAD_ROWS))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pretend import pretended
 
 from compressor.kernels import dispatch
 from compressor.runtime import load
@@ -46,9 +47,10 @@ def main(folder: Path) -> None:
     ids = torch.randint(1, 60, (2, 7), generator=generator)
     mask = torch.ones_like(ids)
     mask[0, :2] = 0  # padded on the left
-    model = load(folder, "cpu", torch.float16)
-    kinds = executed(model)
-    by_kernels = logits(model, ids, mask)
+    with pretended():  # as on a GPU: nothing of the CPU may get into it
+        model = load(folder, "cuda", torch.float16)
+        kinds = executed(model)
+        by_kernels = logits(model, ids.to("cuda"), mask.to("cuda")).cpu()
     present, dispatch.has_kernels = dispatch.has_kernels, lambda device, dtype: False
     plain = load(folder, "cpu", torch.float16)
     assert not executed(plain)

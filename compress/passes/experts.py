@@ -67,7 +67,7 @@ class Look:
     def sample(self, index: int) -> Tensor:
         """Tokens that entered the experts of a block, `[tokens, hidden_size]`."""
         assert self.folder is not None
-        return self.folder.load(index)[1]
+        return self.folder.load(index)[1].to(self.skeleton.device)
 
     def experts(self, index: int) -> Sequence[Any]:
         """The experts of a block, with their weights."""

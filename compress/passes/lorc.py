@@ -207,7 +207,7 @@ class Lorc(Calibrated):
                 metrics = output_metrics(skeleton, seen.runner, seen.hidden, list(inner.values()))
             found = {}
             for name, metric in zip(names, metrics, strict=True):
-                weight, shape = skeleton.checkpoint.tensor(name + ".weight"), self._shapes[name]
+                weight, shape = skeleton.checkpoint.tensor(name + ".weight").to(skeleton.device), self._shapes[name]
                 components = Components.of(weight.float(), seen.moment, metric, shape.groups)
                 curves[name] = components.tail()[: shape.width + 1]
                 probed[name] = _probed(curves[name], self._ranks[name], shape.groups)
@@ -305,7 +305,7 @@ class Lorc(Calibrated):
         components = Components.of(target, moment, metric, groups)
         up, down = components.truncated(rank)
         if self.latent_bits < 16:
-            turn = rotation(rank, LATENT_SPLIT, groups)
+            turn = rotation(rank, LATENT_SPLIT, groups).to(up.device)
             own = turn.unflatten(0, (groups, -1)).unflatten(2, (groups, -1)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
             up, down = (up.unflatten(0, (groups, -1)) @ own.mT).flatten(0, 1), turn @ down
         dtype = work.originals[name].dtype

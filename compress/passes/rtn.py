@@ -67,7 +67,7 @@ class Rtn(Quantizer):
             return operator.with_inner(inner), error
         weight = operator.dense()
         options = (self.bits, self.group_for(weight.shape[1]), self.symmetric, stored)
-        importance = torch.ones(weight.shape[1])
+        importance = torch.ones(weight.shape[1], device=weight.device)
         if statistics is not None and statistics.informed:
             importance = statistics.moment.diagonal().clone()
             grid = searched_grid(weight, importance, *options) if self.search else range_grid(weight, *options)

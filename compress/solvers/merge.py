@@ -51,7 +51,7 @@ def aligned(expert: Neurons, like: Neurons) -> Neurons:
     wanted, own = like.directions(), expert.directions()
     order = torch.arange(len(own))
     if len(own) <= ALIGNED:
-        order = torch.as_tensor(linear_sum_assignment((wanted @ own.T).abs().numpy(), maximize=True)[1])
+        order = torch.as_tensor(linear_sum_assignment((wanted @ own.T).abs().cpu().numpy(), maximize=True)[1])
     signs = torch.where((wanted * own[order]).sum(1, keepdim=True) < 0, -1.0, 1.0)
     chosen = expert.balanced().rows(order)
     balance = (like.up.norm(dim=1) / like.down.norm(dim=1).clamp(min=1e-30)).clamp(min=1e-30).sqrt()[:, None]
@@ -76,7 +76,7 @@ def clusters(outputs: Tensor, count: int) -> list[list[int]]:
     """
     if count >= len(outputs):
         return [[number] for number in range(len(outputs))]
-    labels = fcluster(linkage(outputs.double().numpy(), "average"), count, "maxclust")
+    labels = fcluster(linkage(outputs.double().cpu().numpy(), "average"), count, "maxclust")
     groups = [[n for n, label in enumerate(labels) if label == wanted] for wanted in sorted(set(labels))]
     while len(groups) < count:  # equal distances: split the largest
         largest = max(groups, key=len)

@@ -1,0 +1,87 @@
+"""Compressing on a GPU: on one that is pretended, where no tensor may meet those of the CPU; and on a real one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from pretend import pretended
+
+from compressor.compress.apply import Job, apply
+from compressor.compress.recipe import parse_recipe
+from compressor.runtime import load
+from compressor.runtime.errors import ResourceError
+
+RECIPES = {
+    "plain": ("llama", "[{kind: rtn, bits: 4, group_size: 32, search: true}]"),
+    "sparse": (
+        "llama",
+        "[{kind: sparse24}, {kind: gptq, bits: 4, group_size: 32}, {kind: eora, rank: 4}]",
+    ),
+    "armor": ("llama", "[{kind: armor, block_size: 8, iterations: 1, wrapper_bits: 8}]"),
+    "latents": ("llama", "[{kind: lorc, ratio: .5, calibrated: true, latent_bits: 8}, {kind: gptq, bits: 4}]"),
+    "merged": ("mixtral", "[{kind: expert_prune, ratio: .5, criterion: reconstruction, merge: dern}]"),
+    "clusters": ("granitemoe", "[{kind: expert_prune, ratio: .5, merge: hc, mass_correction: true}]"),
+    "narrow": ("deepseek_v3", "[{kind: expert_width, ratio: .5}, {kind: gptq, bits: 4, group_size: -1}]"),
+}
+
+
+def run(text: str, source: Path, out: Path, device: str) -> None:
+    apply(Job(parse_recipe(text), text, (), source, out, "pico"), lambda event: None, device=device)
+
+
+def recipe(passes: str, calibration_text: Path) -> str:
+    return f"data: {{source: {calibration_text}, samples: 4, sequence_length: 32}}\npasses: {passes}\n"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_pretended_gpu_writes_the_same_bytes(
+    name: str, pico: Callable[..., Path], calibration_text: Path, tmp_path: Path
+) -> None:
+    family, passes = RECIPES[name]
+    source, text = pico(family), recipe(passes, calibration_text)
+    run(text, source, tmp_path / "cpu", "cpu")
+    with pretended() as device:
+        run(text, source, tmp_path / "gpu", "cuda")
+        assert device.met  # something was there
+    for file in (tmp_path / "cpu").glob("*.safetensors"):
+        assert (tmp_path / "gpu" / file.name).read_bytes() == file.read_bytes(), name
+
+
+def test_the_pretended_gpu_is_one() -> None:
+    with pretended():
+        here, there = torch.ones(3), torch.ones(3, device="cuda")
+        assert (there * 2).device == there.to(torch.float16).device == here.to("cuda").device == there.device
+        assert there.cpu().device == here.device != there.device
+        for meeting in (lambda: here + there, lambda: torch.cat([here, there]), lambda: there.numpy()):
+            with pytest.raises(RuntimeError, match="device"):
+                meeting()
+
+
+@pytest.mark.parametrize(
+    ("device", "what"), [("cuda", "finds no GPU"), ("gpu", "is not cpu or cuda"), ("meta", "is not")]
+)
+def test_a_device_that_is_not_there_is_refused(
+    device: str, what: str, pico: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ResourceError, match=what):
+        run("passes: [{kind: rtn, bits: 4}]", pico("llama"), tmp_path / "out", device)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_gpu_compresses_and_runs(
+    name: str, pico: Callable[..., Path], calibration_text: Path, tmp_path: Path
+) -> None:
+    family, passes = RECIPES[name]
+    run(recipe(passes, calibration_text), pico(family), tmp_path / "gpu", "cuda")
+    ids = torch.arange(1, 12)[None]
+    with torch.no_grad():
+        found = load(tmp_path / "gpu", "cuda")(ids.cuda()).logits.cpu()
+        expected = load(tmp_path / "gpu", "cpu", torch.float32)(ids).logits
+    assert (found - expected).norm() / expected.norm() < 0.05
