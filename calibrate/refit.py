@@ -53,11 +53,11 @@ class Routed:
 
     Attributes:
         target: `[samples, tokens, hidden_size]`.
+        device: where what is read is worked on.
     """
 
-    def __init__(self, chains: Chains, skeleton: Skeleton) -> None:
-        self.chains, self.dtype, self.device = chains, skeleton.dtype, skeleton.device
-        top_k = int(skeleton.config.num_experts_per_tok)
+    def __init__(self, chains: Chains, dtype: torch.dtype, top_k: int, device: torch.device | str = "cpu") -> None:
+        self.chains, self.dtype, self.device = chains, dtype, device
         hidden = chains.shape[2]
         self.hidden, self.target = chains.scratch(hidden, self.dtype), chains.scratch(hidden, torch.float32)
         self.places, self.weights = chains.scratch(top_k, torch.int32), chains.scratch(top_k, torch.float32)
@@ -251,7 +251,7 @@ def refit_blocks(
             follow[rows] = original.run(reference, chains.read(index, "reference")[rows])
         if experts is not None:
             members = members_of(changed, layer)
-            routed = Routed(chains, changed)
+            routed = Routed(chains, changed.dtype, int(changed.config.num_experts_per_tok), changed.device)
             _watch(changed, chains, index, runner, routed, members, follow)
             change(index, layer, routed)
         target, lost, whole = chains.create(index + 1, "changed"), 0.0, 0.0

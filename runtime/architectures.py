@@ -95,12 +95,15 @@ ARCHITECTURES: dict[str, Architecture] = {
     "deepseek_v2": Architecture(_MLA + _mlp()),
     "deepseek_v3": Architecture(_MLA + _mlp()),
 }
+_SCALED_INPUTS = (
+    "its router scales what enters an expert, not what leaves it, so that no second moment of an expert's inputs can "
+    "be weighted as for other families"
+)
 REFUSED = {
     "gpt_oss": "its experts have biases, an activation of their own, and rows of gate and up in turns (MXFP4 on the "
     "hub), none of which a linear of one expert can say",
-    "llama4": "its router scales what enters an expert, not what leaves it, so that no second moment of an expert's "
-    "inputs can be weighted as for other families",
-    "llama4_text": "its router scales what enters an expert, not what leaves it",
+    "llama4": _SCALED_INPUTS,
+    "llama4_text": _SCALED_INPUTS,
 }
 
 

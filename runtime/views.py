@@ -50,6 +50,7 @@ class View(Checkpoint):
         return TensorInfo(info.file, info.dtype, shape)
 
     def tensor(self, name: str) -> Tensor:
+        """A tensor by the view's name: new, or of the source."""
         if name in self._made:
             with safe_open(self._made[name], framework="pt") as file:
                 made: Tensor = file.get_tensor(name)
@@ -65,6 +66,7 @@ class View(Checkpoint):
         return tensor
 
     def stored_tensor(self, name: str) -> Tensor:
+        """The source's, by its own name."""
         return self._source.stored_tensor(name)
 
     def release(self) -> None:

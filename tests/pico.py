@@ -74,6 +74,15 @@ def interrupt(event: Event) -> None:
         raise KeyboardInterrupt
 
 
+def same_folders(found: Path, expected: Path) -> None:
+    """Two outputs of one job: every file but the timings has the same bytes."""
+    names = {path.relative_to(expected) for path in expected.rglob("*") if path.is_file()}
+    assert names == {path.relative_to(found) for path in found.rglob("*") if path.is_file()}
+    for name in names:
+        if name.name != "timings.jsonl":
+            assert (found / name).read_bytes() == (expected / name).read_bytes(), name
+
+
 def _tokenizer() -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 

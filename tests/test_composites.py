@@ -106,7 +106,7 @@ def test_a_sparse_weight_is_decoded_a_tile_at_a_time(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("compressor.kernels.cpu.TILE_ROWS", 24)
     asked = []
     decode = linear.decode  # type: ignore[operator]
-    monkeypatch.setattr(linear, "decode", lambda rows, dtype: asked.append(rows) or decode(rows, dtype))
+    monkeypatch.setattr(linear, "decode", lambda rows, dtype, room: asked.append(rows) or decode(rows, dtype))
     x = torch.randn(3, 48)
     torch.testing.assert_close(linear(x), operator.forward(x))
     assert [(rows.start, rows.stop) for rows in asked] == [(0, 24), (24, 48), (48, 64)]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pico import same_folders
 from safetensors.torch import load_file, save_file
 from test_expert_prune import FLOAT, ONE, logits, run, stock, windows
 from torch import Tensor, nn
@@ -332,9 +333,15 @@ def test_an_interrupted_fit_goes_on_where_it_was(
     job = Job(parse_recipe(recipe), recipe, (), pico("qwen2_moe"), tmp_path / "out", "pico")
     apply(job, again.append, resume=True)
     assert sum(isinstance(event, ExpertsChanged) for event in again) == 4 - after
-    names = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*") if path.is_file()]
-    for name in (name for name in names if name.name != "timings.jsonl"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
+    same_folders(tmp_path / "out", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("passes", ["[{kind: expert_prune, keep: 3}]", "[{kind: expert_width, width: 16}]"])
+def test_a_fit_asks_for_samples_to_hold_out(passes: str, pico: Pico, tmp_path: Path, calibration_text: Path) -> None:
+    recipe = f"data: {{source: {calibration_text}, samples: 1, sequence_length: 64}}\npasses: {passes}"
+    with pytest.raises(RecipeError, match=r"data\.samples"):
+        run(recipe, pico("qwen2_moe"), tmp_path / "out")
+    run(recipe.replace("}]", ", refit: false}]"), pico("qwen2_moe"), tmp_path / "out")
 
 
 def test_files_of_another_text_are_not_taken_for_ones_own(tmp_path: Path) -> None:

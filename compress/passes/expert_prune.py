@@ -31,7 +31,17 @@ from ..events import Event, ExpertsKept
 from ..solvers.merge import Neurons, averaged, clusters, redistributed
 from ..solvers.subsets import best_subset, few_enough, mixed, subset_losses
 from .base import Cost, Need, Pass, Survey
-from .experts import Look, change_experts, expert_counts, merge_cost, refit_cost, sample_cost, save_made, walk_cost
+from .experts import (
+    Look,
+    change_experts,
+    check_samples,
+    expert_counts,
+    merge_cost,
+    refit_cost,
+    sample_cost,
+    save_made,
+    walk_cost,
+)  # fmt: skip
 
 Criterion = Literal["reap", "frequency", "router_weight", "ean", "reconstruction", "random"]
 
@@ -290,6 +300,7 @@ class ExpertPrune(Pass):
         if self.merge != "none" and self._drops:
             costs.append(merge_cost(skeleton, self._keep, compared=self.merge == "dern"))
         if self.refit and self._drops:
+            check_samples(self.step, samples)
             costs.append(refit_cost(self.view(skeleton), samples, sequence_length))
         return Cost.of(costs)
 

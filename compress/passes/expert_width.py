@@ -24,7 +24,7 @@ from ...runtime.views import narrower_experts, width_key
 from ..events import Event
 from ..solvers.neurons import eliminated, strongest
 from .base import Cost, Need, Pass, Survey
-from .experts import change_experts, expert_counts, refit_cost
+from .experts import change_experts, check_samples, expert_counts, refit_cost
 
 _PARTS = ("gate_proj", "up_proj", "down_proj")
 
@@ -125,7 +125,11 @@ class ExpertWidth(Pass):
             fit(routed, members, self.damping)
 
     def survey_cost(self, skeleton: Skeleton, samples: int, sequence_length: int) -> Cost:
-        return refit_cost(skeleton, samples, sequence_length, parts=len(_PARTS)) if self.needs else Cost()
+        if not self.needs:
+            return Cost()
+        if self.refit:
+            check_samples(self.step, samples)
+        return refit_cost(skeleton, samples, sequence_length, parts=len(_PARTS))
 
     @property
     def note(self) -> str:

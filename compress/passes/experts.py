@@ -158,6 +158,15 @@ def _converted(skeleton: Skeleton) -> float:
     return 3.0 * count * hidden * width * skeleton.dtype.itemsize
 
 
+def check_samples(step: str, samples: int) -> None:
+    """Refuse to fit to a single sample, of which none could be held out."""
+    if samples < 2:
+        raise RecipeError(
+            f"data.samples: {step} fits to some samples and tries the fit on others, so it takes two or more (or "
+            "refit: false)"
+        )
+
+
 def refit_cost(changed: Skeleton, samples: int, sequence_length: int, parts: int = 1) -> Cost:
     """Of `change_experts`: two blocks, five sets of down projections, a moment for each expert; `parts` of experts on
     disk."""

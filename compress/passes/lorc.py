@@ -225,6 +225,7 @@ class Lorc(Calibrated):
         return self._with_ranks(greedy(losses, self._steps, self._cost, self._budget(self.ratio)))
 
     def survey_cost(self, skeleton: Skeleton, samples: int, sequence_length: int) -> Cost:
+        """Of cutting every projection once, where ranks are found on data."""
         if not (self._nominal and self.calibrated):
             return Cost()
         tokens = min(samples * sequence_length, BATCH_TOKENS)

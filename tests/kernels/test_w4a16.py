@@ -96,3 +96,5 @@ def test_the_operator(device: torch.device, close: Callable[..., None]) -> None:
     torch.library.opcheck(
         torch.ops.compressor.int_linear.default, arguments, test_utils=("test_schema", "test_faketensor")
     )
+    compiled = torch.compile(lambda x: ops.int_linear(x + 1, *arguments[1:]) * 2, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(arguments[0]), ops.int_linear(arguments[0] + 1, *arguments[1:]) * 2)
