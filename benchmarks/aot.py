@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from compressor.kernels import dispatch
-from compressor.kernels.triton import grouped, latent_attention, sparse24, w4a16
+from compressor.kernels.triton import activations, common, grouped, latent_attention, sparse24, w4a16
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -129,7 +129,7 @@ def int_cases(target: str, bits: int, group: int, dtype: torch.dtype) -> Iterato
     """The products with integers, by the tables of `kernels/dispatch.py`."""
     device = gpu(target)
     words = {"WORDS": "*i8" if bits == 8 else "*i16", "HIGH": "*u8", "PAIRS": "*i32"}
-    common = {"BITS": bits, "GROUP": group, "EVEN": True, "ASM": device.assembly}
+    shared = {"BITS": bits, "GROUP": group, "EVEN": True, "ASM": device.assembly}
     plain = {"HAS_BIAS": False, "HAS_RESIDUAL": False}
     what = f"int{bits} group {group} {FLOAT[dtype][1:]}"
     for tile in dict.fromkeys(dispatch.TILES["int_linear"][device.family].values()):
@@ -138,12 +138,12 @@ def int_cases(target: str, bits: int, group: int, dtype: torch.dtype) -> Iterato
             types = _typed(w4a16.gemm_kernel, {**words, "OUT": "*fp32"} if split else words, dtype)
             ends = plain if split else {"HAS_BIAS": True, "HAS_RESIDUAL": True}
             name = f"int_linear {what} tile {tile.tokens}x{tile.rows}{' split' if split else ''}"
-            yield Case(name, w4a16.gemm_kernel, types, {**common, **ends, **sizes, "SPLIT": split}, *tile[2:])
+            yield Case(name, w4a16.gemm_kernel, types, {**shared, **ends, **sizes, "SPLIT": split}, *tile[2:])
     tile = dispatch.GEMV
     types = _typed(w4a16.gemv_kernel, {**words, "OUT": "*fp32"}, dtype)
     sizes = {"BN": tile.rows, "STAGES": tile.stages}
-    yield Case(f"int_linear {what} gemv", w4a16.gemv_kernel, types, {**common, **sizes}, *tile[2:], matrix=False)
-    without = {key: common[key] for key in ("BITS", "GROUP", "ASM")}
+    yield Case(f"int_linear {what} gemv", w4a16.gemv_kernel, types, {**shared, **sizes}, *tile[2:], matrix=False)
+    without = {key: shared[key] for key in ("BITS", "GROUP", "ASM")}
     types = _typed(w4a16.expand_kernel, words, dtype)
     yield Case(f"int_linear {what} expand", w4a16.expand_kernel, types, {**without, "BN": 64}, 4, 2, matrix=False)
     for tile in dict.fromkeys(dispatch.TILES["experts"][device.family].values()):
@@ -151,7 +151,7 @@ def int_cases(target: str, bits: int, group: int, dtype: torch.dtype) -> Iterato
         sizes = {"BM": tile.tokens, "BN": tile.rows}
         for kernel in (grouped.gate_up_kernel, grouped.down_kernel):
             name = f"experts {kernel.__name__.removesuffix('_kernel')} {what} tile {tile.tokens}x{tile.rows}"
-            yield Case(name, kernel, _typed(kernel, slots, dtype), {**common, **sizes}, *tile[2:])
+            yield Case(name, kernel, _typed(kernel, slots, dtype), {**shared, **sizes}, *tile[2:])
 
 
 def sparse_cases(target: str, bits: int, width: int, dtype: torch.dtype) -> Iterator[Case]:
@@ -159,7 +159,7 @@ def sparse_cases(target: str, bits: int, width: int, dtype: torch.dtype) -> Iter
     device = gpu(target)
     values = {4: "*i16", 8: "*i8", 16: FLOAT[dtype]}[bits]
     words = {"VALUES": values, "KEPT": "*i16", "PAIRS": "*i32"}
-    common = {"BITS": bits, "GROUP": 0 if bits == 16 else 128, "WIDTH": width, "EVEN": True, "ASM": device.assembly}
+    shared = {"BITS": bits, "GROUP": 0 if bits == 16 else 128, "WIDTH": width, "EVEN": True, "ASM": device.assembly}
     what = f"int{bits} {FLOAT[dtype][1:]} width {width}"
     for tile in dict.fromkeys(dispatch.TILES["sparse_linear"][device.family].values()):
         for block in (0, tile.rows):
@@ -168,7 +168,7 @@ def sparse_cases(target: str, bits: int, width: int, dtype: torch.dtype) -> Iter
             ends = {"BLOCK": block, "A_CODES": False, "HAS_BIAS": False, "HAS_RESIDUAL": not split, "SPLIT": split}
             name = f"sparse_linear {what} tile {tile.tokens}x{tile.rows} {'split' if split else f'A of {block}'}"
             sizes = {"BM": tile.tokens, "BN": tile.rows}
-            yield Case(name, sparse24.gemm_kernel, types, {**common, **ends, **sizes}, *tile[2:])
+            yield Case(name, sparse24.gemm_kernel, types, {**shared, **ends, **sizes}, *tile[2:])
     for block in (64, 128):
         types = _typed(sparse24.scatter_kernel, {}, dtype)
         sizes = {"BLOCK": block, "CODES": False, "BM": 16}
@@ -196,6 +196,26 @@ def attention_cases(target: str, codes: bool, dtype: torch.dtype) -> Iterator[Ca
         yield Case(f"latent_attention {what}", kernel, _typed(kernel, given, dtype), constants, *tile[2:])
 
 
+def ending_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """What follows a split product, spans of attention, activations as bytes; sizes of one are constants to Triton."""
+    ends = {"A_CODES": True, "HAS_BIAS": True, "HAS_RESIDUAL": True}
+    for block, tokens, sizes in ((64, 8, {}), (128, 16, {}), (64, 8, {"M": 1, "SPLITS": 1})):
+        types = _typed(common.reduce_kernel, {"PARTS": "*fp32", "A": "*i8", "SPLITS": "i32"}, dtype)
+        constants = {**ends, **sizes, "BLOCK": block, "BM": tokens, "BN": block}
+        yield Case(f"reduce, A of {block} {sizes or ''}", common.reduce_kernel, types, constants, 4, 2)
+    for splits in (1, 64):
+        types = _typed(latent_attention.combine_kernel, {"PARTS": "*fp32", "TOTALS": "*fp32", "SPLITS": "i32"}, dtype)
+        constants = {"QUERIES": 4, "VALUE_WIDTH": 64, "BS": splits, "BV": 64, **({"SPLITS": 1} if splits == 1 else {})}
+        yield Case(f"combine {splits}", latent_attention.combine_kernel, types, constants, 4, 2, matrix=False)
+    types = _typed(activations.quantize_kernel, {"CODES": "*i8", "SCALES": "*fp32"}, dtype)
+    constants = {"LARGEST": 127.0, "BK": 1024}
+    yield Case("quantize rows", activations.quantize_kernel, types, constants, 4, 2, matrix=False)
+    given = {"SUMS": "*i32", "ROW_SCALES": "*fp32", "COLUMN_SCALES": "*fp32"}
+    types = _typed(activations.rescale_kernel, given, dtype)
+    constants = {"HAS_BIAS": True, "BN": 1024}
+    yield Case("rescale", activations.rescale_kernel, types, constants, 4, 2, matrix=False)
+
+
 def check(case: Case, target: str) -> Resources:
     """What a kernel takes; complains of spills, too much shared memory, or a missing matrix instruction."""
     binary = compiled(case.kernel, case.types, case.constants, target, num_warps=case.warps, num_stages=case.stages)
@@ -217,6 +237,7 @@ def every_case(target: str) -> Iterator[Case]:
             yield from sparse_cases(target, bits, width, dtype)
         for codes in (False, True):
             yield from attention_cases(target, codes, dtype)
+        yield from ending_cases(dtype)
 
 
 def main() -> None:

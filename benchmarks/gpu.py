@@ -436,6 +436,7 @@ def main() -> None:
             key: {"kernel": one.kernel, "tile": list(one.tile), "splits": one.splits} for key, one in found.items()
         }
         record = {"device": gpu.name, "torch": torch.__version__, "triton": triton.__version__, "launches": entries}
+        dispatch.config_file(gpu).parent.mkdir(exist_ok=True)
         dispatch.config_file(gpu).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         results = ROOT / "benchmarks" / "results"
         results.mkdir(exist_ok=True)

@@ -220,7 +220,9 @@ class Sparse24Linear(RowsLinear):
 
     def decode(self, rows: slice, dtype: torch.dtype, room: cpu.Room | None = None) -> Tensor:
         indices = layouts.unpack_indices(self.indices[rows], self.in_features // 4)
-        return layouts.expand24(self.values.decode(rows, dtype, room), indices)
+        values = self.values
+        kept = values.whole(dtype)[rows] if values.device_layout else values.decode(rows, dtype, room)
+        return layouts.expand24(kept, indices)
 
 
 class ArmorLinear(StoredLinear):

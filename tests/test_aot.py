@@ -41,6 +41,16 @@ def test_attention_over_latents(target: str, codes: bool) -> None:
         aot.check(case, target)
 
 
+def test_what_follows_a_product() -> None:
+    for case in aot.ending_cases(torch.bfloat16):
+        aot.check(case, "sm_80")
+
+
+def test_a_single_token_is_a_constant() -> None:
+    case = next(iter(aot.int_cases("sm_90", 4, 128, torch.bfloat16)))
+    aot.check(case._replace(constants={**case.constants, "M": 1}), "sm_90")
+
+
 def test_the_gate_can_fail() -> None:
     case = next(iter(aot.int_cases("sm_80", 4, 128, torch.bfloat16)))
     with pytest.raises(AssertionError, match="spills"):
