@@ -133,6 +133,7 @@ class Linear:
         codes = torch.randint(-half, half, (rows, kept), device=DEVICE, generator=generator).to(torch.int8)
         scales = torch.rand(rows, -(-kept // group), device=DEVICE, generator=generator).to(DTYPE) / half / columns**0.5
         self.kind = "sparse_linear" if sparse else "int_linear"
+        self.rival: list[Any] | None = None
         if sparse:
             order = torch.rand(rows, columns // 4, 4, device=DEVICE, generator=generator).argsort(2).argsort(2)
             values, indices = layouts.compress24(dense, (order < 2).view(rows, columns))
@@ -215,20 +216,25 @@ def linear_row(
 
 
 def gemlite_time(layer: Linear, x: Tensor) -> float | None:
-    """Microseconds of gemlite's 4-bit product, where that package is at hand."""
+    """Microseconds of gemlite's 4-bit product of the same shape, where that package is at hand."""
     if INTERPRETED or layer.bits != 4 or find_spec("gemlite") is None:
         return None
-    from gemlite.core import DType, GemLiteLinearTriton  # type: ignore[import-not-found]
+    try:
+        from gemlite.helper import A16Wn  # type: ignore[import-not-found]
 
-    codes = torch.randint(0, 16, (layer.rows, layer.columns), device=DEVICE).to(torch.uint8)
-    scales = torch.rand(layer.rows, layer.columns // layer.group, device=DEVICE).to(DTYPE)
-    kind = DType.BF16
-    others = []
-    for _ in layer.copies:
-        other = GemLiteLinearTriton(4, layer.group, layer.columns, layer.rows, input_dtype=kind, output_dtype=kind)
-        other.pack(codes, scales, torch.full_like(scales, 8), None)
-        others.append(other)
-    return microseconds(lambda number: others[number](x), len(others))
+        if layer.rival is None:
+            codes = torch.randint(0, 16, (layer.rows, layer.columns), device=DEVICE).to(torch.uint8)
+            scales = torch.rand(layer.rows, layer.columns // layer.group, device=DEVICE).to(DTYPE) / 1024
+            make = A16Wn(device=str(DEVICE), dtype=DTYPE)
+            layer.rival = [
+                make.from_weights(codes, scales, torch.full_like(scales, 8), 4, layer.group) for _ in layer.copies
+            ]
+        rival = layer.rival
+        rival[0](x)  # it tunes itself at the first call of a shape
+        return microseconds(lambda number: rival[number](x), len(rival))
+    except Exception as problem:  # theirs, of any type
+        print(f"    gemlite: {type(problem).__name__}: {problem}", file=sys.stderr)
+        return None
 
 
 class Mixture:
