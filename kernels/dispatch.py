@@ -73,10 +73,10 @@ def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def has_int_linear(bits: int, group_size: int, columns: int) -> bool:
-    """Whether `int_linear` takes groups of a size: the columns of a plane share a scale, or those of a tile."""
+    """Whether `int_linear` takes groups of a size: whole tiles share a scale, or whole planes that fill a tile."""
     if group_size >= columns:
         return True
-    return group_size % 128 == 0 or (group_size < 128 and group_size % (16 if bits in (2, 3) else 32) == 0)
+    return group_size % 128 == 0 or (128 % group_size == 0 and group_size >= (16 if bits in (2, 3) else 32))
 
 
 def has_sparse_linear(group_size: int, kept: int) -> bool:
@@ -161,7 +161,7 @@ def heuristic_tile(kernel: str, tokens: int, gpu: GpuCapability) -> Tile | None:
 
 def bucket(tokens: int) -> int:
     """The number of tokens that a tuned configuration is kept under."""
-    return next((most for most in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512) if tokens <= most), 1024)
+    return next((most for most in (1, 4, 16, 32, 64, 128, 256, 512) if tokens <= most), 1024)
 
 
 def config_key(

@@ -91,7 +91,7 @@ class PackedExperts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """As `Experts.forward`."""
         result: Tensor = ops.int_experts(
-            hidden_states, top_k_index, top_k_weights.to(hidden_states.dtype), self.gate_up_words, self.gate_up_high,
+            hidden_states, top_k_index, top_k_weights.contiguous(), self.gate_up_words, self.gate_up_high,
             self.gate_up_pairs, self.down_words, self.down_high, self.down_pairs, self.intermediate_size, self.bits,
             self.group_sizes,
         )  # fmt: skip

@@ -162,7 +162,8 @@ class IntLinear(RowsLinear):
 
     def tiled(self, x: Tensor) -> Tensor:
         tokens = x.numel() // x.shape[-1]
-        if self._int4 is not None and dispatch.int4_path(tokens, x.dtype) == "int4pack":
+        here = self._int4 is not None and x.device.type == "cpu"  # a loaded model may be moved
+        if here and self._int4 is not None and dispatch.int4_path(tokens, x.dtype) == "int4pack":
             return cpu.linear_int4(x, self._int4)
         return super().tiled(x)
 
@@ -333,7 +334,7 @@ class ResidualLinear(StoredLinear):
         return self.affine(x, None)
 
     def affine(self, x: Tensor, bias: Tensor | None, up: Tensor | None = None, down: Tensor | None = None) -> Tensor:
-        if up is None and type(self.residual.up) is DenseLinear:
+        if up is None and self.residual.groups == 1 and type(self.residual.up) is DenseLinear:
             return self.base.affine(x, bias, self.residual.up.matrix.to(x.dtype), self.residual.down.product(x))
         return self.base.affine(x, bias, up, down) + self.residual.product(x)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,17 @@ def interrupt(event: Event) -> None:
     """A listener that stops a run, as Ctrl-C does, once a block is done."""
     if isinstance(event, BlockDone):
         raise KeyboardInterrupt
+
+
+def benchmark(name: str) -> Any:
+    """The module of `benchmarks/<name>.py`."""
+    script = Path(__file__).resolve().parent.parent / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def same_folders(found: Path, expected: Path) -> None:

@@ -5,22 +5,16 @@ One width of codes for every tile that dispatch can ask for; `benchmarks/aot.py`
 
 from __future__ import annotations
 
-import importlib.util
 import os
-from pathlib import Path
 
 import pytest
 import torch
+from pico import benchmark
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("a process either interprets or compiles", allow_module_level=True)
-SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "aot.py"
-_spec = importlib.util.spec_from_file_location("aot_benchmark", SCRIPT)
-assert _spec is not None
-assert _spec.loader is not None
-aot = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(aot)
+aot = benchmark("aot")
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
@@ -30,12 +24,14 @@ def test_products_with_integers(target: str) -> None:
         assert found.instructions["I2F"] <= 3, case.name  # decoding converts no integers; divisions of sizes may
 
 
-def test_products_with_sparse_weights() -> None:
-    for case in aot.sparse_cases("sm_90", 4, 32, torch.bfloat16):
-        aot.check(case, "sm_90")
+@pytest.mark.parametrize(("target", "bits"), [("sm_80", 16), ("sm_90", 4)])
+def test_products_with_sparse_weights(target: str, bits: int) -> None:
+    for case in aot.sparse_cases(target, bits, 32, torch.bfloat16):
+        aot.check(case, target)
 
 
-@pytest.mark.parametrize(("target", "codes"), [("sm_80", False), ("sm_90", True)])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("codes", [False, True])
 def test_attention_over_latents(target: str, codes: bool) -> None:
     for case in aot.attention_cases(target, codes, torch.bfloat16):
         aot.check(case, target)

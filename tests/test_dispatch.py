@@ -74,6 +74,18 @@ def test_a_tuned_configuration_wins_and_serves_its_neighbours() -> None:
     assert launch(1) not in (first, second)
 
 
+def test_groups_that_the_kernels_take() -> None:
+    taken = [size for size in (16, 32, 48, 64, 96, 128, 160, 256, 384) if dispatch.has_int_linear(4, size, 1024)]
+    assert taken == [32, 64, 128, 256, 384]  # with 96, a plane of the tile after would have another scale
+    assert dispatch.has_int_linear(2, 16, 1024)
+    assert dispatch.has_int_linear(4, 96, 96)  # a scale for the whole row
+    assert [size for size in (16, 32, 64, 96) if dispatch.has_sparse_linear(size, 512)] == [32, 64, 96]
+
+
+def test_what_is_tuned_serves_every_number_of_tokens() -> None:
+    assert {dispatch.bucket(tokens) for tokens in range(1, 513)} == {1, 4, 16, 32, 64, 128, 256, 512}
+
+
 def test_experts_have_a_tile_for_any_number_of_tokens() -> None:
     for tokens in (0, 1, 100, 10**6):
         assert dispatch.experts_tile(tokens, 1408, 2048, 4, 128, torch.bfloat16, H200).tokens >= 16

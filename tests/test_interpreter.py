@@ -34,7 +34,12 @@ def test_kernels_do_what_their_twins_do(names: tuple[str, ...]) -> None:
 
 WIDE = {"head_dim": 32}
 MODELS = {
-    "int": ("llama", {}, "[{kind: rtn, bits: 4, group_size: 32}]"),
+    "int": (  # and some that no kernel takes
+        "llama",
+        {},
+        "[{kind: rtn, bits: 4, group_size: 16, targets: ['*.down_proj']}, "
+        "{kind: rtn, bits: 4, group_size: 32, ignore: ['*.down_proj']}]",
+    ),
     "int,latents": ("qwen2", WIDE, "[{kind: lorc, ratio: .5, rank_step: 16}, {kind: rtn, bits: 3, group_size: 32}]"),
     "latents": ("qwen3", WIDE, "[{kind: lorc, ratio: .5, rank_step: 16, latent_bits: 8}]"),
     "armor,sparse24": (

@@ -14,6 +14,15 @@ from .w4a16 import accumulate
 
 
 @triton.jit
+def of_expert(
+    WORDS, HIGH, PAIRS, SLOTS, expert, words_stride, high_stride, pairs_stride, BM: tl.constexpr
+):  # fmt: skip
+    """An expert's weights, and the slots of this program's block."""
+    slot = tl.load(SLOTS + tl.program_id(1) * BM + tl.arange(0, BM))
+    return WORDS + expert * words_stride, HIGH + expert * high_stride, PAIRS + expert * pairs_stride, slot
+
+
+@triton.jit
 def gate_up_kernel(
     X, WORDS, HIGH, PAIRS, OUT, SLOTS, OWNERS, pairs_count, top_k, N, NP, K, words_stride, high_stride, pairs_stride,
     BITS: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -23,11 +32,8 @@ def gate_up_kernel(
     if expert < 0:
         return
     rn = tl.program_id(0) * BN + tl.arange(0, BN)
-    slot = tl.load(SLOTS + tl.program_id(1) * BM + tl.arange(0, BM))
+    WORDS, HIGH, PAIRS, slot = of_expert(WORDS, HIGH, PAIRS, SLOTS, expert, words_stride, high_stride, pairs_stride, BM)
     rows = tl.minimum(slot, pairs_count - 1).to(tl.int64) // top_k
-    WORDS += expert * words_stride
-    HIGH += expert * high_stride
-    PAIRS += expert * pairs_stride
     gate, up = tl.zeros((BN, BM), tl.float32), tl.zeros((BN, BM), tl.float32)
     for tile in tl.range(0, tl.cdiv(K, TILE)):
         gate = accumulate(gate, X, rows, WORDS, HIGH, PAIRS, tile, rn, 2 * NP, K, BITS, GROUP, EVEN, ASM)
@@ -48,11 +54,8 @@ def down_kernel(
     if expert < 0:
         return
     rn = tl.program_id(0) * BN + tl.arange(0, BN)
-    slot = tl.load(SLOTS + tl.program_id(1) * BM + tl.arange(0, BM))
+    WORDS, HIGH, PAIRS, slot = of_expert(WORDS, HIGH, PAIRS, SLOTS, expert, words_stride, high_stride, pairs_stride, BM)
     rows = tl.minimum(slot, pairs_count - 1).to(tl.int64)
-    WORDS += expert * words_stride
-    HIGH += expert * high_stride
-    PAIRS += expert * pairs_stride
     acc = tl.zeros((BN, BM), tl.float32)
     for tile in tl.range(0, tl.cdiv(K, TILE)):
         acc = accumulate(acc, X, rows, WORDS, HIGH, PAIRS, tile, rn, NP, K, BITS, GROUP, EVEN, ASM)
