@@ -11,6 +11,7 @@ import json
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,6 +45,7 @@ class Corpus:
         return digest.hexdigest()
 
 
+@cache
 def builtin_corpus(split: Split) -> Corpus:
     """The Python standard library's text of one split; a document belongs to a split by the hash of its name."""
     first_name: dict[str, str] = {}  # a text that stands under several names belongs to the first of them

@@ -28,6 +28,7 @@ def test_splits_share_no_document_and_are_large_enough(tokenizer) -> None:  # ty
     assert not documents[1] & documents[2]
     assert len(tokenize(splits["evaluation"], tokenizer)) > 50_000
     assert len(tokenize(splits["calibration"], tokenizer)) > 65_536
+    builtin_corpus.cache_clear()
     assert builtin_corpus("evaluation").sha256 == splits["evaluation"].sha256
     assert split_of("asyncio/events.py") == "train"
 

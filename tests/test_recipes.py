@@ -25,11 +25,13 @@ from compressor.runtime import load
 ROOT = Path(__file__).resolve().parent.parent
 BASELINES = Path(__file__).with_name("baselines.json")
 EDITS = ("data.samples=32", "data.sequence_length=512")  # with less, experts make the result a matter of chance
-# Wrappers that pay on models as narrow as these, and iterations that fit a test.
+# Wrappers that pay on models as narrow as these, and iterations and sweeps that fit a test.
 SMALL = {
     "armor-24": ("passes.0.block_size=16", "passes.0.iterations=10"),
     "armor-24-w4": ("passes.0.block_size=16", "passes.0.iterations=10"),
     "armor-24-paper": ("passes.0.block_size=16", "passes.0.iterations=20"),
+    "sparsegpt-24": ("passes.0.sweeps=3",),
+    "sparsegpt-24-w4": ("passes.0.sweeps=3",),
 }
 MODELS = ("tiny-llama", "tiny-moe")
 CASES = [(recipe, name) for recipe in shipped() for name in MODELS if name == "tiny-moe" or "moe" not in recipe]

@@ -171,7 +171,7 @@ stop = threading.Event()
 
 def watch():
     global peak
-    while not stop.wait(0.002):
+    while not stop.wait(0.01):
         peak = max(peak, anonymous())
 
 thread = threading.Thread(target=watch)
@@ -185,7 +185,7 @@ print(peak - base)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_depth_does_not_cost_memory(pico: Pico, calibration_text: Path, tmp_path: Path) -> None:
-    """The same model with 8 and with 32 blocks: the peaks differ by less than a block."""
+    """The same model with 4 and with 16 blocks: the peaks differ by less than a block."""
     recipe = tmp_path / "recipe.yaml"
     data = f"data: {{source: '{calibration_text}', samples: 8, sequence_length: 64}}\n"
     recipe.write_text(data + "passes:\n  - {kind: gptq, bits: 4, group_size: 32, refinements: 1}\n")
@@ -193,10 +193,10 @@ def test_depth_does_not_cost_memory(pico: Pico, calibration_text: Path, tmp_path
     # With a fixed threshold malloc gives large blocks back at once, so that resident means in use.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     peaks = {}
-    for blocks in (8, 32):
+    for blocks in (4, 16):
         model = pico("llama", num_hidden_layers=blocks, **sizes)
         command = [sys.executable, "-c", MEMORY, recipe, model, tmp_path / f"out{blocks}"]
         done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
         peaks[blocks] = int(done.stdout)
     block = 4 * (256 * 256 * 3 + 3 * 256 * 1024)  # float32
-    assert abs(peaks[32] - peaks[8]) < block, peaks
+    assert abs(peaks[16] - peaks[4]) < block, peaks
