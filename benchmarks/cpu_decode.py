@@ -1,9 +1,10 @@
-"""Decode speed on the CPU: 4-bit against the dense bf16 model it came from, and where the kernels cross over.
+"""Speed on the CPU: 4-bit weights, and 8-bit weights and inputs, against the dense bf16 model they came from, and where
+the kernels cross over.
 
     python benchmarks/cpu_decode.py
 
 One square layer in several schemes beside fp32 and bf16, by number of tokens; then a random Llama of the shape of a 1B
-model (speed does not depend on the values) beside what 4-bit rounding makes of it.
+model (speed does not depend on the values) beside what rounding to 4 bits and to 8 makes of it.
 """
 
 from __future__ import annotations
@@ -22,11 +23,20 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from compressor.compress.apply import Job, apply
 from compressor.compress.recipe import parse_recipe
-from compressor.kernels.cpu import Room, decode_packed, linear_int4, linear_tiles, pack_int4
+from compressor.kernels.cpu import (
+    Room,
+    decode_fp8,
+    decode_packed,
+    linear_int4,
+    linear_int8,
+    linear_tiles,
+    pack_int4,
+    pack_int8,
+)
 from compressor.kernels.layouts import pack_codes
 from compressor.runtime import load
 
-RECIPE = "passes:\n  - {kind: rtn, bits: 4, group_size: 128}\n"
+RECIPES = {"int4": "passes: [{kind: rtn, bits: 4, group_size: 128}]", "w8a8": "passes: [{kind: w8a8}]"}
 
 
 def medians(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -73,25 +83,45 @@ def kernels(size: int, bits: int, group_size: int, symmetric: bool) -> None:
         print(f"{tokens:>7}{columns}   {found['bf16'] / best:8.2f}{found['fp32'] / best:8.2f}", flush=True)
 
 
+def bytes_kernels(size: int) -> None:
+    """The same of weights and inputs of 8 bits; fp8, which CPUs do not multiply, is decoded."""
+    codes, scales = torch.randint(-127, 128, (size, size)).to(torch.int8), torch.rand(size)
+    dense, packed = torch.randn(size, size).to(torch.bfloat16), pack_int8(codes)
+    fp8 = dense.to(torch.float8_e4m3fn)
+    print(f"\n{size} × {size}, 8 bits, ms:\n tokens     bf16     int8      fp8   int8 × bf16")
+    for tokens in (1, 4, 16, 64, 256, 1024):
+        x = torch.randn(tokens, size).to(torch.bfloat16)
+        functions: dict[str, Callable[[], object]] = {
+            "bf16": lambda x=x: F.linear(x, dense),
+            "int8": lambda x=x: linear_int8(x, packed, scales),
+            "fp8": lambda x=x: linear_tiles(x, lambda rows, room: decode_fp8(fp8[rows], torch.bfloat16, room), size),
+        }
+        found = medians(functions, 9)
+        columns = "".join(f"{1e3 * value:9.2f}" for value in found.values())
+        print(f"{tokens:>7}{columns}   {found['bf16'] / found['int8']:8.2f}", flush=True)
+
+
 def models(layers: int, hidden_size: int, tokens: int, prompt: int) -> None:
     """Whole models: tokens per second, of a prompt and after it."""
     with tempfile.TemporaryDirectory() as folder:
-        plain, out = Path(folder) / "plain", Path(folder) / "out"
+        plain = Path(folder) / "plain"
         config = LlamaConfig(
             vocab_size=32000, hidden_size=hidden_size, intermediate_size=4 * hidden_size, num_hidden_layers=layers,
             num_attention_heads=hidden_size // 64, num_key_value_heads=8, head_dim=64, eos_token_id=None,
             tie_word_embeddings=True,
         )  # fmt: skip
         LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(plain)
-        apply(Job(parse_recipe(RECIPE), RECIPE, (), plain, out, "random"), lambda event: None)
-        ids = torch.arange(prompt)[None]
-        loaded = {"bf16": load(plain), "int4": load(out)}
+        ids, loaded = torch.arange(prompt)[None], {"bf16": load(plain)}
+        for name, recipe in RECIPES.items():
+            apply(Job(parse_recipe(recipe), recipe, (), plain, Path(folder) / name, "random"), lambda event: None)
+            loaded[name] = load(Path(folder) / name)
         count = sum(parameter.numel() for parameter in loaded["bf16"].parameters())
         found = {name: generation(model, ids, tokens) for name, model in loaded.items()}
     print(f"\n{layers} layers of {hidden_size}, {count / 1e9:.2f} B parameters; tokens/s:")
     for place, what in enumerate((f"prompt of {prompt}", "after it")):
-        dense, small = (found[name][place] for name in ("bf16", "int4"))
-        print(f"  {what:<14} bf16 {dense:7.1f}, int4 {small:7.1f} ({small / dense:.2f} ×)")
+        dense = found["bf16"][place]
+        speeds = (f"{name} {speed[place]:7.1f} ({speed[place] / dense:.2f} ×)" for name, speed in found.items())
+        print(f"  {what:<14} " + ", ".join(speeds))
 
 
 @torch.no_grad()
@@ -121,4 +151,5 @@ if __name__ == "__main__":
     print(f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     for bits, group_size, symmetric in ((4, 128, True), (4, 128, False), (4, 16, True), (3, 128, True), (2, 64, True)):
         kernels(options.size, bits, group_size, symmetric)
+    bytes_kernels(options.size)
     models(options.layers, options.hidden_size, options.tokens, options.prompt)

@@ -14,7 +14,7 @@ import torch
 
 from ..kernels.layouts import expand24
 from ..runtime.errors import RecipeError
-from ..runtime.operators import Armor, Dense, IntQuantized, Latent, LowRank, Operator, Sparse24, WithResidual
+from ..runtime.operators import W8A8, Armor, Dense, IntQuantized, Latent, LowRank, Operator, Sparse24, WithResidual
 
 COMPRESSED_TENSORS, NATIVE, PLAIN = "compressed-tensors", "compressor", "dense"
 NATIVE_VERSION = 1
@@ -29,7 +29,9 @@ class Readers:
 
 
 def compressed_tensors_readers(operator: Operator) -> Readers | None:
-    """Readers of an operator as `pack-quantized`, or None where no outside reader takes it."""
+    """Readers of an operator in its own format, or None where no outside reader takes it."""
+    if isinstance(operator, W8A8):
+        return Readers(("compressor", "transformers", "vLLM"), "tests/test_formats.py; vLLM's W8A8 int8 / FP8 schemes")
     if not isinstance(operator, IntQuantized):
         return None
     columns = operator.shape[1]
@@ -110,9 +112,20 @@ def is_expert(name: str) -> bool:
     return ".experts." in name
 
 
+def _layout(scheme: Mapping[str, Any]) -> str:
+    """What compressed-tensors calls the way a scheme's tensors are stored."""
+    return f"{scheme['type']}-quantized" if scheme["kind"] == W8A8.kind else "pack-quantized"
+
+
 def _mixture(linears: Mapping[str, Operator]) -> str:
-    """What of a model with experts transformers would read wrongly: it takes them to be compressed, decodes all of them
-    by one scheme, and all other linears by one (5.23, `integrations/compressed_tensors.py`)."""
+    """What is not written in one layout, or what of a model with experts transformers would read wrongly: it takes them
+    to be compressed, decodes all of them by one scheme, and all other linears by one (5.23,
+    `integrations/compressed_tensors.py`)."""
+    stored = [operator for operator in linears.values() if not isinstance(operator, Dense)]
+    if len({_layout(operator.scheme()) for operator in stored}) > 1:
+        return "weights for products of 8 bits beside others"
+    if any(is_expert(name) and isinstance(o, W8A8) and o.codes.dtype == torch.int8 for name, o in linears.items()):
+        return "experts of unpacked integers"
     experts = {_scheme(operator) for name, operator in linears.items() if is_expert(name)}
     others = {_scheme(o) for name, o in linears.items() if not is_expert(name) and not isinstance(o, Dense)}
     if len(experts) > 1:
@@ -128,6 +141,8 @@ def describe(operator: Operator) -> str:
     """A short name for people: `int4 g128`."""
     if isinstance(operator, IntQuantized):
         return _describe_codes(operator, operator.group_size)
+    if isinstance(operator, W8A8):
+        return "int8, as inputs" if operator.codes.dtype == torch.int8 else "fp8, as inputs"
     if isinstance(operator, Sparse24):
         values = operator.values
         return f"2:4 {_describe_codes(values, 2 * values.group_size)}" if isinstance(values, IntQuantized) else "2:4"
@@ -180,22 +195,28 @@ def format_config(
     only = len(schemes) == 1
     config["quantization_config"] = {
         "quant_method": COMPRESSED_TENSORS,
-        "format": "pack-quantized",
+        "format": _layout(next(iter(schemes.values()))[0]),
         "quantization_status": "compressed",
         "ignore": sorted(dense),
         "config_groups": {
             f"group_{number}": {
                 "targets": ["Linear"] if only else ["re:.*[.]experts[.].*"] if is_expert(names[0]) else names,
-                "weights": {
-                    "num_bits": scheme["bits"],
-                    "type": "int",
-                    "symmetric": scheme["symmetric"],
-                    "strategy": "channel" if scheme["group_size"] < 0 else "group",
-                    "group_size": None if scheme["group_size"] < 0 else scheme["group_size"],
-                    "dynamic": False,
-                },
+                **_arguments(scheme),
             }
             for number, (scheme, names) in enumerate(schemes.values())
         },
     }
     return config
+
+
+def _arguments(scheme: Mapping[str, Any]) -> dict[str, Any]:
+    """A scheme in the words of compressed-tensors."""
+    if scheme["kind"] == W8A8.kind:
+        number = {"num_bits": 8, "type": scheme["type"], "symmetric": True}
+        return {
+            "weights": {**number, "strategy": "channel", "dynamic": False},
+            "input_activations": {**number, "strategy": "token", "dynamic": True},
+        }
+    size = None if scheme["group_size"] < 0 else scheme["group_size"]
+    number = {"num_bits": scheme["bits"], "type": "int", "symmetric": scheme["symmetric"]}
+    return {"weights": {**number, "strategy": "group" if size else "channel", "group_size": size, "dynamic": False}}

@@ -25,13 +25,15 @@ from .passes.gptq import Gptq
 from .passes.lorc import Lorc
 from .passes.rtn import Rtn
 from .passes.sparse24 import SparsePass
+from .passes.w8a8 import W8A8Pass
 
 PASSES: dict[str, type[Pass]] = {
-    "rtn": Rtn, "gptq": Gptq, "sparse24": SparsePass, "armor": ArmorPass, "eora": Eora, "lorc": Lorc,
+    "rtn": Rtn, "gptq": Gptq, "w8a8": W8A8Pass, "sparse24": SparsePass, "armor": ArmorPass, "eora": Eora, "lorc": Lorc,
     "expert_prune": ExpertPrune, "expert_width": ExpertWidth,
 }  # fmt: skip
 AnyPass = Annotated[
-    Rtn | Gptq | SparsePass | ArmorPass | Eora | Lorc | ExpertPrune | ExpertWidth, Field(discriminator="kind")
+    Rtn | Gptq | W8A8Pass | SparsePass | ArmorPass | Eora | Lorc | ExpertPrune | ExpertWidth,
+    Field(discriminator="kind"),
 ]
 _Path = tuple[str | int, ...]
 

@@ -1,4 +1,5 @@
-"""CPU paths of group-quantized linears: torch's native int4 kernel, and tile-wise decoding in front of a GEMM."""
+"""CPU paths of quantized linears: torch's native int4 kernel, oneDNN's products of bytes, and tile-wise decoding in
+front of a GEMM."""
 
 from __future__ import annotations
 
@@ -11,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .layouts import unpack_codes
-from .reference import dequantize_int
+from .reference import dequantize_int, quantize_rows
 
+TILE_TOKENS = 256  # rounded to bytes at a time, for the same reason
 TILE_ROWS = 512  # rows decoded at a time: the tile stays in cache between decoding and the GEMM
 
 
@@ -72,6 +74,30 @@ def linear_int4(x: Tensor, weight: Int4) -> Tensor:
     return result[:, : weight.rows].reshape(*x.shape[:-1], weight.rows)
 
 
+def pack_int8(codes: Tensor) -> Tensor:
+    """int8 `[rows, columns]` → the layout of oneDNN's products, private to the processor."""
+    packed: Tensor = torch.ops.onednn.qlinear_prepack(codes, None)
+    return packed
+
+
+def linear_int8(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
+    """`[..., columns]` → `[..., rows]`: inputs are rounded token by token, sums are exact.
+
+    Args:
+        packed: of `pack_int8`; scales: float32 `[rows]`.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    result, zeros = flat.new_empty(len(flat), len(scales)), torch.zeros(len(scales), dtype=torch.int32)
+    for start in range(0, len(flat), TILE_TOKENS):
+        part = slice(start, start + TILE_TOKENS)
+        inputs, factors = quantize_rows(flat[part], torch.int8)
+        sums = torch.ops.onednn.qlinear_pointwise(
+            inputs, 1.0, 0, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        result[part] = sums.mul_(factors[:, None])
+    return result.view(*x.shape[:-1], len(scales))
+
+
 Room = dict[str, Tensor]  # memory to decode into, tile after tile: fresh pages would cost more than the decoding
 
 
@@ -121,6 +147,16 @@ def decode_packed(
     return weight.mul_(scales[:, :, None]).view(rows, columns)
 
 
+def decode_fp8(codes: Tensor, dtype: torch.dtype, room: Room | None = None) -> Tensor:
+    """float8_e4m3fn `[rows, columns]` in another dtype, exactly; torch's own conversion takes several times as long."""
+    if dtype != torch.bfloat16 or codes.numel() % 2 or codes.device.type != "cpu":
+        return codes.to(dtype)
+    count = codes.numel() // 2
+    places = _taken(room, "places", count, torch.int32).copy_(codes.view(torch.uint8).view(-1).view(torch.uint16))
+    pairs = torch.index_select(_pairs_of_fp8(), 0, places, out=_taken(room, "pairs", count, torch.int32))
+    return pairs.view(dtype).view(codes.shape)
+
+
 def linear_tiles(x: Tensor, decode: Callable[[slice, Room], Tensor], rows: int) -> Tensor:
     """`x @ W.T` for x `[..., columns]`; `decode` gives some rows of W, asked for a tile at a time."""
     flat = x.reshape(-1, x.shape[-1])
@@ -140,3 +176,10 @@ def _codes_of_words(bits: int) -> Tensor:
     codes = (torch.arange(1 << bits * len(shifts))[:, None] >> shifts & (2**bits - 1)) - 2 ** (bits - 1)
     wide = codes.to(torch.bfloat16).contiguous().view(torch.int64)
     return wide if bits == 2 else wide[:, 0].contiguous()
+
+
+@cache
+def _pairs_of_fp8() -> Tensor:
+    """For each word of 16 bits, the bf16 values of the two float8_e4m3fn it holds, as an int32."""
+    words = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16)
+    return words.view(torch.float8_e4m3fn).to(torch.bfloat16).view(torch.int32)

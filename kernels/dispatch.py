@@ -24,12 +24,14 @@ class CpuCapability:
 
     bf16_matrix: bool  # AMX tiles: bf16 GEMMs far ahead of everything else at many rows
     bf16: bool  # instructions for bf16 products at all; without them bf16 is emulated
+    int8: bool  # for sums of products of bytes, and oneDNN, which uses them
 
 
 @cache
 def cpu_capability() -> CpuCapability:
     matrix = bool(torch.cpu._is_amx_tile_supported())
-    return CpuCapability(matrix, matrix or bool(torch.cpu._is_avx512_bf16_supported()))
+    half = matrix or bool(torch.cpu._is_avx512_bf16_supported())
+    return CpuCapability(matrix, half, bool(torch.cpu._is_vnni_supported()) and torch.backends.mkldnn.is_available())
 
 
 def products_dtype(capability: CpuCapability) -> torch.dtype:
@@ -82,6 +84,15 @@ def has_int_linear(bits: int, group_size: int, columns: int) -> bool:
 def has_sparse_linear(group_size: int, kept: int) -> bool:
     """Whether `sparse_linear` takes groups of so many of a row's `kept` entries: a quarter of a tile shares one."""
     return group_size >= kept or group_size % 32 == 0
+
+
+def has_w8a8(codes: torch.dtype, dtype: torch.dtype, rows: int, columns: int, capability: GpuCapability) -> bool:
+    """Whether a GPU multiplies 8-bit numbers: torch's products want multiples of 16; those of fp8 with a scale for each
+    row want bf16 beside them, and Ada or Hopper."""
+    if rows % 16 or columns % 16:
+        return False
+    fp8 = capability.backend == "cuda" and capability.arch >= 89 and dtype == torch.bfloat16
+    return codes == torch.int8 or fp8
 
 
 INTERPRETER = GpuCapability("interpreter", "cpu", 0, 4)

@@ -95,6 +95,14 @@ def gated_experts(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, index: Tens
 def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Each row of `[rows, columns]` over its largest size: codes in `dtype` (int8, fp8), float32 scales `[rows]`."""
     largest = 127 if dtype == torch.int8 else torch.finfo(dtype).max
-    scales = x.float().abs().amax(1).clamp_min(1e-12) / largest
-    codes = x.float() / scales[:, None]
-    return (codes.round() if dtype == torch.int8 else codes).to(dtype), scales
+    scales = x.abs().amax(1).float().clamp_min_(1e-12) / largest
+    codes = x / scales[:, None]  # in float32
+    return (codes.round_() if dtype == torch.int8 else codes).to(dtype), scales
+
+
+def linear_w8a8(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """`x @ W.T`, x `[..., columns]` rounded as the weight is: codes (int8, fp8) `[rows, columns]`, scales `[rows]`."""
+    inputs, factors = quantize_rows(x.reshape(-1, x.shape[-1]), codes.dtype)
+    exact = torch.promote_types(x.dtype, torch.float32)
+    sums = inputs.to(exact) @ codes.to(exact).T
+    return (sums * factors[:, None] * scales).to(x.dtype).view(*x.shape[:-1], len(codes))

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels import cpu, dispatch, layouts, ops
-from ..kernels.reference import block_diagonal, grouped_product
-from .operators import IntQuantized, Operator, Sparse24, from_tensors
+from ..kernels.reference import block_diagonal, grouped_product, quantize_rows
+from .operators import W8A8, IntQuantized, Operator, Sparse24, from_tensors
 from .operators.base import below, shared
 
 Blocks = tuple[Tensor | None, Tensor | None]  # diagonal blocks one below the other, and the scales of their rows
@@ -169,6 +169,50 @@ class IntLinear(RowsLinear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, int{self.bits}, group_size={self.group_size}"
+
+
+class W8A8Linear(RowsLinear):
+    """8-bit numbers that meet inputs of 8 bits.
+
+    Attributes:
+        codes: int8 or fp8 `[out_features, in_features]`; scales: float32 `[out_features]`.
+    """
+
+    codes: Tensor
+    scales: Tensor
+
+    def __init__(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any], dtype: torch.dtype) -> None:
+        operator = W8A8.from_tensors(tensors, scheme)
+        super().__init__(*operator.shape)
+        codes, device = operator.codes.contiguous(), operator.codes.device
+        self.dtype = dtype
+        self.device_layout = dispatch.has_kernels(device, dtype) and dispatch.has_w8a8(
+            codes.dtype, dtype, *operator.shape, dispatch.gpu_capability(device)
+        )
+        self.register_buffer("codes", codes, persistent=False)
+        self.register_buffer("scales", operator.scales[:, 0].float(), persistent=False)
+        self._int8: Tensor | None = None
+        if codes.dtype == torch.int8 and device.type == "cpu" and dispatch.cpu_capability().int8:
+            self._int8 = cpu.pack_int8(codes)
+
+    def decode(self, rows: slice, dtype: torch.dtype, room: cpu.Room | None = None) -> Tensor:
+        # Codes are exact in every dtype; scales, in that of the model.
+        codes = cpu.decode_fp8(self.codes[rows], dtype, room) if self.codes.is_floating_point() else self.codes[rows]
+        return (codes.to(dtype) * self.scales[rows, None].to(dtype)).contiguous()
+
+    def whole(self, dtype: torch.dtype) -> Tensor:
+        return self.decode(_ALL, dtype)
+
+    def fused(self, x: Tensor, bias: Tensor | None = None, *residual: Tensor | None) -> Tensor:
+        result: Tensor = ops.quantized_rows_linear(x, self.codes, self.scales, bias)
+        up, down = residual or (None, None)
+        return result if up is None or down is None else result + F.linear(down, up)
+
+    def tiled(self, x: Tensor) -> Tensor:
+        if self._int8 is not None and x.device.type == "cpu":  # a loaded model may be moved
+            return cpu.linear_int8(x, self._int8, self.scales)
+        inputs, factors = quantize_rows(x.reshape(-1, x.shape[-1]), self.codes.dtype)
+        return super().tiled(inputs.float().mul_(factors[:, None]).to(x.dtype).view(x.shape))
 
 
 class Sparse24Linear(RowsLinear):
@@ -340,7 +384,7 @@ class ResidualLinear(StoredLinear):
 
 
 _MODULES: dict[str, Any] = {
-    "dense": DenseLinear, "int": IntLinear, "sparse24": Sparse24Linear, "armor": ArmorLinear,
+    "dense": DenseLinear, "int": IntLinear, "w8a8": W8A8Linear, "sparse24": Sparse24Linear, "armor": ArmorLinear,
     "lowrank": LowRankLinear, "latent": LatentLinear, "residual": ResidualLinear,
 }  # fmt: skip
 

@@ -45,7 +45,8 @@ class StoredModel(Checkpoint):
             shape = self.outline(name).shape
             owned = [stored_name(name, suffix) for suffix in self._suffixes[name]]
             file = next(self.stored[part].file for part in owned)
-            dtype = next(info.dtype for part in owned if (info := self.stored[part]).dtype.is_floating_point)
+            floats = (info.dtype for part in owned if (info := self.stored[part]).dtype.is_floating_point)
+            dtype = next(dtype for dtype in floats if dtype.itemsize > 1)  # of scales, where codes are floats too
             for part in owned:
                 self.tensors.pop(part, None)
             self.tensors[name + ".weight"] = TensorInfo(file, dtype, shape)
@@ -116,27 +117,49 @@ def _read_schemes(
             for name in entry["targets"]
         }
     quantization = config.get("quantization_config", {})
-    if quantization.get("quant_method") != "compressed-tensors" or quantization.get("format") != "pack-quantized":
-        method = quantization.get("format") or quantization.get("quant_method")
-        raise ModelError(f"{path}: quantized as {method!r}, which is not read here; only pack-quantized integers are")
-    targets = [
-        (target, group["weights"]) for group in quantization["config_groups"].values() for target in group["targets"]
-    ]
+    method = quantization.get("format") or quantization.get("quant_method")
+    if quantization.get("quant_method") != "compressed-tensors" or method not in _MARKS:
+        raise ModelError(
+            f"{path}: quantized as {method!r}, which is not read here; compressed-tensors' {', '.join(_MARKS)} are"
+        )
+    targets = [(target, group) for group in quantization["config_groups"].values() for target in group["targets"]]
     literal = dict(reversed(targets))
-    patterns = [(re.compile(target[3:]), weights) for target, weights in targets if target.startswith("re:")]
+    patterns = [(re.compile(target[3:]), group) for target, group in targets if target.startswith("re:")]
     schemes = {}
-    for name in (key.removesuffix(".weight_packed") for key in stored if key.endswith(".weight_packed")):
-        matched = (weights for pattern, weights in patterns if pattern.match(name))
-        weights = literal.get(name) or next(matched, None) or literal.get("Linear")
-        if weights is None or weights.get("type", "int") != "int":
-            raise ModelError(f"{path}: no integer config group targets {name}")
-        schemes[name] = {
-            "kind": "int",
-            "bits": weights["num_bits"],
-            "group_size": weights.get("group_size") or -1,
-            "symmetric": weights.get("symmetric", True),
-        }
+    for name in (key.removesuffix(_MARKS[method]) for key in stored if key.endswith(_MARKS[method])):
+        matched = (group for pattern, group in patterns if pattern.match(name))
+        group = literal.get(name) or next(matched, None) or literal.get("Linear")
+        if group is None:
+            raise ModelError(f"{path}: no config group targets {name}")
+        schemes[name] = _scheme(path, name, method, group["weights"], group.get("input_activations"))
     return "compressed-tensors", schemes
+
+
+# Formats of compressed-tensors that are read, and the tensor by which a compressed linear is known.
+_MARKS = {"pack-quantized": ".weight_packed", "int-quantized": ".weight_scale", "float-quantized": ".weight_scale"}
+
+
+def _scheme(
+    path: Path, name: str, method: str, weights: Mapping[str, Any], inputs: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """How `operators` names what a config group says of a linear."""
+    kind, bits, group_size = weights.get("type", "int"), weights["num_bits"], weights.get("group_size") or -1
+    if method == "pack-quantized" and kind == "int":
+        return {"kind": "int", "bits": bits, "group_size": group_size, "symmetric": weights.get("symmetric", True)}
+    by_row = weights.get("strategy") == "channel" and weights.get("symmetric", True) and bits == 8
+    inputs = inputs or {}
+    dynamic = inputs.get("dynamic") is True and inputs.get("strategy") == "token" and inputs.get("num_bits") == 8
+    if (
+        by_row
+        and dynamic
+        and inputs.get("symmetric", True)
+        and method == f"{kind}-quantized" == f"{inputs['type']}-quantized"
+    ):
+        return {"kind": "w8a8", "type": kind}
+    raise ModelError(
+        f"{path}: {name} is {method} in a way that is not read here: 8-bit weights need one scale a row, "
+        "and inputs one a token that is found as they come"
+    )
 
 
 def _suffixes(schemes: Mapping[str, Mapping[str, Any]], stored: Iterable[str]) -> dict[str, list[str]]:

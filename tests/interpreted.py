@@ -17,7 +17,9 @@ from compressor.kernels import dispatch
 from compressor.runtime import load
 from compressor.runtime.attention import LatentAttention
 from compressor.runtime.experts import PackedExperts
-from compressor.runtime.modules import ArmorLinear, IntLinear, RowsLinear
+from compressor.runtime.modules import ArmorLinear, IntLinear, RowsLinear, Sparse24Linear, W8A8Linear
+
+KINDS: dict[type, str] = {IntLinear: "int", Sparse24Linear: "sparse24", W8A8Linear: "w8a8"}
 
 
 def executed(model: Any) -> set[str]:
@@ -25,7 +27,7 @@ def executed(model: Any) -> set[str]:
     found = set()
     for module in model.modules():
         if isinstance(module, RowsLinear) and module.device_layout:
-            found.add("int" if isinstance(module, IntLinear) else "sparse24")
+            found.add(KINDS[type(module)])
         if isinstance(module, ArmorLinear) and module._blocks is not None:
             found.add("armor")
         if isinstance(module, LatentAttention) and module._kernel is not None:
@@ -49,7 +51,8 @@ def run(folder: Path) -> None:
     ids = torch.randint(1, 60, (2, 7), generator=generator)
     mask = torch.ones_like(ids)
     mask[0, :2] = 0  # padded on the left
-    with pretended():  # as on a GPU: nothing of the CPU may get into it
+    interpreter = mock.patch.object(dispatch, "gpu_capability", return_value=dispatch.INTERPRETER)
+    with interpreter, pretended():  # as on a GPU: nothing of the CPU may get into it
         model = load(folder, "cuda", torch.float16)
         kinds = executed(model)
         by_kernels = logits(model, ids.to("cuda"), mask.to("cuda")).cpu()

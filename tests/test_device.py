@@ -15,7 +15,11 @@ from compressor.runtime import load
 from compressor.runtime.errors import ResourceError
 
 RECIPES = {
-    "plain": ("llama", "[{kind: rtn, bits: 4, group_size: 32, search: true}]"),
+    "plain": (
+        "llama",
+        "[{kind: rtn, bits: 4, group_size: 32, search: true, targets: '*.mlp.*'}, "
+        "{kind: w8a8, type: float, ignore: '*.mlp.*'}]",
+    ),
     "sparse": (
         "llama",
         "[{kind: sparse24}, {kind: gptq, bits: 4, group_size: 32}, {kind: eora, rank: 4}]",

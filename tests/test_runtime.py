@@ -21,7 +21,7 @@ from compressor.runtime.checkpoint import Checkpoint
 from compressor.runtime.skeleton import Skeleton
 
 Pico = Callable[..., Path]
-AMX, PLAIN, OLD = CpuCapability(True, True), CpuCapability(False, True), CpuCapability(False, False)
+AMX, PLAIN, OLD = (CpuCapability(*able) for able in ((True, True, True), (False, True, True), (False, False, False)))
 
 
 def test_imports_nothing_of_the_floors_above(tmp_path: Path) -> None:

@@ -9,17 +9,17 @@ from torch import Tensor
 
 from .armor import Armor
 from .base import Composite, Operator, Problem, bits_per_weight, stored_name
-from .leaves import Dense, IntQuantized
+from .leaves import W8A8, Dense, IntQuantized
 from .lowrank import Latent, LowRank, WithResidual, cached_bytes
 from .sparse import Sparse24
 
 __all__ = [
-    "Armor", "Composite", "Dense", "IntQuantized", "Latent", "LowRank", "Operator", "Problem", "Sparse24",
+    "W8A8", "Armor", "Composite", "Dense", "IntQuantized", "Latent", "LowRank", "Operator", "Problem", "Sparse24",
     "WithResidual", "bits_per_weight", "cached_bytes", "from_tensors", "shared_prefixes", "stored_name",
 ]  # fmt: skip
 
 KINDS: dict[str, Any] = {
-    kind.kind: kind for kind in (Dense, IntQuantized, Sparse24, Armor, LowRank, Latent, WithResidual)
+    kind.kind: kind for kind in (Dense, IntQuantized, W8A8, Sparse24, Armor, LowRank, Latent, WithResidual)
 }
 
 

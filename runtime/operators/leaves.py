@@ -1,4 +1,4 @@
-"""Operators that hold a matrix of numbers: plain, or integers with scales."""
+"""Operators that hold a matrix of numbers: plain, integers with scales, or 8-bit numbers that meet inputs of 8 bits."""
 
 from __future__ import annotations
 
@@ -110,3 +110,43 @@ class IntQuantized:
             zeros = layouts.unpack_codes(tensors["weight_zero_point"].T.contiguous(), bits, rows).T.contiguous()
         codes = layouts.unpack_codes(tensors["weight_packed"], bits, columns)
         return cls(codes, tensors["weight_scale"], zeros, bits, scheme["group_size"])
+
+
+@dataclass(frozen=True)
+class W8A8:
+    """8-bit numbers with a scale a row, `W = codes * scales`, for products of 8-bit numbers: when they run, inputs are
+    rounded alike, with a scale for each token. Stored as compressed-tensors `int-quantized` or `float-quantized`.
+
+    Attributes:
+        codes: `[out_features, in_features]`, int8 or float8_e4m3fn.
+        scales: `[out_features, 1]` in the model's dtype, any sign.
+    """
+
+    kind: ClassVar[str] = "w8a8"
+    codes: Tensor
+    scales: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.codes.shape[1]
+
+    @property
+    def nbytes(self) -> float:
+        return self.codes.numel() + self.scales.numel() * self.scales.element_size()
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        exact = torch.promote_types(dtype, torch.float32)
+        return (self.codes.to(exact) * self.scales.to(exact)).to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return reference.linear_w8a8(x, self.codes, self.scales[:, 0])
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        return {"weight": self.codes, "weight_scale": self.scales}
+
+    def scheme(self) -> dict[str, Any]:
+        return {"kind": self.kind, "type": "int" if self.codes.dtype == torch.int8 else "float"}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any], inner: Any = None) -> W8A8:
+        return cls(tensors["weight"], tensors["weight_scale"])

@@ -1,0 +1,187 @@
+"""Weights and inputs of 8 bits: what is stored, who reads it, and what a product is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from compressed_tensors.quantization import QuantizationConfig
+from transformers import AutoModelForCausalLM
+
+from compressor.compress.apply import Job, apply
+from compressor.compress.passes.w8a8 import W8A8Pass
+from compressor.compress.recipe import parse_recipe
+from compressor.compress.verify import export_dense, verify
+from compressor.kernels import cpu, dispatch, reference
+from compressor.runtime import load
+from compressor.runtime.checkpoint import Checkpoint
+from compressor.runtime.errors import ModelError, RecipeError
+from compressor.runtime.modules import W8A8Linear, stored_linear
+from compressor.runtime.operators import W8A8, Dense, from_tensors
+from compressor.runtime.stored import StoredModel
+
+Pico = Callable[..., Path]
+IDS = torch.arange(40)[None]
+ALL_FP8 = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float()
+ALL_FP8 = ALL_FP8[ALL_FP8.isfinite()]
+KINDS = {"int": torch.int8, "float": torch.float8_e4m3fn}
+
+
+def compress(model: Path, out: Path, passes: str) -> Path:
+    text = f"passes: [{passes}]\n"
+    apply(Job(parse_recipe(text), text, (), model, out, str(model)), lambda event: None)
+    return out
+
+
+def logits(model) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def operator(kind: str, rows: int, columns: int) -> W8A8:
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+    codes, scales = reference.quantize_rows(weight, KINDS[kind])
+    return W8A8(codes, scales.to(torch.bfloat16)[:, None])
+
+
+def step(kind: str, more: str = "") -> str:
+    return f"{{kind: w8a8, type: {kind}{more}}}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (20, 33), (48, 64)])
+def test_round_trip_and_plan(kind: str, rows: int, columns: int) -> None:
+    made = operator(kind, rows, columns)
+    again = from_tensors(made.to_tensors(), made.scheme())
+    assert torch.equal(again.dense(torch.float64), made.codes.double() * made.scales.double())
+    planned = W8A8Pass(kind="w8a8", type=kind).plan(
+        "x", Dense(torch.empty(rows, columns, dtype=torch.bfloat16, device="meta")), {}
+    )
+    assert planned.nbytes == made.nbytes == rows * columns + 2 * rows
+    assert {k: (t.shape, t.dtype) for k, t in planned.to_tensors().items()} == {
+        k: (t.shape, t.dtype) for k, t in made.to_tensors().items()
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_products_are_of_rounded_inputs(
+    kind: str, native: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By oneDNN's products of bytes, and by decoding: both the sums that float64 gives, of inputs rounded by token."""
+    if native and not dispatch.cpu_capability().int8:
+        pytest.skip("a processor without them")
+    monkeypatch.setattr(dispatch, "cpu_capability", lambda: dispatch.CpuCapability(False, False, native))
+    made = operator(kind, 520, 96)
+    linear = stored_linear(made.to_tensors(), made.scheme(), torch.ones(520), dtype)
+    assert isinstance(linear, W8A8Linear)
+    x = torch.randn(3, 100, 96, generator=torch.Generator().manual_seed(1)).to(dtype)
+    x[0, 0] = 0
+    inputs, factors = reference.quantize_rows(x.flatten(0, 1), KINDS[kind])
+    exact = (inputs.double() * factors.double()[:, None]) @ made.dense(torch.float64).T + 1
+    close = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
+    for found in (linear(x).double(), made.forward(x).double() + 1):
+        assert (found.view(300, 520) - exact).norm() / exact.norm() < close
+    assert torch.equal(linear.whole(dtype), made.dense(dtype))
+
+
+def test_fp8_is_decoded_exactly() -> None:
+    codes = torch.arange(256, dtype=torch.int16).to(torch.uint8).view(torch.float8_e4m3fn).view(8, 32)
+    for room in (None, {}):
+        found = cpu.decode_fp8(codes, torch.bfloat16, room)
+        assert torch.equal(found.nan_to_num(7), codes.to(torch.bfloat16).nan_to_num(7))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_are_the_nearest_of_their_grid(pico: Pico, tmp_path: Path, kind: str) -> None:
+    model = Checkpoint(pico(dtype=torch.float32))
+    out = StoredModel(compress(model.path, tmp_path / "out", step(kind)))
+    for name in out.schemes:
+        found, weight = out.operator(name), model.tensor(name + ".weight")
+        scales = found.to_tensors()["weight_scale"]
+        grid = torch.arange(-128, 128.0) if kind == "int" else ALL_FP8
+        nearest = grid[(weight[:, :, None] / scales[:, :, None] - grid).abs().argmin(2)]
+        assert ((found.dense() - weight).abs() <= (nearest * scales - weight).abs() * (1 + 1e-5) + 1e-9).all()
+
+
+def test_stock_transformers_runs_fp8_as_we_do(pico: Pico, tmp_path: Path) -> None:
+    out = compress(pico("qwen2", dtype=torch.float32), tmp_path / "out", step("float"))
+    stock, report = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    assert not any(report.values())
+    torch.testing.assert_close(logits(load(out, dtype=torch.float32)), logits(stock), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "format"),
+    [
+        ("llama", "int", "compressed-tensors"), ("llama", "float", "compressed-tensors"),
+        ("mixtral", "float", "compressed-tensors"), ("qwen3_moe", "float", "compressed-tensors"),
+        ("qwen3_moe", "int", "compressor"),
+    ],
+)  # fmt: skip
+def test_stock_transformers_reads_the_weights(pico: Pico, tmp_path: Path, family: str, kind: str, format: str) -> None:
+    out = compress(pico(family, dtype=torch.float32), tmp_path / "out", step(kind))
+    assert json.loads((out / "compressor.json").read_text())["format"] == format
+    assert verify(out) == []
+    if format == "compressor":
+        return
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    QuantizationConfig.model_validate(config)
+    assert config["config_groups"]["group_0"]["input_activations"]["strategy"] == "token"
+    stock, report = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    assert not any(report.values())
+    state = stock.state_dict()
+    stored = StoredModel(out)
+    for name in stored.schemes:
+        made = stored.operator(name)
+        if ".experts." in name:
+            index = int(name.split(".experts.")[1].split(".")[0])
+            if name.endswith(("w2", "down_proj")):
+                experts = name.split(".experts.")[0].replace("block_sparse_moe", "mlp")
+                assert torch.equal(state[experts + ".experts.down_proj"][index], made.dense())
+        else:
+            found = state[name + ".weight"].float() * state[name + ".weight_scale"].view(-1, 1)
+            assert torch.equal(found, made.dense())
+
+
+def test_other_ways_of_eight_bits_are_refused(pico: Pico, tmp_path: Path) -> None:
+    out = compress(pico(), tmp_path / "out", step("int"))
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["input_activations"]["dynamic"] = False
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="in a way that is not read here: 8-bit weights need one scale a row"):
+        load(out)
+
+
+def test_it_composes(pico: Pico, tmp_path: Path) -> None:
+    """Beside 4-bit linears, and on the factors of low-rank ones; never on what is compressed already."""
+    mixed = compress(
+        pico(), tmp_path / "a", step("int", ", targets: '*.mlp.*'") + ", {kind: rtn, group_size: 32, ignore: '*.mlp.*'}"
+    )
+    assert {scheme["kind"] for scheme in StoredModel(mixed).schemes.values()} == {"int", "w8a8"}
+    assert json.loads((mixed / "compressor.json").read_text())["format"] == "compressor"
+    lorc = compress(pico(), tmp_path / "b", "{kind: lorc, ratio: .5, rank_step: 1}, " + step("float"))
+    for folder in (mixed, lorc):
+        plain = tmp_path / "plain"
+        export_dense(folder, plain, overwrite=True)
+        exact = logits(load(plain, dtype=torch.float32))
+        assert (logits(load(folder, dtype=torch.float32)) - exact).norm() / exact.norm() < 0.1
+    with pytest.raises(RecipeError, match=r"w8a8 cannot take .*, which an earlier pass has compressed"):
+        compress(pico(), tmp_path / "c", "{kind: rtn, group_size: 32}, " + step("int"))
+
+
+def test_which_gpus_multiply_bytes() -> None:
+    hopper, ampere = (dispatch.GpuCapability("x", "cuda", arch, 100) for arch in (90, 80))
+    for gpu, codes, dtype, rows, able in (
+        (hopper, torch.int8, torch.float16, 64, True),
+        (ampere, torch.int8, torch.bfloat16, 64, True),
+        (ampere, torch.int8, torch.bfloat16, 60, False),
+        (hopper, torch.float8_e4m3fn, torch.bfloat16, 64, True),
+        (hopper, torch.float8_e4m3fn, torch.float16, 64, False),
+        (ampere, torch.float8_e4m3fn, torch.bfloat16, 64, False),
+    ):
+        assert dispatch.has_w8a8(codes, dtype, rows, 128, gpu) is able
