@@ -196,7 +196,7 @@ def attention_cases(target: str, codes: bool, dtype: torch.dtype) -> Iterator[Ca
         yield Case(f"latent_attention {what}", kernel, _typed(kernel, given, dtype), constants, *tile[2:])
 
 
-def ending_cases(dtype: torch.dtype) -> Iterator[Case]:
+def ending_cases(target: str, dtype: torch.dtype) -> Iterator[Case]:
     """What follows a split product, spans of attention, activations as bytes; sizes of one are constants to Triton."""
     ends = {"A_CODES": True, "HAS_BIAS": True, "HAS_RESIDUAL": True}
     for block, tokens, sizes in ((64, 8, {}), (128, 16, {}), (64, 8, {"M": 1, "SPLITS": 1})):
@@ -207,9 +207,11 @@ def ending_cases(dtype: torch.dtype) -> Iterator[Case]:
         types = _typed(latent_attention.combine_kernel, {"PARTS": "*fp32", "TOTALS": "*fp32", "SPLITS": "i32"}, dtype)
         constants = {"QUERIES": 4, "VALUE_WIDTH": 64, "BS": splits, "BV": 64, **({"SPLITS": 1} if splits == 1 else {})}
         yield Case(f"combine {splits}", latent_attention.combine_kernel, types, constants, 4, 2, matrix=False)
-    types = _typed(activations.quantize_kernel, {"CODES": "*i8", "SCALES": "*fp32"}, dtype)
-    constants = {"LARGEST": 127.0, "BK": 1024}
-    yield Case("quantize rows", activations.quantize_kernel, types, constants, 4, 2, matrix=False)
+    for number, kind, largest in ((torch.int8, "*i8", 127.0), (torch.float8_e4m3fn, "*fp8e4nv", 448.0)):
+        if dispatch.has_w8a8(number, dtype, 64, 64, gpu(target)):
+            types = _typed(activations.quantize_kernel, {"CODES": kind, "SCALES": "*fp32"}, dtype)
+            constants = {"LARGEST": largest, "BK": 1024}
+            yield Case(f"rows to {kind[1:]}", activations.quantize_kernel, types, constants, 4, 2, matrix=False)
     given = {"SUMS": "*i32", "ROW_SCALES": "*fp32", "COLUMN_SCALES": "*fp32"}
     types = _typed(activations.rescale_kernel, given, dtype)
     constants = {"HAS_BIAS": True, "BN": 1024}
@@ -237,7 +239,7 @@ def every_case(target: str) -> Iterator[Case]:
             yield from sparse_cases(target, bits, width, dtype)
         for codes in (False, True):
             yield from attention_cases(target, codes, dtype)
-        yield from ending_cases(dtype)
+        yield from ending_cases(target, dtype)
 
 
 def main() -> None:

@@ -38,8 +38,8 @@ def test_attention_over_latents(target: str, codes: bool) -> None:
 
 
 def test_what_follows_a_product() -> None:
-    for case in aot.ending_cases(torch.bfloat16):
-        aot.check(case, "sm_80")
+    for case in aot.ending_cases("sm_90", torch.bfloat16):
+        aot.check(case, "sm_90")
 
 
 def test_a_single_token_is_a_constant() -> None:

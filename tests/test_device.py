@@ -11,6 +11,7 @@ from pretend import pretended
 
 from compressor.compress.apply import Job, apply
 from compressor.compress.recipe import parse_recipe
+from compressor.kernels import dispatch
 from compressor.runtime import load
 from compressor.runtime.errors import ResourceError
 
@@ -62,6 +63,32 @@ def test_the_pretended_gpu_is_one() -> None:
         for meeting in (lambda: here + there, lambda: torch.cat([here, there]), lambda: there.numpy()):
             with pytest.raises(RuntimeError, match="device"):
                 meeting()
+
+
+def test_what_no_kernel_takes_runs_on_its_device(
+    pico: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The paths that the CPU has too, in its own bf16: none of their tables and layouts may get in."""
+    monkeypatch.setattr(dispatch, "has_kernels", lambda device, dtype: False)
+    text = (
+        "passes: [{kind: sparse24, method: magnitude, targets: '*.o_proj'}, "
+        "{kind: rtn, group_size: 16, targets: ['*.down_proj', '*.o_proj']}, "
+        "{kind: w8a8, targets: '*.up_proj'}, {kind: w8a8, type: float, targets: '*.gate_proj'}, "
+        "{kind: rtn, bits: 3, group_size: 32, symmetric: false, targets: ['*.q_proj', '*.v_proj']}]"
+    )
+    run(text, pico("llama"), tmp_path / "out", "cpu")
+    ids = torch.arange(1, 12)[None]
+    with torch.no_grad():
+        here = load(tmp_path / "out", "cpu")
+        expected, mlp, x = here(ids).logits, here.model.layers[0].mlp, torch.randn(3, 64).bfloat16()
+        product = mlp.up_proj(x)
+        with pretended():
+            found = load(tmp_path / "out", "cuda")(ids.to("cuda")).logits.cpu()
+            for name, buffer in mlp.up_proj.named_buffers():  # as Module.to, which pays the pretended device no heed
+                setattr(mlp.up_proj, name, buffer.to("cuda"))
+            moved = mlp.up_proj(x.to("cuda")).cpu()
+    assert (found - expected).norm() / expected.norm() < 0.05
+    assert (moved - product).norm() / product.norm() < 0.01
 
 
 @pytest.mark.parametrize(

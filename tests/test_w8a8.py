@@ -15,7 +15,7 @@ from compressor.compress.apply import Job, apply
 from compressor.compress.passes.w8a8 import W8A8Pass
 from compressor.compress.recipe import parse_recipe
 from compressor.compress.verify import export_dense, verify
-from compressor.kernels import cpu, dispatch, reference
+from compressor.kernels import cpu, dispatch, ops, reference
 from compressor.runtime import load
 from compressor.runtime.checkpoint import Checkpoint
 from compressor.runtime.errors import ModelError, RecipeError
@@ -89,6 +89,19 @@ def test_products_are_of_rounded_inputs(
     assert torch.equal(linear.whole(dtype), made.dense(dtype))
 
 
+def test_what_follows_the_product_of_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kernel(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return reference.linear_w8a8(x, codes, scales) + bias
+
+    made = operator("int", 48, 64)
+    linear = stored_linear(made.to_tensors(), made.scheme(), None, torch.bfloat16)
+    linear.device_layout = True
+    monkeypatch.setattr(ops, "quantized_rows_linear", kernel)
+    x, up, down, bias = (torch.randn(*shape).bfloat16() for shape in ((5, 64), (48, 3), (5, 3), (48,)))
+    expected = made.forward(x) + down @ up.T + bias
+    torch.testing.assert_close(linear.affine(x, bias, up, down), expected, rtol=2e-2, atol=5e-2)
+
+
 def test_fp8_is_decoded_exactly() -> None:
     codes = torch.arange(256, dtype=torch.int16).to(torch.uint8).view(torch.float8_e4m3fn).view(8, 32)
     for room in (None, {}):
@@ -103,6 +116,7 @@ def test_weights_are_the_nearest_of_their_grid(pico: Pico, tmp_path: Path, kind:
     for name in out.schemes:
         found, weight = out.operator(name), model.tensor(name + ".weight")
         scales = found.to_tensors()["weight_scale"]
+        torch.testing.assert_close(found.dense().abs().amax(1), weight.abs().amax(1))  # no code is wasted
         grid = torch.arange(-128, 128.0) if kind == "int" else ALL_FP8
         nearest = grid[(weight[:, :, None] / scales[:, :, None] - grid).abs().argmin(2)]
         assert ((found.dense() - weight).abs() <= (nearest * scales - weight).abs() * (1 + 1e-5) + 1e-9).all()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressor.kernels import layouts, ops, reference
+from compressor.kernels import dispatch, layouts, ops, reference
 
 Guard = Callable[[Tensor], Tensor]
 HEADS, COUNT, HEAD_DIM = 4, 3, 32
@@ -53,6 +53,12 @@ def run(guarded: Guard, case: dict[str, Any], groups: tuple[int, int], rank: int
         **inputs, scale=0.2, key_groups=groups[0], value_groups=groups[1], value_rank=rank, **options
     )
     return result
+
+
+@pytest.fixture(params=[1, 5], autouse=True)
+def splits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spans that tokens are divided into, some of which may be empty."""
+    monkeypatch.setattr(dispatch, "attention_splits", lambda *about: request.param)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
