@@ -1,6 +1,6 @@
 """Every kernel with every shipped configuration, compiled for GPUs that are not here: what it takes of them.
 
-    python benchmarks/aot.py sm_80 sm_90 sm_100 gfx942
+    python benchmarks/aot.py sm_80 sm_89 sm_90 gfx942
 
 Registers, spills, shared memory and matrix instructions, from the machine code. Needs triton and no GPU.
 """
@@ -28,15 +28,15 @@ from compressor.kernels.triton import activations, common, grouped, latent_atten
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}  # bytes that a program may have
+SHARED = {"sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "gfx942": 65536}  # bytes that a program may have
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ALIGNED = ("N", "NP", "K", "key_stride", "value_stride", "words_stride", "high_stride", "pairs_stride")
 SIZES = ("M", "N", "NP", "K", "RANK")
-MATRIX = ("HMMA", "HGMMA", "UTCHMMA", "IMMA", "v_mfma")
+MATRIX = ("HMMA", "HGMMA", "IMMA", "v_mfma")
 _SASS = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]+)", re.M)
 
 
@@ -114,7 +114,7 @@ def gpu(target: str) -> dispatch.GpuCapability:
     """What dispatch would know of a device of this kind."""
     found = TARGETS[target]
     arch = found.arch if isinstance(found.arch, int) else 0
-    return dispatch.GpuCapability(target, found.backend, arch, 132)
+    return dispatch.GpuCapability(target, found.backend, arch, 132, SHARED[target])
 
 
 def _typed(kernel: Any, names: dict[str, str], dtype: torch.dtype) -> dict[str, str]:
@@ -185,7 +185,9 @@ def attention_cases(target: str, codes: bool, dtype: torch.dtype) -> Iterator[Ca
         "UP": FLOAT[dtype], "scale": "fp32", "epsilon": "fp32",
     }  # fmt: skip
     for half, keys, values in ((32, 32, 32), (64, 64, 64), (64, 128, 128), (64, 256, 256), (64, 512, 512)):
-        tile = dispatch.attention_launch(keys, values, codes, dtype, device).tile
+        if not dispatch.has_attention(keys + values, device):
+            continue
+        tile = dispatch.attention_launch(2 * half, 4, keys, values, codes, dtype, device).tile
         constants = {
             "QUERIES": 4, "KEY_HEADS": 1, "VALUE_HEADS": 1, "HALF": half, "KEY_RANK": keys, "KEY_WIDTH": keys,
             "VALUE_RANK": values, "VALUE_WIDTH": values, "KEY_CODES": codes, "VALUE_CODES": codes, "HAS_BIAS": False,
@@ -226,7 +228,6 @@ def check(case: Case, target: str) -> Resources:
     assert found.shared <= SHARED[target], f"{case.name}, {target}: {found.shared} bytes of shared memory"
     assert found.registers <= 255, f"{case.name}, {target}: {found.registers} registers"
     assert not case.matrix or found.matrix, f"{case.name}, {target}: no matrix instruction"
-    assert getattr(binary.metadata, "tmem_size", 0) <= 512, f"{case.name}, {target}: too much tensor memory"
     return found
 
 

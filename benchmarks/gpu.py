@@ -1,11 +1,12 @@
 """Every kernel on this GPU: checked against float64, tuned, and timed beside the library's dense product.
 
     python benchmarks/gpu.py --write
-    python benchmarks/gpu.py --only linear --shapes 4096x4096
+    python benchmarks/gpu.py --only linear --schemes int4 --shapes 4096x4096 8192x8192 --write
 
-Needs torch and triton, and no installed package. Weights rotate through copies that exceed the cache, inputs are
-random, calls are replayed from a CUDA graph, and the median counts. `--write` keeps the fastest configurations in
-`kernels/configs/` and the tables in `benchmarks/results/`.
+Needs torch and triton, and no installed package. Weights and caches rotate through copies that exceed the cache, inputs
+are random, calls are replayed from a CUDA graph, and the median counts. Most of the time goes into compiling what is
+tried: minutes for each scheme. `--write` keeps the fastest configurations in `kernels/configs/` and the tables in
+`benchmarks/results/`, beside those of earlier runs, as each table is done.
 """
 
 from __future__ import annotations
@@ -13,11 +14,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
-import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,78 +28,18 @@ ROOT = Path(__file__).resolve().parent.parent
 if find_spec("compressor") is None:
     sys.path.insert(0, str(ROOT / "typings"))
 import triton  # noqa: E402
+from gpu_timing import DEVICE, DTYPE, INTERPRETED, Call, ceilings, copies_for, error, fastest, microseconds  # noqa: E402
 
 from compressor.kernels import dispatch, layouts, ops, reference  # noqa: E402
 from compressor.kernels.dispatch import Launch, Tile  # noqa: E402
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # to see that this script runs; times mean nothing then
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-DTYPE = torch.float16 if INTERPRETED else torch.bfloat16
-ROTATED = 1 << 12 if INTERPRETED else 1 << 28  # bytes of weights that calls go through
 TOKENS = (1, 4, 16, 32, 64, 128, 256, 512)
-Call = Callable[[int], Any]  # of a number, which picks a copy of the weights
-
-
-def microseconds(call: Call, copies: int) -> float:
-    """Of a call, the median of some replays of a graph of one call for each copy."""
-    if INTERPRETED:
-        start = time.perf_counter()
-        call(0)
-        return 1e6 * (time.perf_counter() - start)
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        call(0)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for number in range(copies):
-            call(number)
-    times = []
-    for _ in range(12):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * start.elapsed_time(end) / copies)
-    return statistics.median(times[2:])
-
-
-def ceilings() -> dict[str, float]:
-    """Bytes per second of a copy, read and written, and products per second of a large bf16 GEMM."""
-    room = torch.randn(1 << (10 if INTERPRETED else 29), device=DEVICE)
-    target = torch.empty_like(room)
-    copy = microseconds(lambda number: target.copy_(room), 4)
-    size = 64 if INTERPRETED else 8192
-    a, b = (torch.randn(size, size, device=DEVICE, dtype=DTYPE) for _ in range(2))
-    product = microseconds(lambda number: a @ b, 4)
-    return {"bytes": 2 * room.nbytes / copy * 1e6, "flops": 2 * size**3 / product * 1e6}
-
-
-def copies_for(size: float) -> int:
-    return max(1, min(64, int(ROTATED // size) + 1))
-
-
-def error(result: Tensor, exact: Tensor) -> float:
-    return float((result.double() - exact).norm() / exact.norm())
-
-
-def fastest(candidates: Sequence[Launch], run: Callable[[Launch], Call], copies: int) -> tuple[Launch, float]:
-    """The best of some configurations; those that do not compile or fit are left out."""
-    found = []
-    for launch in candidates:
-        try:
-            found.append((microseconds(run(launch), copies), launch))
-        except Exception as problem:  # a compiler's, of any type
-            print(f"    {launch}: {type(problem).__name__}", file=sys.stderr)
-    elapsed, best = min(found, key=lambda one: one[0])
-    return best, elapsed
 
 
 def tiles(tokens: int) -> list[Tile]:
     """Configurations to try for a number of tokens."""
     sizes = [size for size in (8, 16, 32, 64, 128) if min(tokens, 128) <= size < 4 * max(tokens, 4)]
-    shapes = itertools.product(sizes, (64, 128), (2, 3, 5))
+    shapes = itertools.product(sizes[:2], (64, 128), (3, 5) if tokens <= 16 else (2, 3))
     found = [Tile(size, rows, 4 if size * rows <= 4096 else 8, stages) for size, rows, stages in shapes]
     return found[:2] if INTERPRETED else found
 
@@ -111,8 +49,8 @@ def candidates(tokens: int, rows: int, columns: int, depth: int, processors: int
     found = []
     for tile in tiles(tokens):
         programs = -(-rows // tile.rows) * -(-tokens // tile.tokens)
-        usual = dispatch.splits_for(programs, -(-columns // depth), processors)
-        splits = {1, usual, max(1, usual // 2)} if tokens <= 64 else {1}
+        usual = dispatch.splits_for(tokens, programs, -(-columns // depth), processors)
+        splits = {1, usual, max(1, usual // 2)} if tokens <= 64 else {1, usual}
         found += [Launch("gemm", tile, split) for split in sorted(splits)]
     if tokens == 1 and not sparse:
         found += [Launch("gemv", Tile(1, n, 4, 3), s) for n, s in itertools.product((32, 64, 128), (4, 8, 16))]
@@ -132,7 +70,7 @@ class Linear:
         half = 2 ** (bits - 1)
         codes = torch.randint(-half, half, (rows, kept), device=DEVICE, generator=generator).to(torch.int8)
         scales = torch.rand(rows, -(-kept // group), device=DEVICE, generator=generator).to(DTYPE) / half / columns**0.5
-        self.kind = "sparse_linear" if sparse else "int_linear"
+        self.kind = ("armor_linear" if block else "sparse_linear") if sparse else "int_linear"
         self.rival: list[Any] | None = None
         if sparse:
             order = torch.rand(rows, columns // 4, 4, device=DEVICE, generator=generator).argsort(2).argsort(2)
@@ -186,6 +124,7 @@ def linears(options: argparse.Namespace, limits: dict[str, float], found: dict[s
             )
             for tokens in options.tokens:
                 options.say(linear_row(options, limits, found, layer, dense, tokens))
+            options.keep()
 
 
 def linear_row(
@@ -250,7 +189,8 @@ class Mixture:
         stacks = [torch.stack([getattr(one, part) for one in each]) for each, part in both]
         self.dense = torch.cat([gate, up], 1), down
         self.nbytes = sum(part.nbytes for part in stacks)
-        self.copies = [[part.clone() for part in stacks] for _ in range(copies_for(self.nbytes))]
+        touched = self.nbytes * top_k // count  # by a single token
+        self.copies = [[part.clone() for part in stacks] for _ in range(copies_for(touched))]
 
     def _made(self, rows: int, columns: int) -> tuple[Tensor, list[layouts.IntWords]]:
         codes = torch.randint(-8, 8, (self.count, rows, columns), device=DEVICE).to(torch.int8)
@@ -268,6 +208,7 @@ def experts(options: argparse.Namespace, limits: dict[str, float], found: dict[s
         layer = Mixture(count, top_k, hidden, inner)
         for tokens in options.tokens:
             options.say(experts_row(options, found, layer, tokens))
+        options.keep()
 
 
 def experts_row(options: argparse.Namespace, found: dict[str, Launch], layer: Mixture, tokens: int) -> str:
@@ -280,7 +221,7 @@ def experts_row(options: argparse.Namespace, found: dict[str, Launch], layer: Mi
     weights = weights.to(DTYPE)
 
     def by(launch: Launch) -> Call:
-        dispatch.tuned(gpu)[key] = launch
+        dispatch.remember(dispatch.tuned(gpu), key, launch)
 
         def call(number: int) -> Tensor:
             first, first_pairs, second, second_pairs = layer.copies[number]
@@ -343,8 +284,9 @@ def attention(options: argparse.Namespace, limits: dict[str, float], found: dict
         options.say(f"\n{what}; {heads} heads of {head_dim}, {count} queries each")
         options.say("context batch       us  kept  x dense time    GB/s  % copy    error  tile")
         for context, batch in options.contexts:
-            if 6 * batch * context * (2 * kind.rank + 2 * heads * head_dim) < options.memory:
+            if 10 * batch * context * (2 * kind.rank + 2 * heads * head_dim) < options.memory:
                 options.say(attention_row(options, limits, found, kind, context, batch))
+        options.keep()
 
 
 def attention_row(
@@ -364,42 +306,83 @@ def attention_row(
         cached = [layouts.pack_latents(part, 8) for part in read]
         read = [layouts.unpack_latents(part, rank, 8, DTYPE) for part in cached]
     ends = torch.full((batch,), context, dtype=torch.int32, device=DEVICE)
-    key = dispatch.config_key("attention", 1, width, width, 8 if codes else 16, 0, DTYPE)
-    usual = dispatch.attention_launch(width, width, codes, DTYPE, gpu)
+    shape = head_dim, count, width, width, codes, DTYPE
+    key, usual = dispatch.attention_key(*shape), dispatch.attention_launch(*shape, gpu)
+    size = sum(part.nbytes for part in cached)
+    caches = [cached, *([part.clone() for part in cached] for _ in range(1, copies_for(size)))]
     tried = [usual]
     if not options.no_tune and not INTERPRETED:
-        shapes = itertools.product((32, 64, 128), (4, 8), (1, 2, 3), (1, 2, 4))
+        shapes = itertools.product((32, 64, 128), (4, 8), (1, 2), (1, 2, 4))
         tried += [Launch("attention", Tile(t, usual.tile.rows, w, s), n) for t, w, s, n in shapes]
 
     def by(launch: Launch) -> Call:
-        dispatch.tuned(gpu)[key] = launch
-        given = queries, *cached, up, *tables, ends * 0, ends, head_dim**-0.5, groups, groups, rank
-        return lambda number: ops.latent_attention(*given)
+        dispatch.remember(dispatch.tuned(gpu), key, launch)
+        given = up, *tables, ends * 0, ends, head_dim**-0.5, groups, groups, rank
+        return lambda number: ops.latent_attention(queries, *caches[number], *given)
 
-    best, elapsed = fastest(tried, by, 1)
+    best, elapsed = fastest(tried, by, len(caches))
     sample = [part.double() for part in (queries[-1], read[0][-1], read[1][-1], up, *tables)]
     wrong = error(by(best)(0)[-1], reference.latent_attention(*sample, head_dim**-0.5, groups, groups))
     assert wrong < 2e-2, f"latents of {rank}, {context} tokens, {best}: error {wrong}"
     found[key] = best
-    dense = [torch.randn(batch, heads, context, head_dim, device=DEVICE, dtype=DTYPE) for _ in range(2)]
+    caches.clear()
+    full = 2 * batch * heads * context * head_dim * DTYPE.itemsize
+    dense = [
+        [torch.randn(batch, heads, context, head_dim, device=DEVICE, dtype=DTYPE) for _ in range(2)]
+        for _ in range(copies_for(full))
+    ]
     flat = queries.flatten(1, 2)[:, :, None]
-    plain = microseconds(lambda number: F.scaled_dot_product_attention(flat, *dense, enable_gqa=True), 1)
-    size = sum(part.nbytes for part in cached)
+    plain = microseconds(
+        lambda number: F.scaled_dot_product_attention(flat, *dense[number], enable_gqa=True), len(dense)
+    )
     rate = size / elapsed * 1e6
     return (
-        f"{context:>7} {batch:>5} {elapsed:>8.1f} {size / sum(part.nbytes for part in dense):>5.2f} "
+        f"{context:>7} {batch:>5} {elapsed:>8.1f} {size / full:>5.2f} "
         f"{elapsed / plain:>13.2f} {rate / 1e9:>7.0f} {100 * rate / limits['bytes']:>7.0f} {wrong:>8.1e}  {best.tile}"
     )
 
 
-PARTS = {"linear": linears, "experts": experts, "attention": attention}
-SCHEMES = [  # name, bits, group size of the stored values, sparse, block of the wrappers
-    ("int4 groups of 128", 4, 128, False, 0),
-    ("2:4 bf16", 16, 64, True, 0),
-    ("ARMOR bf16, blocks of 64", 16, 64, True, 64),
-    ("ARMOR int4, blocks of 64", 4, 64, True, 64),
-    ("int8 groups of 128", 8, 128, False, 0),
-    ("int3 groups of 128", 3, 128, False, 0),
+def bytes_products(options: argparse.Namespace, limits: dict[str, float], found: dict[str, Launch]) -> None:
+    """Tables of products of 8-bit weights and inputs, rounding of the inputs included."""
+    gpu = dispatch.gpu_capability(DEVICE)
+    for number, (rows, columns) in itertools.product((torch.int8, torch.float8_e4m3fn), options.shapes):
+        if not dispatch.has_w8a8(number, DTYPE, rows, columns, gpu):
+            continue
+        options.say(f"\n{str(number).removeprefix('torch.')}, inputs too, {rows} x {columns}")
+        options.say(" tokens       us  TFLOP/s  % GEMM  x dense    error")
+        weight = torch.randn(rows, columns, device=DEVICE, dtype=DTYPE) / columns**0.5
+        codes, scales = reference.quantize_rows(weight, number)
+        copies = [codes.clone() for _ in range(copies_for(codes.nbytes))]
+        dense = [weight.clone() for _ in range(copies_for(weight.nbytes))]
+        for tokens in options.tokens:
+            x = torch.randn(tokens, columns, device=DEVICE, dtype=DTYPE)
+
+            def call(copy: int, x: Tensor = x, copies: list[Tensor] = copies, scales: Tensor = scales) -> Tensor:
+                result: Tensor = ops.quantized_rows_linear(x, copies[copy], scales)
+                return result
+
+            inputs, factors = (part.double() for part in reference.quantize_rows(x, number))
+            exact = (inputs * factors[:, None]) @ (codes.double() * scales.double()[:, None]).T
+            wrong = error(call(0), exact)
+            assert wrong < 1e-2, f"{number}, {rows} x {columns}, {tokens} tokens: error {wrong}"
+            elapsed = microseconds(call, len(copies))
+            cublas = microseconds(lambda copy, x=x, dense=dense: F.linear(x, dense[copy]), len(dense))
+            flops = 2 * tokens * rows * columns / elapsed * 1e6
+            options.say(
+                f"{tokens:>7} {elapsed:>8.1f} {flops / 1e12:>8.1f} {100 * flops / limits['flops']:>7.0f} "
+                f"{cublas / elapsed:>8.2f} {wrong:>8.1e}"
+            )
+        options.keep()
+
+
+PARTS = {"linear": linears, "w8a8": bytes_products, "experts": experts, "attention": attention}
+SCHEMES = [  # name, bits, columns that share a scale (half of them kept where sparse), sparse, block of the wrappers
+    ("int4", 4, 128, False, 0),
+    ("2:4-bf16", 16, 64, True, 0),
+    ("armor-bf16", 16, 64, True, 64),
+    ("armor-int4", 4, 64, True, 64),
+    ("int8", 8, 128, False, 0),
+    ("int3", 3, 128, False, 0),
 ]
 
 
@@ -408,9 +391,11 @@ def main() -> None:
     parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS))
     parser.add_argument("--shapes", nargs="+", default=["4096x4096", "14336x4096", "8192x8192", "28672x8192"])
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
-    parser.add_argument("--schemes", type=int, default=len(SCHEMES), help="how many of the schemes of the products")
+    names = [scheme[0] for scheme in SCHEMES]
+    parser.add_argument("--schemes", choices=names, nargs="+", default=names, help="of the weights of --only linear")
     parser.add_argument("--no-tune", action="store_true", help="time what would run as things are")
     parser.add_argument("--write", action="store_true", help="keep configurations and tables")
+    parser.add_argument("--out", type=Path, help="a folder to keep them in, in place of the two of this checkout")
     options = parser.parse_args()
     if not INTERPRETED and not torch.cuda.is_available():
         sys.exit("no GPU here; TRITON_INTERPRET=1 only shows that this script runs")
@@ -418,7 +403,7 @@ def main() -> None:
     lines: list[str] = []
     options.say = lambda line: (lines.append(line), print(line, flush=True))
     options.shapes = [tuple(int(n) for n in shape.split("x")) for shape in options.shapes]
-    options.schemes = SCHEMES[: options.schemes]
+    options.schemes = [scheme for scheme in SCHEMES if scheme[0] in options.schemes]
     small = INTERPRETED
     options.mixtures = [(4, 2, 128, 128)] if small else [(8, 2, 4096, 14336), (64, 8, 2048, 1408)]
     options.heads = (2, 2, 32) if small else (8, 4, 128)
@@ -435,20 +420,27 @@ def main() -> None:
         f"GEMM {limits['flops'] / 1e12:.0f} TFLOP/s"
     )
     found: dict[str, Launch] = {}
+    options.keep = lambda: keep(gpu, found, lines, options.out) if options.write else None
     for part in options.only:
         PARTS[part](options, limits, found)
-    if options.write:
-        entries = {
-            key: {"kernel": one.kernel, "tile": list(one.tile), "splits": one.splits} for key, one in found.items()
-        }
-        record = {"device": gpu.name, "torch": torch.__version__, "triton": triton.__version__, "launches": entries}
-        dispatch.config_file(gpu).parent.mkdir(exist_ok=True)
-        dispatch.config_file(gpu).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        results = ROOT / "benchmarks" / "results"
-        results.mkdir(exist_ok=True)
-        (results / dispatch.config_file(gpu).with_suffix(".txt").name).write_text(
-            "\n".join(lines) + "\n", encoding="utf-8"
-        )
+
+
+def keep(gpu: dispatch.GpuCapability, found: dict[str, Launch], lines: list[str], out: Path | None) -> None:
+    """Write configurations among those of earlier runs, and what was printed behind what earlier runs did."""
+    file = (out or dispatch.config_file(gpu).parent) / dispatch.config_file(gpu).name
+    record: dict[str, Any] = {"launches": {}}
+    if file.is_file():
+        record = json.loads(file.read_text(encoding="utf-8"))
+    for key, one in found.items():
+        record["launches"][key] = {"kernel": one.kernel, "tile": list(one.tile), "splits": one.splits}
+    record |= {"device": gpu.name, "torch": torch.__version__, "triton": triton.__version__}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    results = (out or ROOT / "benchmarks" / "results") / file.with_suffix(".txt").name
+    results.parent.mkdir(parents=True, exist_ok=True)
+    with results.open("a", encoding="utf-8") as text:
+        text.write("\n".join(lines) + "\n")
+    lines.clear()
 
 
 if __name__ == "__main__":

@@ -57,9 +57,9 @@ class Routing:
         sizes = products.norm(dim=1)
         g_safe = g.abs().clamp(min=torch.finfo(torch.float32).tiny)
         self.tokens[expert] += len(g)
-        self.weights[expert] += g.sum()
-        self.norms[expert] += (sizes / g_safe).sum()
-        self.weighted[expert] += sizes.sum()
+        self.weights[expert] += float(g.sum())
+        self.norms[expert] += float((sizes / g_safe).sum())
+        self.weighted[expert] += float(sizes.sum())
         if len(g):
             self.peak[expert] = max(float(self.peak[expert]), float((products.abs().amax(1) / g_safe).max()))
 

@@ -142,13 +142,15 @@ def apply(
 def check_device(device: str) -> None:
     """Refuse a device that is not there."""
     try:
-        kind = torch.device(device).type
+        kind, index = torch.device(device).type, torch.device(device).index or 0
     except RuntimeError:
-        kind = device
+        kind, index = device, 0
     if kind not in ("cpu", "cuda"):
         raise ResourceError(f"--device {device}: is not cpu or cuda")
     if kind == "cuda" and not torch.cuda.is_available():
         raise ResourceError(f"--device {device}: torch {torch.__version__} finds no GPU here; leave the option out")
+    if kind == "cuda" and index >= torch.cuda.device_count():
+        raise ResourceError(f"--device {device}: there are {torch.cuda.device_count()} GPUs here, numbered from 0")
 
 
 def check_output(out: Path, *, resume: bool, overwrite: bool, inputs: Sequence[Path]) -> None:

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from .layouts import unpack_codes
 from .reference import dequantize_int, quantize_rows
 
-TILE_TOKENS = 256  # rounded to bytes at a time, for the same reason
 TILE_ROWS = 512  # rows decoded at a time: the tile stays in cache between decoding and the GEMM
+TILE_TOKENS = 256  # rounded to bytes at a time, for the same reason
 
 
 class Int4(NamedTuple):

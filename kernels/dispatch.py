@@ -48,6 +48,9 @@ def int4_path(tokens: int, dtype: torch.dtype) -> str:
     return "int4pack" if dtype == torch.bfloat16 and tokens <= 64 else "dequantize"
 
 
+AMPERE_SHARED = 166912  # bytes that a program may have on an A100
+
+
 @dataclass(frozen=True)
 class GpuCapability:
     """What of a GPU the choice depends on."""
@@ -56,6 +59,7 @@ class GpuCapability:
     backend: str  # "cuda" or "hip"
     arch: int  # 80, 90, 100, ...
     processors: int
+    shared: int  # bytes of shared memory that a program may have
 
     @property
     def assembly(self) -> bool:
@@ -64,14 +68,28 @@ class GpuCapability:
 
     @property
     def family(self) -> str:
-        """Of the tables below: Hopper's matrix instructions, or those since Ampere."""
-        return "hopper" if self.backend == "cuda" and self.arch == 90 else "ampere"
+        """Of the tables below: Hopper's matrix instructions, or those since Ampere, with its memory or with less."""
+        if self.backend == "cuda" and self.arch == 90:
+            return "hopper"
+        return "ampere" if self.shared >= AMPERE_SHARED or self.backend != "cuda" else "ada"
+
+    @property
+    def trusted(self) -> bool:
+        """Whether it runs these kernels as they are meant.
+
+        Products that are chained into one sum come out wrong by the matrix instructions of data-center Blackwell
+        (triton-lang/triton#10821); before Ampere, there are none for bf16.
+        """
+        return self.backend != "cuda" or 80 <= self.arch < 100 or self.arch >= 110
 
 
 def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether Triton's kernels run activations of a dtype on a device: a GPU, or the CPU in Triton's interpreter."""
-    here = device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
-    return here and dtype in (torch.bfloat16, torch.float16) and find_spec("triton") is not None
+    if dtype not in (torch.bfloat16, torch.float16) or find_spec("triton") is None:
+        return False
+    if device.type == "cpu":
+        return os.environ.get("TRITON_INTERPRET") == "1"
+    return device.type == "cuda" and gpu_capability(device).trusted
 
 
 def has_int_linear(bits: int, group_size: int, columns: int) -> bool:
@@ -86,6 +104,11 @@ def has_sparse_linear(group_size: int, kept: int) -> bool:
     return group_size >= kept or group_size % 32 == 0
 
 
+def has_attention(width: int, capability: GpuCapability) -> bool:
+    """Whether as many numbers as a head reads of a token's latents, keys and values, fit a device's memory."""
+    return width <= (512 if capability.family == "ada" else 1024)
+
+
 def has_w8a8(codes: torch.dtype, dtype: torch.dtype, rows: int, columns: int, capability: GpuCapability) -> bool:
     """Whether a GPU multiplies 8-bit numbers: torch's products want multiples of 16; those of fp8 with a scale for each
     row want bf16 beside them, and Ada or Hopper."""
@@ -95,7 +118,7 @@ def has_w8a8(codes: torch.dtype, dtype: torch.dtype, rows: int, columns: int, ca
     return codes == torch.int8 or fp8
 
 
-INTERPRETER = GpuCapability("interpreter", "cpu", 0, 4)
+INTERPRETER = GpuCapability("interpreter", "cpu", 0, 4, AMPERE_SHARED)
 
 
 @cache
@@ -105,7 +128,9 @@ def gpu_capability(device: torch.device) -> GpuCapability:
         return INTERPRETER
     found = torch.cuda.get_device_properties(device)
     backend = "hip" if torch.version.hip else "cuda"
-    return GpuCapability(found.name, backend, 10 * found.major + found.minor, found.multi_processor_count)
+    arch, shared = 10 * found.major + found.minor, found.shared_memory_per_block
+    shared = getattr(found, "shared_memory_per_block_optin", shared)
+    return GpuCapability(found.name, backend, arch, found.multi_processor_count, shared)
 
 
 class Tile(NamedTuple):
@@ -142,26 +167,32 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
     "int_linear": {
         "hopper": {8: Tile(8, 64, 4, 5), 16: Tile(16, 64, 4, 4), 32: Tile(32, 128, 4, 4), 64: Tile(64, 128, 4, 3),
                    192: Tile(128, 128, 8, 3)},
-        "ampere": {8: Tile(8, 64, 4, 4), 16: Tile(16, 64, 4, 4), 32: Tile(32, 64, 4, 3), 64: Tile(64, 64, 4, 2),
+        "ampere": {8: Tile(8, 64, 4, 4), 16: Tile(16, 64, 4, 4), 32: Tile(32, 64, 4, 3), 64: Tile(64, 64, 8, 2),
                    192: Tile(64, 128, 8, 2)},
+        "ada": {8: Tile(8, 64, 4, 4), 16: Tile(16, 64, 4, 4), 32: Tile(32, 64, 4, 3), 64: Tile(64, 64, 8, 2),
+                192: Tile(64, 128, 8, 2)},
     },
     "sparse_linear": {
         "hopper": {8: Tile(8, 64, 4, 3), 16: Tile(16, 64, 4, 2), 32: Tile(32, 64, 4, 2), 64: Tile(64, 128, 8, 2)},
-        "ampere": {8: Tile(8, 64, 4, 3), 16: Tile(16, 64, 4, 2), 32: Tile(32, 64, 4, 3), 64: Tile(64, 64, 4, 2)},
+        "ampere": {8: Tile(8, 64, 4, 3), 16: Tile(16, 64, 4, 2), 32: Tile(32, 64, 4, 3), 64: Tile(64, 64, 8, 2)},
+        "ada": {8: Tile(8, 64, 8, 3), 32: Tile(32, 64, 4, 2), 64: Tile(64, 64, 8, 1)},
     },
     "experts": {
         "hopper": {16: Tile(16, 64, 4, 3), 1024: Tile(32, 64, 4, 3), 1 << 30: Tile(64, 64, 4, 2)},
         "ampere": {16: Tile(16, 64, 4, 3), 1024: Tile(32, 64, 4, 2), 1 << 30: Tile(64, 64, 8, 2)},
+        "ada": {16: Tile(16, 64, 4, 3), 1024: Tile(32, 64, 4, 2), 1 << 30: Tile(64, 64, 8, 2)},
     },
 }  # fmt: skip
+TILES["armor_linear"] = TILES["sparse_linear"]  # between A and B: of the same tiles, but tuned on its own
 GEMV = Tile(1, 64, 4, 3)
-TILES_PER_SPLIT = 4  # tiles of columns that a program gets at least
+TILES_PER_SPLIT = 2  # tiles of columns that a program gets at least
 PROGRAMS = 4  # that a processor should have
 
 
-def splits_for(programs: int, tiles: int, processors: int) -> int:
-    """In how many parts to split the columns so that all processors have work."""
-    wanted = -(-PROGRAMS * processors // programs)
+def splits_for(tokens: int, programs: int, tiles: int, processors: int) -> int:
+    """In how many parts to split the columns so that all processors have work; with many tokens, parts of the result
+    would take longer to write than the weight to read."""
+    wanted = -(-(PROGRAMS if tokens <= 32 else 1) * processors // max(programs, 1))
     return max(1, min(wanted, tiles // TILES_PER_SPLIT, 16))
 
 
@@ -188,26 +219,32 @@ def config_file(gpu: GpuCapability) -> Path:
     return Path(__file__).parent / "configs" / (gpu.name.replace(" ", "_").replace("/", "_") + ".json")
 
 
+Tuned = dict[str, dict[str, Launch]]  # by what is alike, and then by shape
+
+
 @cache
-def tuned(gpu: GpuCapability) -> dict[str, Launch]:
+def tuned(gpu: GpuCapability) -> Tuned:
     """A device's tuned configurations; empty where it has no file."""
     file = config_file(gpu)
-    if not file.is_file():
-        return {}
-    entries = json.loads(file.read_text(encoding="utf-8"))["launches"]
-    return {key: Launch(found["kernel"], Tile(*found["tile"]), found["splits"]) for key, found in entries.items()}
+    found: Tuned = {}
+    for key, entry in json.loads(file.read_text(encoding="utf-8"))["launches"].items() if file.is_file() else ():
+        remember(found, key, Launch(entry["kernel"], Tile(*entry["tile"]), entry["splits"]))
+    return found
 
 
-def nearest(key: str, entries: dict[str, Launch]) -> Launch | None:
-    """A tuned configuration: of this very shape, else of the nearest size among those alike in all else."""
-    if key in entries:
-        return entries[key]
+def remember(entries: Tuned, key: str, launch: Launch) -> None:
+    """Keep a configuration under its `config_key`."""
     alike, shape = key.rsplit(" ", 1)
-    size = _size(shape)
-    others = [other for other in entries if other.rsplit(" ", 1)[0] == alike]
-    if not others:
+    entries.setdefault(alike, {})[shape] = launch
+
+
+def nearest(key: str, entries: Tuned) -> Launch | None:
+    """A tuned configuration: of this very shape, else of the nearest size among those alike in all else."""
+    alike, shape = key.rsplit(" ", 1)
+    shapes = entries.get(alike)
+    if not shapes:
         return None
-    return entries[min(others, key=lambda other: abs(math.log(_size(other.rsplit(" ", 1)[1]) / size)))]
+    return shapes.get(shape) or shapes[min(shapes, key=lambda other: abs(math.log(_size(other) / _size(shape))))]
 
 
 def _size(shape: str) -> int:
@@ -222,7 +259,7 @@ def linear_launch(
     """How a product runs.
 
     Args:
-        kernel: `int_linear` or `sparse_linear`.
+        kernel: `int_linear`, `sparse_linear`, or `armor_linear`, which is that between A and B.
         tokens, rows, columns: of the inputs and the weight.
         bits, group_size: of its codes.
         depth: columns of a tile.
@@ -234,7 +271,7 @@ def linear_launch(
     if tile is None:
         return Launch("expand", GEMV, 1)
     programs = -(-rows // tile.rows) * -(-tokens // tile.tokens)
-    return Launch("gemm", tile, splits_for(programs, -(-columns // depth), gpu.processors))
+    return Launch("gemm", tile, splits_for(tokens, programs, -(-columns // depth), gpu.processors))
 
 
 def experts_tile(
@@ -247,22 +284,32 @@ def experts_tile(
     return tile
 
 
-def attention_launch(key_width: int, value_width: int, codes: bool, dtype: torch.dtype, gpu: GpuCapability) -> Launch:
+def attention_key(
+    head_dim: int, queries: int, key_width: int, value_width: int, codes: bool, dtype: torch.dtype
+) -> str:
+    """The name of a tuned configuration of latent attention; another shape may not fit the device's memory."""
+    kind = "int8" if codes else str(dtype).removeprefix("torch.")
+    return f"attention {kind} heads of {head_dim} queries {queries} shape {key_width}x{value_width}"
+
+
+def attention_launch(
+    head_dim: int, queries: int, key_width: int, value_width: int, codes: bool, dtype: torch.dtype, gpu: GpuCapability
+) -> Launch:
     """What a program of latent attention works on, by the latents that a head reads: wide ones leave less room.
 
     Returns:
         In `tile` the tokens at a time, the channels of a key's latents at a time, warps and stages; in `splits` the
         programs that a processor should have.
     """
-    bits = 8 if codes else 16
-    if found := nearest(config_key("attention", 1, key_width, value_width, bits, 0, dtype), tuned(gpu)):
+    alike, shape = attention_key(head_dim, queries, key_width, value_width, codes, dtype).rsplit(" ", 1)
+    if found := tuned(gpu).get(alike, {}).get(shape):
         return found
     channels = next(part for part in (64, 32, 16) if key_width % part == 0 or (codes and part == 32))  # of a scale
     width = key_width + value_width
     if width <= 256:
         tile = Tile(64, channels, 4, 2)
     elif width <= 512:
-        tile = Tile(32, channels, 8, 1 if codes else 2)
+        tile = Tile(32, channels, 8, 1 if codes or gpu.family == "ada" else 2)
     else:
         tile = Tile(32 if gpu.family == "hopper" else 16, channels, 8, 1)
     return Launch("attention", tile, 2)

@@ -7,15 +7,31 @@ and on one device. Triton is imported by the first call.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from . import dispatch, layouts
 
 DEVICES = ("cpu", "cuda")  # of the CPU only under Triton's interpreter
 EXPAND_BYTES = 1 << 26  # of a decoded part of a weight
+
+
+def _implementation(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Has an operator run by a function, on the device of its first argument, which need not be the current one."""
+
+    def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(x: Tensor, *others: Any) -> Tensor:
+            with torch.cuda.device_of(x):
+                return function(x, *others)
+
+        torch.library.impl(f"compressor::{name}", DEVICES)(run)
+        return function
+
+    return register
 
 
 def _kernels(name: str) -> Any:
@@ -62,7 +78,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("compressor::int_linear", DEVICES)
+@_implementation("int_linear")
 def _int_linear(
     x: Tensor, words: Tensor, high: Tensor | None, pairs: Tensor, rows: int, bits: int, group_size: int,
     bias: Tensor | None = None, up: Tensor | None = None, down: Tensor | None = None,
@@ -130,15 +146,22 @@ def _expanded(
 ) -> Tensor:
     """A dense product over parts of a weight that `decoded(first row, part)` fills."""
     step = min(rows, max(layouts.TILE, EXPAND_BYTES // (columns * x.element_size()) // layouts.TILE * layouts.TILE))
-    room, out = x.new_empty(step, columns), x.new_empty(len(x), rows)
-    for first in range(0, rows, step):
-        part = room[: min(step, rows - first)]
-        decoded(first, part)
-        out[:, first : first + len(part)] = x @ part.T
+    room = x.new_empty(step, columns)
+    if step == rows:
+        decoded(0, room)
+        out = F.linear(x, room, bias)
+    else:
+        out = x.new_empty(len(x), rows)
+        for first in range(0, rows, step):
+            part = room[: min(step, rows - first)]
+            decoded(first, part)
+            out[:, first : first + len(part)] = x @ part.T
+        if bias is not None:
+            out += bias
     if up is not None:
         assert down is not None
         out.addmm_(down, up.T)
-    return out if bias is None else out.add_(bias)
+    return out
 
 
 torch.library.define(
@@ -149,7 +172,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("compressor::sparse_linear", DEVICES)
+@_implementation("sparse_linear")
 def _sparse_linear(
     x: Tensor, values: Tensor, kept: Tensor, pairs: Tensor, rows: int, bits: int, group_size: int, width: int,
     b: Tensor | None = None, b_scales: Tensor | None = None, a: Tensor | None = None, a_scales: Tensor | None = None,
@@ -159,7 +182,7 @@ def _sparse_linear(
     assert flat is not None
     tokens, columns = flat.shape
     launch = dispatch.linear_launch(
-        "sparse_linear", tokens, rows, columns, bits, group_size, 16 * width, x.dtype,
+        "sparse_linear" if a is None else "armor_linear", tokens, rows, columns, bits, group_size, 16 * width, x.dtype,
         dispatch.gpu_capability(x.device),
     )  # fmt: skip
     weight = layouts.SparseWords(values, kept, pairs, bits, group_size, width)
@@ -253,7 +276,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("compressor::latent_attention", DEVICES)
+@_implementation("latent_attention")
 def _latent_attention(
     queries: Tensor, keys: Tensor, values: Tensor, up: Tensor, cosines: Tensor, sines: Tensor, starts: Tensor,
     ends: Tensor, scale: float, key_groups: int, value_groups: int, value_rank: int, bias: Tensor | None = None,
@@ -281,7 +304,7 @@ def _latent_attention(
     page = 0 if pages is None else keys.shape[1]
     tokens = keys.shape[1] if pages is None else page * pages.shape[1]
     gpu = dispatch.gpu_capability(queries.device)
-    launch = dispatch.attention_launch(key_width, value_width, any(codes), queries.dtype, gpu)
+    launch = dispatch.attention_launch(head_dim, count, key_width, value_width, any(codes), queries.dtype, gpu)
     splits, tile = dispatch.attention_splits(batch * heads, tokens, launch, gpu), launch.tile
     parts = torch.empty(batch, heads, splits, count, value_width, dtype=torch.float32, device=queries.device)
     totals = torch.empty(batch, heads, splits, count, dtype=torch.float32, device=queries.device)
@@ -323,7 +346,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("compressor::int_experts", DEVICES)
+@_implementation("int_experts")
 def _int_experts(
     x: Tensor, index: Tensor, coefficients: Tensor, gate_words: Tensor, gate_high: Tensor | None, gate_pairs: Tensor,
     down_words: Tensor, down_high: Tensor | None, down_pairs: Tensor, intermediate_size: int, bits: list[int],
@@ -413,7 +436,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("compressor::quantized_rows_linear", DEVICES)
+@_implementation("quantized_rows_linear")
 def _quantized_rows_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
     """A product of 8-bit numbers: activations are scaled by token, weights by row.
 
@@ -425,8 +448,10 @@ def _quantized_rows_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tenso
     tokens, columns = flat.shape
     rows, whole = len(codes), codes.dtype == torch.int8
     padded = max(32, -(-tokens // 8) * 8) if whole else -(-tokens // 16) * 16  # what the products want
-    inputs = torch.zeros(padded, columns, dtype=codes.dtype, device=x.device)
-    factors = torch.zeros(padded, dtype=torch.float32, device=x.device)
+    inputs = torch.empty(padded, columns, dtype=codes.dtype, device=x.device)
+    factors = torch.empty(padded, dtype=torch.float32, device=x.device)
+    inputs[tokens:].zero_()
+    factors[tokens:].zero_()
     largest = 127.0 if whole else torch.finfo(codes.dtype).max
     kernels.quantize_kernel[(tokens,)](flat, inputs, factors, columns, LARGEST=largest, BK=1024, num_warps=4)
     if whole:

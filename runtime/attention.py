@@ -242,8 +242,9 @@ class LatentAttention(nn.Module):
         batch, heads, _, _ = queries.shape
         grouped = queries.view(batch, self.kv_heads, -1, self.head_dim)
         total = keys.shape[2]
-        if self._kernel is not None and (mask is None or mask.dtype == torch.bool):
-            found = self._kernel(grouped, keys, values, mask, self._rotary.halves(total, queries, self.head_dim))
+        kernel = self._kernel
+        if kernel is not None and queries.dtype == kernel.dtype and (mask is None or mask.dtype == torch.bool):
+            found = kernel(grouped, keys, values, mask, self._rotary.halves(total, queries, self.head_dim))
             return (found if self.value_up is None else found @ self.value_up.mT).reshape(batch, 1, heads, -1)
         tiles = (
             self._keys(keys, slice(start, min(start + TILE, total)), queries.dtype).contiguous() @ grouped.mT

@@ -71,12 +71,13 @@ class PackedExperts(nn.Module):
     Attributes:
         gate_up_words, gate_up_high, gate_up_pairs: `[experts, ...]` as `layouts.IntWords` has them, gate above up.
         down_words, down_high, down_pairs: alike.
+        dtype: of the activations that the kernel takes.
     """
 
     def __init__(self, experts: Sequence[Any]) -> None:
         super().__init__()
         gate, down = (getattr(experts[0], name) for name in ("gate_proj", "down_proj"))
-        self.intermediate_size = gate.out_features
+        self.intermediate_size, self.dtype = gate.out_features, gate.dtype
         self.bits, self.group_sizes = ([gate.layout[i], down.layout[i]] for i in (0, 1))
         stacks = {
             "gate_up": [stacked_rows([one.gate_proj.stored, one.up_proj.stored]) for one in experts],
@@ -90,12 +91,13 @@ class PackedExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """As `Experts.forward`."""
+        x = hidden_states.to(self.dtype)
         result: Tensor = ops.int_experts(
-            hidden_states, top_k_index, top_k_weights.contiguous(), self.gate_up_words, self.gate_up_high,
+            x, top_k_index, top_k_weights.contiguous(), self.gate_up_words, self.gate_up_high,
             self.gate_up_pairs, self.down_words, self.down_high, self.down_pairs, self.intermediate_size, self.bits,
             self.group_sizes,
         )  # fmt: skip
-        return result
+        return result.to(hidden_states.dtype)
 
 
 def _can_be_packed(experts: Sequence[Any]) -> bool:
@@ -114,12 +116,12 @@ def _can_be_packed(experts: Sequence[Any]) -> bool:
 
 def pack_experts(model: nn.Module) -> None:
     """Stack the experts of a loaded model where a kernel runs them."""
-    found = [(name, module) for name, module in model.named_modules() if isinstance(module, Experts)]
-    for name, module in found:
-        experts: list[Any] = list(module)
+    for name in [name for name, module in model.named_modules() if isinstance(module, Experts)]:
+        parent, _, child = name.rpartition(".")
+        experts: Any = model.get_submodule(name)  # held by nothing else: memory is needed for those of one layer twice
         if _can_be_packed(experts):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, PackedExperts(experts))
+            experts = PackedExperts(experts)
+            setattr(model.get_submodule(parent), child, experts)
 
 
 def unfuse_experts(model: nn.Module) -> None:

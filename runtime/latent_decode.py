@@ -34,6 +34,7 @@ class LatentDecode(nn.Module):
         widths = [_groups(part, attention.kv_heads)[1] for part in parts]
         fits = (
             dispatch.has_kernels(_device(attention), dtype)
+            and dispatch.has_attention(sum(widths), dispatch.gpu_capability(_device(attention)))
             and attention.head_dim in HEAD_DIMS
             and all(width % 16 == 0 for width in widths)
             and all(part.bits in (8, 16) for part in parts if isinstance(part, LatentLinear))

@@ -109,6 +109,9 @@ class DenseLinear(RowsLinear):
     def decode(self, rows: slice, dtype: torch.dtype, room: cpu.Room | None = None) -> Tensor:
         return self.matrix[rows].to(dtype)
 
+    def tiled(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.matrix.to(x.dtype))
+
 
 class IntLinear(RowsLinear):
     """Group-quantized integers, kept packed.

@@ -51,8 +51,7 @@ def run(folder: Path) -> None:
     ids = torch.randint(1, 60, (2, 7), generator=generator)
     mask = torch.ones_like(ids)
     mask[0, :2] = 0  # padded on the left
-    interpreter = mock.patch.object(dispatch, "gpu_capability", return_value=dispatch.INTERPRETER)
-    with interpreter, pretended():  # as on a GPU: nothing of the CPU may get into it
+    with pretended():  # as on a GPU: nothing of the CPU may get into it
         model = load(folder, "cuda", torch.float16)
         kinds = executed(model)
         by_kernels = logits(model, ids.to("cuda"), mask.to("cuda")).cpu()

@@ -12,6 +12,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
+from compressor.kernels import dispatch
+
 DEVICE = torch.device("cuda", 0)
 _MEET = {"copy_", "__setitem__", "__getitem__", "index", "to", "cpu", "set_", "is_set_to", "type_as", "index_put_"}
 _LOOK = {
@@ -73,6 +75,9 @@ class PretendDevice(TorchFunctionMode):
         if name not in _MEET and len({place for one, place in zip(tensors, there, strict=True) if one.dim()}) > 1:
             shapes = [(tuple(one.shape), place) for one, place in zip(tensors, there, strict=True)]
             raise RuntimeError(f"{name} of tensors on two devices: {shapes}")
+        writes = name.startswith("__i") or (name.endswith("_") and not name.endswith("__") and name not in _MEET)
+        if writes and any(there) and not there[0]:
+            raise RuntimeError(f"{name} of a tensor of the CPU with one of the device")
         target = torch.device(wanted[-1]).type == "cuda" if wanted else bool(there) and _first(name, there)
         result = func(*here, **kwargs)
         for one in tree_flatten(result)[0]:
@@ -109,7 +114,8 @@ def pretended() -> Iterator[PretendDevice]:
         def __new__(cls, device: Any = "cpu") -> Any:
             return generator()
 
-    present = mock.patch.object(torch.cuda, "is_available", return_value=True)
+    present = mock.patch.multiple(torch.cuda, is_available=lambda: True, device_count=lambda: 1)
+    capability = mock.patch.object(dispatch, "gpu_capability", return_value=dispatch.INTERPRETER)
     patched = mock.patch.multiple(torch, autocast=Autocast, Generator=Generator)
-    with present, patched, PretendDevice() as device:
+    with present, capability, patched, PretendDevice() as device:
         yield device

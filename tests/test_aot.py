@@ -24,13 +24,13 @@ def test_products_with_integers(target: str) -> None:
         assert found.instructions["I2F"] <= 3, case.name  # decoding converts no integers; divisions of sizes may
 
 
-@pytest.mark.parametrize(("target", "bits"), [("sm_80", 16), ("sm_90", 4)])
+@pytest.mark.parametrize(("target", "bits"), [("sm_80", 16), ("sm_89", 16), ("sm_90", 4)])
 def test_products_with_sparse_weights(target: str, bits: int) -> None:
     for case in aot.sparse_cases(target, bits, 32, torch.bfloat16):
         aot.check(case, target)
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90"])
 @pytest.mark.parametrize("codes", [False, True])
 def test_attention_over_latents(target: str, codes: bool) -> None:
     for case in aot.attention_cases(target, codes, torch.bfloat16):

@@ -92,12 +92,14 @@ def test_what_no_kernel_takes_runs_on_its_device(
 
 
 @pytest.mark.parametrize(
-    ("device", "what"), [("cuda", "finds no GPU"), ("gpu", "is not cpu or cuda"), ("meta", "is not")]
-)
+    ("device", "what"), [("cuda", "finds no GPU"), ("gpu", "is not cpu or cuda"), ("meta", "is not"),
+                         ("cuda:7", "there are 1 GPUs here")]
+)  # fmt: skip
 def test_a_device_that_is_not_there_is_refused(
     device: str, what: str, pico: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: ":" in device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ResourceError, match=what):
         run("passes: [{kind: rtn, bits: 4}]", pico("llama"), tmp_path / "out", device)
     assert not list(tmp_path.iterdir())

@@ -13,9 +13,10 @@ import torch
 from compressor.kernels import dispatch
 from compressor.kernels.dispatch import GpuCapability, Launch, Tile
 
-H200 = GpuCapability("NVIDIA H200", "cuda", 90, 132)
-A100 = GpuCapability("NVIDIA A100-SXM4-80GB", "cuda", 80, 108)
-MI300 = GpuCapability("AMD Instinct MI300X", "hip", 94, 304)
+H200 = GpuCapability("NVIDIA H200", "cuda", 90, 132, 232448)
+A100 = GpuCapability("NVIDIA A100-SXM4-80GB", "cuda", 80, 108, 166912)
+ADA = GpuCapability("NVIDIA GeForce RTX 4090", "cuda", 89, 128, 101376)
+MI300 = GpuCapability("AMD Instinct MI300X", "hip", 94, 304, 65536)
 
 
 def launch(tokens: int, gpu: GpuCapability = H200, rows: int = 4096, columns: int = 4096) -> Launch:
@@ -29,7 +30,7 @@ def _no_tuned_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_tiles_grow_with_the_tokens() -> None:
-    for gpu in (H200, A100, MI300, dispatch.INTERPRETER):
+    for gpu in (H200, A100, ADA, MI300, dispatch.INTERPRETER):
         sizes = [launch(tokens, gpu).tile.tokens for tokens in (1, 8, 9, 16, 17, 64, 65, 192)]
         assert sizes == sorted(sizes)
         assert all(found >= min(tokens, 64) for found, tokens in zip(sizes, (1, 8, 9, 16, 17, 64), strict=False))
@@ -44,6 +45,9 @@ def test_small_layers_are_split_and_large_ones_are_not() -> None:
     assert launch(1).splits > 1
     assert launch(1, rows=1 << 17).splits == 1
     assert launch(1, columns=256).splits == 1  # two tiles: nothing to share
+    assert launch(1, rows=896, columns=896).splits == 3
+    assert launch(192, rows=28672, columns=8192).splits == 1  # parts would be as large as the weight
+    assert launch(0).splits >= 1  # an empty batch
     for tokens in (1, 16, 64, 192):
         found = launch(tokens)
         assert 4096 // 128 // found.splits >= dispatch.TILES_PER_SPLIT or found.splits == 1
@@ -91,10 +95,30 @@ def test_experts_have_a_tile_for_any_number_of_tokens() -> None:
         assert dispatch.experts_tile(tokens, 1408, 2048, 4, 128, torch.bfloat16, H200).tokens >= 16
 
 
-@pytest.mark.parametrize("gpu", [H200, A100])
+def test_gpus_that_are_trusted_with_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [gpu.family for gpu in (H200, A100, ADA, MI300)] == ["hopper", "ampere", "ada", "ampere"]
+    able = {arch: GpuCapability("x", "cuda", arch, 100, 101376).trusted for arch in (75, 80, 89, 90, 100, 103, 120)}
+    assert able == {75: False, 80: True, 89: True, 90: True, 100: False, 103: False, 120: True}
+    for gpu in (A100, GpuCapability("B200", "cuda", 100, 148, 232448)):
+        monkeypatch.setattr(dispatch, "gpu_capability", lambda device, gpu=gpu: gpu)
+        assert dispatch.has_kernels(torch.device("cuda"), torch.bfloat16) is (gpu is A100)
+    assert not dispatch.has_kernels(torch.device("cuda"), torch.float32)
+    assert [dispatch.has_attention(width, ADA) for width in (512, 1024)] == [True, False]
+
+
+def test_tuned_attention_serves_its_own_shape_alone() -> None:
+    shape = (128, 4, 64, 64, False, torch.bfloat16)
+    mine = Launch("attention", Tile(128, 64, 8, 1), 4)
+    write(H200, {dispatch.attention_key(*shape): mine})
+    assert dispatch.attention_launch(*shape, H200) == mine
+    assert dispatch.attention_launch(256, *shape[1:], H200) != mine
+    assert dispatch.attention_launch(128, 4, 128, 128, False, torch.bfloat16, H200) != mine
+
+
+@pytest.mark.parametrize("gpu", [H200, A100, ADA])
 @pytest.mark.parametrize("width", [16, 48, 64, 512])
 def test_spans_of_attention(gpu: GpuCapability, width: int) -> None:
-    found = dispatch.attention_launch(width, width, False, torch.bfloat16, gpu)
+    found = dispatch.attention_launch(128, 4, width, width, False, torch.bfloat16, gpu)
     assert width % found.tile.rows == 0
     assert dispatch.attention_splits(1, 100, found, gpu) <= 4
     assert 64 <= dispatch.attention_splits(2, 1 << 17, found, gpu) <= 128

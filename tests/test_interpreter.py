@@ -3,6 +3,7 @@ compiles."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -65,8 +66,13 @@ def test_models_run_by_the_kernels(pico: Callable[..., Path], calibration_text: 
         assert float(by_kernels) < max(2e-3, 2 * float(by_hand)), line
 
 
-def test_the_gpu_benchmark_runs() -> None:
-    few = ["--shapes", "128x256", "--tokens", "3", "--schemes", "1"]
-    lines = interpreted("benchmarks/gpu.py", *few, "--only", "linear", "experts")
-    assert "int4 groups of 128, 128 x 256, 4.25 bits a weight" in lines
+def test_the_gpu_benchmark_runs(tmp_path: Path) -> None:
+    few = ["--shapes", "128x256", "--tokens", "4", "--schemes", "int4", "--write", "--out", str(tmp_path)]
+    lines = interpreted("benchmarks/gpu.py", *few, "--only", "linear", "w8a8")
+    assert "int4, 128 x 256, 4.25 bits a weight" in lines
+    assert "int8, inputs too, 128 x 256" in lines
+    lines += interpreted("benchmarks/gpu.py", *few, "--only", "experts", "attention")
     assert "mixture of 4 experts" in lines
+    kept = json.loads((tmp_path / "interpreter.json").read_text())["launches"]
+    assert {key.split()[0] for key in kept} == {"int_linear", "experts", "attention"}  # of both runs
+    assert (tmp_path / "interpreter.txt").read_text() == lines

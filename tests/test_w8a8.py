@@ -189,7 +189,7 @@ def test_it_composes(pico: Pico, tmp_path: Path) -> None:
 
 
 def test_which_gpus_multiply_bytes() -> None:
-    hopper, ampere = (dispatch.GpuCapability("x", "cuda", arch, 100) for arch in (90, 80))
+    hopper, ampere = (dispatch.GpuCapability("x", "cuda", arch, 100, 166912) for arch in (90, 80))
     for gpu, codes, dtype, rows, able in (
         (hopper, torch.int8, torch.float16, 64, True),
         (ampere, torch.int8, torch.bfloat16, 64, True),

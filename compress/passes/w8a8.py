@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 
 from ...calibrate.walk import StageWork
-from ...runtime.operators import W8A8, Composite, Dense, LowRank, Operator
+from ...runtime.operators import W8A8, Dense, LowRank, Operator
 from ..events import Event, LayerDone
 from ..solvers.grid import range_grid, storable
 from .base import Pass, factors
@@ -31,8 +31,6 @@ class W8A8Pass(Pass):
     )
 
     def planned(self, name: str, operator: Operator, group: Mapping[str, Dense]) -> Operator:
-        if isinstance(operator, Composite):
-            return operator.with_inner(self.planned(name, operator.inner, group))
         weight = plain_floats(self.step, name, operator).weight
         codes = torch.empty(weight.shape, dtype=self._codes, device="meta")
         return W8A8(codes, torch.empty(len(weight), 1, dtype=weight.dtype, device="meta"))
@@ -60,9 +58,6 @@ class W8A8Pass(Pass):
             parts: dict[str, Any] = {part: self._rounded(getattr(operator, part), stored) for part in factors(operator)}
             below = {part: result for part, (result, _) in parts.items()}
             return replace(operator, **below), max(error for _, error in parts.values())
-        if isinstance(operator, Composite):
-            inner, error = self._rounded(operator.inner, stored)
-            return operator.with_inner(inner), error
         weight = operator.dense()
         if self.type == "int":
             grid = range_grid(weight, 8, -1, True, stored)

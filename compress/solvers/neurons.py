@@ -25,12 +25,12 @@ def eliminated(weight: Tensor, moment: Tensor, keep: int, ridge: float) -> tuple
         costs = left.square().sum(0) / inverse.diagonal()
         excess = len(numbers) - keep
         gone = costs.topk(max(1, excess // 16), largest=False).indices
-        stays = torch.ones(len(numbers), dtype=torch.bool)
+        stays = torch.ones(len(numbers), dtype=torch.bool, device=gone.device)
         stays[gone] = False
         lifted = torch.linalg.solve(inverse[gone][:, gone], inverse[gone][:, stays])
         left = left[:, stays] - left[:, gone] @ lifted
         inverse = inverse[stays][:, stays] - inverse[stays][:, gone] @ lifted
-        numbers = numbers[stays]
+        numbers = numbers[stays.cpu()]
     return numbers, left.to(weight.dtype)
 
 

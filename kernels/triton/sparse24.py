@@ -58,12 +58,12 @@ def dense_planes(kept, first, second, QUARTER: tl.constexpr, ASM: tl.constexpr):
         asm: tl.constexpr = _planes_asm(QUARTER)
         if first.dtype == tl.bfloat16:
             return tl.inline_asm_elementwise(
-                asm, "=r,=r,=r,=r,r,r,r", [kept, first, second], is_pure=True, pack=2,
+                asm, "=&r,=&r,=&r,=&r,r,r,r", [kept, first, second], is_pure=True, pack=2,
                 dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
             )  # fmt: skip
         else:
             return tl.inline_asm_elementwise(
-                asm, "=r,=r,=r,=r,r,r,r", [kept, first, second], is_pure=True, pack=2,
+                asm, "=&r,=&r,=&r,=&r,r,r,r", [kept, first, second], is_pure=True, pack=2,
                 dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
             )  # fmt: skip
     else:
