@@ -24,7 +24,8 @@ def examine() -> dict[str, Any]:
         "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
         "amx": cpu_capability().bf16_matrix,
         "gpu": gpu or "none",
-        "int4 on the CPU": ", ".join(f"{tokens} tokens: {path}" for tokens, path in paths.items()),
+        "int4 on the CPU": ", ".join(f"{tokens} token{'s' * (tokens > 1)}: {path}" for tokens, path in paths.items()),
+        "w8a8 on the CPU": f"int8: {'oneDNN' if cpu_capability().int8 else 'decoded'}, fp8: decoded, slower than bf16",
         "disk free here": f"{shutil.disk_usage(Path.cwd()).free / 1e9:.1f} GB",
     }
     spec = importlib.util.find_spec("kernels")

@@ -123,7 +123,7 @@ def apply(
     ratio = done.bytes_before / done.bytes_after
     render.out.print(
         f"\n{out}: {render.size(done.bytes_before)} → {render.size(done.bytes_after)}, {ratio:.2f} × smaller; "
-        f"format {done.format}, read by {', '.join(done.readers)}"
+        f"format {done.format}, read by {render.readers(done)}"
     )
     _print_notes(done)
     render.out.print(f"next: compressor eval {out} --against {model}")
@@ -157,7 +157,7 @@ def plan(
     render.out.print(
         f"\nweights {render.size(result.bytes_before)} → {render.size(result.bytes_after)} "
         f"({result.bytes_before / result.bytes_after:.2f} × smaller), format {result.format}, read by "
-        f"{', '.join(result.readers)}\nmemory {render.size(result.memory)} beyond the imports, disk "
+        f"{render.readers(result)}\nmemory {render.size(result.memory)} beyond the imports, disk "
         f"{render.size(result.disk)} of {render.size(free)} free here (activations in it are deleted at the end), "
         f"roughly {seconds:.0f} s"
     )
@@ -253,8 +253,9 @@ def evaluate_command(
     cached = [cache_per_token(load(path), windows[:1]) for path in (folder, other) if path is not None]
     base = None if other is None else load(other, dtype=torch.float32)
     own = load(folder, dtype=torch.float32)
-    result = evaluate(own, windows, base)
-    distant = [evaluate_long(each, tokenizer, far) for each in (own, base) if each is not None and far is not None]
+    with render.reading(len(windows), sequence_length, long) as passed:
+        result = evaluate(own, windows, base, passed=passed)
+        distant = [evaluate_long(each, tokenizer, far) for each in (own, base) if each is not None and far is not None]
     if as_json:
         more = {} if far is None else {"long": [each.record() for each in distant]}
         render.document(
@@ -367,7 +368,7 @@ def recipes_list(as_json: JsonOption = False) -> None:
         render.document(found)
         return
     for name, description in found.items():
-        render.out.print(f"{name:<14} {description}")
+        render.out.print(f"{name:<{max(map(len, found))}} {description}")
 
 
 @recipes_app.command("show")

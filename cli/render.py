@@ -6,6 +6,8 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from ..compress.evaluate import Evaluation
     from ..compress.events import Event
     from ..compress.long_context import LongEvaluation
-    from ..compress.plan import Row
+    from ..compress.plan import Plan, Row
 
 _WIDE = None if sys.stdout.isatty() else 140  # a pipe has no width of its own
 out = Console(highlight=False, soft_wrap=True, width=_WIDE)
@@ -96,6 +98,22 @@ def evaluation_table(name: str, result: Evaluation, cached: list[float]) -> Tabl
         table.add_row("top-1 agreement", f"{100 * d.top1_agreement:.2f} %")
     table.add_row("KV cache, bytes a token", f"{cached[0]:,.0f}")
     return table
+
+
+def readers(plan: Plan) -> str:
+    """Who reads what a plan writes, and what keeps others from it."""
+    return ", ".join(plan.readers) + (f" (others do not take {plan.obstacle})" if plan.obstacle else "")
+
+
+@contextmanager
+def reading(windows: int, tokens: int, long: int | None) -> Iterator[Callable[[int], None]]:
+    """Says what is read, and draws a bar over the windows on a terminal, which is told how many more are behind."""
+    err.print(
+        f"reading {windows} windows of {tokens} tokens" + ("" if long is None else f", then of {long}: be patient")
+    )
+    with Progress(BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=err, transient=True) as bar:
+        task = bar.add_task("", total=windows, visible=err.is_terminal)
+        yield lambda count: bar.advance(task, count)
 
 
 class ApplyProgress:

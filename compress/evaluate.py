@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -42,12 +43,15 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: Any, windows: Tensor, base: Any = None, batch_tokens: int = 2048) -> Evaluation:
+def evaluate(
+    model: Any, windows: Tensor, base: Any = None, batch_tokens: int = 2048, passed: Callable[[int], None] | None = None
+) -> Evaluation:
     """Perplexity of a causal model, and its divergence from `base`.
 
     Args:
         model, base: transformers models over the same vocabulary.
         windows: int64 `[samples, tokens]`; each is read on its own, its first token is not predicted.
+        passed: told how many more windows are behind.
     """
     if base is not None and base.config.vocab_size != model.config.vocab_size:
         raise ModelError(
@@ -67,6 +71,8 @@ def evaluate(model: Any, windows: Tensor, base: Any = None, batch_tokens: int = 
             other.append(_window_losses(reference, ids))
             agreements.append((logs.argmax(-1) == reference.argmax(-1)).float().mean(1))
             divergences.append(F.kl_div(logs, reference, log_target=True, reduction="none").sum(-1))
+        if passed is not None:
+            passed(len(ids))
     losses = torch.cat(own).double()
     count = windows.shape[0] * (windows.shape[1] - 1)
     perplexity = math.exp(losses.mean())

@@ -48,8 +48,8 @@ def compressed_tensors_readers(operator: Operator) -> Readers | None:
 
 def choose_format(
     wanted: str, linears: Mapping[str, Operator], fused: Iterable[Sequence[str]] = ()
-) -> tuple[str, tuple[str, ...]]:
-    """The format that all rewritten operators fit, and its readers.
+) -> tuple[str, tuple[str, ...], str]:
+    """The format that all rewritten operators fit, its readers, and what keeps outside readers from it, if anything.
 
     Args:
         wanted: `auto`, or a format asked for by name.
@@ -61,7 +61,7 @@ def choose_format(
     """
     untouched = all(isinstance(operator, Dense) for operator in linears.values())
     if wanted == PLAIN or (wanted == "auto" and untouched):
-        return PLAIN, ("compressor", "transformers", "vLLM")
+        return PLAIN, ("compressor", "transformers", "vLLM"), ""
     if wanted == COMPRESSED_TENSORS:
         linears = {name: as_written(operator, wanted) for name, operator in linears.items()}
     obstacle = _mixture(linears)
@@ -79,10 +79,10 @@ def choose_format(
             f"output.format is {COMPRESSED_TENSORS!r}, whose readers cannot take {obstacle}; use 'auto', or change that"
         )
     if obstacle or wanted == NATIVE:
-        return NATIVE, ("compressor",)
+        return NATIVE, ("compressor",), obstacle
     if any(len({_scheme(linears[name]) for name in group}) > 1 for group in fused):
         readers -= {"vLLM"}
-    return COMPRESSED_TENSORS, tuple(sorted(readers))
+    return COMPRESSED_TENSORS, tuple(sorted(readers)), ""
 
 
 def as_written(operator: Operator, chosen: str, dtype: torch.dtype = torch.float32) -> Operator:
@@ -142,7 +142,7 @@ def describe(operator: Operator) -> str:
     if isinstance(operator, IntQuantized):
         return _describe_codes(operator, operator.group_size)
     if isinstance(operator, W8A8):
-        return "int8, as inputs" if operator.codes.dtype == torch.int8 else "fp8, as inputs"
+        return "w8a8 int8" if operator.codes.dtype == torch.int8 else "w8a8 fp8"
     if isinstance(operator, Sparse24):
         values = operator.values
         return f"2:4 {_describe_codes(values, 2 * values.group_size)}" if isinstance(values, IntQuantized) else "2:4"

@@ -41,6 +41,7 @@ class Plan:
         linears: disk name without `.weight` → plan, for every linear of every block, rewritten or not.
         tensors: every tensor of the output in order: name → (dtype, shape).
         format, readers: what is written and who reads it.
+        obstacle: what keeps outside readers from it, or nothing.
         needs: statistics the passes ask for.
         bytes_before, bytes_after: of all weights.
         memory, disk: peak bytes while applying: resident beyond the imports, and in OUT.work.
@@ -55,6 +56,7 @@ class Plan:
     tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]
     format: str
     readers: tuple[str, ...]
+    obstacle: str
     needs: frozenset[str]
     bytes_before: int
     bytes_after: int
@@ -114,7 +116,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, *, look: bool = False, memory:
                 f"names look like {example}"
             )
     operators = {name: linear.operator for name, linear in linears.items()}
-    chosen, readers = choose_format(recipe.output.format, operators, input_groups(skeleton))
+    chosen, readers, obstacle = choose_format(recipe.output.format, operators, input_groups(skeleton))
     for name, linear in linears.items():
         dtype = checkpoint.tensors[name + ".weight"].dtype
         linears[name] = replace(linear, operator=as_written(linear.operator, chosen, dtype))
@@ -125,7 +127,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, *, look: bool = False, memory:
     room = room_for_moments(stages, memory if memory is not None else available_memory())
     after = sum(_nbytes(dtype, shape) for dtype, shape in tensors.values())
     return Plan(
-        recipe, skeleton, linears, tensors, chosen, readers, needs, whole.nbytes, after,
+        recipe, skeleton, linears, tensors, chosen, readers, obstacle, needs, whole.nbytes, after,
         int(max(survey.memory, least, *(stage.peak(room) for stage in stages))),
         int(max(after + chain_bytes(recipe, skeleton, walked) + survey.left, survey.disk)),
         flops(recipe, linears, walked) + survey.flops, *_cache_bytes(checkpoint, linears), room,

@@ -202,11 +202,11 @@ class Checkpoint:
                         raise ModelError(f"{path}: {name} is also in {self.tensors[name].file}")
                     self.tensors[name] = TensorInfo(file, DTYPES[view.get_dtype()], tuple(view.get_shape()))
         except FileNotFoundError:
-            raise ModelError(f"{path}: named by the index but missing; download the model again") from None
+            raise ModelError(f"{path}: named by the index but missing; download or make the model again") from None
         except UnicodeEncodeError:
             raise ModelError(f"{str(path)!a}: safetensors needs paths that are UTF-8; rename the folder") from None
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path}: damaged or cut short ({error}); download the model again") from None
+            raise ModelError(f"{path}: damaged or cut short ({error}); download or make the model again") from None
         if promised is not None and promised != set(names):
             name = sorted(promised.symmetric_difference(names))[0]
             where = "promised by the index but not in the file" if name in promised else "not in the index"

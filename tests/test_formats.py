@@ -182,7 +182,7 @@ def test_readers_are_those_of_every_tensor() -> None:
         "vLLM",
     )
     assert choose_format("auto", operators)[1] == ("compressor", "transformers")
-    assert choose_format("compressor", operators) == ("compressor", ("compressor",))
+    assert choose_format("compressor", operators) == ("compressor", ("compressor",), "")
 
 
 @pytest.mark.parametrize("step", ["{kind: rtn, bits: 4}", "{kind: gptq, bits: 4}"])

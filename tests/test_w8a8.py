@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from compressor.compress.apply import Job, apply
 from compressor.compress.passes.w8a8 import W8A8Pass
+from compressor.compress.plan import make_plan
 from compressor.compress.recipe import parse_recipe
 from compressor.compress.verify import export_dense, verify
 from compressor.kernels import cpu, dispatch, ops, reference
@@ -21,6 +22,7 @@ from compressor.runtime.checkpoint import Checkpoint
 from compressor.runtime.errors import ModelError, RecipeError
 from compressor.runtime.modules import W8A8Linear, stored_linear
 from compressor.runtime.operators import W8A8, Dense, from_tensors
+from compressor.runtime.skeleton import Skeleton
 from compressor.runtime.stored import StoredModel
 
 Pico = Callable[..., Path]
@@ -178,6 +180,9 @@ def test_it_composes(pico: Pico, tmp_path: Path) -> None:
     )
     assert {scheme["kind"] for scheme in StoredModel(mixed).schemes.values()} == {"int", "w8a8"}
     assert json.loads((mixed / "compressor.json").read_text())["format"] == "compressor"
+    text = "passes: [{kind: w8a8, targets: '*.mlp.*'}, {kind: rtn, ignore: '*.mlp.*'}]"
+    plan = make_plan(parse_recipe(text), Skeleton(Checkpoint(pico()), torch.float32))
+    assert plan.obstacle == "weights for products of 8 bits beside others"
     lorc = compress(pico(), tmp_path / "b", "{kind: lorc, ratio: .5, rank_step: 1}, " + step("float"))
     for folder in (mixed, lorc):
         plain = tmp_path / "plain"

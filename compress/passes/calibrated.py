@@ -224,8 +224,8 @@ def plain_floats(step: str, name: str, operator: Operator) -> Dense:
     """
     if not isinstance(operator, Dense):
         raise RecipeError(
-            f"{step} cannot take {name}, which an earlier pass has compressed: let one of the two ignore it, or change "
-            "their order"
+            f"{step} cannot take {name}, which an earlier pass has compressed: let one of the two ignore it; which "
+            "passes go on where others were, and in what order, is in docs/recipes.md"
         )
     if operator.weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         stored = str(operator.weight.dtype).removeprefix("torch.")
