@@ -68,10 +68,12 @@ class GpuCapability:
 
     @property
     def family(self) -> str:
-        """Of the tables below: Hopper's matrix instructions, or those since Ampere, with its memory or with less."""
+        """Of the tables below: for the instructions of Hopper, of Ampere, with its memory or with less, or of AMD."""
+        if self.backend == "hip":
+            return "amd"
         if self.backend == "cuda" and self.arch == 90:
             return "hopper"
-        return "ampere" if self.shared >= AMPERE_SHARED or self.backend != "cuda" else "ada"
+        return "ampere" if self.shared >= AMPERE_SHARED else "ada"
 
     @property
     def trusted(self) -> bool:
@@ -105,8 +107,9 @@ def has_sparse_linear(group_size: int, kept: int) -> bool:
 
 
 def has_attention(width: int, capability: GpuCapability) -> bool:
-    """Whether as many numbers as a head reads of a token's latents, keys and values, fit a device's memory."""
-    return width <= (512 if capability.family == "ada" else 1024)
+    """Whether as many numbers as a head reads of a token's latents, keys and values, fit a device's memory; on AMD's
+    GPUs too few registers are left."""
+    return width <= {"amd": 0, "ada": 512}.get(capability.family, 1024)
 
 
 def has_w8a8(codes: torch.dtype, dtype: torch.dtype, rows: int, columns: int, capability: GpuCapability) -> bool:
@@ -171,16 +174,19 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
                    192: Tile(64, 128, 8, 2)},
         "ada": {8: Tile(8, 64, 4, 4), 16: Tile(16, 64, 4, 4), 32: Tile(32, 64, 4, 3), 64: Tile(64, 64, 8, 2),
                 192: Tile(64, 128, 8, 2)},
+        "amd": {16: Tile(16, 64, 4, 4), 32: Tile(32, 64, 4, 3), 64: Tile(64, 64, 8, 2), 192: Tile(64, 128, 8, 2)},
     },
     "sparse_linear": {
         "hopper": {8: Tile(8, 64, 4, 3), 16: Tile(16, 64, 4, 2), 32: Tile(32, 64, 4, 2), 64: Tile(64, 128, 8, 2)},
         "ampere": {8: Tile(8, 64, 4, 3), 16: Tile(16, 64, 4, 2), 32: Tile(32, 64, 4, 3), 64: Tile(64, 64, 8, 2)},
         "ada": {8: Tile(8, 64, 8, 3), 32: Tile(32, 64, 4, 2), 64: Tile(64, 64, 8, 1)},
+        "amd": {16: Tile(16, 64, 4, 2), 32: Tile(32, 64, 4, 1), 64: Tile(64, 64, 8, 1)},
     },
     "experts": {
         "hopper": {16: Tile(16, 64, 4, 3), 1024: Tile(32, 64, 4, 3), 1 << 30: Tile(64, 64, 4, 2)},
         "ampere": {16: Tile(16, 64, 4, 3), 1024: Tile(32, 64, 4, 2), 1 << 30: Tile(64, 64, 8, 2)},
         "ada": {16: Tile(16, 64, 4, 3), 1024: Tile(32, 64, 4, 2), 1 << 30: Tile(64, 64, 8, 2)},
+        "amd": {16: Tile(16, 64, 4, 3), 1024: Tile(32, 64, 4, 2), 1 << 30: Tile(64, 64, 8, 2)},
     },
 }  # fmt: skip
 TILES["armor_linear"] = TILES["sparse_linear"]  # between A and B: of the same tiles, but tuned on its own

@@ -37,6 +37,13 @@ def test_attention_over_latents(target: str, codes: bool) -> None:
         aot.check(case, target)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_products_without_instructions_of_nvidia(bits: int) -> None:
+    """Decoding by shifts, for AMD's GPUs."""
+    for case in aot.int_cases("gfx942", bits, 128, torch.float16 if bits == 8 else torch.bfloat16):
+        aot.check(case, "gfx942")
+
+
 def test_what_follows_a_product() -> None:
     for case in aot.ending_cases("sm_90", torch.bfloat16):
         aot.check(case, "sm_90")

@@ -66,11 +66,11 @@ def decode(words, high, PLANE: tl.constexpr, BITS: tl.constexpr, dtype: tl.const
         `code + 2**7` in bfloat16 and `code + 2**10` in float16, since an integer in the lowest bits of such a float
         needs no conversion; the zero points have the same offset (`layouts.swizzle_int`). Of 8 bits, the code.
     """
-    if BITS == 8:
-        return rounded(words.to(tl.float32), dtype) if INTERPRET else words.to(dtype)
     offset: tl.constexpr = 128 if dtype == tl.bfloat16 else 1024
     lower: tl.constexpr = 2 if BITS == 3 else BITS
-    if INTERPRET:
+    if BITS == 8:  # no return in front of the others, which would be compiled too
+        return rounded(words.to(tl.float32), dtype) if INTERPRET else words.to(dtype)
+    elif INTERPRET:
         code = (words.to(tl.int32) >> (lower * PLANE)) & (2**lower - 1)
         if BITS == 3:
             code |= (high.to(tl.int32) >> PLANE) & 4
