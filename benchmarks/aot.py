@@ -132,7 +132,7 @@ def int_cases(target: str, bits: int, group: int, dtype: torch.dtype) -> Iterato
     shared = {"BITS": bits, "GROUP": group, "EVEN": True, "ASM": device.assembly}
     plain = {"HAS_BIAS": False, "HAS_RESIDUAL": False}
     what = f"int{bits} group {group} {FLOAT[dtype][1:]}"
-    for tile in dict.fromkeys(dispatch.TILES["int_linear"][device.family].values()):
+    for tile in dict.fromkeys(dispatch.tiles("int_linear", device).values()):
         sizes = {"BM": tile.tokens, "BN": tile.rows}
         for split in (True, False):
             types = _typed(w4a16.gemm_kernel, {**words, "OUT": "*fp32"} if split else words, dtype)
@@ -146,7 +146,7 @@ def int_cases(target: str, bits: int, group: int, dtype: torch.dtype) -> Iterato
     without = {key: shared[key] for key in ("BITS", "GROUP", "ASM")}
     types = _typed(w4a16.expand_kernel, words, dtype)
     yield Case(f"int_linear {what} expand", w4a16.expand_kernel, types, {**without, "BN": 64}, 4, 2, matrix=False)
-    for tile in dict.fromkeys(dispatch.TILES["experts"][device.family].values()):
+    for tile in dict.fromkeys(dispatch.tiles("experts", device).values()):
         slots = {**words, "SLOTS": "*i32", "OWNERS": "*i32"}
         sizes = {"BM": tile.tokens, "BN": tile.rows}
         for kernel in (grouped.gate_up_kernel, grouped.down_kernel):
@@ -161,7 +161,7 @@ def sparse_cases(target: str, bits: int, width: int, dtype: torch.dtype) -> Iter
     words = {"VALUES": values, "KEPT": "*i16", "PAIRS": "*i32"}
     shared = {"BITS": bits, "GROUP": 0 if bits == 16 else 128, "WIDTH": width, "EVEN": True, "ASM": device.assembly}
     what = f"int{bits} {FLOAT[dtype][1:]} width {width}"
-    for tile in dict.fromkeys(dispatch.TILES["sparse_linear"][device.family].values()):
+    for tile in dict.fromkeys(dispatch.tiles("sparse_linear", device).values()):
         for block in (0, tile.rows):
             split = block == 0
             types = _typed(sparse24.gemm_kernel, {**words, "OUT": "*fp32"} if split else words, dtype)

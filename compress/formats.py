@@ -31,7 +31,7 @@ class Readers:
 def compressed_tensors_readers(operator: Operator) -> Readers | None:
     """Readers of an operator in its own format, or None where no outside reader takes it."""
     if isinstance(operator, W8A8):
-        return Readers(("compressor", "transformers", "vLLM"), "tests/test_formats.py; vLLM's W8A8 int8 / FP8 schemes")
+        return Readers(("compressor", "transformers", "vLLM"), "tests/test_w8a8.py; vLLM's W8A8 int8 / FP8 schemes")
     if not isinstance(operator, IntQuantized):
         return None
     columns = operator.shape[1]

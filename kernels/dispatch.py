@@ -79,10 +79,10 @@ class GpuCapability:
     def trusted(self) -> bool:
         """Whether it runs these kernels as they are meant.
 
-        Products that are chained into one sum come out wrong by the matrix instructions of data-center Blackwell
-        (triton-lang/triton#10821); before Ampere, there are none for bf16.
+        Products that are chained into one sum come out wrong by the matrix instructions of data-center Blackwell and
+        Thor (triton-lang/triton#10821); before Ampere, there are none for bf16.
         """
-        return self.backend != "cuda" or 80 <= self.arch < 100 or self.arch >= 110
+        return self.backend != "cuda" or 80 <= self.arch < 100 or self.arch >= 120
 
 
 def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
@@ -165,15 +165,13 @@ class Launch(NamedTuple):
     splits: int
 
 
-# By the number of tokens up to which it serves.
+# By the number of tokens up to which it serves; a family without a table of its own has that of Ampere.
 TILES: dict[str, dict[str, dict[int, Tile]]] = {
     "int_linear": {
         "hopper": {8: Tile(8, 64, 4, 5), 16: Tile(16, 64, 4, 4), 32: Tile(32, 128, 4, 4), 64: Tile(64, 128, 4, 3),
                    192: Tile(128, 128, 8, 3)},
         "ampere": {8: Tile(8, 64, 4, 4), 16: Tile(16, 64, 4, 4), 32: Tile(32, 64, 4, 3), 64: Tile(64, 64, 8, 2),
                    192: Tile(64, 128, 8, 2)},
-        "ada": {8: Tile(8, 64, 4, 4), 16: Tile(16, 64, 4, 4), 32: Tile(32, 64, 4, 3), 64: Tile(64, 64, 8, 2),
-                192: Tile(64, 128, 8, 2)},
         "amd": {16: Tile(16, 64, 4, 4), 32: Tile(32, 64, 4, 3), 64: Tile(64, 64, 8, 2), 192: Tile(64, 128, 8, 2)},
     },
     "sparse_linear": {
@@ -185,8 +183,6 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
     "experts": {
         "hopper": {16: Tile(16, 64, 4, 3), 1024: Tile(32, 64, 4, 3), 1 << 30: Tile(64, 64, 4, 2)},
         "ampere": {16: Tile(16, 64, 4, 3), 1024: Tile(32, 64, 4, 2), 1 << 30: Tile(64, 64, 8, 2)},
-        "ada": {16: Tile(16, 64, 4, 3), 1024: Tile(32, 64, 4, 2), 1 << 30: Tile(64, 64, 8, 2)},
-        "amd": {16: Tile(16, 64, 4, 3), 1024: Tile(32, 64, 4, 2), 1 << 30: Tile(64, 64, 8, 2)},
     },
 }  # fmt: skip
 TILES["armor_linear"] = TILES["sparse_linear"]  # between A and B: of the same tiles, but tuned on its own
@@ -202,9 +198,14 @@ def splits_for(tokens: int, programs: int, tiles: int, processors: int) -> int:
     return max(1, min(wanted, tiles // TILES_PER_SPLIT, 16))
 
 
+def tiles(kernel: str, gpu: GpuCapability) -> dict[int, Tile]:
+    """The table of a device."""
+    return TILES[kernel].get(gpu.family, TILES[kernel]["ampere"])
+
+
 def heuristic_tile(kernel: str, tokens: int, gpu: GpuCapability) -> Tile | None:
     """By the tables; None beyond these."""
-    return next((tile for most, tile in TILES[kernel][gpu.family].items() if tokens <= most), None)
+    return next((tile for most, tile in tiles(kernel, gpu).items() if tokens <= most), None)
 
 
 def bucket(tokens: int) -> int:

@@ -201,7 +201,7 @@ class W8A8Linear(RowsLinear):
     def decode(self, rows: slice, dtype: torch.dtype, room: cpu.Room | None = None) -> Tensor:
         # Codes are exact in every dtype; scales, in that of the model.
         codes = cpu.decode_fp8(self.codes[rows], dtype, room) if self.codes.is_floating_point() else self.codes[rows]
-        return (codes.to(dtype) * self.scales[rows, None].to(dtype)).contiguous()
+        return codes.to(dtype) * self.scales[rows, None].to(dtype)
 
     def whole(self, dtype: torch.dtype) -> Tensor:
         return self.decode(_ALL, dtype)

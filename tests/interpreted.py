@@ -45,6 +45,13 @@ def logits(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return torch.cat([first.logits, last.logits], 1).double()[mask.bool()]
 
 
+def check_dtypes(packed: PackedExperts, hidden_size: int) -> None:
+    """Activations in another dtype than that of the layout, as after `model.float()`."""
+    x = torch.randn(5, hidden_size, device="cuda").half()
+    choice, weights = torch.arange(5, device="cuda")[:, None] % 2, torch.ones(5, 1, device="cuda")
+    assert torch.equal(packed(x.float(), choice, weights), packed(x, choice, weights).float())
+
+
 def run(folder: Path) -> None:
     """Prints what of a model the kernels ran, and its and the CPU's own error."""
     generator = torch.Generator().manual_seed(0)
@@ -55,6 +62,8 @@ def run(folder: Path) -> None:
         model = load(folder, "cuda", torch.float16)
         kinds = executed(model)
         by_kernels = logits(model, ids.to("cuda"), mask.to("cuda")).cpu()
+        for packed in (module for module in model.modules() if isinstance(module, PackedExperts)):
+            check_dtypes(packed, model.config.hidden_size)
     with mock.patch.object(dispatch, "has_kernels", return_value=False):
         plain = load(folder, "cpu", torch.float16)
         assert not executed(plain)

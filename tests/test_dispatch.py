@@ -97,8 +97,8 @@ def test_experts_have_a_tile_for_any_number_of_tokens() -> None:
 
 def test_gpus_that_are_trusted_with_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [gpu.family for gpu in (H200, A100, ADA, MI300)] == ["hopper", "ampere", "ada", "amd"]
-    able = {arch: GpuCapability("x", "cuda", arch, 100, 101376).trusted for arch in (75, 80, 89, 90, 100, 103, 120)}
-    assert able == {75: False, 80: True, 89: True, 90: True, 100: False, 103: False, 120: True}
+    able = {arch: GpuCapability("x", "cuda", arch, 100, 101376).trusted for arch in (75, 80, 90, 100, 103, 110, 120)}
+    assert able == {75: False, 80: True, 90: True, 100: False, 103: False, 110: False, 120: True}
     for gpu in (A100, GpuCapability("B200", "cuda", 100, 148, 232448)):
         monkeypatch.setattr(dispatch, "gpu_capability", lambda device, gpu=gpu: gpu)
         assert dispatch.has_kernels(torch.device("cuda"), torch.bfloat16) is (gpu is A100)

@@ -43,7 +43,7 @@ class W8A8Pass(Pass):
         return 10.0 * rows * columns
 
     def memory(self, operators: Sequence[Operator]) -> float:
-        return max(22.0 * rows * columns for rows, columns in (operator.shape for operator in operators))
+        return max(15.0 * rows * columns for rows, columns in (operator.shape for operator in operators))
 
     def apply(self, work: StageWork) -> Iterator[Event]:
         for name, operator in list(work.linears.items()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import pytest
@@ -83,6 +84,22 @@ def test_bias_and_residual(
     result = ops.run_int_linear(launch, guarded(x), weight, rows, guarded(bias), guarded(up), guarded(down))
     exact = twin(x, *parts, None, 128, dtype) + bias.double() + down.double() @ up.double().T
     close(result, exact, kernel)
+
+
+def test_operators_run_where_their_inputs_are(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on the device that happens to be the current one."""
+    entered = []
+
+    def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
+        entered.append(tensor)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    parts = weights(64, 128, 4, 64, True, torch.float16)
+    words, high, pairs, bits, group = layouts.swizzle_int(*parts, None, 4, 64, torch.float16)
+    x = torch.ones(3, 128, dtype=torch.float16, device=device)
+    ops.int_linear(x, words.to(device), high, pairs.to(device), 64, bits, group)
+    assert [one.data_ptr() for one in entered] == [x.data_ptr()]
 
 
 def test_the_operator(device: torch.device, close: Callable[..., None]) -> None:
