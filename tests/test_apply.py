@@ -218,13 +218,23 @@ def test_an_expert_without_tokens_leans_on_others_and_says_so(
     assert "saw few calibration tokens" in (tmp_path / "out" / "README.md").read_text()
 
 
+SLOW = """
+import sys, time
+from compressor.cli import main, render
+draw = render.ApplyProgress.__call__
+render.ApplyProgress.__call__ = lambda self, event: (draw(self, event), time.sleep(0.05))
+main.main()
+"""
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_leave_a_resumable_run(job: Job, pico: Pico, tmp_path: Path, number: signal.Signals) -> None:
-    job = replace(job, model=pico("llama", num_hidden_layers=16))  # long enough for the signal to come in time
+    job = replace(job, model=pico("llama", num_hidden_layers=16))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(job.recipe_text)
-    command = [sys.executable, "-m", "compressor.cli", "apply", str(recipe), str(job.model), str(job.out)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    words = ["apply", str(recipe), str(job.model), str(job.out)]
+    slow = [sys.executable, "-c", SLOW, *words]  # for the signal to come in time
+    process = subprocess.Popen(slow, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
     assert process.stderr is not None
     while not process.stderr.readline().startswith("block"):
         time.sleep(0)
@@ -233,7 +243,8 @@ def test_signals_leave_a_resumable_run(job: Job, pico: Pico, tmp_path: Path, num
     assert process.returncode == 130
     assert "nothing is lost, go on with: compressor apply" in message
     assert not job.out.exists()
-    subprocess.run([*command, "--resume"], check=True, capture_output=True, cwd=tmp_path)
+    resumed = [sys.executable, "-m", "compressor.cli", *words, "--resume"]
+    subprocess.run(resumed, check=True, capture_output=True, cwd=tmp_path)
     assert StoredModel(job.out).schemes
 
 
