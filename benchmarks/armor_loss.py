@@ -21,8 +21,8 @@ from compressor.compress.passes.armor import fitting_block
 from compressor.compress.solvers.armor import Factors, alternate, total_loss
 from compressor.compress.solvers.armor_adam import adam
 from compressor.compress.solvers.pairs import nowag_scales
-from compressor.runtime.checkpoint import Checkpoint
-from compressor.runtime.skeleton import Skeleton
+from compressor.runtime.model.checkpoint import Checkpoint
+from compressor.runtime.model.skeleton import Skeleton
 
 
 def problems(model: Path, index: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -86,7 +86,7 @@ def child(recipe_text: str, model: Path) -> None:
     from compressor.compress.apply import Job, apply, open_source
     from compressor.compress.plan import make_plan
     from compressor.compress.recipe import parse_recipe
-    from compressor.runtime.skeleton import Skeleton, calibration_dtype
+    from compressor.runtime.model.skeleton import Skeleton, calibration_dtype
 
     recipe = parse_recipe(recipe_text)
     checkpoint = open_source(model)

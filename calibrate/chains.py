@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.files import reserve, sync_folder, write_synced
-from ..runtime.skeleton import Skeleton
+from ..runtime.model.skeleton import Skeleton
 
 BATCH_TOKENS = 4096  # tokens per micro-batch: enough to fill a GEMM, little enough to stay small beside a block
 

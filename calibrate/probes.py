@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..runtime.skeleton import Skeleton
+from ..runtime.model.skeleton import Skeleton
 
 PROBES = 4  # backward passes for each token
 

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..runtime.architectures import SHARED
 from ..runtime.errors import ModelError
-from ..runtime.skeleton import Skeleton
+from ..runtime.model.families import SHARED
+from ..runtime.model.skeleton import Skeleton
 from .chains import Chains, Spill, walk_chains
 from .routing import experts_of
 from .statistics import exact_products

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..runtime.experts import Experts
-from ..runtime.skeleton import Skeleton
+from ..runtime.model.experts import Experts
+from ..runtime.model.skeleton import Skeleton
 from .chains import walk_chains
 
 if TYPE_CHECKING:

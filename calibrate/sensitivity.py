@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..runtime.skeleton import Skeleton
+from ..runtime.model.skeleton import Skeleton
 from .chains import BATCH_TOKENS, Chains
 from .statistics import Statistics
 

@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..runtime.architectures import PARTS, Stage
-from ..runtime.experts import Expert, Experts
+from ..runtime.model.experts import Expert, Experts
+from ..runtime.model.families import PARTS, Stage
+from ..runtime.model.skeleton import Skeleton
 from ..runtime.operators import Dense, Latent, Operator
-from ..runtime.skeleton import Skeleton
 from .artefact import StatisticsFolder
 from .chains import Chains, Spill
 from .probes import output_metrics

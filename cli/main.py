@@ -83,7 +83,7 @@ def apply(
     from ..compress.apply import apply as run_job
     from ..compress.card import LARGE_MODEL
     from ..compress.plan import rows
-    from ..runtime.checkpoint import Checkpoint
+    from ..runtime.model.checkpoint import Checkpoint
 
     text, parsed = _recipe(recipe, edits)
     folder, commit = _model(model, revision)
@@ -144,7 +144,7 @@ def plan(
     from ..compress.apply import open_source
     from ..compress.plan import make_plan, rows
     from ..compress.resources import estimated_seconds
-    from ..runtime.skeleton import Skeleton, calibration_dtype
+    from ..runtime.model.skeleton import Skeleton, calibration_dtype
 
     _, parsed = _recipe(recipe, edits)
     checkpoint = open_source(_model(model, revision)[0])

@@ -19,12 +19,12 @@ from ..calibrate.chains import Chains, start_chains
 from ..calibrate.corpus import Corpus, builtin_corpus, file_corpus, load_tokenizer, token_windows
 from ..calibrate.walk import Block, walk
 from ..kernels.dispatch import cpu_capability
-from ..runtime.checkpoint import Checkpoint, non_finite
 from ..runtime.errors import ModelError, RecipeError, ResourceError, VerifyError
 from ..runtime.files import file_sha256
-from ..runtime.fused import fuse
+from ..runtime.model.checkpoint import Checkpoint, non_finite
+from ..runtime.model.disk_experts import fuse
+from ..runtime.model.skeleton import Skeleton, calibration_dtype
 from ..runtime.operators import Operator, from_tensors, stored_name
-from ..runtime.skeleton import Skeleton, calibration_dtype
 from .events import BlockDone, Event, Fallback, LayerDone, Resumed, Starved, Surveyed
 from .folder import finish_folder
 from .formats import PLAIN, as_written

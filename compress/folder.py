@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..runtime.checkpoint import Checkpoint
 from ..runtime.errors import VerifyError
 from ..runtime.files import copy_synced, file_sha256, sync_folder, write_synced
-from ..runtime.skeleton import Skeleton, calibration_dtype
+from ..runtime.model.checkpoint import Checkpoint
+from ..runtime.model.skeleton import Skeleton, calibration_dtype
 from ..runtime.stored import open_model
 from .card import model_card
 from .formats import format_config

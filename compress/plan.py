@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from ..calibrate.corpus import find_text
-from ..runtime.architectures import KEYS, VALUES
-from ..runtime.checkpoint import Checkpoint, block_index
 from ..runtime.errors import RecipeError
-from ..runtime.fused import fuse
+from ..runtime.model.checkpoint import Checkpoint, block_index
+from ..runtime.model.disk_experts import fuse
+from ..runtime.model.families import KEYS, VALUES
+from ..runtime.model.skeleton import Skeleton
 from ..runtime.operators import Dense, Latent, LowRank, Operator, stored_name
-from ..runtime.skeleton import Skeleton
 from .formats import PLAIN, as_written, choose_format, describe
 from .passes.base import Cost, Pass, Survey
 from .recipe import Recipe

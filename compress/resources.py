@@ -14,10 +14,10 @@ import torch
 
 from ..calibrate.chains import BATCH_TOKENS
 from ..calibrate.walk import parts
-from ..runtime.architectures import PARTS
-from ..runtime.checkpoint import block_index
 from ..runtime.errors import ResourceError
-from ..runtime.skeleton import Skeleton
+from ..runtime.model.checkpoint import block_index
+from ..runtime.model.families import PARTS
+from ..runtime.model.skeleton import Skeleton
 from .formats import is_expert
 from .passes.base import BUFFERS, Pass
 from .recipe import Recipe

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..runtime.checkpoint import DTYPES, block_index
 from ..runtime.errors import VerifyError
 from ..runtime.files import file_sha256, reserve, sync_folder, write_synced
+from ..runtime.model.checkpoint import DTYPES, block_index
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]

@@ -10,9 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from .attention import install_latent_attention
 from .errors import ModelError
-from .experts import pack_experts
+from .model.experts import pack_experts
+from .model.skeleton import Skeleton, restore_buffers
 from .modules import stored_linear
-from .skeleton import Skeleton, restore_buffers
 from .stored import NATIVE_TYPE, StoredModel, open_model
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from . import operators
-from .checkpoint import Checkpoint, TensorInfo
 from .errors import ModelError
+from .model.checkpoint import Checkpoint, TensorInfo
 from .operators import Operator, stored_name
 
 NATIVE_TYPE, NATIVE_VERSION = "compressor", 1

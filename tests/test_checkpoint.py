@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compressor.compress.apply import open_source
-from compressor.runtime.checkpoint import Checkpoint, non_finite
 from compressor.runtime.errors import ModelError
 from compressor.runtime.hub import resolve_model
-from compressor.runtime.skeleton import Skeleton
+from compressor.runtime.model.checkpoint import Checkpoint, non_finite
+from compressor.runtime.model.skeleton import Skeleton
 
 Pico = Callable[..., Path]
 

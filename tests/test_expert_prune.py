@@ -27,10 +27,10 @@ from compressor.compress.plan import make_plan
 from compressor.compress.recipe import parse_recipe
 from compressor.compress.solvers.subsets import best_subset, few_enough, subset_losses
 from compressor.runtime import load
-from compressor.runtime.checkpoint import Checkpoint
 from compressor.runtime.errors import RecipeError
-from compressor.runtime.skeleton import Skeleton
-from compressor.runtime.views import fewer_experts
+from compressor.runtime.model.checkpoint import Checkpoint
+from compressor.runtime.model.skeleton import Skeleton
+from compressor.runtime.model.view import fewer_experts
 
 Pico = Callable[..., Path]
 FLOAT = {"dtype": torch.float32}

@@ -26,11 +26,11 @@ from compressor.compress.recipe import parse_recipe
 from compressor.compress.solvers.merge import Neurons, aligned, averaged, clusters, redistributed
 from compressor.compress.solvers.neurons import eliminated, strongest
 from compressor.runtime import load
-from compressor.runtime.checkpoint import Checkpoint
 from compressor.runtime.errors import RecipeError, ResourceError
-from compressor.runtime.experts import Expert
-from compressor.runtime.skeleton import Skeleton
-from compressor.runtime.views import fewer_experts
+from compressor.runtime.model.checkpoint import Checkpoint
+from compressor.runtime.model.experts import Expert
+from compressor.runtime.model.skeleton import Skeleton
+from compressor.runtime.model.view import fewer_experts
 
 Pico = Callable[..., Path]
 

@@ -14,8 +14,8 @@ from compressor.compress.apply import Job, apply
 from compressor.compress.recipe import parse_recipe
 from compressor.compress.verify import export_dense, verify
 from compressor.runtime import load
-from compressor.runtime.checkpoint import Checkpoint
-from compressor.runtime.fused import fuse
+from compressor.runtime.model.checkpoint import Checkpoint
+from compressor.runtime.model.disk_experts import fuse
 
 Pico = Callable[..., Path]
 

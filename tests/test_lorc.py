@@ -33,11 +33,11 @@ from compressor.compress.solvers.lowrank import Components, rotation
 from compressor.compress.solvers.ranks import bisected, greedy, log_condition, progressive, rounded
 from compressor.kernels import layouts
 from compressor.runtime import load
-from compressor.runtime.checkpoint import Checkpoint
 from compressor.runtime.errors import ModelError, RecipeError
+from compressor.runtime.model.checkpoint import Checkpoint
+from compressor.runtime.model.skeleton import Skeleton
 from compressor.runtime.modules import stored_linear
 from compressor.runtime.operators import Dense, Latent, LowRank, from_tensors
-from compressor.runtime.skeleton import Skeleton
 from compressor.runtime.stored import StoredModel
 
 DOUBLE = torch.float64

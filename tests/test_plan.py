@@ -11,9 +11,9 @@ from safetensors import safe_open
 from compressor.compress.apply import Job, apply, open_source
 from compressor.compress.plan import make_plan, rows
 from compressor.compress.recipe import parse_recipe
-from compressor.runtime.checkpoint import Checkpoint
 from compressor.runtime.errors import RecipeError
-from compressor.runtime.skeleton import Skeleton
+from compressor.runtime.model.checkpoint import Checkpoint
+from compressor.runtime.model.skeleton import Skeleton
 
 Pico = Callable[..., Path]
 

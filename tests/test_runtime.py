@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from compressor.kernels.dispatch import CpuCapability, int4_path, products_dtype
 from compressor.runtime import load
-from compressor.runtime.checkpoint import Checkpoint
-from compressor.runtime.skeleton import Skeleton
+from compressor.runtime.model.checkpoint import Checkpoint
+from compressor.runtime.model.skeleton import Skeleton
 
 Pico = Callable[..., Path]
 AMX, PLAIN, OLD = (CpuCapability(*able) for able in ((True, True, True), (False, True, True), (False, False, False)))

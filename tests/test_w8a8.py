@@ -18,11 +18,11 @@ from compressor.compress.recipe import parse_recipe
 from compressor.compress.verify import export_dense, verify
 from compressor.kernels import cpu, dispatch, ops, reference
 from compressor.runtime import load
-from compressor.runtime.checkpoint import Checkpoint
 from compressor.runtime.errors import ModelError, RecipeError
+from compressor.runtime.model.checkpoint import Checkpoint
+from compressor.runtime.model.skeleton import Skeleton
 from compressor.runtime.modules import W8A8Linear, stored_linear
 from compressor.runtime.operators import W8A8, Dense, from_tensors
-from compressor.runtime.skeleton import Skeleton
 from compressor.runtime.stored import StoredModel
 
 Pico = Callable[..., Path]

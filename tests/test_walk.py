@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from compressor.calibrate.chains import Chains, start_chains
 from compressor.calibrate.walk import walk
-from compressor.runtime.checkpoint import Checkpoint
+from compressor.runtime.model.checkpoint import Checkpoint
+from compressor.runtime.model.skeleton import Skeleton
 from compressor.runtime.operators import Dense
-from compressor.runtime.skeleton import Skeleton
 
 Pico = Callable[..., Path]
 BOTH = ("compressed", "reference")

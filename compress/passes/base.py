@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ...calibrate.artefact import RoutingFolder
 from ...calibrate.walk import StageWork
+from ...runtime.model.skeleton import Skeleton
 from ...runtime.operators import Dense, LowRank, Operator
-from ...runtime.skeleton import Skeleton
 from ..events import Event, Surveyed
 
 BUFFERS = 48e6  # bytes: compiled kernels and scratch of the matrix library

@@ -25,8 +25,8 @@ from ...calibrate.refit import fit
 from ...calibrate.routing import Routing, expert_output, expert_outputs, experts_of
 from ...calibrate.walk import StageWork
 from ...runtime.errors import RecipeError
-from ...runtime.skeleton import Skeleton
-from ...runtime.views import fewer_experts
+from ...runtime.model.skeleton import Skeleton
+from ...runtime.model.view import fewer_experts
 from ..events import Event, ExpertsKept
 from ..solvers.merge import Neurons, averaged, clusters, redistributed
 from ..solvers.subsets import best_subset, few_enough, mixed, subset_losses

@@ -19,8 +19,8 @@ from torch import nn
 from ...calibrate.refit import Member, Routed, fit, normal_equations
 from ...calibrate.walk import StageWork
 from ...runtime.errors import RecipeError
-from ...runtime.skeleton import Skeleton
-from ...runtime.views import narrower_experts, width_key
+from ...runtime.model.skeleton import Skeleton
+from ...runtime.model.view import narrower_experts, width_key
 from ..events import Event
 from ..solvers.neurons import eliminated, strongest
 from .base import Cost, Need, Pass, Survey

@@ -16,7 +16,7 @@ from ...calibrate.refit import ITERATIONS, Member, Routed, members_of, refit_blo
 from ...calibrate.routing import SAMPLE_TOKENS, Routing, experts_of, observe_routing
 from ...runtime.errors import RecipeError
 from ...runtime.files import save_synced
-from ...runtime.skeleton import Skeleton
+from ...runtime.model.skeleton import Skeleton
 from ..events import ExpertsChanged
 from .base import BUFFERS, Cost, Survey
 

@@ -21,11 +21,11 @@ from ...calibrate.probes import output_metrics
 from ...calibrate.sensitivity import LOGITS, Seen, divergences
 from ...calibrate.walk import StageWork
 from ...kernels.layouts import LATENT_SPLIT
-from ...runtime.architectures import KEYS, VALUES
 from ...runtime.attention import rope_obstacle, sliding
 from ...runtime.errors import ModelError, RecipeError
+from ...runtime.model.families import KEYS, VALUES
+from ...runtime.model.skeleton import HEAD_ROWS, Skeleton
 from ...runtime.operators import Dense, Latent, LowRank, Operator, cached_bytes
-from ...runtime.skeleton import HEAD_ROWS, Skeleton
 from ..events import Event, Fallback, LayerDone
 from ..solvers.lowrank import Components, rotation
 from ..solvers.ranks import bisected, greedy, log_condition, progressive, rounded

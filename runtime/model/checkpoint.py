@@ -17,9 +17,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .architectures import ARCHITECTURES, Architecture, architecture_of
-from .errors import ModelError
-from .fused import Slice, slices
+from ..errors import ModelError
+from .disk_experts import Slice, slices
+from .families import ARCHITECTURES, Architecture, architecture_of
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -54,7 +54,7 @@ class Checkpoint:
         config: `config.json` as a dictionary.
         tensors: name → `TensorInfo`, in the order of the files.
         stored: the same for what lies on disk; differs from `tensors` in compressed folders, and where experts are
-            fused (`runtime/fused.py`).
+            fused (`runtime/model/disk_experts.py`).
 
     Raises (from the constructor):
         ModelError: anything wrong with the folder, in one line.

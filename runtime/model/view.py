@@ -9,9 +9,9 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from .architectures import EXPERT_COUNTS, SHARED
+from ..errors import ModelError
 from .checkpoint import Checkpoint, TensorInfo, block_index
-from .errors import ModelError
+from .families import EXPERT_COUNTS, SHARED
 
 Cut = tuple[Sequence[int] | slice, ...]  # what stays, for each of the first dimensions
 _ALL = slice(None)

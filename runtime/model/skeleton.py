@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ..kernels.dispatch import cpu_capability, products_dtype
-from .architectures import Stage
+from ...kernels.dispatch import cpu_capability, products_dtype
+from ..errors import ModelError
 from .checkpoint import Checkpoint
-from .errors import ModelError
 from .experts import unfuse_experts
+from .families import Stage
 
 HEAD_ROWS = 16384  # of the output head, in float32 at a time
 

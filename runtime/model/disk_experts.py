@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .architectures import Architecture
+from .families import Architecture
 
 
 @dataclass(frozen=True)

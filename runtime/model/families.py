@@ -1,7 +1,7 @@
 """What a model family is, as data: which linears read the same input, in which order, and how disk names differ.
 
 Blocks are `model.layers.<i>.` on disk and in memory for every family here. In memory transformers 5 fuses experts into
-three-dimensional parameters; compressor keeps one linear per expert (`runtime/experts.py`), named as on disk.
+three-dimensional parameters; compressor keeps one linear per expert (`runtime/model/experts.py`), named as on disk.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import ModelError
+from ..errors import ModelError
 
 Stage = tuple[tuple[str, ...], ...]  # groups of linears; a group shares one input
 SHARED = "mlp.shared_experts"  # that every token enters, no coefficient multiplies, and `moe_intermediate_size` widens
@@ -48,7 +48,7 @@ class Architecture:
         disk_segments: name segments in memory → on disk, where they differ (a bijection).
         router, experts: modules of a block, in memory.
         fused: tensors of a block on disk that hold one matrix of every expert → the linears whose rows lie in it, one
-            below the other (`runtime/fused.py`).
+            below the other (`runtime/model/disk_experts.py`).
     """
 
     stages: tuple[Stage, ...]

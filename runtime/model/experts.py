@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels import ops
-from ..kernels.layouts import stacked_rows
-from .modules import IntLinear
+from ...kernels import ops
+from ...kernels.layouts import stacked_rows
+from ..modules import IntLinear
 
 
 class Expert(nn.Module):
