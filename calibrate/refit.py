@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.errors import ModelError
-from ..runtime.model.families import SHARED
 from ..runtime.model.skeleton import Skeleton
 from .chains import Chains, Spill, walk_chains
 from .routing import experts_of
@@ -42,10 +41,10 @@ class Member:
 
 def members_of(skeleton: Skeleton, layer: nn.Module) -> list[Member]:
     """The experts of a block whose down projections can be fitted together."""
-    where = skeleton.architecture.experts
+    where, beside = skeleton.family.experts.where, skeleton.family.experts.shared
     routed = [Member(f"{where}.{n}", expert, n) for n, expert in enumerate(experts_of(skeleton, layer) or ())]
-    shared = dict(layer.named_modules()).get(SHARED)
-    return routed if shared is None or not routed else [*routed, Member(SHARED, shared, None)]
+    shared = dict(layer.named_modules()).get(beside)
+    return routed if shared is None or not routed else [*routed, Member(beside, shared, None)]
 
 
 class Routed:
@@ -251,7 +250,7 @@ def refit_blocks(
             follow[rows] = original.run(reference, chains.read(index, "reference")[rows])
         if experts is not None:
             members = members_of(changed, layer)
-            routed = Routed(chains, changed.dtype, int(changed.config.num_experts_per_tok), changed.device)
+            routed = Routed(chains, changed.dtype, changed.experts_per_token, changed.device)
             _watch(changed, chains, index, runner, routed, members, follow)
             change(index, layer, routed)
         target, lost, whole = chains.create(index + 1, "changed"), 0.0, 0.0
@@ -279,7 +278,7 @@ def _watch(
     entered: list[Any] = []
     handle = experts.register_forward_pre_hook(lambda module, args: entered.append(args))
     downs = [member.module.down_proj.weight.float() for member in members]
-    share = getattr(skeleton.config, "residual_multiplier", 1.0)  # of what is put out that is added
+    share = skeleton.residual_scale  # of what is put out that is added
     for rows in chains.batches():
         output = skeleton.run(runner, chains.read(index, "changed")[rows])
         hidden, places, weights = entered.pop()

@@ -112,14 +112,14 @@ def observe_routing(
             kept.save(index, seen, torch.cat(entered))
         chains.advanced(index + 1)
         done(index)
-    kept.finish(index for index in range(skeleton.blocks) if experts_of(skeleton, skeleton.model.model.layers[index]))
+    kept.finish(index for index in range(skeleton.blocks) if experts_of(skeleton, skeleton.layers[index]))
     shutil.rmtree(scratch)
 
 
 def experts_of(skeleton: Skeleton, layer: nn.Module) -> Experts | None:
     """The routed experts of a block, if it has any."""
     try:
-        found = layer.get_submodule(skeleton.architecture.experts)
+        found = layer.get_submodule(skeleton.family.experts.where)
     except AttributeError:
         return None
     assert isinstance(found, Experts)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.model.experts import Expert, Experts
-from ..runtime.model.families import PARTS, Stage
+from ..runtime.model.families import Group, Stage
 from ..runtime.model.skeleton import Skeleton
 from ..runtime.operators import Dense, Latent, Operator
 from .artefact import StatisticsFolder
@@ -73,27 +73,26 @@ class _Captured(Exception):
 class _Capture:
     """Collects the inputs of a stage's groups (and the router's coefficients of experts) during forward passes."""
 
-    def __init__(
-        self, block: nn.Module, groups: list[tuple[str, ...]], dtype: torch.dtype, *, stop: bool = True
-    ) -> None:
+    def __init__(self, block: nn.Module, groups: list[Group], dtype: torch.dtype, *, stop: bool = True) -> None:
         self._dtype = dtype  # what a linear really multiplies
-        self.inputs: dict[tuple[str, ...], tuple[Tensor, Tensor | None]] = {}
+        self.inputs: dict[Group, tuple[Tensor, Tensor | None]] = {}
         self.output: Tensor | None = None
         self._wanted = len(groups) if stop else -1
         self._weights: Tensor | None = None
         self._handles = []
         for group in groups:
-            parent = block.get_submodule(group[0].rpartition(".")[0])
+            first = group.linears[0]
+            parent = block.get_submodule(first.rpartition(".")[0])
             expert = isinstance(parent, Expert)
             if expert:
                 self._handles.append(parent.register_forward_pre_hook(self._remember_weights))
             hook = self._hook(group, expert)
-            self._handles.append(block.get_submodule(group[0]).register_forward_pre_hook(hook))
+            self._handles.append(block.get_submodule(first).register_forward_pre_hook(hook))
 
     def _remember_weights(self, module: nn.Module, args: tuple[Tensor, Tensor]) -> None:
         self._weights = args[1]
 
-    def _hook(self, group: tuple[str, ...], expert: bool):  # type: ignore[no-untyped-def]
+    def _hook(self, group: Group, expert: bool):  # type: ignore[no-untyped-def]
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             self.inputs[group] = (args[0].to(self._dtype), self._weights if expert else None)
             if len(self.inputs) == self._wanted:
@@ -101,9 +100,7 @@ class _Capture:
 
         return hook
 
-    def run(
-        self, skeleton: Skeleton, runner: nn.Module, hidden: Tensor
-    ) -> dict[tuple[str, ...], tuple[Tensor, Tensor | None]]:
+    def run(self, skeleton: Skeleton, runner: nn.Module, hidden: Tensor) -> dict[Group, tuple[Tensor, Tensor | None]]:
         self.inputs, self.output = {}, None
         with suppress(_Captured):
             self.output = skeleton.run(runner, hidden)
@@ -118,10 +115,10 @@ class _Capture:
 class _Replay(nn.Module):
     """A part of a block that was already computed: its last linear over the inputs that were seen."""
 
-    def __init__(self, part: str, last: Any, inputs: Spill) -> None:
+    def __init__(self, name: str, last: Any, inputs: Spill, *, attention: bool) -> None:
         super().__init__()
-        self.add_module(PARTS[part].rpartition(".")[2], last)
-        self.last, self.inputs, self.rows, self.attention = [last], inputs, slice(0), part == "self_attn"
+        self.add_module(name, last)
+        self.last, self.inputs, self.rows, self.attention = [last], inputs, slice(0), attention
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = self.last[0](self.inputs[self.rows].to(self.last[0].weight.device))
@@ -175,7 +172,7 @@ class Block:
             if at_once:
                 known = self._collect_reference()
         for stage in (part for whole in self.skeleton.stages(self.index) for part in self._parts(whole)):
-            groups = [[self._disk(name) for name in group] for group in stage]
+            groups = [[self._disk(name) for name in group.linears] for group in stage]
             names = [name for group in groups for name in group]
             originals = {
                 name: self.skeleton.checkpoint.tensor(name + ".weight").to(self.skeleton.device) for name in names
@@ -192,7 +189,7 @@ class Block:
             work.statistics.clear()  # the caller still holds the work while the next stage is measured
             self.linears.update(work.linears)
             for group in stage:
-                for name in group:
+                for name in group.linears:
                     operator = work.linears[self._disk(name)]
                     if "compressed" in self._runners and operator is not before[self._disk(name)]:
                         linear = self._runners["compressed"].layers[0].get_submodule(name)
@@ -205,12 +202,12 @@ class Block:
     def _sizes(self, stage: Stage) -> list[float]:
         """Bytes of each group's moments."""
         chains = len(self.chains.names) if self.chains is not None else 0
-        inner = self.skeleton.model.model.layers[self.index]
-        wanted = [any(self._disk(name) in self._wanted for name in group) for group in stage]
-        widths = [inner.get_submodule(group[0]).in_features for group in stage]
+        inner = self.skeleton.layers[self.index]
+        wanted = [any(self._disk(name) in self._wanted for name in group.linears) for group in stage]
+        widths = [inner.get_submodule(group.linears[0]).in_features for group in stage]
         return [4.0 * chains * width**2 * asked for width, asked in zip(widths, wanted, strict=True)]
 
-    def _fits(self, groups: Sequence[tuple[str, ...]]) -> bool:
+    def _fits(self, groups: Sequence[Group]) -> bool:
         return self._room is None or sum(self._sizes(tuple(groups))) <= self._room
 
     def _parts(self, stage: Stage) -> list[Stage]:
@@ -220,7 +217,7 @@ class Block:
     def _probe(self) -> dict[str, Tensor]:
         """Metrics of the linears for which they are wanted, from one micro-batch of what now enters the block."""
         assert self.chains is not None
-        names = [name for stage in self.skeleton.stages(self.index) for group in stage for name in group]
+        names = [name for stage in self.skeleton.stages(self.index) for group in stage for name in group.linears]
         names = [name for name in names if self._disk(name) in self._probed]
         if not names:
             return {}
@@ -230,9 +227,11 @@ class Block:
 
     def _replay(self) -> None:
         """Of the parts whose last linear is now final, compute only that linear from here on."""
+        family = self.skeleton.family
         for (chain, part), inputs in self._seen.items():
-            layer = self._runners[chain].layers[0]
-            setattr(layer, part, _Replay(part, layer.get_submodule(PARTS[part]), inputs))
+            layer, end = self._runners[chain].layers[0], family.ends[part]
+            name, attention = end.removeprefix(part + "."), part == family.attention
+            setattr(layer, part, _Replay(name, layer.get_submodule(end), inputs, attention=attention))
         self._seen = {}
 
     def _forward(self, chain: str, rows: slice, capture: _Capture | None = None) -> Any:
@@ -245,9 +244,10 @@ class Block:
         if capture is None:
             return self.skeleton.run(runner, hidden)
         seen = capture.run(self.skeleton, runner, hidden)
-        for part, last in PARTS.items():
-            if (last,) in seen and capture.output is None:  # cut short: there will be another pass
-                x = seen[(last,)][0]
+        ends = {group.linears: x for group, (x, _) in seen.items()}
+        for part, last in self.skeleton.family.ends.items():
+            if (last,) in ends and capture.output is None:  # cut short: there will be another pass
+                x = ends[(last,)]
                 if (chain, part) not in self._seen:
                     self._seen[chain, part] = self.chains.scratch(x.shape[-1], self.skeleton.dtype)
                 self._seen[chain, part][rows] = x
@@ -256,10 +256,10 @@ class Block:
     def _collect(self, stage: Stage) -> dict[str, Statistics]:
         """Statistics of a stage's groups, of the compressed chain if there is one."""
         assert self.chains is not None
-        groups = [group for group in stage if any(self._disk(name) in self._wanted for name in group)]
+        groups = [group for group in stage if any(self._disk(name) in self._wanted for name in group.linears)]
         if not groups:
             return {}
-        sums: dict[tuple[str, ...], Statistics] = {}
+        sums: dict[Group, Statistics] = {}
         self._only(groups)
         with self._captures(groups) as captures:
             for rows in self.chains.batches():
@@ -270,10 +270,10 @@ class Block:
                 del x, weights, reference  # before the next batch needs the room
         self._only(None)
         self._lend(groups, sums)
-        return {self._disk(name): sums[group] for group in groups if group in sums for name in group}
+        return {self._disk(name): sums[group] for group in groups if group in sums for name in group.linears}
 
     @contextmanager
-    def _captures(self, groups: list[tuple[str, ...]]) -> Iterator[dict[str, _Capture]]:
+    def _captures(self, groups: list[Group]) -> Iterator[dict[str, _Capture]]:
         """What watches some groups in each chain."""
         dtype = self.skeleton.dtype
         found = {chain: _Capture(runner.layers[0], groups, dtype) for chain, runner in self._runners.items()}
@@ -283,7 +283,7 @@ class Block:
 
     def _inputs(
         self, rows: slice, captures: dict[str, _Capture]
-    ) -> dict[tuple[str, ...], tuple[Tensor, Tensor | None, Tensor | None]]:
+    ) -> dict[Group, tuple[Tensor, Tensor | None, Tensor | None]]:
         """What enters the groups that are watched, of one micro-batch: inputs, coefficients of experts, and inputs in
         the reference chain if there are two; the reference block is routed as the compressed one."""
         lead, both = "compressed" if "compressed" in self._runners else "reference", len(self._runners) == 2
@@ -298,25 +298,24 @@ class Block:
         found = (experts_of(self.skeleton, runner.layers[0]) for runner in self._runners.values())
         return [experts for experts in found if experts is not None]
 
-    def _number(self, group: tuple[str, ...]) -> int | None:
+    def _number(self, group: Group) -> int | None:
         """The routed expert that a group belongs to, if it does."""
-        start = self.skeleton.architecture.experts + "."
-        return int(group[0].removeprefix(start).split(".")[0]) if group[0].startswith(start) else None
+        return self.skeleton.family.experts.number(group.linears[0])
 
-    def _only(self, groups: Sequence[tuple[str, ...]] | None) -> None:
+    def _only(self, groups: Sequence[Group] | None) -> None:
         """Run no experts but those of some groups, for what the others put out is not asked for; None: run all."""
         numbers = {self._number(group) for group in groups or ()} - {None}
         for experts in self._experts():
             experts.only = numbers or None
 
-    def _lend(self, groups: Sequence[tuple[str, ...]], sums: dict[tuple[str, ...], Statistics]) -> None:
+    def _lend(self, groups: Sequence[Group], sums: dict[Group, Statistics]) -> None:
         """Let experts that saw next to no tokens lean on what they would make of all tokens."""
         assert self.chains is not None
-        inner = self.skeleton.model.model.layers[self.index]
+        inner = self.skeleton.layers[self.index]
         first = next(self.chains.batches())
         for group in groups:
             number, own = self._number(group), sums.get(group)
-            enough = ENOUGH * inner.get_submodule(group[0]).in_features
+            enough = ENOUGH * inner.get_submodule(group.linears[0]).in_features
             if number is None or (own is not None and own.tokens >= enough):
                 continue
             self._experts()[0].everyone = number
@@ -332,10 +331,10 @@ class Block:
         assert self.chains is not None
         groups = [group for stage in self.skeleton.stages(self.index) for group in stage]
         if self.kept is None:
-            groups = [group for group in groups if any(self._disk(name) in self._wanted for name in group)]
+            groups = [group for group in groups if any(self._disk(name) in self._wanted for name in group.linears)]
         capture = _Capture(self._runners["reference"].layers[0], groups, self.skeleton.dtype, stop=False)
         target = self.chains.create(self.index + 1, "reference")
-        sums: dict[tuple[str, ...], Statistics] = {}
+        sums: dict[Group, Statistics] = {}
         for rows in self.chains.batches():
             for group, (x, weights) in self._forward("reference", rows, capture).items():
                 if group not in sums:
@@ -347,7 +346,7 @@ class Block:
         self._lend(groups, sums)
         self._runners.clear()
         self._seen = {}
-        found = {self._disk(name): sums[group] for group in groups if group in sums for name in group}
+        found = {self._disk(name): sums[group] for group in groups if group in sums for name in group.linears}
         if self.kept is not None:
             self.kept.save(self.index, found)
         return found

@@ -245,7 +245,7 @@ def evaluate_command(
     other = None if against is None else _model(against, None)[0]
     corpus = builtin_corpus("evaluation") if data == "builtin" else file_corpus(Path(data))
     tokenizer = load_tokenizer(folder)
-    limit = open_model(folder).config.get("max_position_embeddings")
+    limit = open_model(folder).text_config.get("max_position_embeddings")
     if long is not None and limit and long > limit:
         raise RecipeError(f"--long {long} is beyond the model's {limit} positions")
     windows = token_windows(corpus, tokenizer, samples=None, sequence_length=sequence_length)[:samples]
@@ -455,6 +455,7 @@ def _plan_record(result: Any) -> dict[str, Any]:
         "bytes_after": result.bytes_after,
         "memory": result.memory,
         "disk": result.disk,
+        "left": list(result.left),
         "kv_bytes_per_token_before": result.kv_before,
         "kv_bytes_per_token_after": result.kv_after,
     }
@@ -467,6 +468,10 @@ def _print_notes(result: Any) -> None:
             render.out.print(f"{step.step}: {step.note}")
     if result.kv_after != result.kv_before:
         render.out.print(render.cache_line(result.kv_before, result.kv_after, result.bytes_after))
+    if result.left:
+        render.out.print(
+            f"{len(result.left)} matrices stay as they are, for no pass can name them: {result.left[0]}, …"
+        )
 
 
 def _terminate(number: int, frame: object) -> None:

@@ -187,7 +187,7 @@ def open_source(model: Path) -> Checkpoint:
 def calibration_windows(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Corpus, Tensor]:
     """The recipe's text and its token windows `[samples, sequence_length]`."""
     data = recipe.data
-    limit = checkpoint.config.get("max_position_embeddings")
+    limit = checkpoint.text_config.get("max_position_embeddings")
     if limit and data.sequence_length > limit:
         raise RecipeError(f"data.sequence_length {data.sequence_length} is beyond the model's {limit} positions")
     corpus = builtin_corpus("calibration") if data.source == "builtin" else file_corpus(Path(data.source))
@@ -195,7 +195,7 @@ def calibration_windows(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Corpus,
     windows = token_windows(
         corpus, tokenizer, samples=data.samples, sequence_length=data.sequence_length, seed=data.seed
     )
-    highest = checkpoint.tensors["model.embed_tokens.weight"].shape[0]
+    highest = checkpoint.vocabulary
     if int(windows.max()) >= highest:
         raise ModelError(f"{checkpoint.path}: the tokenizer has ids beyond the {highest} rows of the embedding")
     return corpus, windows
@@ -308,6 +308,7 @@ def _run(
     skeleton = plan.skeleton
     checkpoint = skeleton.checkpoint
     writer = ShardedWriter(journal.result, plan.tensors, job.recipe.output.shard_bytes)
+    files, names = writer.finished_by(checkpoint.block_index, skeleton.blocks), checkpoint.block_names()
     done = [entry["block"] for entry in journal.entries if "block" in entry]
     first = max(done) + 1 if done else 0
     if not done:
@@ -325,7 +326,7 @@ def _run(
                 )
     if not done:
         writer.write({name: checkpoint.tensor(name) for name in checkpoint.outside_names()})
-        journal.done({"step": "outside", "block": -1, "files": writer.hashes(-1, skeleton.blocks)})
+        journal.done({"step": "outside", "block": -1, "files": writer.hashes(files[-1])})
     if done:
         listener(Resumed(first, skeleton.blocks))
     wanting = [(name, step) for name in plan.linears for step in job.recipe.passes if step.wants(name)]
@@ -334,12 +335,12 @@ def _run(
     for block in walk(skeleton, chains, wanted, first, kept, probed, plan.room):
         start = time.monotonic()
         events = list(_rewrite(job.recipe, block, listener))
-        _store(block, plan, checkpoint, writer)
+        _store(block, names[block.index], plan, checkpoint, writer)
         if block.index + 1 < skeleton.blocks:
             block.advance()
         events.append(_block_done(events, block, skeleton.blocks))
-        files = writer.hashes(block.index, skeleton.blocks)
-        journal.done({"block": block.index, "events": [event.record() for event in events], "files": files})
+        hashes = writer.hashes(files[block.index])
+        journal.done({"block": block.index, "events": [event.record() for event in events], "files": hashes})
         journal.timing({"block": block.index, "seconds": round(time.monotonic() - start, 3)})
         if chains is not None:
             chains.drop(block.index)
@@ -360,14 +361,13 @@ def _rewrite(recipe: Recipe, block: Block, listener: Listener) -> Iterator[Event
                 yield event
 
 
-def _store(block: Block, plan: Plan, checkpoint: Checkpoint, writer: ShardedWriter) -> None:
+def _store(block: Block, names: Sequence[str], plan: Plan, checkpoint: Checkpoint, writer: ShardedWriter) -> None:
     """Write a block's tensors, read them back and compare what they decode to with what the passes meant."""
     tensors: dict[str, Tensor] = {}
     rewritten: dict[str, Operator] = {}
-    prefix = f"model.layers.{block.index}."
-    for name in (n for n in checkpoint.tensors if n.startswith(prefix)):
+    for name in names:
         linear = name.removesuffix(".weight")
-        if linear in plan.rewritten:
+        if linear in plan.linears and plan.linears[linear].steps:
             operator = as_written(block.linears[linear], plan.format, checkpoint.tensors[name].dtype)
             rewritten[linear] = operator
             stored = operator.to_tensors()
@@ -375,7 +375,7 @@ def _store(block: Block, plan: Plan, checkpoint: Checkpoint, writer: ShardedWrit
         else:
             tensors[name] = checkpoint.tensor(name)
     if plan.format == PLAIN:
-        tensors = fuse(checkpoint.architecture, tensors)
+        tensors = fuse(checkpoint.family, tensors)
     writer.write(tensors)
     for name in tensors:
         if not torch.equal(writer.read(name), tensors[name].cpu()):

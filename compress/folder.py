@@ -33,11 +33,7 @@ def finish_folder(
         VerifyError: the folder does not load, or a block of it gives NaN or infinities.
     """
     checkpoint = skeleton.checkpoint
-    dense = [name for name, linear in plan.linears.items() if not linear.steps]
-    outside = [name.removesuffix(".weight") for name in checkpoint.outside_names() if name.endswith("weight")]
-    dense += [name for name in {*outside, "lm_head"} if not name.endswith("norm")]
-    routers = _routers(skeleton)
-    config = format_config(plan.format, checkpoint.config, plan.rewritten, [*dense, *routers])
+    config = format_config(plan.format, checkpoint.config, plan.rewritten, _untouched(plan, skeleton))
     write_synced(folder / "config.json", json.dumps(config, indent=2) + "\n")
     for path in checkpoint.side_files:
         copy_synced(path, folder / path.name)
@@ -72,13 +68,24 @@ def finish_folder(
     check_runs(folder, checkpoint)
 
 
+def _untouched(plan: Plan, skeleton: Skeleton) -> set[str]:
+    """Names of all modules with a matrix that stays as it is, on disk and in memory: readers that match by either must
+    leave them alone."""
+    dense = [name for name, linear in plan.linears.items() if not linear.steps]
+    outside = [name for name in skeleton.checkpoint.outside_names() if name.endswith("weight")]
+    beside = {disk: memory for memory, disk in skeleton.beside().items()}
+    outside += [beside.get(name) or skeleton.family.memory_name(name) for name in outside]
+    names = {name.removesuffix(".weight") for name in outside} | {"lm_head"}
+    return {*dense, *_routers(skeleton), *(name for name in names if not name.endswith("norm"))}
+
+
 def _routers(skeleton: Skeleton) -> list[str]:
-    """Names of router gates, on disk and in memory: readers that match by name must leave them alone."""
-    architecture = skeleton.architecture
-    router = architecture.disk_name(architecture.router.rpartition(".")[2])
-    endings = (f".{router}.weight", ".shared_expert_gate.weight")
+    """Names of router gates, on disk and in memory."""
+    family = skeleton.family
+    last = [name.rpartition(".")[2] for name in (family.experts.router, *family.experts.gates)]
+    endings = tuple(f".{family.disk_name(name)}.weight" for name in last)
     found = [name.removesuffix(".weight") for name in skeleton.checkpoint.tensors if name.endswith(endings)]
-    return list({*found, *map(architecture.memory_name, found)})
+    return list({*found, *map(family.memory_name, found)})
 
 
 def check_runs(folder: Path, original: Checkpoint) -> None:

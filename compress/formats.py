@@ -47,7 +47,7 @@ def compressed_tensors_readers(operator: Operator) -> Readers | None:
 
 
 def choose_format(
-    wanted: str, linears: Mapping[str, Operator], fused: Iterable[Sequence[str]] = ()
+    wanted: str, linears: Mapping[str, Operator], fused: Iterable[Sequence[str]] = (), *, one_tensor: bool = False
 ) -> tuple[str, tuple[str, ...], str]:
     """The format that all rewritten operators fit, its readers, and what keeps outside readers from it, if anything.
 
@@ -55,6 +55,8 @@ def choose_format(
         wanted: `auto`, or a format asked for by name.
         linears: disk name → what the passes leave, `Dense` where they leave it alone.
         fused: names that some readers put into one matrix (q, k, v; gate, up).
+        one_tensor: whether the model as it is published has all experts of a block in one tensor, which transformers
+            does not look for in parts.
 
     Raises:
         RecipeError: the format asked for cannot hold the result; what stands in the way is named.
@@ -65,6 +67,8 @@ def choose_format(
     if wanted == COMPRESSED_TENSORS:
         linears = {name: as_written(operator, wanted) for name, operator in linears.items()}
     obstacle = _mixture(linears)
+    if one_tensor and any(is_expert(name) and not isinstance(o, Dense) for name, o in linears.items()):
+        obstacle = obstacle or "experts that lie in one tensor"
     readers = {"compressor", "transformers", "vLLM"}
     for name, operator in linears.items():
         if isinstance(operator, Dense):

@@ -11,9 +11,8 @@ import torch
 
 from ..calibrate.corpus import find_text
 from ..runtime.errors import RecipeError
-from ..runtime.model.checkpoint import Checkpoint, block_index
+from ..runtime.model.checkpoint import Checkpoint
 from ..runtime.model.disk_experts import fuse
-from ..runtime.model.families import KEYS, VALUES
 from ..runtime.model.skeleton import Skeleton
 from ..runtime.operators import Dense, Latent, LowRank, Operator, stored_name
 from .formats import PLAIN, as_written, choose_format, describe
@@ -48,6 +47,7 @@ class Plan:
         flops: of calibration and solving.
         kv_before, kv_after: bytes of the KV cache for each token, in the dtype of the weights.
         room: bytes of second moments at a time, or None for those of a whole stage.
+        left: disk names of the blocks' matrices that stay as they are because the family does not name them.
     """
 
     recipe: Recipe
@@ -66,6 +66,7 @@ class Plan:
     kv_before: int
     kv_after: int
     room: float | None
+    left: tuple[str, ...] = ()
 
     @property
     def rewritten(self) -> dict[str, Operator]:
@@ -116,7 +117,9 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, *, look: bool = False, memory:
                 f"names look like {example}"
             )
     operators = {name: linear.operator for name, linear in linears.items()}
-    chosen, readers, obstacle = choose_format(recipe.output.format, operators, input_groups(skeleton))
+    chosen, readers, obstacle = choose_format(
+        recipe.output.format, operators, input_groups(skeleton), one_tensor=bool(checkpoint.family.experts.fused)
+    )
     for name, linear in linears.items():
         dtype = checkpoint.tensors[name + ".weight"].dtype
         linears[name] = replace(linear, operator=as_written(linear.operator, chosen, dtype))
@@ -131,6 +134,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, *, look: bool = False, memory:
         int(max(survey.memory, least, *(stage.peak(room) for stage in stages))),
         int(max(after + chain_bytes(recipe, skeleton, walked) + survey.left, survey.disk)),
         flops(recipe, linears, walked) + survey.flops, *_cache_bytes(checkpoint, linears), room,
+        tuple(name for index in range(skeleton.blocks) for name in skeleton.unnamed(index)),
     )  # fmt: skip
 
 
@@ -159,7 +163,11 @@ def input_groups(skeleton: Skeleton) -> list[list[str]]:
 
 
 def _groups(skeleton: Skeleton, index: int) -> list[list[str]]:
-    return [[skeleton.disk_name(index, name) for name in group] for stage in skeleton.stages(index) for group in stage]
+    return [
+        [skeleton.disk_name(index, name) for name in group.linears]
+        for stage in skeleton.stages(index)
+        for group in stage
+    ]
 
 
 def _original(checkpoint: Checkpoint, name: str) -> Dense:
@@ -199,7 +207,7 @@ def rows(plan: Plan) -> list[Row]:
         short = re.sub(r"\.\d+\.", ".*.", name)
         key = (short, linear.steps, describe(linear.operator), linear.operator.shape)
         folded.setdefault(key, []).append((linear.before, linear.operator.nbytes))
-        index = block_index(name + ".weight")
+        index = plan.skeleton.checkpoint.block_index(name + ".weight")
         assert index is not None
         blocks.setdefault(key, set()).add(index)
         blocks.setdefault(short, set()).add(index)
@@ -241,15 +249,16 @@ def _output_tensors(
         for suffix, tensor in linear.operator.to_tensors().items():
             tensors[stored_name(name.removesuffix(".weight"), suffix)] = tensor
     if chosen == PLAIN:
-        tensors = fuse(checkpoint.architecture, tensors)
+        tensors = fuse(checkpoint.family, tensors)
     return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 def _cache_bytes(checkpoint: Checkpoint, linears: dict[str, LinearPlan]) -> tuple[int, int]:
     """Bytes of the KV cache for each token, before and after; 0 for families that cache something else."""
     before = after = 0
+    cached = (checkpoint.family.keys, checkpoint.family.values)
     for name, linear in linears.items():
-        if name.endswith((KEYS, VALUES)):
+        if checkpoint.family.inside(name) in cached:
             full = linear.operator.shape[0] * checkpoint.dtype.itemsize
             before += full
             latent = linear.operator

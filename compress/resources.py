@@ -15,8 +15,6 @@ import torch
 from ..calibrate.chains import BATCH_TOKENS
 from ..calibrate.walk import parts
 from ..runtime.errors import ResourceError
-from ..runtime.model.checkpoint import block_index
-from ..runtime.model.families import PARTS
 from ..runtime.model.skeleton import Skeleton
 from .formats import is_expert
 from .passes.base import BUFFERS, Pass
@@ -74,7 +72,7 @@ def stage_memory(
         converted = item if needs and skeleton.dtype != skeleton.checkpoint.dtype else 0
         held, block = float(sum(sizes.values()) * converted), list[float]()
         for stage in skeleton.stages(index):
-            groups = [[skeleton.disk_name(index, name) for name in group] for group in stage]
+            groups = [[skeleton.disk_name(index, name) for name in group.linears] for group in stage]
             moments = [
                 4.0 * chains * shapes[group[0]][1] ** 2
                 for group in groups
@@ -99,7 +97,7 @@ def _working(
     widest = max(linears[name].operator.shape[1] for group in groups for name in group)
     running = batch * (max(3 * item, item + 6) * widest + 12 * hidden) if needs else 0
     if needs and any(is_expert(name) for group in groups for name in group):  # every expert's inputs are kept
-        running += len(chain_names(needs)) * batch * skeleton.config.num_experts_per_tok * widest * item
+        running += len(chain_names(needs)) * batch * skeleton.experts_per_token * widest * item
     asked: list[tuple[Pass, list[str]]] = [
         (step, [name for name in group if step.wants(name)]) for group in groups for step in recipe.passes
     ]
@@ -121,9 +119,9 @@ def chain_bytes(recipe: Recipe, skeleton: Skeleton, needs: frozenset[str]) -> in
     if not needs:
         return 0
     kept = 0
-    for layer in skeleton.model.model.layers:
+    for layer in skeleton.layers:
         modules = dict(layer.named_modules())
-        widths = [modules[last].in_features for last in PARTS.values() if last in modules]
+        widths = [modules[last].in_features for last in skeleton.family.ends.values() if last in modules]
         kept = max(kept, sum(widths) * skeleton.dtype.itemsize)
     tokens = recipe.data.samples * recipe.data.sequence_length
     return len(chain_names(needs)) * tokens * (2 * 4 * skeleton.config.hidden_size + kept)
@@ -181,8 +179,8 @@ def estimated_seconds(plan: Plan) -> float:
     for _ in range(3):
         a @ a
     speed = 3 * 2 * 1024**3 / (time.perf_counter() - start)
-    blocks = 1 + max(index for name in plan.linears if (index := block_index(name + ".weight")) is not None)
-    return plan.flops / speed + plan.disk / 2e8 + 5 + 0.5 * blocks  # reading text, checks, steps too small to count
+    small = 5 + 0.5 * plan.skeleton.blocks  # reading text, checks, steps too small to count
+    return plan.flops / speed + plan.disk / 2e8 + small
 
 
 def check_disk(plan: Plan, out: Path) -> None:

@@ -106,13 +106,13 @@ def export_dense(folder: Path, out: Path, *, overwrite: bool = False) -> None:
 
 def _write_dense(model: StoredModel, folder: Path) -> None:
     empty = {n: torch.empty(info.shape, dtype=info.dtype, device="meta") for n, info in model.tensors.items()}
-    fused = fuse(model.architecture, empty)
+    fused = fuse(model.family, empty)
     writer = ShardedWriter(folder, {name: (t.dtype, tuple(t.shape)) for name, t in fused.items()}, 5 * 10**9)
     writer.start()
-    together = model.block_names() if model.architecture.fused else []
+    together = model.block_names() if model.family.experts.fused else []
     alone = set(model.tensors).difference(*together)
     for names in [*together, *([name] for name in model.tensors if name in alone)]:
-        writer.write(fuse(model.architecture, {name: model.tensor(name) for name in names}))
+        writer.write(fuse(model.family, {name: model.tensor(name) for name in names}))
     writer.write_index()
     write_synced(folder / "config.json", json.dumps(model.config, indent=2) + "\n")
     for path in model.side_files:

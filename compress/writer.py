@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..runtime.errors import VerifyError
 from ..runtime.files import file_sha256, reserve, sync_folder, write_synced
-from ..runtime.model.checkpoint import DTYPES, block_index
+from ..runtime.model.checkpoint import DTYPES
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -110,13 +110,17 @@ class ShardedWriter:
             raise VerifyError(f"{path}: {name} is cut short")
         return torch.frombuffer(raw, dtype=dtype).view(shape) if raw else torch.empty(shape, dtype=dtype)
 
-    def hashes(self, block: int, blocks: int) -> dict[str, str]:
-        """File name → sha256 of the files whose last tensor came with a block; -1: with what is in none of them."""
+    def finished_by(self, block_index: Callable[[str], int | None], blocks: int) -> dict[int, list[str]]:
+        """Block → the files whose last tensor comes with it; -1 for what is in none of the first `blocks`."""
         last: dict[str, int] = {}
         for name, file in self.weight_map.items():
             index = block_index(name)
             last[file] = max(last.get(file, -1), -1 if index is None or index >= blocks else index)
-        return {file: file_sha256(self.folder / file) for file, index in last.items() if index == block}
+        return {block: [file for file, index in last.items() if index == block] for block in range(-1, blocks)}
+
+    def hashes(self, files: Iterable[str]) -> dict[str, str]:
+        """File name → sha256."""
+        return {file: file_sha256(self.folder / file) for file in files}
 
     def write_index(self) -> None:
         """Write the index where there are several files."""

@@ -8,6 +8,8 @@ depend on the difference alone.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 from .errors import ModelError
 from .latent_decode import LatentDecode
+from .model.skeleton import Skeleton
 from .modules import LatentLinear, StoredLinear
 
 TILE = 1024  # cached tokens whose keys are made again at a time while decoding
@@ -26,6 +29,8 @@ def rope_obstacle(config: Any) -> str | None:
     kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if kind not in _ROPE:
         return f"its rotary embedding {kind!r} depends on more than the position; known: {', '.join(_ROPE)}"
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return "it caps the scores of attention (attn_logit_softcapping), which decoding from latents does not"
     if getattr(config, "clip_qkv", None) is not None:
         return "it clips keys and values (clip_qkv), which latents cannot follow"
     return None
@@ -52,7 +57,8 @@ class RotaryTable:
         known = self._tables.get(like.dtype)
         if known is None or len(known[0]) < length or known[0].device != like.device:
             slots = torch.arange(max(1024, 1 << (length - 1).bit_length()), device=like.device)
-            cosines, sines = self._rotary(like.new_empty(1), slots[None])
+            kind = ["full_attention"] if hasattr(self._rotary, "layer_types") else []  # others have a window
+            cosines, sines = self._rotary(like.new_empty(1), slots[None], *kind)
             known = self._tables[like.dtype] = cosines[0], sines[0]
             self._halves.pop(like.dtype, None)
         return known[0][:length], known[1][:length]
@@ -80,6 +86,23 @@ def rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     result[..., :half].addcmul_(x[..., half:width], sines[..., :half], value=-1)
     result[..., half:width].addcmul_(x[..., :half], sines[..., half:])
     return result
+
+
+Turn = Callable[[Tensor, Tensor, Tensor], Tensor]  # of `[..., tokens, head_dim]`, as `rotated`
+
+
+def rotation_of(attention: nn.Module, *, turns: bool) -> Turn:
+    """How a family turns keys and queries: `rotated`, where that does the same; nothing where a layer does not."""
+    if not turns:
+        return lambda x, cosines, sines: x
+    family = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb")  # noqa: B009
+    x, tables = torch.randn(1, 1, 3, 8), torch.randn(2, 1, 3, 8)
+
+    def own(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+        turned: Tensor = family(x, x, cosines[None], sines[None])[1]
+        return turned
+
+    return rotated if torch.allclose(own(x, *tables[:, 0]), rotated(x, *tables[:, 0])) else own
 
 
 class Cached(Protocol):
@@ -129,7 +152,7 @@ class LatentAttention(nn.Module):
     output_shift: Tensor | None
     value_up: Tensor | None
 
-    def __init__(self, source: Any, rotary: RotaryTable) -> None:
+    def __init__(self, source: Any, rotary: RotaryTable, *, turns: bool = True) -> None:
         super().__init__()
         config = source.config
         self.config, self.layer_idx, self.scaling = config, source.layer_idx, source.scaling
@@ -138,7 +161,7 @@ class LatentAttention(nn.Module):
         self.kv_heads = source.v_proj.out_features // self.head_dim
         self.q_proj, self.o_proj = source.q_proj, source.o_proj
         self.q_norm, self.k_norm = getattr(source, "q_norm", None), getattr(source, "k_norm", None)
-        self._rotary = rotary
+        self._rotary, self._turn = rotary, rotation_of(source, turns=turns)
         self.keys, key_bias = _cached(source.k_proj)
         self.values, value_bias = _cached(source.v_proj)
         self.register_buffer("key_bias", key_bias, persistent=False)
@@ -149,7 +172,7 @@ class LatentAttention(nn.Module):
         if self.value_up is not None and type(self.o_proj) is nn.Linear and width <= self.head_dim:
             self.o_proj, self.value_up = self._merged(self.o_proj), None
             del self.values.up
-        self._kernel = LatentDecode.of(self)
+        self._kernel = LatentDecode.of(self) if self._turn is rotated else None
 
     def _behind_output(self, bias: Tensor) -> Tensor:
         heads = bias.float().view(self.kv_heads, 1, -1).expand(-1, self.num_key_value_groups, -1).reshape(1, -1)
@@ -192,7 +215,7 @@ class LatentAttention(nn.Module):
             keys, values = past_key_values.update(keys, values, self.layer_idx)
         cosines, sines = self._rotary(keys.shape[2], hidden_states)
         queries = self._heads(self.q_proj(hidden_states), self.q_norm)
-        queries = rotated(queries, cosines[slots], sines[slots])
+        queries = self._turn(queries, cosines[slots], sines[slots])
         kind = self.config._attn_implementation
         if length == 1 and kind in ("sdpa", "eager"):
             output, weights = self._decode(queries, keys, values, attention_mask), None
@@ -221,7 +244,7 @@ class LatentAttention(nn.Module):
         if self.key_bias is not None:
             keys = keys + self.key_bias
         cosines, sines = self._rotary(cached.shape[2], keys)
-        return rotated(self._heads(keys, self.k_norm), cosines[slots], sines[slots])
+        return self._turn(self._heads(keys, self.k_norm), cosines[slots], sines[slots])
 
     def _values(self, cached: Tensor, dtype: torch.dtype) -> Tensor:
         """Values by head; where `o_proj` takes latents, these, with zeros up to `head_dim`, for kernels want heads of
@@ -285,28 +308,30 @@ def _eager(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mas
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
-def install_latent_attention(model: Any) -> None:
-    """Let the layers of a loaded causal model whose keys or values go through latents cache these.
+def install_latent_attention(skeleton: Skeleton) -> None:
+    """Let the blocks of a loaded model whose keys or values go through latents cache these.
 
     Raises:
         ModelError: the family's positions cannot be followed.
     """
-    layers = [layer for layer in model.model.layers if hasattr(layer.self_attn, "k_proj")]
-    found = [
-        layer
-        for layer in layers
-        if any(isinstance(part, LatentLinear) for part in (layer.self_attn.k_proj, layer.self_attn.v_proj))
-    ]
+    family, model = skeleton.family, skeleton.model
+    found = []
+    for layer in skeleton.layers:
+        modules = dict(layer.named_modules())
+        if any(isinstance(modules.get(name), LatentLinear) for name in (family.keys, family.values)):
+            found.append(layer)
     if not found:
         return
-    if why := rope_obstacle(model.config):
+    if why := rope_obstacle(skeleton.config):
         raise ModelError(f"this folder keeps latents in the KV cache, which the model does not allow: {why}")
-    table = RotaryTable(model.model.rotary_emb)
+    table = RotaryTable(skeleton.decoder.rotary_emb)
     for layer in found:
-        layer.self_attn = LatentAttention(layer.self_attn, table)
+        source = layer.get_submodule(family.attention)
+        latent = LatentAttention(source, table, turns=family.rotates(source))
+        setattr(layer, family.attention, latent)
     # With None, `generate` sizes a static cache by what it is first given, not by the config's heads.
     model._get_static_cache_init_shape = lambda: None
-    model.model.register_forward_pre_hook(_check_positions, with_kwargs=True)
+    skeleton.decoder.register_forward_pre_hook(_check_positions, with_kwargs=True)
 
 
 def _check_positions(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:

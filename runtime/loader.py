@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from .attention import install_latent_attention
 from .errors import ModelError
 from .model.experts import pack_experts
-from .model.skeleton import Skeleton, restore_buffers
+from .model.skeleton import Skeleton
 from .modules import stored_linear
 from .stored import NATIVE_TYPE, StoredModel, open_model
 
@@ -36,10 +36,10 @@ def load(
     target = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     kind = dtype or checkpoint.dtype
     skeleton = Skeleton(checkpoint, kind, target)
-    model, architecture = skeleton.model, skeleton.architecture
+    model, family = skeleton.model, skeleton.family
     if isinstance(checkpoint, StoredModel):
         for disk_name in checkpoint.schemes:
-            name = architecture.memory_name(disk_name)
+            name = family.memory_name(disk_name)
             parent, _, child = name.rpartition(".")
             bias = (
                 checkpoint.tensor(disk_name + ".bias").to(target) if disk_name + ".bias" in checkpoint.tensors else None
@@ -47,26 +47,26 @@ def load(
             tensors = {part: tensor.to(target) for part, tensor in checkpoint.parts(disk_name).items()}
             linear = stored_linear(tensors, checkpoint.schemes[disk_name], bias, kind)
             setattr(model.get_submodule(parent), child, linear)
-    state = {}
+    state, beside = {}, skeleton.beside()
     for name, tensor in model.state_dict().items():
-        disk_name = architecture.disk_name(name)
+        disk_name = beside.get(name) or family.disk_name(name)
         if tensor.is_meta and disk_name in checkpoint.tensors:
             stored = checkpoint.tensor(disk_name)
             state[name] = stored.to(target, skeleton.tensor_dtype(name, stored.dtype))
     model.load_state_dict(state, assign=True, strict=False)
-    head = checkpoint.tensors.get("lm_head.weight")
-    if head is None or torch.equal(model.get_input_embeddings().weight, state["lm_head.weight"]):
+    head = family.disk_name("lm_head.weight") in checkpoint.tensors
+    if not head or torch.equal(model.get_input_embeddings().weight, state["lm_head.weight"]):
         model.tie_weights()  # a head of its own is kept, whatever the config says, as transformers does
-    restore_buffers(model, skeleton.config, target)
     pack_experts(model)
     left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
-    assert not left, f"left on meta: {left}"
+    if left:
+        raise ModelError(f"{path}: {left[0]} is not found in the folder, or lies there in a form that is not read here")
     if (checkpoint.path / "generation_config.json").is_file():
         from transformers import GenerationConfig
 
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
     if isinstance(checkpoint, StoredModel):
-        install_latent_attention(model)
+        install_latent_attention(skeleton)
         model.save_pretrained = _cannot_be_saved
     return model.requires_grad_(False).eval()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from compressor.compress.events import BlockDone, Event
@@ -23,6 +23,15 @@ _DEEPSEEK = {
     "first_k_dense_replace": 1, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
     "v_head_dim": 16, "num_key_value_heads": 4, "head_dim": 8,
 }  # fmt: skip
+_SCALED = {
+    "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2,
+}  # fmt: skip
+_SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+_VISION = {
+    "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 14, "num_channels": 3,
+}  # fmt: skip
+_THREE_AXES = {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 8},
@@ -33,14 +42,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": _MOE,
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "lm_head_bias": True, "attention_bias": True},
-    "granitemoe": {
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "embedding_multiplier": 3.0,
-        "logits_scaling": 2.0,
-        "residual_multiplier": 0.5,
-        "attention_multiplier": 0.2,
-    },
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2, **_SCALED},
     "glm4_moe": {
         "n_routed_experts": 8,
         "num_experts_per_tok": 2,
@@ -53,20 +55,85 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,
+    "phi3": {},
+    "glm4": {"attention_bias": True},
+    "olmo2": {},
+    "granite": _SCALED,
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "seed_oss": {"attention_bias": True, "attention_out_bias": True},
+    "starcoder2": {"use_bias": True},
+    "ernie4_5": {},
+    "exaone4": _SLIDING,
+    "gemma2": {**_SLIDING, "query_pre_attn_scalar": 16},
+    "gemma3_text": {**_SLIDING, "query_pre_attn_scalar": 16},
+    "cohere2": {**_SLIDING, "logit_scale": 0.25},
+    "llava": {
+        "text_config": {"model_type": "llama", **_COMMON},
+        "vision_config": {"model_type": "clip_vision_model", **_VISION},
+        "image_token_index": 5,
+    },
+    "gemma3": {
+        "text_config": {**_COMMON, **_SLIDING, "query_pre_attn_scalar": 16},
+        "vision_config": _VISION,
+        "image_token_index": 5,
+    },
+    "mistral3": {
+        "text_config": {"model_type": "mistral", **_COMMON, "sliding_window": None},
+        "vision_config": {"model_type": "pixtral", **_VISION},
+        "image_token_index": 5,
+    },
+    "qwen2_5_vl": {
+        "text_config": {**_COMMON, **_THREE_AXES},
+        "vision_config": {
+            "depth": 1,
+            "hidden_size": 32,
+            "out_hidden_size": 64,
+            "num_heads": 2,
+            "intermediate_size": 32,
+        },
+    },
+    "qwen3_vl": {
+        "text_config": {**_COMMON, **_THREE_AXES},
+        "vision_config": {
+            "depth": 1,
+            "hidden_size": 32,
+            "out_hidden_size": 64,
+            "num_heads": 2,
+            "intermediate_size": 32,
+            "deepstack_visual_indexes": [0],
+        },
+    },
 }
 
 
 def build_model(family: str, folder: Path, **changes: Any) -> Path:
     """A random model of a family, with a byte-level tokenizer of 128 ids."""
     torch.manual_seed(0)
-    config = CONFIG_MAPPING[family](**{**_COMMON, **FAMILIES[family], **changes})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    own = FAMILIES[family]
+    config = CONFIG_MAPPING[family](**{**({} if "text_config" in own else _COMMON), **own, **changes})
+    model = stock_class(config).from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1 or name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.1)
     model.to(changes.get("dtype", torch.bfloat16)).save_pretrained(folder)
     _tokenizer().save_pretrained(folder)
     return folder
+
+
+def stock_class(config: Any) -> Any:
+    """The automatic class of transformers that builds the whole model of a config."""
+    return AutoModelForCausalLM if config.get_text_config() is config else AutoModelForImageTextToText
+
+
+@torch.no_grad()
+def stock_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    """What stock transformers answers to token ids `[samples, tokens]`; the folder has all tensors that it wants, and
+    none besides."""
+    kind = stock_class(AutoConfig.from_pretrained(folder))
+    model, found = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not any(found[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), found
+    logits: torch.Tensor = model(input_ids=ids).logits
+    return logits
 
 
 def interrupt(event: Event) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pico import FAMILIES
+from pico import FAMILIES, stock_logits
 from transformers import AutoModelForCausalLM
 
 from compressor.calibrate.chains import Chains, start_chains
@@ -35,29 +35,26 @@ def test_blocks_in_a_row_are_the_model(pico: Pico, tmp_path: Path, family: str) 
         for _ in block.stages():
             pass
         block.advance()
-    model = AutoModelForCausalLM.from_pretrained(pico(family), dtype=torch.float32)
-    with torch.no_grad():
-        expected = model.model(windows()).last_hidden_state
-        for name in BOTH:
-            found = model.model.norm(chains.read(skeleton.blocks, name)[:])
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    expected = stock_logits(pico(family), windows())
+    for name in BOTH:
+        found = skeleton.logits(chains.read(skeleton.blocks, name)[:])
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_linear_of_a_block_is_in_one_stage_and_has_its_disk_name(pico: Pico, family: str) -> None:
     skeleton = Skeleton(Checkpoint(pico(family)))
     for index in range(skeleton.blocks):
-        prefix = f"model.layers.{index}."
         matrices = {
             name.removesuffix(".weight")
-            for name, info in skeleton.checkpoint.tensors.items()
-            if name.startswith(prefix)
-            and len(info.shape) == 2
+            for name in skeleton.checkpoint.block_names()[index]
+            if len(skeleton.checkpoint.tensors[name].shape) == 2
             and not name.endswith(("gate.weight", "router.layer.weight"))
         }
-        named = [name for stage in skeleton.stages(index) for group in stage for name in group]
+        named = [name for stage in skeleton.stages(index) for group in stage for name in group.linears]
         assert len(named) == len(set(named))
         assert set(skeleton.linears(index)) == matrices
+        assert not skeleton.unnamed(index)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])

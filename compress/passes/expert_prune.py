@@ -25,6 +25,7 @@ from ...calibrate.refit import fit
 from ...calibrate.routing import Routing, expert_output, expert_outputs, experts_of
 from ...calibrate.walk import StageWork
 from ...runtime.errors import RecipeError
+from ...runtime.model.families import ExpertGroups
 from ...runtime.model.skeleton import Skeleton
 from ...runtime.model.view import fewer_experts
 from ..events import Event, ExpertsKept
@@ -142,14 +143,11 @@ class ExpertPrune(Pass):
             RecipeError: the model has no experts, or so many cannot go.
         """
         blocks = expert_counts(self.step, skeleton)
-        config = skeleton.config
         [count] = set(blocks.values())
-        method = getattr(config, "topk_method", None)  # of deepseek_v2 alone
-        groups = 1 if method == "greedy" else getattr(config, "n_group", None) or 1
-        compared = 1 if method == "group_limited_greedy" else 2  # experts of a group, by which groups are chosen
+        grouped = skeleton.family.experts.groups(skeleton.config)
+        groups = grouped.count
         keep = self.keep if self.keep is not None else count - round(count * (self.ratio or 0))
-        top_groups = getattr(config, "topk_group", None) or 1
-        _check(self.step, keep, count, config.num_experts_per_tok, groups, top_groups, compared)
+        _check(self.step, keep, count, skeleton.experts_per_token, grouped)
         if self.criterion == "reconstruction" and groups > 1 and not few_enough(count, keep, groups):
             raise RecipeError(f"{self.step}: reconstruction cannot search {groups} groups of so many; use reap")
         result = self.model_copy()
@@ -274,7 +272,7 @@ class ExpertPrune(Pass):
                     found[members[0]] = averaged([experts[number] for number in members], tokens)
             tensors: dict[str, Tensor] = {}
             for number, merged in found.items():
-                name = f"{look.skeleton.architecture.experts}.{kept.index(number)}."
+                name = f"{look.skeleton.family.experts.where}.{kept.index(number)}."
                 parts = {"gate_proj": merged.gate, "up_proj": merged.up, "down_proj": merged.down.T}
                 tensors |= {name + part + ".weight": tensor for part, tensor in parts.items()}
             save_made(view, index, tensors, folder)
@@ -288,7 +286,7 @@ class ExpertPrune(Pass):
             before = _routed(look.skeleton, look.skeleton.block(index), sample)
             after = _routed(view, layer, sample)
             factor = float((before * after).sum() / after.square().sum().clamp(min=1e-30))
-            names = [f"{view.architecture.experts}.{n}.down_proj.weight" for n in range(self._keep)]
+            names = [f"{view.family.experts.where}.{n}.down_proj.weight" for n in range(self._keep)]
             save_made(view, index, {name: factor * layer.get_parameter(name).float() for name in names}, folder)
 
     def survey_cost(self, skeleton: Skeleton, samples: int, sequence_length: int) -> Cost:
@@ -329,7 +327,7 @@ def _neurons(expert: Any) -> Neurons:
 
 def _routed(skeleton: Skeleton, layer: Any, sample: Tensor) -> Tensor:
     """What the routed experts of a block put out for tokens `[tokens, hidden_size]`, float64."""
-    _, weights, places = layer.get_submodule(skeleton.architecture.router)(sample)
+    _, weights, places = layer.get_submodule(skeleton.family.experts.router)(sample)
     outputs = expert_outputs(experts_of(skeleton, layer) or (), sample)
     return mixed(lambda _: (weights, places), outputs, range(len(outputs))).double()
 
@@ -355,16 +353,16 @@ def _can_stay(numbers: Sequence[int], keep: int, count: int, groups: int) -> boo
     return sorted(set(numbers)) == list(numbers) and sum(own) == len(numbers) and set(own) == {keep // groups}
 
 
-def _check(step: str, keep: int, count: int, top_k: int, groups: int, top_groups: int, compared: int) -> None:
+def _check(step: str, keep: int, count: int, top_k: int, grouped: ExpertGroups) -> None:
     """Refuse a number of experts with which the router cannot work."""
-    why = ""
+    why, groups, top_groups = "", grouped.count, grouped.chosen
     if keep > count:
         why = f"there are {count}"
     elif keep < top_k:
         why = f"each token is sent to {top_k}"
     elif keep % groups:
         why = f"they stand in {groups} groups of equal size"
-    elif groups > 1 and keep // groups < compared:
+    elif groups > 1 and keep // groups < grouped.compared:
         why = "groups are compared by their two best"
     elif top_groups * keep // groups < top_k:
         why = f"each token is sent to {top_k} in {top_groups} of {groups} groups"

@@ -20,7 +20,7 @@ from ...calibrate.refit import Member, Routed, fit, normal_equations
 from ...calibrate.walk import StageWork
 from ...runtime.errors import RecipeError
 from ...runtime.model.skeleton import Skeleton
-from ...runtime.model.view import narrower_experts, width_key
+from ...runtime.model.view import narrower_experts
 from ..events import Event
 from ..solvers.neurons import eliminated, strongest
 from .base import Cost, Need, Pass, Survey
@@ -77,7 +77,7 @@ class ExpertWidth(Pass):
             RecipeError: the model has no experts, or kernels cannot work with so many neurons.
         """
         expert_counts(self.step, skeleton)
-        before = int(skeleton.checkpoint.config[width_key(skeleton.checkpoint.config)])
+        before = int(skeleton.checkpoint.text_config[skeleton.family.experts.width])
         step = 64 if before >= 512 else 16
         after = self.width or (max(step, int(before * (1 - self.ratio) / step) * step) if self.ratio else before)
         if after > before or (after % step and after != before):

@@ -28,7 +28,7 @@ def expert_counts(step: str, skeleton: Skeleton) -> dict[int, int]:
         RecipeError: none has.
     """
     found = {}
-    for index, layer in enumerate(skeleton.model.model.layers):
+    for index, layer in enumerate(skeleton.layers):
         if (experts := experts_of(skeleton, layer)) is not None:
             found[index] = len(experts)
     if not found:
@@ -172,7 +172,7 @@ def refit_cost(changed: Skeleton, samples: int, sequence_length: int, parts: int
     disk."""
     count, hidden, width = _sizes(changed)
     walk = walk_cost(changed, samples, sequence_length)
-    tokens, top_k = samples * sequence_length, changed.config.num_experts_per_tok
+    tokens, top_k = samples * sequence_length, changed.experts_per_token
     solving = 20.0 * count * hidden * width + 8.0 * count * width**2 + 16.0 * width**2
     solving += 4.0 * BATCH_TOKENS * (top_k * width + 3 * hidden)
     spilled = tokens * (hidden * (4 + changed.dtype.itemsize) + 8 * top_k)
@@ -183,7 +183,7 @@ def refit_cost(changed: Skeleton, samples: int, sequence_length: int, parts: int
 
 def _sizes(skeleton: Skeleton) -> tuple[int, int, int]:
     """Experts of a block, their input width, their neurons."""
-    blocks = skeleton.model.model.layers
+    blocks = skeleton.layers
     experts = next(found for layer in blocks if (found := experts_of(skeleton, layer)) is not None)
     first: Any = next(iter(experts))
     rows, columns = first.gate_proj.weight.shape

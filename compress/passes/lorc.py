@@ -23,7 +23,6 @@ from ...calibrate.walk import StageWork
 from ...kernels.layouts import LATENT_SPLIT
 from ...runtime.attention import rope_obstacle, sliding
 from ...runtime.errors import ModelError, RecipeError
-from ...runtime.model.families import KEYS, VALUES
 from ...runtime.model.skeleton import HEAD_ROWS, Skeleton
 from ...runtime.operators import Dense, Latent, LowRank, Operator, cached_bytes
 from ..events import Event, Fallback, LayerDone
@@ -109,7 +108,7 @@ class Lorc(Calibrated):
         """Before `prepare`, by the patterns; then exactly the projections that have a rank."""
         if self.ranks is not None:
             return name in self.ranks
-        return name.endswith((KEYS, VALUES)) and super().wants(name)
+        return super().wants(name)
 
     def prepare(self, skeleton: Skeleton) -> Lorc:
         """With equal ranks everywhere, which the survey distributes.
@@ -122,9 +121,10 @@ class Lorc(Calibrated):
         config = skeleton.config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shapes: dict[str, Shape] = {}
+        cached = (skeleton.family.keys, skeleton.family.values)
         for index in range(skeleton.blocks):
             for name, linear in skeleton.linears(index).items():
-                if self.wants(name) and not sliding(config, index):
+                if self.wants(name) and skeleton.family.inside(name) in cached and not sliding(config, index):
                     shapes[name] = self._shape(name, linear, head_dim, index)
         if unknown := set(self.ranks or ()).difference(shapes):
             raise RecipeError(f"{self.step}: ranks names {min(unknown)}, which is no projection that can be cached")
@@ -201,7 +201,7 @@ class Lorc(Calibrated):
         def changes(index: int, seen: Seen) -> dict[str, dict[str, Tensor]]:
             """Each projection of a block cut on its own; fills in the curves on the way."""
             names = [name for name, shape in self._shapes.items() if shape.block == index]
-            inner = {name: skeleton.architecture.memory_name(name).split(".", 3)[3] for name in names}
+            inner = {name: skeleton.family.inside(name) for name in names}
             metrics: Sequence[Tensor | None] = [None] * len(names)
             if names and self.objective == "block":
                 metrics = output_metrics(skeleton, seen.runner, seen.hidden, list(inner.values()))
@@ -217,7 +217,8 @@ class Lorc(Calibrated):
 
         # What one projection does to the answers is far below the rounding of bfloat16.
         exact = Skeleton(skeleton.checkpoint, torch.float32, skeleton.device)
-        lost = divergences(exact, survey.windows, survey.folder, KEYS, changes, survey.passed(skeleton.blocks))
+        observed, passed = skeleton.family.keys, survey.passed(skeleton.blocks)
+        lost = divergences(exact, survey.windows, survey.folder, observed, changes, passed)
         losses = {
             name: curve * max(lost[name], 0.0) / curve[probed[name]].clamp(min=torch.finfo(torch.float64).tiny)
             for name, curve in curves.items()

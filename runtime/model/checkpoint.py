@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from .disk_experts import Slice, slices
-from .families import ARCHITECTURES, Architecture, architecture_of
+from .families import FAMILIES, Family, block_index, blocks_of, family_of, text_config
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -76,8 +76,27 @@ class Checkpoint:
         self._unfuse()
 
     @cached_property
-    def architecture(self) -> Architecture:
-        return architecture_of(self.config)
+    def family(self) -> Family:
+        return family_of(self.config, self.tensors)
+
+    @property
+    def text_config(self) -> Mapping[str, Any]:
+        """What `config.json` says of the language model, which may be one part of several."""
+        return text_config(self.config)
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding."""
+        family = self.family
+        return self.tensors[family.disk_name(f"{family.decoder}.embed_tokens.weight")].shape[0]
+
+    @cached_property
+    def _blocks(self) -> str:
+        return blocks_of(self.tensors)
+
+    def block_index(self, name: str) -> int | None:
+        """The transformer block a tensor belongs to, or None for embeddings, the final norm and the head."""
+        return block_index(name, self._blocks)
 
     @property
     def files(self) -> list[str]:
@@ -125,9 +144,9 @@ class Checkpoint:
         carry layers for predicting several tokens after their last block)."""
         blocks: dict[int, list[str]] = {}
         for name in self.tensors:
-            if (index := block_index(name)) is not None:
+            if (index := self.block_index(name)) is not None:
                 blocks.setdefault(index, []).append(name)
-        count = self.config.get("num_hidden_layers", len(blocks))
+        count = self.text_config.get("num_hidden_layers", len(blocks))
         if not set(range(count)) <= set(blocks):
             raise ModelError(f"{self.path}: config.json counts {count} blocks, the weights are of {sorted(blocks)}")
         return [blocks[index] for index in range(count)]
@@ -143,8 +162,8 @@ class Checkpoint:
 
     def _unfuse(self) -> None:
         """Name the linears of fused experts in place of the tensors they lie in."""
-        known = ARCHITECTURES.get(str(self.config.get("model_type")))
-        if known is None or not known.fused:
+        known = FAMILIES.get(str(self.text_config.get("model_type")))
+        if known is None or not known.experts.fused:
             return
         self.stored, self.tensors = dict(self.tensors), {}
         for name, info in self.stored.items():
@@ -211,14 +230,6 @@ class Checkpoint:
             name = sorted(promised.symmetric_difference(names))[0]
             where = "promised by the index but not in the file" if name in promised else "not in the index"
             raise ModelError(f"{path}: {name} is {where}; the index and the shards are of different models")
-
-
-def block_index(name: str) -> int | None:
-    """The transformer block a tensor belongs to, or None for embeddings, the final norm and the head."""
-    parts = name.split(".")
-    if len(parts) > 3 and parts[:2] == ["model", "layers"] and parts[2].isdigit():
-        return int(parts[2])
-    return None
 
 
 def non_finite(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[str]:

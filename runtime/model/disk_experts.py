@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .families import Architecture
+from .families import Family
 
 
 @dataclass(frozen=True)
@@ -26,33 +26,33 @@ class Slice:
         return tensor[self.expert, self.rows]
 
 
-def slices(architecture: Architecture, stored: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Slice]]:
+def slices(family: Family, stored: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Slice]]:
     """The linears' weights (disk names) of a tensor on disk; none if it is no fused one."""
-    for ending, linears in architecture.fused.items():
+    for ending, linears in family.experts.fused.items():
         if not stored.endswith("." + ending) or len(shape) != 3:
             continue
         size = shape[1] // len(linears)
         for expert in range(shape[0]):
             for number, linear in enumerate(linears):
-                name = _name(architecture, stored.removesuffix(ending), expert, linear)
+                name = _name(family, stored.removesuffix(ending), expert, linear)
                 yield name, Slice(stored, expert, slice(number * size, (number + 1) * size))
 
 
-def fuse(architecture: Architecture, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def fuse(family: Family, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Whole blocks' tensors under the names of linears → as such models lie on disk."""
-    if not architecture.fused:
+    if not family.experts.fused:
         return dict(tensors)
     left, found = dict(tensors), dict[str, Tensor]()
-    marker = f".{architecture.experts}.0."
+    marker = f".{family.experts.where}.0."
     for start in sorted({name.split(marker)[0] + "." for name in tensors if marker in name}):
-        for ending, linears in architecture.fused.items():
+        for ending, linears in family.experts.fused.items():
             experts: list[Tensor] = []
-            while all(_name(architecture, start, len(experts), linear) in left for linear in linears):
-                names = [_name(architecture, start, len(experts), linear) for linear in linears]
+            while all(_name(family, start, len(experts), linear) in left for linear in linears):
+                names = [_name(family, start, len(experts), linear) for linear in linears]
                 experts.append(torch.cat([left.pop(name) for name in names]))
             found[start + ending] = torch.stack(experts)
     return {**left, **found}
 
 
-def _name(architecture: Architecture, start: str, expert: int, linear: str) -> str:
-    return f"{start}{architecture.disk_name(architecture.experts)}.{expert}.{architecture.disk_name(linear)}.weight"
+def _name(family: Family, start: str, expert: int, linear: str) -> str:
+    return f"{start}{family.disk_name(family.experts.where)}.{expert}.{family.disk_name(linear)}.weight"

@@ -1,99 +1,280 @@
-"""What a model family is, as data: which linears read the same input, in which order, and how disk names differ.
+"""What a model family is, as data; nothing outside this file names one.
 
-Blocks are `model.layers.<i>.` on disk and in memory for every family here. In memory transformers 5 fuses experts into
-three-dimensional parameters; compressor keeps one linear per expert (`runtime/model/experts.py`), named as on disk.
+Names are those that modules of a block have in memory (`self_attn.q_proj`). In memory transformers 5 fuses experts into
+three-dimensional parameters; compressor keeps one linear per expert (`experts.py`), named as on disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import ModelError
 
-Stage = tuple[tuple[str, ...], ...]  # groups of linears; a group shares one input
-SHARED = "mlp.shared_experts"  # that every token enters, no coefficient multiplies, and `moe_intermediate_size` widens
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # keys of config.json
-QUERIES, KEYS, VALUES = "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"  # in memory and on disk
-# Parts of a block that end in a linear: once that is final, the rest of the part need not be computed again.
-PARTS = {"self_attn": "self_attn.o_proj", "mlp": "mlp.down_proj"}
-
-_ATTENTION: tuple[Stage, ...] = (
-    ((QUERIES, KEYS, VALUES),),
-    (("self_attn.o_proj",),),
+BLOCKS = "layers"  # of a decoder, in memory and on disk
+_TEXT = "text_config"  # of a config.json whose model has other parts than the language model
+_TOWER = "model.language_model"  # where that is in memory
+# Where the language model lies on disk: its decoder and its head, for plain models and for those with other parts.
+_PLAIN = {"model": "model", "lm_head": "lm_head"}
+_TOWERS = (
+    {_TOWER: "model.language_model", "lm_head": "lm_head"},
+    {_TOWER: "language_model.model", "lm_head": "language_model.lm_head"},
+    {_TOWER: "model", "lm_head": "lm_head"},
 )
-_MLA: tuple[Stage, ...] = (
-    (("self_attn.q_proj", "self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),),
-    (("self_attn.q_b_proj",), ("self_attn.kv_b_proj",)),
-    (("self_attn.o_proj",),),
-)
-
-
-def _mlp(sparse: str = "mlp") -> tuple[Stage, ...]:
-    """`*` stands for each expert; what a block does not have is skipped, so dense and sparse blocks share one list."""
-    experts, shared = f"{sparse}.experts.*", [f"{sparse}.shared_expert", f"{sparse}.shared_experts"]
-    parts = ["mlp", experts, *shared]
-    return tuple((f"{part}.gate_proj", f"{part}.up_proj") for part in parts), tuple(
-        (f"{part}.down_proj",) for part in parts
-    )
 
 
 @dataclass(frozen=True)
-class Architecture:
+class Group:
+    """Linears of a block that read the same input; `*` in a name stands for each expert.
+
+    Attributes:
+        linears: their names.
+        reads: the norm whose output they read; or the linear, in whose last rows what they read is linear: values for
+            the output projection, the upper projection for the lower one. Empty where it is neither, so that no scale
+            can be moved across.
+    """
+
+    linears: tuple[str, ...]
+    reads: str = ""
+
+
+Stage = tuple[Group, ...]  # groups that can be solved once the stages before are final
+
+
+@dataclass(frozen=True)
+class ExpertGroups:
+    """How a router chooses among groups of experts before it chooses experts.
+
+    Attributes:
+        count: groups of equal size; 1 where there are none.
+        chosen: groups to which a token may go.
+        compared: experts of a group by which groups are compared.
+    """
+
+    count: int
+    chosen: int
+    compared: int
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Where a family's experts are.
+
+    Attributes:
+        where, router: modules of a block.
+        gates: modules that weigh shared experts, one number a token.
+        shared: experts that every token enters, no coefficient multiplies, and `width` widens.
+        counts: keys of config.json that say how many experts there are; `also` is a name that older readers look for.
+        width: the key that says how many neurons an expert has.
+        top_k: the key that says how many experts a token goes to.
+        fused: tensors of a block on disk that hold one matrix of every expert → the linears whose rows lie in it, one
+            below the other (`disk_experts.py`).
+    """
+
+    where: str = "mlp.experts"
+    router: str = "mlp.gate"
+    gates: tuple[str, ...] = ("mlp.shared_expert_gate",)
+    shared: str = "mlp.shared_experts"
+    counts: tuple[str, ...] = ("num_experts", "num_local_experts", "n_routed_experts")
+    also: tuple[str, ...] = ()
+    width: str = "moe_intermediate_size"
+    top_k: str = "num_experts_per_tok"
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def number(self, name: str) -> int | None:
+        """The routed expert that a linear belongs to, if it does."""
+        inside = name.removeprefix(self.where + ".")
+        return int(inside.split(".")[0]) if inside != name else None
+
+    def groups(self, config: Any) -> ExpertGroups:
+        """Those of a transformers config."""
+        method = getattr(config, "topk_method", None)
+        count = 1 if method == "greedy" else getattr(config, "n_group", None) or 1
+        return ExpertGroups(
+            count, getattr(config, "topk_group", None) or 1, 1 if method == "group_limited_greedy" else 2
+        )
+
+
+def _always(attention: Any) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Family:
     """One family.
 
     Attributes:
-        stages: groups of linears in execution order; all groups of a stage can be solved once the stages before are.
-        disk_segments: name segments in memory → on disk, where they differ (a bijection).
-        router, experts: modules of a block, in memory.
-        fused: tensors of a block on disk that hold one matrix of every expert → the linears whose rows lie in it, one
-            below the other (`runtime/model/disk_experts.py`).
+        stages: groups of linears in execution order.
+        experts: where experts are, in blocks that have any.
+        attention: the module of a block that mixes tokens, and returns its weights beside its output.
+        keys, values: projections whose outputs are cached; empty where something else is.
+        ends: parts of a block that end in a linear: once that is final, the rest of the part is not computed again.
+        segments: segments of names in memory → on disk, where they differ (a bijection).
+        places: prefixes of names in memory → on disk, of the decoder and of the head.
+        offset_norms: whether norms multiply by one more than their weight.
+        residual: the key of the config with the factor on what attention and MLP add; empty for none.
+        entry: the decoder's attribute with the factor on what enters the first block; empty for none.
+        rotates: whether an attention module turns queries and keys by their position.
     """
 
     stages: tuple[Stage, ...]
-    disk_segments: Mapping[str, str] = field(default_factory=dict)
-    router: str = "mlp.gate"
-    experts: str = "mlp.experts"
-    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    experts: Mixture = Mixture()
+    attention: str = "self_attn"
+    keys: str = "self_attn.k_proj"
+    values: str = "self_attn.v_proj"
+    ends: Mapping[str, str] = field(default_factory=lambda: {"self_attn": "self_attn.o_proj", "mlp": "mlp.down_proj"})
+    segments: Mapping[str, str] = field(default_factory=dict)
+    places: Mapping[str, str] = field(default_factory=lambda: _PLAIN)
+    offset_norms: bool = False
+    residual: str = ""
+    entry: str = ""
+    rotates: Callable[[Any], bool] = _always
+
+    @property
+    def decoder(self) -> str:
+        """The decoder in memory."""
+        return next(iter(self.places))
+
+    @property
+    def blocks(self) -> str:
+        """What the names of all blocks start with on disk."""
+        return f"{self.places[self.decoder]}.{BLOCKS}."
 
     def disk_name(self, name: str) -> str:
         """A tensor or module name of the model in memory → its name in the checkpoint."""
-        return ".".join(self.disk_segments.get(segment, segment) for segment in name.split("."))
+        for memory, disk in self.places.items():
+            if name.startswith(memory + "."):
+                name = disk + name.removeprefix(memory)
+                break
+        return ".".join(self.segments.get(segment, segment) for segment in name.split("."))
 
     def memory_name(self, name: str) -> str:
         """The inverse of `disk_name`."""
         padded = f".{name}."
-        for memory, disk in self.disk_segments.items():
+        for memory, disk in self.segments.items():
             padded = padded.replace(f".{disk}.", f".{memory}.")
-        return padded[1:-1]
+        name = padded[1:-1]
+        for memory, disk in self.places.items():
+            if name.startswith(disk + "."):
+                return memory + name.removeprefix(disk)
+        return name
+
+    def inside(self, name: str) -> str:
+        """The name that a tensor or module, named as on disk, has inside its block in memory."""
+        return self.memory_name(name).removeprefix(f"{self.decoder}.{BLOCKS}.").split(".", 1)[1]
 
 
-_STANDARD = Architecture(_ATTENTION + _mlp())
+def block_index(name: str, blocks: str) -> int | None:
+    """The block that a tensor named as on disk belongs to; None for embeddings, the final norm and the head.
+
+    Args:
+        blocks: what names of all blocks start with, as `Family.blocks`.
+    """
+    number, _, rest = name.removeprefix(blocks).partition(".") if name.startswith(blocks) else ("", "", "")
+    return int(number) if number.isdigit() and rest else None
+
+
+def _attention(reads: str = "input_layernorm") -> tuple[Stage, ...]:
+    projections = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    return (Group(projections, reads),), (Group(("self_attn.o_proj",), "self_attn.v_proj"),)
+
+
+def _gated(part: str, reads: str) -> tuple[Group, Group]:
+    """A gated MLP's two groups."""
+    return (
+        Group((f"{part}.gate_proj", f"{part}.up_proj"), reads),
+        Group((f"{part}.down_proj",), f"{part}.up_proj"),
+    )
+
+
+def _mlp(reads: str = "post_attention_layernorm", sparse: str = "mlp") -> tuple[Stage, ...]:
+    """What a block does not have is skipped, so dense and sparse blocks share one list."""
+    shared = [f"{sparse}.shared_expert", f"{sparse}.shared_experts"]
+    parts = [_gated(part, reads) for part in ("mlp", f"{sparse}.experts.*", *shared)]
+    return tuple(first for first, _ in parts), tuple(second for _, second in parts)
+
+
+def _rows(*groups: Group) -> tuple[Stage, ...]:
+    """Stages of one group each."""
+    return tuple((group,) for group in groups)
+
+
+_MLA = (
+    (Group(("self_attn.q_proj", "self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"), "input_layernorm"),),
+    (
+        Group(("self_attn.q_b_proj",), "self_attn.q_a_layernorm"),
+        Group(("self_attn.kv_b_proj",), "self_attn.kv_a_layernorm"),
+    ),
+    (Group(("self_attn.o_proj",)),),
+)
+_FUSED_MLP = _rows(
+    Group(("mlp.gate_up_proj",), "post_attention_layernorm"), Group(("mlp.down_proj",), "mlp.gate_up_proj")
+)
+_STANDARD = Family(_attention() + _mlp())
+_POST_NORM = Family(_attention("") + _mlp(""))  # norms follow attention and MLP, so that these read the residual stream
+_SANDWICH = Family(_attention() + _mlp("pre_feedforward_layernorm"), offset_norms=True)
+_DEEPSEEK = Family(_MLA + _mlp(), keys="", values="")
 _MIXTRAL = {"mlp": "block_sparse_moe", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
-ARCHITECTURES: dict[str, Architecture] = {
+
+FAMILIES: dict[str, Family] = {
     "llama": _STANDARD,
     "mistral": _STANDARD,
     "qwen2": _STANDARD,
+    "qwen2_5_vl_text": _STANDARD,
     "qwen3": _STANDARD,
-    "qwen2_moe": _STANDARD,
-    "qwen3_moe": _STANDARD,
-    "olmoe": _STANDARD,
-    "glm4_moe": _STANDARD,
-    "mixtral": Architecture(_ATTENTION + _mlp(), _MIXTRAL),
-    "phimoe": Architecture(_ATTENTION + _mlp(), {**_MIXTRAL, "router": "gate"}, router="mlp.router"),
-    "granitemoe": Architecture(
-        _ATTENTION + _mlp("block_sparse_moe"),
-        {"router": "router.layer"},
-        router="block_sparse_moe.router",
-        experts="block_sparse_moe.experts",
-        fused={
-            "block_sparse_moe.input_linear.weight": ("gate_proj", "up_proj"),
-            "block_sparse_moe.output_linear.weight": ("down_proj",),
-        },
+    "qwen3_vl_text": _STANDARD,
+    "seed_oss": _STANDARD,
+    "ernie4_5": _STANDARD,
+    "smollm3": replace(_STANDARD, rotates=lambda attention: bool(attention.use_rope)),
+    "granite": replace(_STANDARD, residual="residual_multiplier", entry="embedding_multiplier"),
+    "olmo2": _POST_NORM,
+    "exaone4": replace(
+        _POST_NORM, rotates=lambda attention: attention.sliding_window is None or bool(attention.is_sliding)
     ),
-    "deepseek_v2": Architecture(_MLA + _mlp()),
-    "deepseek_v3": Architecture(_MLA + _mlp()),
+    "gemma2": _SANDWICH,
+    "gemma3_text": _SANDWICH,
+    "cohere2": Family(
+        _attention() + _mlp("input_layernorm"), rotates=lambda attention: attention.sliding_window is not None
+    ),
+    "glm4": Family(_attention() + _FUSED_MLP),
+    "phi3": Family(
+        _rows(Group(("self_attn.qkv_proj",), "input_layernorm"), Group(("self_attn.o_proj",), "self_attn.qkv_proj"))
+        + _FUSED_MLP,
+        keys="",
+        values="",
+    ),
+    "starcoder2": Family(
+        _attention() + _rows(Group(("mlp.c_fc",), "post_attention_layernorm"), Group(("mlp.c_proj",))),
+        ends={"self_attn": "self_attn.o_proj", "mlp": "mlp.c_proj"},
+    ),
+    "qwen2_moe": _STANDARD,
+    "qwen3_moe": replace(_STANDARD, experts=Mixture(also=("num_experts", "num_local_experts"))),
+    "olmoe": replace(_STANDARD, experts=Mixture(width="intermediate_size")),
+    "glm4_moe": _STANDARD,
+    "mixtral": replace(_STANDARD, segments=_MIXTRAL, experts=Mixture(width="intermediate_size")),
+    "phimoe": replace(
+        _STANDARD,
+        segments={**_MIXTRAL, "router": "gate"},
+        experts=Mixture(router="mlp.router", width="intermediate_size"),
+    ),
+    "granitemoe": Family(
+        _attention() + _mlp(sparse="block_sparse_moe"),
+        Mixture(
+            where="block_sparse_moe.experts",
+            router="block_sparse_moe.router",
+            width="intermediate_size",
+            fused={
+                "block_sparse_moe.input_linear.weight": ("gate_proj", "up_proj"),
+                "block_sparse_moe.output_linear.weight": ("down_proj",),
+            },
+        ),
+        segments={"router": "router.layer"},
+        residual="residual_multiplier",
+        entry="embedding_multiplier",
+    ),
+    "deepseek_v2": _DEEPSEEK,
+    "deepseek_v3": _DEEPSEEK,
 }
 _SCALED_INPUTS = (
     "its router scales what enters an expert, not what leaves it, so that no second moment of an expert's inputs can "
@@ -107,16 +288,53 @@ REFUSED = {
 }
 
 
-def architecture_of(config: Mapping[str, Any]) -> Architecture:
-    """The family of a `config.json`.
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a `config.json` says of the language model."""
+    return config.get(_TEXT) or config
+
+
+def with_text(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A `config.json` that says something else of the language model."""
+    if config.get(_TEXT):
+        return {**config, _TEXT: {**config[_TEXT], **changes}}
+    return {**config, **changes}
+
+
+def family_of(config: Mapping[str, Any], names: Collection[str]) -> Family:
+    """The family of a model folder.
+
+    Args:
+        config: its `config.json`; of a model that sees or hears, the part that is about its language model counts.
+        names: of its tensors, by which it is found where the language model lies.
 
     Raises:
         ModelError: the family is unknown or refused; the message lists the known ones.
     """
-    model_type = config.get("model_type")
-    if model_type in REFUSED:
-        raise ModelError(f"model_type {model_type!r} is not supported: {REFUSED[model_type]}")
-    if model_type not in ARCHITECTURES:
-        known = ", ".join(sorted(ARCHITECTURES))
+    model_type = text_config(config).get("model_type")
+    for name in (config.get("model_type"), model_type):
+        if name in REFUSED:
+            raise ModelError(f"model_type {name!r} is not supported: {REFUSED[name]}")
+    if model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
         raise ModelError(f"model_type {model_type!r} is not a known family; known: {known}")
-    return ARCHITECTURES[model_type]
+    family = FAMILIES[model_type]
+    return replace(family, places=_places(names)) if config.get(_TEXT) else family
+
+
+def _places(names: Collection[str]) -> Mapping[str, str]:
+    """Where a language model beside other parts lies on disk."""
+    first = f".{BLOCKS}.0."
+    for places in _TOWERS:
+        if any(name.startswith(places[_TOWER] + first) for name in names):
+            return places
+    raise ModelError(
+        f"the language model of this model is not found: no tensor starts with "
+        f"{' or '.join(places[_TOWER] + first for places in _TOWERS)}"
+    )
+
+
+def blocks_of(names: Collection[str]) -> str:
+    """What the names of all blocks start with on disk, for a model of whatever family."""
+    known = [places[_TOWER] for places in _TOWERS]
+    found = (f"{place}.{BLOCKS}." for place in known if any(name.startswith(f"{place}.{BLOCKS}.") for name in names))
+    return next(found, f"model.{BLOCKS}.")

@@ -1,52 +1,68 @@
 """The shape of a model without its weights, from which single blocks are built and run.
 
-transformers' own modules do the arithmetic: a block is run by the family's base model with that block as its only
-layer, so masks, sliding windows and rotary embeddings are exactly the family's.
+transformers' own modules do the arithmetic: a block is run by the family's decoder with that block as its only layer:
+masks, windows and rotary embeddings are exactly the family's. What lies before the first block and behind the last one
+is the family's own model with no layers at all.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ...kernels.dispatch import cpu_capability, products_dtype
 from ..errors import ModelError
 from .checkpoint import Checkpoint
 from .experts import unfuse_experts
-from .families import Stage
+from .families import BLOCKS, Group, Stage
 
 HEAD_ROWS = 16384  # of the output head, in float32 at a time
 
 
-def meta_model(config: Any) -> Any:
-    """The causal language model of a transformers config on `meta`, experts as separate linears."""
+def meta_model(config: Any, device: torch.device | str = "cpu") -> Any:
+    """The language model of a transformers config on `meta`, experts as separate linears, with all parts around it.
+
+    What checkpoints do not store, as the rotary frequencies, has its values, on `device`.
+    """
+    plain = config.get_text_config() is config
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            kind = AutoModelForCausalLM if plain else AutoModelForImageTextToText
+            model = kind.from_config(config, dtype=torch.float32)
     except Exception as error:  # transformers raises whatever its models do
         raise ModelError(f"config.json: transformers cannot build the model ({error!r})") from None
     unfuse_experts(model)
+    _compute_buffers(model, device)
     return model.eval()
 
 
-def restore_buffers(model: nn.Module, config: Any, device: torch.device | str = "cpu") -> None:
-    """Compute again, on `device`, what checkpoints do not store: the rotary frequencies."""
-    for name, module in list(model.named_modules()):
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, type(module)(config=config).to(device))
+def _compute_buffers(model: Any, device: torch.device | str) -> None:
+    """Give values to the buffers that checkpoints do not store, by the rule that transformers loads models with."""
+    stored = model.state_dict().keys()
+    for place, module in model.named_modules():
+        names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        computed = [name for name in names if f"{place}.{name}" not in stored]
+        for name in computed:
+            setattr(module, name, torch.empty_like(getattr(module, name), device=device))
+        if computed:
+            with torch.no_grad():
+                model._init_weights(module)
 
 
 def model_config(checkpoint: Checkpoint) -> Any:
     """The transformers config of a checkpoint, from the dictionary that was read."""
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     try:
-        return AutoConfig.for_model(**config)
+        return CONFIG_MAPPING[config["model_type"]].from_dict(config)
     except Exception as error:  # transformers raises whatever its config classes do
         raise ModelError(f"{checkpoint.path}/config.json: transformers cannot read it ({error})") from None
 
@@ -72,27 +88,64 @@ def _without_autocast(router: nn.Module, device: str) -> None:
     router.forward = exact
 
 
+class _Head(nn.Module):
+    """An output head whose rows are converted to float32 some at a time."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, device: torch.device) -> None:
+        super().__init__()
+        self._weight, self._bias, self._device = weight, bias, device
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        parts = (part.to(self._device, torch.float32) for part in self._weight.split(HEAD_ROWS))
+        logits = torch.cat([nn.functional.linear(hidden, part) for part in parts], -1)
+        return logits if self._bias is None else logits + self._bias.to(self._device, torch.float32)
+
+
 class Skeleton:
     """A checkpoint's model on `meta`, and the means to run it one block at a time on `device`.
 
     Blocks hold their weights in `dtype`; with bfloat16 they run under autocast, so that the residual stream and the
     norms stay float32.
+
+    Attributes:
+        config: the transformers config of the language model.
+        model: the whole model; `decoder` is the part of it that has the blocks.
     """
 
     def __init__(
         self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> None:
         self.checkpoint = checkpoint
-        self.architecture = checkpoint.architecture
-        self.config = model_config(checkpoint)
+        self.family = checkpoint.family
         self.dtype = dtype
         self.device = torch.device(device)
-        self.model: Any = meta_model(self.config)
+        whole = model_config(checkpoint)
+        self.model: Any = meta_model(whole, self.device)
+        self.config = self.model.config.get_text_config()
         self._check_tensors()
+
+    @cached_property
+    def decoder(self) -> Any:
+        return self.model.get_submodule(self.family.decoder)
+
+    @property
+    def layers(self) -> Any:
+        """The blocks on `meta`."""
+        return self.decoder.get_submodule(BLOCKS)
 
     @property
     def blocks(self) -> int:
-        return len(self.model.model.layers)
+        return len(self.layers)
+
+    @property
+    def experts_per_token(self) -> int:
+        """How many routed experts a token goes to."""
+        return int(getattr(self.config, self.family.experts.top_k))
+
+    @property
+    def residual_scale(self) -> float:
+        """The factor on what attention and MLP add to the residual stream."""
+        return float(getattr(self.config, self.family.residual)) if self.family.residual else 1.0
 
     def tensor_dtype(self, name: str, stored: torch.dtype) -> torch.dtype:
         """What a tensor, by its name in memory, is held in: the family may ask for float32 in any case."""
@@ -104,13 +157,16 @@ class Skeleton:
         return torch.float32 if kept.intersection(name.split(".")) else self.dtype
 
     def _check_tensors(self) -> None:
-        """Refuse a checkpoint that lacks a tensor of the model; what it has besides is carried along."""
+        """Refuse a checkpoint that lacks a tensor of the language model; what it has besides is carried along."""
+        own = tuple(f"{place}." for place in self.family.places)
         expected = {
-            self.architecture.disk_name(name): tuple(tensor.shape) for name, tensor in self.model.state_dict().items()
+            self.family.disk_name(name): tuple(tensor.shape)
+            for name, tensor in self.model.state_dict().items()
+            if name.startswith(own)
         }
         where = self.checkpoint.path
-        if self.config.tie_word_embeddings:
-            expected.pop("lm_head.weight", None)
+        if self.model.config.tie_word_embeddings or self.config.tie_word_embeddings:
+            expected.pop(self.family.disk_name("lm_head.weight"), None)
         for name, shape in expected.items():
             if name not in self.checkpoint.tensors:
                 raise ModelError(f"{where}: {name} is missing, which {self.config.model_type} needs; is it all there?")
@@ -118,47 +174,72 @@ class Skeleton:
                 found = list(self.checkpoint.tensors[name].shape)
                 raise ModelError(f"{where}: {name} has shape {found}, config.json says {list(shape)}")
 
+    def beside(self) -> dict[str, str]:
+        """Name in memory → on disk, of every tensor that is not the language model's, by transformers' own renaming."""
+        own = tuple(f"{place}." for place in self.family.places.values())
+        names = [name for name in self.checkpoint.tensors if not name.startswith(own)]
+        if not names or self.model.base_model is self.decoder:
+            return {}
+        renamings = [rule for rule in get_model_conversion_mapping(self.model) if isinstance(rule, WeightRenaming)]
+        known, prefix = self.model.state_dict(), self.model.base_model_prefix
+        return {rename_source_key(name, renamings, [], prefix, known)[0]: name for name in names}
+
     def disk_name(self, index: int, name: str) -> str:
         """A name inside block `index` in memory → its name in the checkpoint."""
-        return self.architecture.disk_name(f"model.layers.{index}.{name}")
+        return self.family.disk_name(f"{self.family.decoder}.{BLOCKS}.{index}.{name}")
 
     def linears(self, index: int) -> dict[str, nn.Linear]:
         """Disk name (without `.weight`) → meta linear, for every linear that a block's stages name."""
         return {
-            self.disk_name(index, name): self.model.model.layers[index].get_submodule(name)
+            self.disk_name(index, name): self.layers[index].get_submodule(name)
             for stage in self.stages(index)
             for group in stage
-            for name in group
+            for name in group.linears
         }
 
     def stages(self, index: int) -> list[Stage]:
         """The block's groups of linears in execution order, `*` written out, absent ones left out (memory names)."""
-        present = {
-            name for name, module in self.model.model.layers[index].named_modules() if isinstance(module, nn.Linear)
-        }
-        prefix = self.architecture.experts + "."
-        experts = sorted({int(name.removeprefix(prefix).split(".")[0]) for name in present if name.startswith(prefix)})
+        modules = dict(self.layers[index].named_modules())
+        present = {name for name, module in modules.items() if isinstance(module, nn.Linear)}
+        experts = sorted({number for name in present if (number := self.family.experts.number(name)) is not None})
         stages = []
-        for stage in self.architecture.stages:
-            groups: list[tuple[str, ...]] = []
+        for stage in self.family.stages:
+            groups: list[Group] = []
             for group in stage:
-                numbers: list[int | str] = list(experts) if "*" in group[0] else [""]
-                groups += [tuple(name.replace("*", str(number)) for name in group) for number in numbers]
-            kept = [tuple(name for name in group if name in present) for group in groups]
-            if any(kept):
-                stages.append(tuple(group for group in kept if group))
+                numbers = [str(number) for number in experts] if "*" in group.linears[0] else [""]
+                for digits in numbers:
+                    names = [name.replace("*", digits) for name in group.linears]
+                    kept = tuple(name for name in names if name in present)
+                    reads = group.reads.replace("*", digits)
+                    if kept:
+                        groups.append(Group(kept, reads if reads in modules else ""))
+            if groups:
+                stages.append(tuple(groups))
         return stages
+
+    def unnamed(self, index: int) -> list[str]:
+        """Disk names of the block's matrices that no group names, so that no pass can rewrite them; those of routers
+        and of what weighs shared experts, which stay as they are, are not among them."""
+        experts = self.family.experts
+        exempt = tuple(f"{name}." for name in (experts.router, *experts.gates))
+        named = set(self.linears(index))
+        matrices = [
+            self.disk_name(index, name.removesuffix(".weight"))
+            for name, tensor in self.layers[index].state_dict().items()
+            if tensor.dim() == 2 and not name.startswith(exempt)
+        ]
+        return [name for name in matrices if name not in named]
 
     def block(self, index: int) -> Any:
         """Block `index` with its weights."""
-        layer = copy.deepcopy(self.model.model.layers[index])
+        layer = copy.deepcopy(self.layers[index])
         state = {name: self.checkpoint.tensor(self.disk_name(index, name)) for name in layer.state_dict()}
         state = {name: tensor.to(self.device, self.tensor_dtype(name, tensor.dtype)) for name, tensor in state.items()}
         layer.load_state_dict(state, assign=True)
         for module in layer.modules():
             if isinstance(module, nn.LayerNorm):  # unlike the families' own norms, it takes no mixture of dtypes
                 module.float()
-        router = self.architecture.router
+        router = self.family.experts.router
         if any(name.startswith(router + ".") for name in state):
             _without_autocast(layer.get_submodule(router).float(), self.device.type)
         return layer.requires_grad_(False)
@@ -166,8 +247,8 @@ class Skeleton:
     def router(self, index: int, numbers: Sequence[int]) -> Any:
         """The router of a block as if it had some experts only: hidden states `[tokens, hidden_size]` → logits,
         coefficients `[tokens, top_k]`, and indices into `numbers`."""
-        where = self.architecture.router
-        router = copy.deepcopy(self.model.model.layers[index].get_submodule(where))
+        where = self.family.experts.router
+        router = copy.deepcopy(self.layers[index].get_submodule(where))
         for name, old in router.state_dict(keep_vars=True).items():
             stored = self.checkpoint.tensor(self.disk_name(index, f"{where}.{name}"))
             tensor = stored.to(self.device, torch.float32)[list(numbers)]
@@ -177,25 +258,32 @@ class Skeleton:
 
     def block_like(self, index: int, block: nn.Module) -> Any:
         """A second module of the same block that shares the weights of the first until they are replaced."""
-        layer = copy.deepcopy(self.model.model.layers[index])
+        layer = copy.deepcopy(self.layers[index])
         layer.load_state_dict(block.state_dict(), assign=True)
         return layer.requires_grad_(False)
 
     def runner(self, index: int, block: nn.Module) -> Any:
-        """A base model whose only layer is `block`: call it with `inputs_embeds`, read `last_hidden_state`."""
-        base = copy.copy(self.model.model)
-        base._modules = dict(base._modules)
-        base.config = copy.copy(self.config)
-        base.config.num_hidden_layers = 1
+        """A decoder whose only layer is `block`: call it with `inputs_embeds`, read `last_hidden_state`."""
+        runner = self._decoder_of([block])
         if getattr(self.config, "layer_types", None):
-            base.config.layer_types = [self.config.layer_types[index]]
-        base.layers = nn.ModuleList([block])
-        base.norm = nn.Identity()
-        base.embed_tokens = None
-        if hasattr(base, "embedding_multiplier"):  # what enters a block is multiplied already
-            base.embedding_multiplier = 1.0
-        restore_buffers(base, self.config, self.device)
-        return base
+            runner.config.layer_types = [self.config.layer_types[index]]
+        return runner
+
+    def _decoder_of(self, blocks: Sequence[nn.Module]) -> Any:
+        """The decoder with other blocks, without its embedding and its final norm; what is given to it as
+        `inputs_embeds` enters the first block as it is."""
+        decoder = copy.copy(self.decoder)
+        own = {"embed_tokens", "norm", BLOCKS}
+        decoder._modules = {
+            name: module if name in own else copy.deepcopy(module) for name, module in self.decoder._modules.items()
+        }
+        decoder.embed_tokens = None
+        decoder.config = copy.copy(self.config)
+        decoder.config.num_hidden_layers = len(blocks)
+        decoder.layers, decoder.norm = nn.ModuleList(blocks), nn.Identity()
+        if self.family.entry:  # what enters a block is multiplied already
+            setattr(decoder, self.family.entry, 1.0)
+        return decoder
 
     def forward(self, runner: Any, hidden: Tensor) -> Tensor:
         """Hidden states `[batch, tokens, hidden_size]` through a runner's block."""
@@ -208,24 +296,46 @@ class Skeleton:
         return self.forward(runner, hidden)
 
     @torch.no_grad()
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids `[batch, tokens]` → what enters block 0, float32 `[batch, tokens, hidden_size]`."""
+        found, places = ids.unique(return_inverse=True)
+        table = copy.deepcopy(self.decoder.embed_tokens)
+        table.padding_idx = None
+        rows = self.checkpoint.tensor(self._decoder_name("embed_tokens.weight"))[found]
+        table.weight = nn.Parameter(rows.to(self.device, torch.float32), requires_grad=False)
+        decoder = self._decoder_of([])
+        decoder.embed_tokens = table
+        if self.family.entry:
+            setattr(decoder, self.family.entry, getattr(self.decoder, self.family.entry))
+        entered: Tensor = decoder(input_ids=places.to(self.device), use_cache=False).last_hidden_state
+        return entered
+
+    @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """What leaves the last block → float32 `[..., vocab_size]`; the head is converted a part at a time."""
-        norm = copy.deepcopy(self.model.model.norm)
-        norm.load_state_dict({name: self._float(f"model.norm.{name}") for name in norm.state_dict()}, assign=True)
-        normed = norm(hidden.to(self.device).float())
-        own = "lm_head.weight" in self.checkpoint.tensors
-        head = self.checkpoint.tensor("lm_head.weight" if own else "model.embed_tokens.weight")
-        parts = (nn.functional.linear(normed, part.to(self.device, torch.float32)) for part in head.split(HEAD_ROWS))
-        logits = torch.cat(list(parts), -1)
-        if "lm_head.bias" in self.checkpoint.tensors:
-            logits += self._float("lm_head.bias")
-        return logits / getattr(self.config, "logits_scaling", 1.0)
+        decoder = self._decoder_of([])
+        norm = copy.deepcopy(self.decoder.norm)
+        state = {name: self.checkpoint.tensor(self._decoder_name(f"norm.{name}")) for name in norm.state_dict()}
+        norm.load_state_dict({name: t.to(self.device, torch.float32) for name, t in state.items()}, assign=True)
+        decoder.norm = norm
+        hidden = hidden.to(self.device, torch.float32)
+        batched = hidden.reshape(1, -1, hidden.shape[-1])
+        head = self._head()
+        if self.model.base_model is not self.decoder:  # beside other parts, nothing but the head follows
+            logits = head(decoder(inputs_embeds=batched, use_cache=False).last_hidden_state)
+        else:
+            whole = copy.copy(self.model)
+            whole._modules = {**self.model._modules, self.family.decoder: decoder, "lm_head": head}
+            logits = whole(inputs_embeds=batched, use_cache=False).logits
+        return logits.reshape(*hidden.shape[:-1], -1)
 
-    def _float(self, name: str) -> Tensor:
-        return self.checkpoint.tensor(self.architecture.disk_name(name)).to(self.device, torch.float32)
+    def _head(self) -> _Head:
+        tensors = self.checkpoint.tensors
+        weight, bias = (self.family.disk_name(f"lm_head.{part}") for part in ("weight", "bias"))
+        table = weight if weight in tensors else self._decoder_name("embed_tokens.weight")
+        own = self.checkpoint.tensor(bias) if bias in tensors else None
+        return _Head(self.checkpoint.tensor(table), own, self.device)
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """Token ids `[batch, tokens]` → what enters block 0, `[batch, tokens, hidden_size]`."""
-        table = self.checkpoint.tensor(self.architecture.disk_name("model.embed_tokens.weight"))
-        embedded = nn.functional.embedding(ids, table).to(self.device, torch.float32)
-        return embedded * getattr(self.config, "embedding_multiplier", 1.0)
+    def _decoder_name(self, name: str) -> str:
+        """A name inside the decoder in memory → its name in the checkpoint."""
+        return self.family.disk_name(f"{self.family.decoder}.{name}")

@@ -10,8 +10,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import ModelError
-from .checkpoint import Checkpoint, TensorInfo, block_index
-from .families import EXPERT_COUNTS, SHARED
+from .checkpoint import Checkpoint, TensorInfo
+from .families import with_text
 
 Cut = tuple[Sequence[int] | slice, ...]  # what stays, for each of the first dimensions
 _ALL = slice(None)
@@ -82,26 +82,25 @@ def fewer_experts(source: Checkpoint, kept: Mapping[int, Sequence[int]], made: S
     Args:
         kept: block → numbers of its experts that stay.
     """
-    config = pruned_config(source.config, {len(numbers) for numbers in kept.values()})
-    architecture = source.architecture
+    family = source.family
+    experts, blocks = family.experts, source.text_config.get("num_hidden_layers")
     parts: dict[str, tuple[str, Cut]] = {}
     for name in source.tensors:
-        memory = architecture.memory_name(name)
-        index = block_index(memory)
-        if index is not None and index >= config.get("num_hidden_layers", index + 1):
+        index = source.block_index(name)
+        if index is not None and blocks is not None and index >= blocks:
             continue
         if index is None or index not in kept:
             parts[name] = name, ()
             continue
-        block, inside = memory.split(".", 3)[:3], memory.split(".", 3)[3]
-        if inside.startswith(architecture.experts + "."):
-            number, rest = inside.removeprefix(architecture.experts + ".").split(".", 1)
-            if int(number) in kept[index]:
-                place = str(list(kept[index]).index(int(number)))
-                parts[architecture.disk_name(".".join([*block, architecture.experts, place, rest]))] = name, ()
-        else:
-            parts[name] = name, (kept[index],) if inside.startswith(architecture.router + ".") else ()
-    return View(source, config, parts, made)
+        inside = family.inside(name)
+        number = experts.number(inside)
+        if number is None:
+            parts[name] = name, (kept[index],) if inside.startswith(experts.router + ".") else ()
+        elif number in kept[index]:
+            rest = inside.removeprefix(f"{experts.where}.{number}.")
+            place = f"{experts.where}.{list(kept[index]).index(number)}.{rest}"
+            parts[family.disk_name(f"{family.memory_name(name).removesuffix(inside)}{place}")] = name, ()
+    return View(source, pruned_config(source, {len(numbers) for numbers in kept.values()}), parts, made)
 
 
 def narrower_experts(source: Checkpoint, width: int, made: Sequence[Path] = ()) -> View:
@@ -111,37 +110,31 @@ def narrower_experts(source: Checkpoint, width: int, made: Sequence[Path] = ()) 
     Args:
         width: neurons of a routed expert that stay.
     """
-    key = width_key(source.config)
-    before, architecture = source.config[key], source.architecture
+    family, blocks = source.family, source.text_config.get("num_hidden_layers")
+    experts = family.experts
+    before = source.text_config[experts.width]
     parts: dict[str, tuple[str, Cut]] = {}
     for name, info in source.tensors.items():
-        memory = architecture.memory_name(name)
-        index = block_index(memory)
-        inside = memory.split(".", 3)[3] if index is not None else ""
+        index = source.block_index(name)
+        inside = family.inside(name) if index is not None else ""
         cut: Cut = ()
-        if inside.startswith((architecture.experts + ".", SHARED + ".")):
+        if inside.startswith((experts.where + ".", experts.shared + ".")):
             down = inside.endswith("down_proj.weight")
             stays = slice(info.shape[1 if down else 0] // before * width)
             cut = (_ALL, stays) if down else (stays,)
-        if index is None or index < source.config.get("num_hidden_layers", index + 1):
+        if index is None or blocks is None or index < blocks:
             parts[name] = name, cut
-    return View(source, _without_further_layers({**source.config, key: width}), parts, made)
+    return View(source, _without_further_layers(source, {experts.width: width}), parts, made)
 
 
-def width_key(config: Mapping[str, Any]) -> str:
-    """Where config.json says how many neurons a routed expert has."""
-    return "moe_intermediate_size" if "moe_intermediate_size" in config else "intermediate_size"
-
-
-def pruned_config(config: Mapping[str, Any], counts: set[int]) -> dict[str, Any]:
+def pruned_config(source: Checkpoint, counts: set[int]) -> dict[str, Any]:
     """`config.json` for another number of experts, under every name that readers look for it."""
     [count] = counts
-    names = {name for name in EXPERT_COUNTS if name in config}
-    if config.get("model_type") == "qwen3_moe":
-        names |= {"num_experts", "num_local_experts"}  # transformers 4 reads the one, 5 saves the other
-    return _without_further_layers({**config, **dict.fromkeys(sorted(names), count)})
+    experts = source.family.experts
+    names = {name for name in experts.counts if name in source.text_config}.union(experts.also)
+    return _without_further_layers(source, dict.fromkeys(sorted(names), count))
 
 
-def _without_further_layers(config: Mapping[str, Any]) -> dict[str, Any]:
-    beyond = {"num_nextn_predict_layers": 0} if "num_nextn_predict_layers" in config else {}
-    return {**config, **beyond}
+def _without_further_layers(source: Checkpoint, changes: Mapping[str, Any]) -> dict[str, Any]:
+    beyond = {"num_nextn_predict_layers": 0} if "num_nextn_predict_layers" in source.text_config else {}
+    return with_text(source.config, {**changes, **beyond})
