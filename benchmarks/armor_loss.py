@@ -17,7 +17,7 @@ import torch
 from compressor.calibrate.chains import start_chains
 from compressor.calibrate.corpus import builtin_corpus, load_tokenizer, token_windows
 from compressor.calibrate.walk import walk
-from compressor.compress.passes.armor import fitting_block
+from compressor.compress.passes.linear.armor import fitting_block
 from compressor.compress.solvers.armor import Factors, alternate, total_loss
 from compressor.compress.solvers.armor_adam import adam
 from compressor.compress.solvers.pairs import nowag_scales

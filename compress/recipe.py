@@ -16,16 +16,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticUndefined
 
 from ..runtime.errors import RecipeError
-from .passes.armor import ArmorPass
 from .passes.base import Pass
-from .passes.eora import Eora
-from .passes.expert_prune import ExpertPrune
-from .passes.expert_width import ExpertWidth
-from .passes.gptq import Gptq
-from .passes.lorc import Lorc
-from .passes.rtn import Rtn
-from .passes.sparse24 import SparsePass
-from .passes.w8a8 import W8A8Pass
+from .passes.linear.armor import ArmorPass
+from .passes.linear.eora import Eora
+from .passes.linear.gptq import Gptq
+from .passes.linear.lorc import Lorc
+from .passes.linear.rtn import Rtn
+from .passes.linear.sparse24 import SparsePass
+from .passes.linear.w8a8 import W8A8Pass
+from .passes.model.expert_prune import ExpertPrune
+from .passes.model.expert_width import ExpertWidth
 
 PASSES: dict[str, type[Pass]] = {
     "rtn": Rtn, "gptq": Gptq, "w8a8": W8A8Pass, "sparse24": SparsePass, "armor": ArmorPass, "eora": Eora, "lorc": Lorc,

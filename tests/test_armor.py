@@ -12,10 +12,10 @@ from torch import Tensor
 from compressor.calibrate.statistics import Statistics
 from compressor.calibrate.walk import StageWork
 from compressor.compress.events import LayerDone
-from compressor.compress.passes.armor import ArmorPass, fitting_block
-from compressor.compress.passes.eora import Eora
-from compressor.compress.passes.gptq import Gptq
-from compressor.compress.passes.sparse24 import SparsePass
+from compressor.compress.passes.linear.armor import ArmorPass, fitting_block
+from compressor.compress.passes.linear.eora import Eora
+from compressor.compress.passes.linear.gptq import Gptq
+from compressor.compress.passes.linear.sparse24 import SparsePass
 from compressor.compress.solvers.armor import Factors, alternate, pair_step, round_of_chunks, step_a, total_loss
 from compressor.compress.solvers.armor_adam import adam, gradients, sampled_groups
 from compressor.compress.solvers.armor_codes import store_wrappers
@@ -393,7 +393,7 @@ def test_gptq_quantizes_the_core_and_moves_its_wrappers(wrapper_bits: int) -> No
     assert isinstance(after.a, IntQuantized if wrapper_bits == 8 else Dense)
     rounded = step.plan("x", before, GROUP)
     assert rounded.nbytes == after.nbytes
-    from compressor.compress.passes.rtn import Rtn
+    from compressor.compress.passes.linear.rtn import Rtn
 
     naive = stage({"x": weight.float()}, moment)
     naive.linears["x"] = before

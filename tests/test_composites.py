@@ -8,9 +8,9 @@ from test_armor import COLUMNS, DOUBLE, GROUP, ROWS, armor_pass, factors, stage
 from test_sparse import problem
 from torch import Tensor
 
-from compressor.compress.passes.eora import Eora
-from compressor.compress.passes.gptq import Gptq
-from compressor.compress.passes.sparse24 import SparsePass, sparse_operator
+from compressor.compress.passes.linear.eora import Eora
+from compressor.compress.passes.linear.gptq import Gptq
+from compressor.compress.passes.linear.sparse24 import SparsePass, sparse_operator
 from compressor.compress.solvers.factors import stored_blocks
 from compressor.compress.solvers.lowrank import best_low_rank, refit_up
 from compressor.runtime.modules import stored_linear

@@ -21,8 +21,8 @@ from compressor.calibrate.routing import Routing, observe_routing
 from compressor.compress.apply import Job, apply, calibration_windows
 from compressor.compress.events import Event, ExpertsKept
 from compressor.compress.passes.base import Survey
-from compressor.compress.passes.expert_prune import ExpertPrune, highest, saliency
-from compressor.compress.passes.experts import expert_counts, super_experts
+from compressor.compress.passes.model.expert_prune import ExpertPrune, highest, saliency
+from compressor.compress.passes.model.experts import expert_counts, super_experts
 from compressor.compress.plan import make_plan
 from compressor.compress.recipe import parse_recipe
 from compressor.compress.solvers.subsets import best_subset, few_enough, subset_losses

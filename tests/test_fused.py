@@ -26,7 +26,7 @@ def test_linears_are_slices_of_what_lies_on_disk_and_fuse_again(pico: Pico) -> N
     both = stored[start + "input_linear.weight"][2]
     assert torch.equal(checkpoint.tensor(start + "experts.2.gate_proj.weight"), both[:96])
     assert torch.equal(checkpoint.tensor(start + "experts.2.up_proj.weight"), both[96:])
-    found = fuse(checkpoint.architecture, {name: checkpoint.tensor(name) for name in checkpoint.tensors})
+    found = fuse(checkpoint.family, {name: checkpoint.tensor(name) for name in checkpoint.tensors})
     assert found.keys() == stored.keys()
     assert all(torch.equal(found[name], stored[name]) for name in stored)
     assert sum(info.nbytes for info in checkpoint.tensors.values()) == sum(t.nbytes for t in stored.values())

@@ -24,9 +24,9 @@ from compressor.calibrate.statistics import Statistics
 from compressor.calibrate.walk import StageWork, walk
 from compressor.compress.apply import Job, apply, calibration_windows
 from compressor.compress.events import LayerDone
-from compressor.compress.passes.gptq import Gptq
-from compressor.compress.passes.lorc import Lorc
-from compressor.compress.passes.rtn import Rtn
+from compressor.compress.passes.linear.gptq import Gptq
+from compressor.compress.passes.linear.lorc import Lorc
+from compressor.compress.passes.linear.rtn import Rtn
 from compressor.compress.plan import make_plan
 from compressor.compress.recipe import parse_recipe
 from compressor.compress.solvers.lowrank import Components, rotation

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compressor.compress.passes.gptq import Gptq
-from compressor.compress.passes.quantizer import quantized
+from compressor.compress.passes.linear.gptq import Gptq
+from compressor.compress.passes.linear.quantizer import quantized
 from compressor.compress.solvers.grid import range_grid
 from compressor.kernels import cpu
 from compressor.kernels.layouts import pack_codes

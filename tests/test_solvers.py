@@ -10,8 +10,8 @@ from torch import Tensor
 
 from compressor.calibrate.statistics import Statistics
 from compressor.calibrate.walk import StageWork
-from compressor.compress.passes.calibrated import Shift
-from compressor.compress.passes.gptq import Gptq, Solution
+from compressor.compress.passes.linear.calibrated import Shift
+from compressor.compress.passes.linear.gptq import Gptq, Solution
 from compressor.compress.solvers.grid import Grid, range_grid, searched_grid
 from compressor.compress.solvers.refine import best_scale, differences, refine, row_losses
 from compressor.compress.solvers.sweep import best_sweep, column_sweep, gptq_codes

@@ -17,8 +17,8 @@ from torch.sparse._semi_structured_conversions import (
 from compressor.calibrate.statistics import Statistics
 from compressor.calibrate.walk import StageWork
 from compressor.compress.events import Fallback
-from compressor.compress.passes.gptq import Gptq
-from compressor.compress.passes.sparse24 import SparsePass, sparse_operator
+from compressor.compress.passes.linear.gptq import Gptq
+from compressor.compress.passes.linear.sparse24 import SparsePass, sparse_operator
 from compressor.compress.solvers.metric import Metric
 from compressor.compress.solvers.pairs import descend_pairs, sparsegpt, sweep_pairs, top_pairs
 from compressor.compress.solvers.system import damped_system
@@ -239,7 +239,7 @@ def test_gptq_keeps_every_zero(bits: int, symmetric: bool) -> None:
     # Better than rounding the values: the codes were solved for together, beside zeros that do not move.
     rounded = stage(weight.float(), moment)
     rounded.linears["x"] = before
-    from compressor.compress.passes.rtn import Rtn
+    from compressor.compress.passes.linear.rtn import Rtn
 
     run(Rtn(kind="rtn", bits=bits, group_size=32, symmetric=symmetric), rounded)  # type: ignore[arg-type]
 

@@ -12,7 +12,7 @@ from compressed_tensors.quantization import QuantizationConfig
 from transformers import AutoModelForCausalLM
 
 from compressor.compress.apply import Job, apply
-from compressor.compress.passes.w8a8 import W8A8Pass
+from compressor.compress.passes.linear.w8a8 import W8A8Pass
 from compressor.compress.plan import make_plan
 from compressor.compress.recipe import parse_recipe
 from compressor.compress.verify import export_dense, verify

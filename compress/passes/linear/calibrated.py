@@ -11,14 +11,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ...calibrate.statistics import Statistics
-from ...calibrate.walk import StageWork
-from ...kernels.dispatch import cpu_capability, products_dtype
-from ...runtime.errors import RecipeError
-from ...runtime.operators import Dense, LowRank, Operator
-from ..solvers.lowrank import refit_up
-from ..solvers.system import NotSolvable, System, damped_system
-from .base import Need, Pass, factors
+from ....calibrate.statistics import Statistics
+from ....calibrate.walk import StageWork
+from ....kernels.dispatch import cpu_capability, products_dtype
+from ....runtime.errors import RecipeError
+from ....runtime.operators import Dense, LowRank, Operator
+from ...solvers.lowrank import refit_up
+from ...solvers.system import NotSolvable, System, damped_system
+from ..base import Need, Pass, factors
 
 ROWS = 4096  # solved at a time: memory is bounded, and GEMMs are large enough
 

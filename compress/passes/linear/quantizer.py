@@ -9,10 +9,10 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from ...kernels.layouts import compress24
-from ...runtime.operators import Composite, Dense, IntQuantized, Operator, Sparse24
-from ..solvers.grid import Grid
-from .base import Pass
+from ....kernels.layouts import compress24
+from ....runtime.operators import Composite, Dense, IntQuantized, Operator, Sparse24
+from ...solvers.grid import Grid
+from ..base import Pass
 from .calibrated import plain_floats
 
 

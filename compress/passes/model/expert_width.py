@@ -16,14 +16,14 @@ from typing import ClassVar, Literal
 from pydantic import Field, PrivateAttr, model_validator
 from torch import nn
 
-from ...calibrate.refit import Member, Routed, fit, normal_equations
-from ...calibrate.walk import StageWork
-from ...runtime.errors import RecipeError
-from ...runtime.model.skeleton import Skeleton
-from ...runtime.model.view import narrower_experts
-from ..events import Event
-from ..solvers.neurons import eliminated, strongest
-from .base import Cost, Need, Pass, Survey
+from ....calibrate.refit import Member, Routed, fit, normal_equations
+from ....calibrate.walk import StageWork
+from ....runtime.errors import RecipeError
+from ....runtime.model.skeleton import Skeleton
+from ....runtime.model.view import narrower_experts
+from ...events import Event
+from ...solvers.neurons import eliminated, strongest
+from ..base import Cost, Need, Pass, Survey
 from .experts import change_experts, check_samples, expert_counts, refit_cost
 
 _PARTS = ("gate_proj", "up_proj", "down_proj")

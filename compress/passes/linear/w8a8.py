@@ -9,11 +9,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from ...calibrate.walk import StageWork
-from ...runtime.operators import W8A8, Dense, LowRank, Operator
-from ..events import Event, LayerDone
-from ..solvers.grid import range_grid, storable
-from .base import Pass, factors
+from ....calibrate.walk import StageWork
+from ....runtime.operators import W8A8, Dense, LowRank, Operator
+from ...events import Event, LayerDone
+from ...solvers.grid import range_grid, storable
+from ..base import Pass, factors
 from .calibrated import plain_floats
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max

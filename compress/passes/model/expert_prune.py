@@ -21,17 +21,17 @@ import torch
 from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor
 
-from ...calibrate.refit import fit
-from ...calibrate.routing import Routing, expert_output, expert_outputs, experts_of
-from ...calibrate.walk import StageWork
-from ...runtime.errors import RecipeError
-from ...runtime.model.families import ExpertGroups
-from ...runtime.model.skeleton import Skeleton
-from ...runtime.model.view import fewer_experts
-from ..events import Event, ExpertsKept
-from ..solvers.merge import Neurons, averaged, clusters, redistributed
-from ..solvers.subsets import best_subset, few_enough, mixed, subset_losses
-from .base import Cost, Need, Pass, Survey
+from ....calibrate.refit import fit
+from ....calibrate.routing import Routing, expert_output, expert_outputs, experts_of
+from ....calibrate.walk import StageWork
+from ....runtime.errors import RecipeError
+from ....runtime.model.families import ExpertGroups
+from ....runtime.model.skeleton import Skeleton
+from ....runtime.model.view import fewer_experts
+from ...events import Event, ExpertsKept
+from ...solvers.merge import Neurons, averaged, clusters, redistributed
+from ...solvers.subsets import best_subset, few_enough, mixed, subset_losses
+from ..base import Cost, Need, Pass, Survey
 from .experts import (
     Look,
     change_experts,

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...calibrate.artefact import RoutingFolder
-from ...calibrate.chains import BATCH_TOKENS
-from ...calibrate.refit import ITERATIONS, Member, Routed, members_of, refit_blocks
-from ...calibrate.routing import SAMPLE_TOKENS, Routing, experts_of, observe_routing
-from ...runtime.errors import RecipeError
-from ...runtime.files import save_synced
-from ...runtime.model.skeleton import Skeleton
-from ..events import ExpertsChanged
-from .base import BUFFERS, Cost, Survey
+from ....calibrate.artefact import RoutingFolder
+from ....calibrate.chains import BATCH_TOKENS
+from ....calibrate.refit import ITERATIONS, Member, Routed, members_of, refit_blocks
+from ....calibrate.routing import SAMPLE_TOKENS, Routing, experts_of, observe_routing
+from ....runtime.errors import RecipeError
+from ....runtime.files import save_synced
+from ....runtime.model.skeleton import Skeleton
+from ...events import ExpertsChanged
+from ..base import BUFFERS, Cost, Survey
 
 
 def expert_counts(step: str, skeleton: Skeleton) -> dict[int, int]:

@@ -16,19 +16,19 @@ import torch
 from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor
 
-from ...calibrate.chains import BATCH_TOKENS
-from ...calibrate.probes import output_metrics
-from ...calibrate.sensitivity import LOGITS, Seen, divergences
-from ...calibrate.walk import StageWork
-from ...kernels.layouts import LATENT_SPLIT
-from ...runtime.attention import rope_obstacle, sliding
-from ...runtime.errors import ModelError, RecipeError
-from ...runtime.model.skeleton import HEAD_ROWS, Skeleton
-from ...runtime.operators import Dense, Latent, LowRank, Operator, cached_bytes
-from ..events import Event, Fallback, LayerDone
-from ..solvers.lowrank import Components, rotation
-from ..solvers.ranks import bisected, greedy, log_condition, progressive, rounded
-from .base import BUFFERS, Cost, Need, Survey
+from ....calibrate.chains import BATCH_TOKENS
+from ....calibrate.probes import output_metrics
+from ....calibrate.sensitivity import LOGITS, Seen, divergences
+from ....calibrate.walk import StageWork
+from ....kernels.layouts import LATENT_SPLIT
+from ....runtime.attention import rope_obstacle, sliding
+from ....runtime.errors import ModelError, RecipeError
+from ....runtime.model.skeleton import HEAD_ROWS, Skeleton
+from ....runtime.operators import Dense, Latent, LowRank, Operator, cached_bytes
+from ...events import Event, Fallback, LayerDone
+from ...solvers.lowrank import Components, rotation
+from ...solvers.ranks import bisected, greedy, log_condition, progressive, rounded
+from ..base import BUFFERS, Cost, Need, Survey
 from .calibrated import Calibrated, plain_floats
 
 _SPREAD = 1.25  # of the highest share over the mean, where only the mean is given

@@ -24,14 +24,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ...calibrate.walk import StageWork
-from ...runtime.operators import Armor, Dense, Operator, Sparse24, WithResidual
-from ..events import Event, Fallback, LayerDone
-from ..solvers.armor_codes import quantize_core
-from ..solvers.grid import Grid, range_grid
-from ..solvers.refine import differences, refine, row_losses
-from ..solvers.sweep import best_sweep
-from ..solvers.system import System
+from ....calibrate.walk import StageWork
+from ....runtime.operators import Armor, Dense, Operator, Sparse24, WithResidual
+from ...events import Event, Fallback, LayerDone
+from ...solvers.armor_codes import quantize_core
+from ...solvers.grid import Grid, range_grid
+from ...solvers.refine import differences, refine, row_losses
+from ...solvers.sweep import best_sweep
+from ...solvers.system import System
 from .calibrated import ROWS, Calibrated, Group, relative
 from .quantizer import Quantizer, quantized
 

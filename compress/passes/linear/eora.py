@@ -14,12 +14,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ...calibrate.walk import StageWork
-from ...runtime.errors import RecipeError
-from ...runtime.operators import Dense, LowRank, Operator, WithResidual
-from ..events import Event, Fallback, LayerDone
-from ..solvers.factors import stored_rows
-from ..solvers.lowrank import best_low_rank, refit_up
+from ....calibrate.walk import StageWork
+from ....runtime.errors import RecipeError
+from ....runtime.operators import Dense, LowRank, Operator, WithResidual
+from ...events import Event, Fallback, LayerDone
+from ...solvers.factors import stored_rows
+from ...solvers.lowrank import best_low_rank, refit_up
 from .calibrated import Calibrated, Group
 
 

@@ -17,14 +17,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ...calibrate.walk import StageWork
-from ...kernels.layouts import compress24
-from ...runtime.errors import RecipeError
-from ...runtime.operators import Dense, Operator, Sparse24
-from ..events import Event, Fallback, LayerDone
-from ..solvers.pairs import nowag_scales, sparsegpt, sweep_pairs, top_pairs
-from ..solvers.refine import row_losses
-from .base import Need
+from ....calibrate.walk import StageWork
+from ....kernels.layouts import compress24
+from ....runtime.errors import RecipeError
+from ....runtime.operators import Dense, Operator, Sparse24
+from ...events import Event, Fallback, LayerDone
+from ...solvers.pairs import nowag_scales, sparsegpt, sweep_pairs, top_pairs
+from ...solvers.refine import row_losses
+from ..base import Need
 from .calibrated import ROWS, Calibrated, Group, plain_floats, relative
 
 Method = Literal["magnitude", "wanda", "nowag", "sparsegpt", "sparsegpt_sweep"]

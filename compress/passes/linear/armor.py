@@ -18,15 +18,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ...calibrate.walk import StageWork
-from ...runtime.errors import RecipeError
-from ...runtime.operators import Armor, Dense, IntQuantized, Operator
-from ..events import Event, Fallback, LayerDone
-from ..solvers.armor import Factors, alternate, pair_step, total_loss, weighed
-from ..solvers.armor_adam import RATE, adam
-from ..solvers.armor_codes import store_wrappers
-from ..solvers.factors import stored_blocks, stored_rows
-from ..solvers.pairs import CHUNK, nowag_scales
+from ....calibrate.walk import StageWork
+from ....runtime.errors import RecipeError
+from ....runtime.operators import Armor, Dense, IntQuantized, Operator
+from ...events import Event, Fallback, LayerDone
+from ...solvers.armor import Factors, alternate, pair_step, total_loss, weighed
+from ...solvers.armor_adam import RATE, adam
+from ...solvers.armor_codes import store_wrappers
+from ...solvers.factors import stored_blocks, stored_rows
+from ...solvers.pairs import CHUNK, nowag_scales
 from .calibrated import Calibrated, Group, plain_floats
 from .sparse24 import sparse_operator, sparse_plan
 

@@ -9,12 +9,12 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from ...calibrate.statistics import Statistics
-from ...calibrate.walk import StageWork
-from ...runtime.operators import Armor, Composite, LowRank, Operator
-from ..events import Event, LayerDone
-from ..solvers.grid import range_grid, searched_grid
-from .base import Need, factors
+from ....calibrate.statistics import Statistics
+from ....calibrate.walk import StageWork
+from ....runtime.operators import Armor, Composite, LowRank, Operator
+from ...events import Event, LayerDone
+from ...solvers.grid import range_grid, searched_grid
+from ..base import Need, factors
 from .quantizer import Quantizer, quantized
 
 
