@@ -465,7 +465,7 @@ def _print_notes(result: Any) -> None:
     """What a plan's table does not show: whole parts that go, and the KV cache, if a pass changes it."""
     for step in result.recipe.passes:
         if step.note:
-            render.out.print(f"{step.step}: {step.note}")
+            render.out.print(f"{step.kind}: {step.note}")
     if result.kv_after != result.kv_before:
         render.out.print(render.cache_line(result.kv_before, result.kv_after, result.bytes_after))
     if result.left:

@@ -29,7 +29,7 @@ from .events import BlockDone, Event, Fallback, LayerDone, Resumed, Starved, Sur
 from .folder import finish_folder
 from .formats import PLAIN, as_written
 from .journal import Journal
-from .passes.base import Pass, Survey
+from .passes.base import ModelPass, Pass, Survey
 from .plan import Plan, make_plan
 from .recipe import Recipe
 from .resources import chain_names, check_disk, check_memory
@@ -92,7 +92,7 @@ def apply(
     checkpoint = open_source(job.model)
     skeleton = Skeleton(checkpoint, calibration_dtype(checkpoint, device), device)
     plan = make_plan(job.recipe, skeleton, memory=memory)
-    reshaped = any(step.reshapes for step in job.recipe.passes)
+    reshaped = any(isinstance(step, ModelPass) for step in job.recipe.passes)
     of_linears = plan.needs == {"reference"} and not reshaped
     if statistics is not None and not of_linears and "routing" not in plan.needs:
         raise RecipeError(
@@ -269,7 +269,7 @@ def _surveyed(
 ) -> Recipe:
     """The recipe once its passes have looked at the whole model; what each found is kept in the journal."""
     entries = journal.entries
-    known = {entry["number"]: entry["pass"] for entry in entries if entry.get("step") == "survey"}
+    known = {entry["number"]: entry for entry in entries if entry.get("step") == "survey"}
     told = [event for entry in entries if entry.get("step") == "surveying" for event in entry["events"]]
     passes: list[Pass] = []
 
@@ -283,16 +283,20 @@ def _surveyed(
     for number, step in enumerate(recipe.passes):
         folder = journal.chains / f"survey-{number}"
         if number in known:
-            content = recipe.model_dump(mode="json") | {"passes": [known[number]]}
-            ready = Recipe.model_validate(content).passes[0].prepare(skeleton).surveyed(folder)
+            content = recipe.model_dump(mode="json") | {"passes": [known[number]["pass"]]}
+            ready = Recipe.model_validate(content).passes[0].prepare(skeleton)
+            if isinstance(ready, ModelPass):
+                ready = ready.with_made([folder / name for name in known[number]["made"]])
         else:
             folder.mkdir(parents=True, exist_ok=True)
             ready = step.prepare(skeleton)
             task = texts[ready.text][1] if ready.text in texts else None
             ready = ready.survey(skeleton, Survey(windows, folder, heard, task, None if number else routing))
-            journal.done({"step": "survey", "number": number, "pass": ready.model_dump(mode="json")})
+            made = [str(path.relative_to(folder)) for path in ready.made] if isinstance(ready, ModelPass) else []
+            journal.done({"step": "survey", "number": number, "pass": ready.model_dump(mode="json"), "made": made})
         skeleton.checkpoint.release()
-        skeleton = ready.view(skeleton)
+        if isinstance(ready, ModelPass):
+            skeleton = ready.view(skeleton)
         passes.append(ready)
     return recipe.model_copy(update={"passes": tuple(passes)})
 
@@ -329,7 +333,7 @@ def _run(
         journal.done({"step": "outside", "block": -1, "files": writer.hashes(files[-1])})
     if done:
         listener(Resumed(first, skeleton.blocks))
-    wanting = [(name, step) for name in plan.linears for step in job.recipe.passes if step.wants(name)]
+    wanting = [(name, step) for name in plan.linears for step in job.recipe.linear_passes.values() if step.wants(name)]
     wanted = {name for name, step in wanting if step.needs}
     probed = {name for name, step in wanting if "metric" in step.needs}
     for block in walk(skeleton, chains, wanted, first, kept, probed, plan.room):
@@ -355,7 +359,7 @@ def _rewrite(recipe: Recipe, block: Block, listener: Listener) -> Iterator[Event
         for name, tokens in work.starved.items():
             listener(starved := Starved(name, tokens))
             yield starved
-        for step in recipe.passes:
+        for step in recipe.linear_passes.values():
             for event in step.apply(work):
                 listener(event)
                 yield event

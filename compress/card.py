@@ -50,7 +50,7 @@ def model_card(
         f"Made by compressor {fingerprint['versions']['compressor']} with {made_with}.",
         "`recipe.resolved.yaml` has every option, `compressor.json` versions and hashes.",
     ]
-    lines += [line for step in plan.recipe.passes if step.note for line in ("", f"{step.step}: {step.note}.")]
+    lines += [line for step in plan.recipe.passes if step.note for line in ("", f"{step.kind}: {step.note}.")]
     fallbacks = sum(event["kind"] == "Fallback" for event in events)
     if fallbacks:
         lines += ["", f"{fallbacks} linears took a pass's fallback; `report/layers.jsonl` names them and says why."]

@@ -16,7 +16,7 @@ from ..runtime.model.disk_experts import fuse
 from ..runtime.model.skeleton import Skeleton
 from ..runtime.operators import Dense, Latent, LowRank, Operator, stored_name
 from .formats import PLAIN, as_written, choose_format, describe
-from .passes.base import Cost, Pass, Survey
+from .passes.base import Cost, LinearPass, ModelPass, Pass, Survey
 from .recipe import Recipe
 from .resources import available_memory, chain_bytes, flops, room_for_moments, stage_memory
 
@@ -105,16 +105,15 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, *, look: bool = False, memory:
         for source in {recipe.data.source, step.text or "builtin"} - {"builtin"}:
             find_text(Path(source))
     linears: dict[str, LinearPlan] = {}
-    matched = [0] * len(recipe.passes)
+    matched = dict.fromkeys(recipe.linear_passes, 0)
     for group in input_groups(skeleton):
         linears |= _plan_group(recipe, checkpoint, group, matched)
-    for number, count in enumerate(matched):
-        if not count and not recipe.passes[number].reshapes:
-            example = next(iter(linears))
+    for number, count in matched.items():
+        if not count:
+            step = recipe.linear_passes[number]
             raise RecipeError(
-                f"passes.{number} ({recipe.passes[number].step}) matches no linear of this model: targets "
-                f"{list(recipe.passes[number].targets)}, ignore {list(recipe.passes[number].ignore)}; "
-                f"names look like {example}"
+                f"passes.{number} ({step.kind}) matches no linear of this model: targets {list(step.targets)}, ignore "
+                f"{list(step.ignore)}; names look like {next(iter(linears))}"
             )
     operators = {name: linear.operator for name, linear in linears.items()}
     chosen, readers, obstacle = choose_format(
@@ -144,15 +143,16 @@ def _prepared(recipe: Recipe, skeleton: Skeleton, look: bool) -> tuple[Recipe, S
     costs: list[Cost] = []
     for number, step in enumerate(recipe.passes):
         try:
-            if step.reshapes and any(not earlier.reshapes for earlier in passes):
-                raise RecipeError(f"{step.step} changes the model itself: put it before all other passes")
+            if isinstance(step, ModelPass) and any(isinstance(earlier, LinearPass) for earlier in passes):
+                raise RecipeError(f"{step.kind} changes the model itself: put it before all other passes")
             ready = step.prepare(skeleton)
         except RecipeError as error:
             raise RecipeError(f"passes.{number}: {error}") from None
         if look and not ready.needs:
             ready = ready.survey(skeleton, Survey(None, Path(), lambda event: None))
         costs.append(ready.survey_cost(skeleton, recipe.data.samples, recipe.data.sequence_length))
-        skeleton = ready.view(skeleton)
+        if isinstance(ready, ModelPass):
+            skeleton = ready.view(skeleton)
         passes.append(ready)
     return recipe.model_copy(update={"passes": tuple(passes)}), skeleton, Cost.of(costs)
 
@@ -175,11 +175,13 @@ def _original(checkpoint: Checkpoint, name: str) -> Dense:
     return Dense(torch.empty(info.shape, dtype=info.dtype, device="meta"))
 
 
-def _plan_group(recipe: Recipe, checkpoint: Checkpoint, group: list[str], matched: list[int]) -> dict[str, LinearPlan]:
+def _plan_group(
+    recipe: Recipe, checkpoint: Checkpoint, group: list[str], matched: dict[int, int]
+) -> dict[str, LinearPlan]:
     """Linears that read the same input through all passes that want them; they are counted in `matched`."""
     originals = {name: _original(checkpoint, name) for name in group}
     plans = {name: LinearPlan((), int(original.nbytes), original) for name, original in originals.items()}
-    for number, step in enumerate(recipe.passes):
+    for number, step in recipe.linear_passes.items():
         wanted = [name for name in group if step.wants(name)]
         matched[number] += len(wanted)
         # Factors are solved on their own, not beside what reads the same input.
@@ -192,10 +194,10 @@ def _plan_group(recipe: Recipe, checkpoint: Checkpoint, group: list[str], matche
             before = plans[name].before
             if result.nbytes > before and not step.may_grow:
                 raise RecipeError(
-                    f"passes.{number} ({step.step}) would make {name} larger: {before:,} → "
+                    f"passes.{number} ({step.kind}) would make {name} larger: {before:,} → "
                     f"{result.nbytes:,.0f} bytes; ignore it, or use fewer bits or larger groups"
                 )
-            plans[name] = LinearPlan((*plans[name].steps, step.step), before, result)
+            plans[name] = LinearPlan((*plans[name].steps, step.kind), before, result)
     return plans
 
 

@@ -9,32 +9,16 @@ from difflib import get_close_matches
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticUndefined
 
 from ..runtime.errors import RecipeError
-from .passes.base import Pass
-from .passes.linear.armor import ArmorPass
-from .passes.linear.eora import Eora
-from .passes.linear.gptq import Gptq
-from .passes.linear.lorc import Lorc
-from .passes.linear.rtn import Rtn
-from .passes.linear.sparse24 import SparsePass
-from .passes.linear.w8a8 import W8A8Pass
-from .passes.model.expert_prune import ExpertPrune
-from .passes.model.expert_width import ExpertWidth
+from .passes import PASSES, AnyPass
+from .passes.base import LinearPass
 
-PASSES: dict[str, type[Pass]] = {
-    "rtn": Rtn, "gptq": Gptq, "w8a8": W8A8Pass, "sparse24": SparsePass, "armor": ArmorPass, "eora": Eora, "lorc": Lorc,
-    "expert_prune": ExpertPrune, "expert_width": ExpertWidth,
-}  # fmt: skip
-AnyPass = Annotated[
-    Rtn | Gptq | W8A8Pass | SparsePass | ArmorPass | Eora | Lorc | ExpertPrune | ExpertWidth,
-    Field(discriminator="kind"),
-]
 _Path = tuple[str | int, ...]
 
 
@@ -79,6 +63,11 @@ class Recipe(BaseModel):
     data: Data = Field(Data(), description="the text that calibrates")
     passes: tuple[AnyPass, ...] = Field(min_length=1, description="in the order in which each linear goes through them")
     output: Output = Field(Output(), description="what is written")
+
+    @property
+    def linear_passes(self) -> dict[int, LinearPass]:
+        """Number in `passes` → the passes that rewrite linears."""
+        return {number: step for number, step in enumerate(self.passes) if isinstance(step, LinearPass)}
 
 
 def shipped() -> dict[str, str]:

@@ -17,7 +17,7 @@ from ..calibrate.walk import parts
 from ..runtime.errors import ResourceError
 from ..runtime.model.skeleton import Skeleton
 from .formats import is_expert
-from .passes.base import BUFFERS, Pass
+from .passes.base import BUFFERS
 from .recipe import Recipe
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def stage_memory(
     least = 0.0
     for index in range(skeleton.blocks):
         shapes = {name: (w.out_features, w.in_features) for name, w in skeleton.linears(index).items()}
-        wanting = {name: [step for step in recipe.passes if step.wants(name)] for name in shapes}
+        wanting = {name: [step for step in recipe.linear_passes.values() if step.wants(name)] for name in shapes}
         item = skeleton.dtype.itemsize
         sizes = {name: r * c for name, (r, c) in shapes.items()}
         # At the end the output is run once, each block decoded.
@@ -98,9 +98,8 @@ def _working(
     running = batch * (max(3 * item, item + 6) * widest + 12 * hidden) if needs else 0
     if needs and any(is_expert(name) for group in groups for name in group):  # every expert's inputs are kept
         running += len(chain_names(needs)) * batch * skeleton.experts_per_token * widest * item
-    asked: list[tuple[Pass, list[str]]] = [
-        (step, [name for name in group if step.wants(name)]) for group in groups for step in recipe.passes
-    ]
+    steps = recipe.linear_passes.values()
+    asked = [(step, [name for name in group if step.wants(name)]) for group in groups for step in steps]
     solving = (step.memory([linears[name].operator for name in names]) for step, names in asked if names)
     return max(float(running), *solving, 0.0)
 
@@ -135,7 +134,7 @@ def flops(recipe: Recipe, linears: Linears, needs: frozenset[str]) -> float:
         r, c = plan.operator.shape
         if needs:  # about three forward passes per chain, and the statistics
             total += 2.0 * tokens * r * c * 3 * len(chain_names(needs)) + 2.0 * tokens * c * c
-        total += sum(step.flops(r, c) for step in recipe.passes if step.wants(name))
+        total += sum(step.flops(r, c) for step in recipe.linear_passes.values() if step.wants(name))
     return total
 
 

@@ -16,6 +16,7 @@ from compressor.runtime.errors import ModelError
 from compressor.runtime.hub import resolve_model
 from compressor.runtime.model.checkpoint import Checkpoint, non_finite
 from compressor.runtime.model.skeleton import Skeleton
+from compressor.runtime.model.view import Part, changed
 
 Pico = Callable[..., Path]
 
@@ -136,3 +137,21 @@ def test_model_names(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
             resolve_model(source)
     with pytest.raises(ModelError, match="no revisions"):
         resolve_model(str(folder), "main")
+
+
+def test_tensors_of_a_view_are_made_when_they_are_read(pico: Pico) -> None:
+    source = Checkpoint(pico("llama"))
+    norm, matrix = "model.layers.0.input_layernorm.weight", "model.layers.0.self_attn.q_proj.weight"
+    calls: list[str] = []
+
+    def scaled(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        calls.append(weight.device.type)
+        return (weight * scales).float()
+
+    view = changed(source, {matrix: Part((matrix, norm), scaled)})
+    assert calls == ["meta"]
+    assert view.tensors[matrix].dtype == torch.float32
+    assert view.tensors[matrix].shape == source.tensors[matrix].shape
+    assert torch.equal(view.tensor(matrix), (source.tensor(matrix) * source.tensor(norm)).float())
+    assert torch.equal(view.tensor(norm), source.tensor(norm))
+    assert calls == ["meta", "cpu"]

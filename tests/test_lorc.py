@@ -226,9 +226,9 @@ def test_gptq_on_factors_beats_rounding_them(groups: int) -> None:
         assert planned.scheme() == result.scheme()
         assert planned.nbytes == result.nbytes
         parts = {event.name for event in events if isinstance(event, LayerDone)}
-        if step.step == "gptq":
+        if step.kind == "gptq":
             assert parts == {f"{name}.down", f"{name}.up"} if groups == 1 else {f"{name}.down"}
-        found[step.step] = loss(result, weight, moment)
+        found[step.kind] = loss(result, weight, moment)
     least = loss(start, weight, moment)
     assert found["gptq"] - least < 0.65 * (found["rtn"] - least)
 
@@ -420,7 +420,7 @@ def test_a_run_goes_on_with_the_survey_it_made(
 
     with pytest.raises(KeyboardInterrupt):
         apply(job, interrupt)
-    monkeypatch.delattr("compressor.compress.passes.lorc.divergences")
+    monkeypatch.delattr("compressor.compress.passes.linear.lorc.divergences")
     apply(job, lambda event: None, resume=True)
     same_folders(tmp_path / "out", tmp_path / "whole")
 

@@ -1,0 +1,33 @@
+"""Every pass by its name in recipes: the parser, the schema and the docs follow this list."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args
+
+from pydantic import Field
+
+from .base import Pass
+from .linear.armor import ArmorPass
+from .linear.eora import Eora
+from .linear.gptq import Gptq
+from .linear.lorc import Lorc
+from .linear.rtn import Rtn
+from .linear.sparse24 import SparsePass
+from .linear.w8a8 import W8A8Pass
+from .model.expert_prune import ExpertPrune
+from .model.expert_width import ExpertWidth
+
+_ALL: tuple[type[Pass], ...] = (Rtn, Gptq, W8A8Pass, SparsePass, ArmorPass, Eora, Lorc, ExpertPrune, ExpertWidth)
+
+
+def kind_of(kind: type[Pass]) -> str:
+    """The name of a pass in recipes, which its only `kind` is."""
+    [name] = get_args(kind.model_fields["kind"].annotation)
+    return str(name)
+
+
+PASSES: dict[str, type[Pass]] = {kind_of(kind): kind for kind in _ALL}
+if TYPE_CHECKING:
+    AnyPass = Any
+else:
+    AnyPass = Annotated[Union[_ALL], Field(discriminator="kind")]  # noqa: UP007 (of a tuple)

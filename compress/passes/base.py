@@ -1,4 +1,8 @@
-"""What every pass is: a typed config, what it needs, what it would store, and what it does to a stage."""
+"""What every pass is: a typed config that is the pass itself, what it needs, what it would store, and what it does.
+
+There are two kinds. A `LinearPass` rewrites linears of a stage while the walk is there. A `ModelPass` looks at a whole
+model before the first block and makes another of it, which later passes, walk and writer take for the one on disk.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +15,16 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
 from torch import Tensor
+from typing_extensions import Self
 
 from ...calibrate.artefact import RoutingFolder
 from ...calibrate.walk import StageWork
+from ...runtime.model.checkpoint import Checkpoint
 from ...runtime.model.skeleton import Skeleton
 from ...runtime.operators import Dense, LowRank, Operator
 from ..events import Event, Surveyed
 
 BUFFERS = 48e6  # bytes: compiled kernels and scratch of the matrix library
-MADE = ("merged", "corrected", "refitted")  # new weights in the folder of a survey, later ones over earlier ones
 Need = Literal["reference", "moment", "cross", "metric", "routing", "text"]
 
 
@@ -58,10 +63,94 @@ class Cost:
 
     @classmethod
     def of(cls, steps: Sequence[Cost]) -> Cost:
-        """Of one step after the other."""
+        """The cost of one step after the other."""
         left = sum(step.left for step in steps)
         memory, disk = (max((getattr(step, key) for step in steps), default=0.0) for key in ("memory", "disk"))
         return cls(memory, left + disk, left, sum(step.flops for step in steps))
+
+
+class Pass(BaseModel):
+    """One entry of a recipe's `passes`: the config is the pass.
+
+    Attributes:
+        kind: the name under which recipes ask for the pass.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: str
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Statistics to collect for the pass; none for a pass without data.
+
+        `reference`: moments of the uncompressed model; `moment`: of the compressed chain, which serve for `reference`
+        too; `cross`: cross moments of the two chains besides; `metric`: how the linear's errors move the block;
+        `routing`: what experts do, and `text`: calibration text as such, which surveys alone ask for.
+        """
+        return frozenset()
+
+    def prepare(self, skeleton: Skeleton) -> Pass:
+        """This pass for a model of which headers are known.
+
+        Raises:
+            RecipeError: it cannot be applied to this model.
+        """
+        return self
+
+    @property
+    def to_survey(self) -> bool:
+        """Whether `survey` has still to be called; without `needs`, it reads weights only."""
+        return False
+
+    def survey(self, skeleton: Skeleton, survey: Survey) -> Pass:
+        """This prepared pass once it has looked at all weights; what it makes of them is left in `survey.folder`."""
+        return self
+
+    def survey_cost(self, skeleton: Skeleton, samples: int, sequence_length: int) -> Cost:
+        """What `survey` takes, for so much calibration text."""
+        return Cost()
+
+    @property
+    def text(self) -> str | None:
+        """The text that `survey` calibrates on, where it is another than the recipe's."""
+        return None
+
+    @property
+    def note(self) -> str:
+        """What a table of linears does not show of a prepared pass, in a few words."""
+        return ""
+
+
+class ModelPass(Pass):
+    """A pass that makes another model of the one there is: with fewer experts, or the same function in other weights.
+
+    Subclasses say by `rewritten` what that model is, and leave tensors that have no formula in folders, which `survey`
+    names by `with_made`.
+    """
+
+    _made: tuple[Path, ...] = PrivateAttr(default=())
+
+    def rewritten(self, checkpoint: Checkpoint, skeleton: Skeleton) -> Checkpoint:
+        """The checkpoint that the passes after this one see, and that is written; the same where nothing changes."""
+        raise NotImplementedError
+
+    def view(self, skeleton: Skeleton) -> Skeleton:
+        """The model of `rewritten`."""
+        checkpoint = self.rewritten(skeleton.checkpoint, skeleton)
+        unchanged = checkpoint is skeleton.checkpoint
+        return skeleton if unchanged else Skeleton(checkpoint, skeleton.dtype, skeleton.device)
+
+    @property
+    def made(self) -> tuple[Path, ...]:
+        """Folders of new weights that the survey left, later ones over earlier ones."""
+        return self._made
+
+    def with_made(self, folders: Sequence[Path]) -> Self:
+        """This pass, whose survey left new weights in some folders."""
+        result = self.model_copy()
+        result._made = tuple(folders)
+        return result
 
 
 def _check_pattern(pattern: str) -> str:
@@ -91,74 +180,18 @@ def factors(operator: LowRank) -> tuple[str, ...]:
     return ("down", "up") if operator.groups == 1 else ("down",)
 
 
-class Pass(BaseModel):
-    """One entry of a recipe's `passes`: the config is the pass."""
+class LinearPass(Pass):
+    """A pass that rewrites linears, a stage of a block at a time."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    step: ClassVar[str]
-    reshapes: ClassVar[bool] = False  # whether the passes after it see another model (`view`)
     may_grow: ClassVar[bool] = False  # whether weights may take more bytes, for the sake of something else
     targets: Patterns = Field(
         ("*",), description="linears to work on: globs over names without .weight, or re: patterns"
     )
     ignore: Patterns = Field((), description="linears to leave alone, of those that match targets")
-    _made: tuple[Path, ...] = PrivateAttr(default=())  # folders of new weights, left by the survey
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        """Statistics to collect before `apply`; none for a pass without data.
-
-        `reference`: moments of the uncompressed model; `moment`: of the compressed chain, which serve for `reference`
-        too; `cross`: cross moments of the two chains besides; `metric`: how the linear's errors move the block;
-        `routing`: what experts do, and `text`: calibration text as such, which surveys alone ask for.
-        """
-        return frozenset()
 
     def wants(self, name: str) -> bool:
         """Whether a linear, by its disk name without `.weight`, is this pass's to rewrite."""
         return any(matches(p, name) for p in self.targets) and not any(matches(p, name) for p in self.ignore)
-
-    def prepare(self, skeleton: Skeleton) -> Pass:
-        """This pass for a model of which headers are known.
-
-        Raises:
-            RecipeError: it cannot be applied to this model.
-        """
-        return self
-
-    @property
-    def to_survey(self) -> bool:
-        """Whether `survey` has still to be called; without `needs`, it reads weights only."""
-        return False
-
-    def survey(self, skeleton: Skeleton, survey: Survey) -> Pass:
-        """This prepared pass once it has looked at all weights; what it makes of them is left in `survey.folder`."""
-        return self
-
-    def surveyed(self, folder: Path) -> Pass:
-        """This pass, of which an earlier run of the same job has made `survey` in a folder."""
-        result = self.model_copy()
-        result._made = tuple(folder / name for name in MADE if (folder / name).is_dir())
-        return result
-
-    def survey_cost(self, skeleton: Skeleton, samples: int, sequence_length: int) -> Cost:
-        """What `survey` takes, for so much calibration text."""
-        return Cost()
-
-    @property
-    def text(self) -> str | None:
-        """The text that `survey` calibrates on, where it is another than the recipe's."""
-        return None
-
-    @property
-    def note(self) -> str:
-        """What a table of linears does not show of a prepared pass, in a few words."""
-        return ""
-
-    def view(self, skeleton: Skeleton) -> Skeleton:
-        """The model that the passes after this one see, and that is written."""
-        return skeleton
 
     def plan(self, name: str, operator: Operator, group: Mapping[str, Dense]) -> Operator:
         """The operator that `apply` will leave, on `meta`; of a low-rank one, each factor is rewritten.

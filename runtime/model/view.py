@@ -1,11 +1,15 @@
-"""Checkpoints seen as if they had been saved with fewer or narrower experts; nothing is read until it is asked for."""
+"""Checkpoints seen as if they had been saved with other tensors: fewer or narrower experts, or the same function in
+other weights. Nothing is read and nothing computed until it is asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -13,8 +17,19 @@ from ..errors import ModelError
 from .checkpoint import Checkpoint, TensorInfo
 from .families import with_text
 
-Cut = tuple[Sequence[int] | slice, ...]  # what stays, for each of the first dimensions
-_ALL = slice(None)
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor of a view.
+
+    Attributes:
+        sources: names of the tensors of the source that it is made of.
+        make: how, of those tensors in order; it works on `meta` too, by which shapes and dtypes are known. None for a
+            single one that stays as it is.
+    """
+
+    sources: tuple[str, ...]
+    make: Callable[..., Tensor] | None = None
 
 
 class View(Checkpoint):
@@ -22,48 +37,43 @@ class View(Checkpoint):
 
     Args:
         config: `config.json` of the view.
-        parts: name here → name there, and what stays of the tensor.
-        made: folders of safetensors files whose tensors, named as here, take the place of what would be cut; later
-            folders count.
+        parts: name here → what the tensor is.
+        made: folders of safetensors files whose tensors, named as here, take the place of others; later folders count.
     """
 
     def __init__(
         self,
         source: Checkpoint,
         config: Mapping[str, Any],
-        parts: Mapping[str, tuple[str, Cut]],
+        parts: Mapping[str, Part],
         made: Sequence[Path] = (),
     ) -> None:
         self._source, self.path, self.stored = source, source.path, source.stored
         self.config, self._parts = dict(config), parts
-        self.tensors = {name: self._info(*part) for name, part in parts.items()}
+        self.tensors = {name: self._info(part) for name, part in parts.items()}
         self._made: dict[str, Path] = {}
         for path in (path for folder in made for path in sorted(folder.glob("*.safetensors"))):
             with safe_open(path, framework="pt") as file:
                 self._made |= dict.fromkeys(file.keys(), path)
 
-    def _info(self, name: str, cut: Cut) -> TensorInfo:
-        info = self._source.tensors[name]
-        cuts = (*cut, *[_ALL] * (len(info.shape) - len(cut)))
-        sizes = zip(info.shape, cuts, strict=True)
-        shape = tuple(len(range(n)[c]) if isinstance(c, slice) else len(c) for n, c in sizes)
-        return TensorInfo(info.file, info.dtype, shape)
+    def _info(self, part: Part) -> TensorInfo:
+        infos = [self._source.tensors[name] for name in part.sources]
+        if part.make is None:
+            return infos[0]
+        made = part.make(*(torch.empty(info.shape, dtype=info.dtype, device="meta") for info in infos))
+        return TensorInfo(infos[0].file, made.dtype, tuple(made.shape))
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor by the view's name: new, or of the source."""
+        """A tensor by the view's name: new, or made of the source's."""
         if name in self._made:
             with safe_open(self._made[name], framework="pt") as file:
                 made: Tensor = file.get_tensor(name)
             return made
         if name not in self._parts:
             raise ModelError(f"{self.path}: the checkpoint has no tensor {name!r}")
-        source, cut = self._parts[name]
-        tensor = self._source.tensor(source)
-        for dimension, stays in enumerate(cut):
-            if stays != _ALL:
-                whole = (_ALL,) * dimension
-                tensor = tensor[(*whole, stays if isinstance(stays, slice) else list(stays))]
-        return tensor
+        part = self._parts[name]
+        sources = [self._source.tensor(source) for source in part.sources]
+        return sources[0] if part.make is None else part.make(*sources)
 
     def stored_tensor(self, name: str) -> Tensor:
         """The source's, by its own name."""
@@ -71,6 +81,11 @@ class View(Checkpoint):
 
     def release(self) -> None:
         self._source.release()
+
+
+def changed(source: Checkpoint, parts: Mapping[str, Part], made: Sequence[Path] = ()) -> View:
+    """The same model with some tensors made otherwise."""
+    return View(source, source.config, {name: Part((name,)) for name in source.tensors} | dict(parts), made)
 
 
 def fewer_experts(source: Checkpoint, kept: Mapping[int, Sequence[int]], made: Sequence[Path] = ()) -> View:
@@ -84,22 +99,23 @@ def fewer_experts(source: Checkpoint, kept: Mapping[int, Sequence[int]], made: S
     """
     family = source.family
     experts, blocks = family.experts, source.text_config.get("num_hidden_layers")
-    parts: dict[str, tuple[str, Cut]] = {}
+    parts: dict[str, Part] = {}
     for name in source.tensors:
         index = source.block_index(name)
         if index is not None and blocks is not None and index >= blocks:
             continue
         if index is None or index not in kept:
-            parts[name] = name, ()
+            parts[name] = Part((name,))
             continue
         inside = family.inside(name)
         number = experts.number(inside)
         if number is None:
-            parts[name] = name, (kept[index],) if inside.startswith(experts.router + ".") else ()
+            cut = partial(_rows, numbers=tuple(kept[index])) if inside.startswith(experts.router + ".") else None
+            parts[name] = Part((name,), cut)
         elif number in kept[index]:
             rest = inside.removeprefix(f"{experts.where}.{number}.")
             place = f"{experts.where}.{list(kept[index]).index(number)}.{rest}"
-            parts[family.disk_name(f"{family.memory_name(name).removesuffix(inside)}{place}")] = name, ()
+            parts[family.disk_name(f"{family.memory_name(name).removesuffix(inside)}{place}")] = Part((name,))
     return View(source, pruned_config(source, {len(numbers) for numbers in kept.values()}), parts, made)
 
 
@@ -113,17 +129,17 @@ def narrower_experts(source: Checkpoint, width: int, made: Sequence[Path] = ()) 
     family, blocks = source.family, source.text_config.get("num_hidden_layers")
     experts = family.experts
     before = source.text_config[experts.width]
-    parts: dict[str, tuple[str, Cut]] = {}
+    parts: dict[str, Part] = {}
     for name, info in source.tensors.items():
         index = source.block_index(name)
         inside = family.inside(name) if index is not None else ""
-        cut: Cut = ()
+        cut = None
         if inside.startswith((experts.where + ".", experts.shared + ".")):
-            down = inside.endswith("down_proj.weight")
-            stays = slice(info.shape[1 if down else 0] // before * width)
-            cut = (_ALL, stays) if down else (stays,)
+            columns = inside.endswith("down_proj.weight")
+            stays = info.shape[1 if columns else 0] // before * width
+            cut = partial(_first, count=stays, columns=columns)
         if index is None or blocks is None or index < blocks:
-            parts[name] = name, cut
+            parts[name] = Part((name,), cut)
     return View(source, _without_further_layers(source, {experts.width: width}), parts, made)
 
 
@@ -138,3 +154,13 @@ def pruned_config(source: Checkpoint, counts: set[int]) -> dict[str, Any]:
 def _without_further_layers(source: Checkpoint, changes: Mapping[str, Any]) -> dict[str, Any]:
     beyond = {"num_nextn_predict_layers": 0} if "num_nextn_predict_layers" in source.text_config else {}
     return with_text(source.config, {**changes, **beyond})
+
+
+def _rows(tensor: Tensor, *, numbers: Sequence[int]) -> Tensor:
+    """Some rows, in the order given."""
+    return tensor[list(numbers)]
+
+
+def _first(tensor: Tensor, *, count: int, columns: bool) -> Tensor:
+    """The first rows or columns."""
+    return tensor[:, :count] if columns else tensor[:count]

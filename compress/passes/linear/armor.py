@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -34,7 +34,6 @@ from .sparse24 import sparse_operator, sparse_plan
 class ArmorPass(Calibrated):
     """Factorize each matrix into block-diagonal × 2:4 × block-diagonal."""
 
-    step: ClassVar[str] = "armor"
     kind: Literal["armor"]
     block_size: int = Field(
         128,
@@ -70,7 +69,7 @@ class ArmorPass(Calibrated):
         Raises:
             RecipeError: besides the common reasons, the blocks are so large that the factors are more than the weight.
         """
-        dense = plain_floats(self.step, name, operator)
+        dense = plain_floats(self.kind, name, operator)
         result = self._outline(name, dense, self.block_size, group)
         if result.nbytes >= dense.nbytes:
             smaller = (self._outline(name, dense, size, group) for size in range(self.block_size, 3, -1))
@@ -79,18 +78,18 @@ class ArmorPass(Calibrated):
                 f"the largest block_size that pays there is {pays}" if pays else "no block size pays there: ignore it"
             )
             raise RecipeError(
-                f"{self.step}: with blocks of {' and '.join(map(str, result.block_sizes))}, the factors of {name} take "
+                f"{self.kind}: with blocks of {' and '.join(map(str, result.block_sizes))}, the factors of {name} take "
                 f"{result.nbytes:,.0f} bytes, not less than its {dense.nbytes:,}; {hint}"
             )
         return result
 
     def _outline(self, name: str, dense: Dense, block_size: int, group: Mapping[str, Dense]) -> Armor:
-        core = sparse_plan(self.step, name, dense)
+        core = sparse_plan(self.kind, name, dense)
         rows, columns = dense.shape
         dtype = dense.weight.dtype
         if self.share and any(other.weight.dtype != dtype for other in group.values()):
             raise RecipeError(
-                f"{self.step}: {name} and what reads the same input are stored in different dtypes; no share"
+                f"{self.kind}: {name} and what reads the same input are stored in different dtypes; no share"
             )
         high = fitting_block([other.shape[0] for other in group.values()] if self.share else [rows], block_size)
         wide = fitting_block([columns], block_size)
@@ -150,9 +149,9 @@ class ArmorPass(Calibrated):
             work.linears[name] = result
             reason = f"solved as if all inputs mattered alike, for {group.reason}" if group.reason else solved.reason
             if reason:
-                yield Fallback(name, self.step, reason)
+                yield Fallback(name, self.kind, reason)
             error = float(losses[0][rows].sum() / losses[1][rows].sum().clamp(min=1e-30))
-            yield LayerDone.of(name, self.step, error, result, group.tokens)
+            yield LayerDone.of(name, self.kind, error, result, group.tokens)
 
     def _solve(self, goal: Tensor, moment: Tensor, energy: Tensor, high: int, wide: int, dtype: torch.dtype) -> Solved:
         """The factors of `[columns, rows]`, A and B as they will be stored."""

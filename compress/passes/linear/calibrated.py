@@ -18,7 +18,7 @@ from ....runtime.errors import RecipeError
 from ....runtime.operators import Dense, LowRank, Operator
 from ...solvers.lowrank import refit_up
 from ...solvers.system import NotSolvable, System, damped_system
-from ..base import Need, Pass, factors
+from ..base import LinearPass, Need, factors
 
 ROWS = 4096  # solved at a time: memory is bounded, and GEMMs are large enough
 
@@ -98,7 +98,7 @@ class Group:
         return list(torch.cat(list(parts)).split([len(weight) for weight in exact]))
 
 
-class Calibrated(Pass):
+class Calibrated(LinearPass):
     """Options of every pass that solves on calibration data."""
 
     correction: float = Field(

@@ -8,7 +8,7 @@ eigenvectors; the result is the same, and exact.)
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -26,7 +26,6 @@ from .calibrated import Calibrated, Group
 class Eora(Calibrated):
     """Add a low-rank residual that makes up for the error of the passes before."""
 
-    step: ClassVar[str] = "eora"
     kind: Literal["eora"]
     rank: int | None = Field(None, ge=1, description="of the residual; either this or budget")
     budget: float | None = Field(
@@ -63,21 +62,21 @@ class Eora(Calibrated):
         """
         if isinstance(operator, Dense | WithResidual):
             why = "nothing has compressed" if isinstance(operator, Dense) else "has a residual already"
-            raise RecipeError(f"{self.step} cannot take {name}, which {why}: put it after one other pass, once")
+            raise RecipeError(f"{self.kind} cannot take {name}, which {why}: put it after one other pass, once")
         if isinstance(operator, LowRank):
-            raise RecipeError(f"{self.step} cannot take {name}, whose latents are to be cached; let it ignore it")
+            raise RecipeError(f"{self.kind} cannot take {name}, whose latents are to be cached; let it ignore it")
         rows, columns = operator.shape
         dtype = _float_dtype(operator)
         before = rows * columns * dtype.itemsize
         rank = self.rank_for(rows, columns, dtype.itemsize)
         if rank < 1:
-            raise RecipeError(f"{self.step}: the budget {self.budget} is less than one rank of {name}; raise it")
+            raise RecipeError(f"{self.kind}: the budget {self.budget} is less than one rank of {name}; raise it")
         result = self._outline(operator, rank, dtype)
         if result.nbytes >= before:
             pays = next((r for r in range(rank, 0, -1) if self._outline(operator, r, dtype).nbytes < before), 0)
             hint = f"the largest rank that pays is {pays}" if pays else "none pays: ignore it"
             raise RecipeError(
-                f"{self.step}: with rank {rank}, {name} takes {result.nbytes:,.0f} bytes, not less than its "
+                f"{self.kind}: with rank {rank}, {name} takes {result.nbytes:,.0f} bytes, not less than its "
                 f"{before:,}; {hint}"
             )
         return result
@@ -119,15 +118,15 @@ class Eora(Calibrated):
         result = WithResidual(operator, LowRank(above, below))
         left, before = ((((m @ moment) * m).double().sum()) for m in (missing - result.residual.dense(), missing))
         if group.reason:
-            yield Fallback(name, self.step, f"as if all inputs mattered alike, for {group.reason}")
+            yield Fallback(name, self.kind, f"as if all inputs mattered alike, for {group.reason}")
         if left < before:  # rounding can eat what little there was to gain
             work.linears[name] = result
         else:
             left, result = before, WithResidual(operator, LowRank(self._stored(0 * up.to(dtype)), below))
             work.linears[name] = result
-            yield Fallback(name, self.step, "a residual of zeros, for there was nothing to make up for")
+            yield Fallback(name, self.kind, "a residual of zeros, for there was nothing to make up for")
         whole = ((target @ moment) * target).double().sum().clamp(min=1e-30)
-        yield LayerDone.of(name, self.step, float(left / whole), result, group.tokens)
+        yield LayerDone.of(name, self.kind, float(left / whole), result, group.tokens)
 
 
 def _float_dtype(operator: Operator) -> torch.dtype:

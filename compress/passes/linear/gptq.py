@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -41,7 +41,6 @@ _SHRINKS = (1.0, 0.95, 0.9, 0.85)  # of a group's range: cutting off the extreme
 class Gptq(Quantizer, Calibrated):
     """Quantize column after column, letting the columns that remain make up for the error."""
 
-    step: ClassVar[str] = "gptq"
     kind: Literal["gptq"]
     act_order: bool = Field(True, description="columns with large inputs first; costs nothing at run time")
     refinements: int = Field(3, ge=0, le=20, description="rounds of scale refit and coordinate descent; 0: plain GPTQ")
@@ -91,8 +90,8 @@ class Gptq(Quantizer, Calibrated):
             result = operator.with_inner(result)
         work.linears[name] = result
         if reason:
-            yield Fallback(name, self.step, reason)
-        yield LayerDone.of(name, self.step, error, result, group.tokens)
+            yield Fallback(name, self.kind, reason)
+        yield LayerDone.of(name, self.kind, error, result, group.tokens)
 
     def _apply_stacked(
         self, work: StageWork, group: Group, which: list[int], aims: list[tuple[Operator, Tensor]]

@@ -56,7 +56,6 @@ class Shape:
 class Lorc(Calibrated):
     """Let the KV cache hold low-rank latents of keys and values."""
 
-    step: ClassVar[str] = "lorc"
     may_grow: ClassVar[bool] = True
     kind: Literal["lorc"]
     ratio: float | None = Field(
@@ -117,7 +116,7 @@ class Lorc(Calibrated):
             RecipeError: no projection is to be cached, or keys could not be rotated again from the cache.
         """
         if why := rope_obstacle(skeleton.config):
-            raise RecipeError(f"{self.step}: latents cannot be cached for this model: {why}")
+            raise RecipeError(f"{self.kind}: latents cannot be cached for this model: {why}")
         config = skeleton.config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shapes: dict[str, Shape] = {}
@@ -127,10 +126,10 @@ class Lorc(Calibrated):
                 if self.wants(name) and skeleton.family.inside(name) in cached and not sliding(config, index):
                     shapes[name] = self._shape(name, linear, head_dim, index)
         if unknown := set(self.ranks or ()).difference(shapes):
-            raise RecipeError(f"{self.step}: ranks names {min(unknown)}, which is no projection that can be cached")
+            raise RecipeError(f"{self.kind}: ranks names {min(unknown)}, which is no projection that can be cached")
         if not shapes:
             raise RecipeError(
-                f"{self.step} finds no key or value projection to work on: targets and ignore leave none, or the model "
+                f"{self.kind} finds no key or value projection to work on: targets and ignore leave none, or the model "
                 "has them under sliding windows only, or latents of its own"
             )
         result = self.model_copy()
@@ -141,7 +140,7 @@ class Lorc(Calibrated):
             least = sum(result._cost(shape.step) for shape in shapes.values()) / result._budget(1)
             if share < least:
                 raise RecipeError(
-                    f"{self.step}: one step of ranks for each projection is {100 * least:.1f} % of the cache already; "
+                    f"{self.kind}: one step of ranks for each projection is {100 * least:.1f} % of the cache already; "
                     "ask for more, or give a smaller rank_step"
                 )
             result = result._with_ranks(result._rounded(dict.fromkeys(shapes, share), share), nominal=True)
@@ -152,7 +151,7 @@ class Lorc(Calibrated):
         heads = rows // head_dim
         together = {"joint": heads, "per_head": 1}.get(str(self.granularity)) or int(self.granularity)
         if heads % together:
-            raise RecipeError(f"{self.step}: granularity {together} does not divide the {heads} heads of {name}")
+            raise RecipeError(f"{self.kind}: granularity {together} does not divide the {heads} heads of {name}")
         groups = heads // together
         width = min(rows, groups * linear.in_features)
         step = self.rank_step or (16 if head_dim >= 64 else 8)
@@ -275,12 +274,12 @@ class Lorc(Calibrated):
         return self.planned(name, operator, group)  # factors of another lorc are no place for latents
 
     def planned(self, name: str, operator: Operator, group: Mapping[str, Dense]) -> Latent:
-        dense = plain_floats(self.step, name, operator)
+        dense = plain_floats(self.kind, name, operator)
         rows, columns = dense.shape
         rank, groups = self._ranks[name], self._shapes[name].groups
         width = self._shapes[name].width
         if rank % groups or not 0 < rank <= width:
-            raise RecipeError(f"{self.step}: {name} cannot have rank {rank}: at most {width}, in {groups} equal groups")
+            raise RecipeError(f"{self.kind}: {name} cannot have rank {rank}: at most {width}, in {groups} equal groups")
         up, down = (
             torch.empty(shape, dtype=dense.weight.dtype, device="meta")
             for shape in ((rows, rank // groups), (rank, columns))
@@ -296,7 +295,7 @@ class Lorc(Calibrated):
             moment = None if group.system is None else group.system.moment
             for name, target in zip(group.names, group.targets(), strict=True):
                 if group.reason:
-                    yield Fallback(name, self.step, f"factored without data, for {group.reason}")
+                    yield Fallback(name, self.kind, f"factored without data, for {group.reason}")
                 yield from self._rewrite(work, name, target, moment, group.tokens)
 
     def _rewrite(
@@ -314,7 +313,7 @@ class Lorc(Calibrated):
         result = Latent(Dense(up.to(dtype)), Dense(down.to(dtype)), groups, self.latent_bits)
         work.linears[name] = result
         tail = components.tail()
-        yield LayerDone.of(name, self.step, float(tail[rank] / tail[0].clamp(min=1e-30)), result, tokens)
+        yield LayerDone.of(name, self.kind, float(tail[rank] / tail[0].clamp(min=1e-30)), result, tokens)
 
 
 def _probed(curve: Tensor, rank: int, groups: int) -> int:

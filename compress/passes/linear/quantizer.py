@@ -12,11 +12,11 @@ from torch import Tensor
 from ....kernels.layouts import compress24
 from ....runtime.operators import Composite, Dense, IntQuantized, Operator, Sparse24
 from ...solvers.grid import Grid
-from ..base import Pass
+from ..base import LinearPass
 from .calibrated import plain_floats
 
 
-class Quantizer(Pass):
+class Quantizer(LinearPass):
     """Options of every integer quantizer."""
 
     bits: Literal[2, 3, 4, 5, 6, 8] = Field(4, description="bits of a code, scales not counted")
@@ -39,10 +39,10 @@ class Quantizer(Pass):
         if isinstance(operator, Composite):
             return operator.with_inner(self.planned(name, operator.inner, group))
         if isinstance(operator, Sparse24):
-            values = plain_floats(self.step, name, operator.values).weight
+            values = plain_floats(self.kind, name, operator.values).weight
             weight = torch.empty(operator.shape, dtype=values.dtype, device="meta")
         else:
-            weight = plain_floats(self.step, name, operator).weight
+            weight = plain_floats(self.kind, name, operator).weight
         rows, columns = weight.shape
         size = self.group_for(columns)
         scales = torch.empty(rows, 1 if size < 0 else -(-columns // size), dtype=weight.dtype, device="meta")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -21,7 +21,6 @@ from .quantizer import Quantizer, quantized
 class Rtn(Quantizer):
     """Quantize each weight to the nearest value of its group's grid."""
 
-    step: ClassVar[str] = "rtn"
     kind: Literal["rtn"]
     search: bool = Field(
         False, description="choose each group's range to minimise the error weighted by the inputs' second moments"
@@ -44,7 +43,7 @@ class Rtn(Quantizer):
             statistics = work.statistics.get(name)
             result, error = self._rounded(operator, statistics, work.originals[name].dtype)
             work.linears[name] = result
-            yield LayerDone.of(name, self.step, error, result, statistics.tokens if statistics else 0)
+            yield LayerDone.of(name, self.kind, error, result, statistics.tokens if statistics else 0)
 
     def _rounded(
         self, operator: Operator, statistics: Statistics | None, stored: torch.dtype

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -34,7 +34,6 @@ _RELAXATION = 1.5  # in all sweeps but the last
 class SparsePass(Calibrated):
     """Prune to 2:4: half of the values and two bits for each that stays."""
 
-    step: ClassVar[str] = "sparse24"
     kind: Literal["sparse24"]
     method: Method = Field("sparsegpt_sweep", description="how pairs are chosen, and whether their values change")
     sweeps: int = Field(10, ge=1, le=100, description="rounds of sparsegpt_sweep")
@@ -47,7 +46,7 @@ class SparsePass(Calibrated):
         return needed if self.method.startswith("sparsegpt") else needed - {"cross"}
 
     def planned(self, name: str, operator: Operator, group: Mapping[str, Dense]) -> Operator:
-        return sparse_plan(self.step, name, plain_floats(self.step, name, operator))
+        return sparse_plan(self.kind, name, plain_floats(self.kind, name, operator))
 
     def flops(self, rows: int, columns: int) -> float:
         if not self.method.startswith("sparsegpt"):
@@ -72,8 +71,8 @@ class SparsePass(Calibrated):
                 result = sparse_operator(sparse.T.contiguous().to(group.originals[0].dtype), (sparse != 0).T)
                 work.linears[name] = result
                 if reason:
-                    yield Fallback(name, self.step, reason)
-                yield LayerDone.of(name, self.step, relative(losses, scale), result, group.tokens)
+                    yield Fallback(name, self.kind, reason)
+                yield LayerDone.of(name, self.kind, relative(losses, scale), result, group.tokens)
 
     def _pruned(self, weight: Tensor, target: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
         """The sparse weight for a stored one and its target, all `[columns, rows]`; losses and their scale by row."""

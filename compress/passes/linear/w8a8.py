@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -13,16 +13,15 @@ from ....calibrate.walk import StageWork
 from ....runtime.operators import W8A8, Dense, LowRank, Operator
 from ...events import Event, LayerDone
 from ...solvers.grid import range_grid, storable
-from ..base import Pass, factors
+from ..base import LinearPass, factors
 from .calibrated import plain_floats
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
-class W8A8Pass(Pass):
+class W8A8Pass(LinearPass):
     """Round weights to 8 bits, one scale a row; inputs meet them in 8 bits, one scale a token, found as they come."""
 
-    step: ClassVar[str] = "w8a8"
     kind: Literal["w8a8"]
     type: Literal["int", "float"] = Field(
         "int",
@@ -31,7 +30,7 @@ class W8A8Pass(Pass):
     )
 
     def planned(self, name: str, operator: Operator, group: Mapping[str, Dense]) -> Operator:
-        weight = plain_floats(self.step, name, operator).weight
+        weight = plain_floats(self.kind, name, operator).weight
         codes = torch.empty(weight.shape, dtype=self._codes, device="meta")
         return W8A8(codes, torch.empty(len(weight), 1, dtype=weight.dtype, device="meta"))
 
@@ -50,7 +49,7 @@ class W8A8Pass(Pass):
             if self.wants(name):
                 result, error = self._rounded(operator, work.originals[name].dtype)
                 work.linears[name] = result
-                yield LayerDone.of(name, self.step, error, result, 0)
+                yield LayerDone.of(name, self.kind, error, result, 0)
 
     def _rounded(self, operator: Operator, stored: torch.dtype) -> tuple[Operator, float]:
         """The operator, its floats rounded, and the share of their squares that is lost."""

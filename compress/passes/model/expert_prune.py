@@ -12,10 +12,10 @@ What the dropped ones knew need not all be lost: `merge` puts their weights into
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, PrivateAttr, model_validator
@@ -23,15 +23,15 @@ from torch import Tensor
 
 from ....calibrate.refit import fit
 from ....calibrate.routing import Routing, expert_output, expert_outputs, experts_of
-from ....calibrate.walk import StageWork
 from ....runtime.errors import RecipeError
+from ....runtime.model.checkpoint import Checkpoint
 from ....runtime.model.families import ExpertGroups
 from ....runtime.model.skeleton import Skeleton
 from ....runtime.model.view import fewer_experts
-from ...events import Event, ExpertsKept
+from ...events import ExpertsKept
 from ...solvers.merge import Neurons, averaged, clusters, redistributed
 from ...solvers.subsets import best_subset, few_enough, mixed, subset_losses
-from ..base import Cost, Need, Pass, Survey
+from ..base import Cost, ModelPass, Need, Survey
 from .experts import (
     Look,
     change_experts,
@@ -49,11 +49,9 @@ Criterion = Literal["reap", "frequency", "router_weight", "ean", "reconstruction
 Choice = tuple[tuple[int, ...], list[float]]  # what stays of a block, and every expert's score
 
 
-class ExpertPrune(Pass):
+class ExpertPrune(ModelPass):
     """Drop the experts of each block that matter least."""
 
-    step: ClassVar[str] = "expert_prune"
-    reshapes: ClassVar[bool] = True
     kind: Literal["expert_prune"]
     criterion: Criterion = Field("reap", description="which experts matter; random: for comparison")
     merge: Literal["none", "dern", "hc"] = Field(
@@ -129,12 +127,9 @@ class ExpertPrune(Pass):
             return frozenset()
         return frozenset({"routing"} if self._observes else {"text"} if self._makes else ())
 
-    def wants(self, name: str) -> bool:
-        return False  # no single linear: the survey, and then the view of the checkpoint
-
     @property
     def to_survey(self) -> bool:
-        return self._nominal or (self._makes and not self._made)
+        return self._nominal or (self._makes and not self.made)
 
     def prepare(self, skeleton: Skeleton) -> ExpertPrune:
         """With the first experts of each block, in place of which the survey puts those that matter.
@@ -142,14 +137,14 @@ class ExpertPrune(Pass):
         Raises:
             RecipeError: the model has no experts, or so many cannot go.
         """
-        blocks = expert_counts(self.step, skeleton)
+        blocks = expert_counts(self.kind, skeleton)
         [count] = set(blocks.values())
         grouped = skeleton.family.experts.groups(skeleton.config)
         groups = grouped.count
         keep = self.keep if self.keep is not None else count - round(count * (self.ratio or 0))
-        _check(self.step, keep, count, skeleton.experts_per_token, grouped)
+        _check(self.kind, keep, count, skeleton.experts_per_token, grouped)
         if self.criterion == "reconstruction" and groups > 1 and not few_enough(count, keep, groups):
-            raise RecipeError(f"{self.step}: reconstruction cannot search {groups} groups of so many; use reap")
+            raise RecipeError(f"{self.kind}: reconstruction cannot search {groups} groups of so many; use reap")
         result = self.model_copy()
         result._blocks, result._groups = blocks, groups
         if self.kept is None:
@@ -159,7 +154,7 @@ class ExpertPrune(Pass):
         ):
             equal = f", as many of each of {groups} groups" if groups > 1 else ""
             raise RecipeError(
-                f"{self.step}: kept has to name {keep} rising numbers below {count} for each block{equal}"
+                f"{self.kind}: kept has to name {keep} rising numbers below {count} for each block{equal}"
             )
         return result
 
@@ -168,11 +163,9 @@ class ExpertPrune(Pass):
         result._nominal = nominal
         return result
 
-    def view(self, skeleton: Skeleton) -> Skeleton:
+    def rewritten(self, checkpoint: Checkpoint, skeleton: Skeleton) -> Checkpoint:
         assert self.kept is not None
-        if not self._drops:
-            return skeleton
-        return Skeleton(fewer_experts(skeleton.checkpoint, self.kept, self._made), skeleton.dtype, skeleton.device)
+        return fewer_experts(checkpoint, self.kept, self.made) if self._drops else checkpoint
 
     def survey(self, skeleton: Skeleton, survey: Survey) -> ExpertPrune:
         """With the experts that matter in `kept`, each block's told as `ExpertsKept`; and with new weights."""
@@ -195,7 +188,7 @@ class ExpertPrune(Pass):
                     folder = survey.folder / name
                     folder.mkdir(exist_ok=True)
                     result._make(name, look, survey, folder)
-                    result._made = (*result._made, folder)
+                    result = result.with_made([*result.made, folder])
         return result
 
     def _make(self, name: str, look: Look, survey: Survey, folder: Path) -> None:
@@ -298,16 +291,13 @@ class ExpertPrune(Pass):
         if self.merge != "none" and self._drops:
             costs.append(merge_cost(skeleton, self._keep, compared=self.merge == "dern"))
         if self.refit and self._drops:
-            check_samples(self.step, samples)
+            check_samples(self.kind, samples)
             costs.append(refit_cost(self.view(skeleton), samples, sequence_length))
         return Cost.of(costs)
 
     @property
     def note(self) -> str:
         return f"{max(self._blocks.values())} → {self._keep} experts in {len(self._blocks)} blocks"
-
-    def apply(self, work: StageWork) -> Iterator[Event]:
-        yield from ()
 
 
 def saliency(seen: Routing, criterion: str) -> Tensor:

@@ -10,30 +10,26 @@ covariance of gradients). All down projections are then fitted to what the origi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 from torch import nn
 
 from ....calibrate.refit import Member, Routed, fit, normal_equations
-from ....calibrate.walk import StageWork
 from ....runtime.errors import RecipeError
+from ....runtime.model.checkpoint import Checkpoint
 from ....runtime.model.skeleton import Skeleton
 from ....runtime.model.view import narrower_experts
-from ...events import Event
 from ...solvers.neurons import eliminated, strongest
-from ..base import Cost, Need, Pass, Survey
+from ..base import Cost, ModelPass, Need, Survey
 from .experts import change_experts, check_samples, expert_counts, refit_cost
 
 _PARTS = ("gate_proj", "up_proj", "down_proj")
 
 
-class ExpertWidth(Pass):
+class ExpertWidth(ModelPass):
     """Narrow the experts of all blocks to the neurons that matter most."""
 
-    step: ClassVar[str] = "expert_width"
-    reshapes: ClassVar[bool] = True
     kind: Literal["expert_width"]
     criterion: Literal["obs", "activation"] = Field("obs", description="which neurons matter")
     refit: bool = Field(
@@ -61,14 +57,11 @@ class ExpertWidth(Pass):
 
     @property
     def to_survey(self) -> bool:
-        return self._narrows and not self._made
+        return self._narrows and not self.made
 
     @property
     def needs(self) -> frozenset[Need]:
         return frozenset({"text"}) if self.to_survey else frozenset()
-
-    def wants(self, name: str) -> bool:
-        return False  # no single linear: the survey, and then the view of the checkpoint
 
     def prepare(self, skeleton: Skeleton) -> ExpertWidth:
         """With the width that is left.
@@ -76,23 +69,20 @@ class ExpertWidth(Pass):
         Raises:
             RecipeError: the model has no experts, or kernels cannot work with so many neurons.
         """
-        expert_counts(self.step, skeleton)
+        expert_counts(self.kind, skeleton)
         before = int(skeleton.checkpoint.text_config[skeleton.family.experts.width])
         step = 64 if before >= 512 else 16
         after = self.width or (max(step, int(before * (1 - self.ratio) / step) * step) if self.ratio else before)
         if after > before or (after % step and after != before):
             raise RecipeError(
-                f"{self.step}: {after} of {before} neurons cannot stay: kernels need a multiple of {step}, at most that"
+                f"{self.kind}: {after} of {before} neurons cannot stay: kernels need a multiple of {step}, at most that"
             )
         result = self.model_copy()
         result._before, result._after = before, min(after, before)
         return result
 
-    def view(self, skeleton: Skeleton) -> Skeleton:
-        if not self._narrows:
-            return skeleton
-        view = narrower_experts(skeleton.checkpoint, self._after, self._made)
-        return Skeleton(view, skeleton.dtype, skeleton.device)
+    def rewritten(self, checkpoint: Checkpoint, skeleton: Skeleton) -> Checkpoint:
+        return narrower_experts(checkpoint, self._after, self.made) if self._narrows else checkpoint
 
     def survey(self, skeleton: Skeleton, survey: Survey) -> ExpertWidth:
         """With the neurons that stay, and their weights."""
@@ -101,9 +91,7 @@ class ExpertWidth(Pass):
         folder = survey.folder / "refitted"
         folder.mkdir(exist_ok=True)
         change_experts(skeleton, skeleton, survey, folder, self._change, self.view(skeleton), _PARTS)
-        result = self.model_copy()
-        result._made = (folder,)
-        return result
+        return self.with_made([folder])
 
     def _change(self, routed: Routed, members: list[Member]) -> None:
         """Narrow the experts of a block, and fit what is left."""
@@ -128,12 +116,9 @@ class ExpertWidth(Pass):
         if not self.needs:
             return Cost()
         if self.refit:
-            check_samples(self.step, samples)
+            check_samples(self.kind, samples)
         return refit_cost(skeleton, samples, sequence_length, parts=len(_PARTS))
 
     @property
     def note(self) -> str:
         return f"experts of {self._before} → {self._after} neurons"
-
-    def apply(self, work: StageWork) -> Iterator[Event]:
-        yield from ()
