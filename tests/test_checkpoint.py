@@ -126,7 +126,7 @@ def test_families_and_quantized_inputs(folder: Path) -> None:
     change(folder / "config.json", quantization_config=None, model_type="gpt_oss")
     refused(folder, "'gpt_oss' is not supported: its experts have biases")
     change(folder / "config.json", model_type="gptj")
-    refused(folder, "'gptj' is not a known family; known: deepseek_v2, ")
+    refused(folder, "'gptj' is not a known family; known: cohere2, deepseek_v2, ")
 
 
 def test_model_names(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
