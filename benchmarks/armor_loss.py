@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from compressor.calibrate.chains import start_chains
 from compressor.calibrate.corpus import builtin_corpus, load_tokenizer, token_windows
+from compressor.calibrate.drive import start_chains
 from compressor.calibrate.walk import walk
 from compressor.compress.passes.linear.armor import fitting_block
 from compressor.compress.solvers.armor import Factors, alternate, total_loss

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..runtime.files import reserve, sync_folder, write_synced
-from ..runtime.model.skeleton import Skeleton
 
 BATCH_TOKENS = 4096  # tokens per micro-batch: enough to fill a GEMM, little enough to stay small beside a block
 
@@ -105,23 +104,3 @@ class Chains:
         file = open(path, "wb+")  # noqa: SIM115 (the spill keeps it)
         reserve(file, shape[0] * shape[1] * shape[2] * dtype.itemsize)
         return Spill(file, shape, dtype)
-
-
-def start_chains(skeleton: Skeleton, windows: Tensor, folder: Path, names: tuple[str, ...]) -> Chains:
-    """Generation 0: the embedded calibration windows `[samples, tokens]`, in every chain."""
-    chains = Chains(folder, names, (*windows.shape, skeleton.config.hidden_size))
-    for name in names:
-        target = chains.create(0, name)
-        for rows in chains.batches():
-            target[rows] = skeleton.embed(windows[rows])
-    chains.commit(0)
-    return chains
-
-
-def walk_chains(skeleton: Skeleton, windows: Tensor, folder: Path, names: tuple[str, ...]) -> Chains:
-    """Chains of a walk that has no journal, at the generation that an earlier try `reached`, or at the first."""
-    chains = Chains(folder, names, (*windows.shape, skeleton.config.hidden_size))
-    if chains.reached < 0:
-        start_chains(skeleton, windows, folder, names)
-        chains.advanced(0)
-    return chains

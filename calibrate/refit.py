@@ -8,7 +8,6 @@ inputs that the changed model gives it: ridge regression toward the D there is, 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,8 @@ from torch import Tensor, nn
 
 from ..runtime.errors import ModelError
 from ..runtime.model.skeleton import Skeleton
-from .chains import Chains, Spill, walk_chains
+from .chains import Chains, Spill
+from .drive import Block, drive
 from .routing import experts_of
 from .statistics import exact_products
 
@@ -240,47 +240,31 @@ def refit_blocks(
             and keeps what is new.
         done: told of each block that is behind, and the share of its output that is in error if it has experts.
     """
-    chains = walk_chains(original, windows, scratch, ("reference", "changed"))
-    for index in range(chains.reached, original.blocks):
-        layer = changed.block(index)
-        runner, experts = changed.runner(index, layer), experts_of(changed, layer)
-        reference = original.runner(index, original.block(index))
-        follow = chains.create(index + 1, "reference")
-        for rows in chains.batches():
-            follow[rows] = original.run(reference, chains.read(index, "reference")[rows])
+    for index, blocks, chains in drive({"reference": original, "changed": changed}, windows, scratch):
+        block = blocks["changed"]
+        experts, follow = experts_of(changed, block.layer), blocks["reference"].carry()
         if experts is not None:
-            members = members_of(changed, layer)
+            members = members_of(changed, block.layer)
             routed = Routed(chains, changed.dtype, changed.experts_per_token, changed.device)
-            _watch(changed, chains, index, runner, routed, members, follow)
-            change(index, layer, routed)
-        target, lost, whole = chains.create(index + 1, "changed"), 0.0, 0.0
+            _watch(block, routed, members, follow)
+            change(index, block.layer, routed)
+        target, lost, whole = block.carry(), 0.0, 0.0
         for rows in chains.batches():
-            target[rows] = changed.run(runner, chains.read(index, "changed")[rows])
             lost += float((target[rows] - follow[rows]).square().sum(dtype=torch.float64))
             whole += float(follow[rows].square().sum(dtype=torch.float64))
         done(index, lost / max(whole, 1e-30) if experts is not None else None)
-        chains.advanced(index + 1)
-    shutil.rmtree(scratch)
 
 
-def _watch(
-    skeleton: Skeleton,
-    chains: Chains,
-    index: int,
-    runner: Any,
-    routed: Routed,
-    members: Sequence[Member],
-    wanted: Spill,
-) -> None:
+def _watch(block: Block, routed: Routed, members: Sequence[Member], wanted: Spill) -> None:
     """Fill `routed` with what enters the experts, and with what they were to put out."""
-    experts = experts_of(skeleton, runner.layers[0])
+    experts = experts_of(block.skeleton, block.layer)
     assert experts is not None
     entered: list[Any] = []
     handle = experts.register_forward_pre_hook(lambda module, args: entered.append(args))
     downs = [member.module.down_proj.weight.float() for member in members]
-    share = skeleton.residual_scale  # of what is put out that is added
-    for rows in chains.batches():
-        output = skeleton.run(runner, chains.read(index, "changed")[rows])
+    share = block.skeleton.residual_scale  # of what is put out that is added
+    for rows in block.chains.batches():
+        output = block.run(rows)
         hidden, places, weights = entered.pop()
         routed.store(rows, hidden.to(routed.dtype), places, weights)
         missing = wanted[rows].to(output.device) - output

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from ..runtime.model.experts import Experts
 from ..runtime.model.skeleton import Skeleton
-from .chains import walk_chains
+from .drive import drive
 
 if TYPE_CHECKING:
     from .artefact import RoutingFolder
@@ -94,26 +93,19 @@ def observe_routing(
         kept: gets each block's sums, and the first 2,048 of the tokens that entered its experts.
         done: told each block that is behind.
     """
-    chains = walk_chains(skeleton, windows, scratch, ("routing",))
-    for index in range(chains.reached, skeleton.blocks):
-        layer = skeleton.block(index)
-        experts = experts_of(skeleton, layer)
-        runner, source = skeleton.runner(index, layer), chains.read(index, "routing")
-        target = chains.create(index + 1, "routing")
+    for index, blocks, _ in drive({"routing": skeleton}, windows, scratch):
+        experts = experts_of(skeleton, blocks["routing"].layer)
         seen, entered = Routing.empty(len(experts or ())), list[Tensor]()
         handles = [expert.register_forward_hook(_recorder(seen, n)) for n, expert in enumerate(experts or ())]
         if experts is not None:
             handles.append(experts.register_forward_pre_hook(_keeper(entered)))
-        for rows in chains.batches():
-            target[rows] = skeleton.run(runner, source[rows])
+        blocks["routing"].carry()
         for handle in handles:
             handle.remove()
         if experts is not None:
             kept.save(index, seen, torch.cat(entered))
-        chains.advanced(index + 1)
         done(index)
     kept.finish(index for index in range(skeleton.blocks) if experts_of(skeleton, skeleton.layers[index]))
-    shutil.rmtree(scratch)
 
 
 def experts_of(skeleton: Skeleton, layer: nn.Module) -> Experts | None:

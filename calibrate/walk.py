@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from ..runtime.model.skeleton import Skeleton
 from ..runtime.operators import Dense, Latent, Operator
 from .artefact import StatisticsFolder
 from .chains import Chains, Spill
+from .drive import carry
 from .probes import output_metrics
 from .routing import experts_of
 from .statistics import ENOUGH, Statistics
@@ -46,6 +48,17 @@ class StageWork:
     groups: list[list[str]]
     statistics: dict[str, Statistics] = field(default_factory=dict)
     metrics: dict[str, Tensor] = field(default_factory=dict)
+
+    def part(self, numbers: Sequence[int]) -> StageWork:
+        """Some of the groups by their numbers, to be rewritten on their own; what comes of it is put back by
+        `self.linears.update(part.linears)`."""
+        groups = [self.groups[number] for number in numbers]
+        names = {name for group in groups for name in group}
+
+        def some(table: dict[str, T]) -> dict[str, T]:
+            return {name: value for name, value in table.items() if name in names}
+
+        return StageWork(some(self.linears), some(self.originals), groups, some(self.statistics), some(self.metrics))
 
     @property
     def starved(self) -> dict[str, int]:
@@ -333,15 +346,17 @@ class Block:
         if self.kept is None:
             groups = [group for group in groups if any(self._disk(name) in self._wanted for name in group.linears)]
         capture = _Capture(self._runners["reference"].layers[0], groups, self.skeleton.dtype, stop=False)
-        target = self.chains.create(self.index + 1, "reference")
         sums: dict[Group, Statistics] = {}
-        for rows in self.chains.batches():
+
+        def run(rows: slice) -> Tensor:
             for group, (x, weights) in self._forward("reference", rows, capture).items():
                 if group not in sums:
                     sums[group] = Statistics.empty(x.shape[-1], cross=False, device=x.device)
                 sums[group].add(x, weights)
             assert capture.output is not None
-            target[rows] = capture.output
+            return capture.output
+
+        carry(self.chains, "reference", self.index + 1, run)
         capture.close()
         self._lend(groups, sums)
         self._runners.clear()
@@ -356,9 +371,7 @@ class Block:
         if self.chains is None:
             return
         for chain in self._runners:
-            target = self.chains.create(self.index + 1, chain)
-            for rows in self.chains.batches():
-                target[rows] = self._forward(chain, rows)
+            carry(self.chains, chain, self.index + 1, partial(self._forward, chain))
         self._runners.clear()
         self.chains.commit(self.index + 1)
 

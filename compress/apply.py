@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ..calibrate.artefact import RoutingFolder, StatisticsFolder
-from ..calibrate.chains import Chains, start_chains
+from ..calibrate.chains import Chains
 from ..calibrate.corpus import Corpus, builtin_corpus, file_corpus, load_tokenizer, token_windows
+from ..calibrate.drive import start_chains
 from ..calibrate.walk import Block, walk
 from ..kernels.dispatch import cpu_capability
 from ..runtime.errors import ModelError, RecipeError, ResourceError, VerifyError

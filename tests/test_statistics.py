@@ -57,3 +57,35 @@ def test_what_is_lent_counts_as_much_as_is_missing() -> None:
     alone = other.lent_to(None)
     assert (alone.tokens, alone.lent) == (0, 40)
     assert torch.equal(alone.moment, other.moment)
+
+
+def test_groups_of_a_stage_can_be_rewritten_apart() -> None:
+    from compressor.calibrate.walk import StageWork
+    from compressor.compress.recipe import parse_recipe
+    from compressor.runtime.operators import Dense
+
+    torch.manual_seed(0)
+    names = {"a": ["a.q", "a.k"], "b": ["b.q"]}
+    originals = {name: torch.randn(8, 32) for group in names.values() for name in group}
+    x = {group: torch.randn(200, 32) for group in names}
+
+    def work() -> StageWork:
+        statistics = {}
+        for group, members in names.items():
+            found = Statistics.empty(32, cross=False)
+            found.add(x[group])
+            statistics |= dict.fromkeys(members, found)
+        linears = {name: Dense(weight) for name, weight in originals.items()}
+        return StageWork(dict(linears), originals, list(names.values()), statistics)
+
+    [step] = parse_recipe("passes: [{kind: gptq, bits: 3, group_size: 16, correction: 0}]").linear_passes.values()
+    whole, parted = work(), work()
+    list(step.apply(whole))
+    for number in (1, 0):
+        part = parted.part([number])
+        assert set(part.linears) == set(part.statistics) == set(list(names.values())[number])
+        list(step.apply(part))
+        parted.linears.update(part.linears)
+    for name, operator in whole.linears.items():
+        assert torch.equal(operator.dense(), parted.linears[name].dense())
+        assert not torch.equal(operator.dense(), originals[name])

@@ -13,7 +13,8 @@ import torch
 from pico import FAMILIES, stock_logits
 from transformers import AutoModelForCausalLM
 
-from compressor.calibrate.chains import Chains, start_chains
+from compressor.calibrate.chains import Chains
+from compressor.calibrate.drive import start_chains
 from compressor.calibrate.walk import walk
 from compressor.runtime.model.checkpoint import Checkpoint
 from compressor.runtime.model.skeleton import Skeleton

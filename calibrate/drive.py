@@ -1,0 +1,90 @@
+"""The loop over the blocks of a model, and over the calibration text inside a block.
+
+Every look at a whole model goes through here. Were several processes to share one, each would drive its own samples:
+`carry` is where their shares would be handed out, and what is summed on the way would be added up behind it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..runtime.model.skeleton import Skeleton
+from .chains import Chains, Spill
+
+
+def carry(chains: Chains, chain: str, generation: int, run: Callable[[slice], Tensor]) -> Spill:
+    """Fill a generation of a chain, one micro-batch of samples after the other.
+
+    Args:
+        run: samples → what leaves the block for them, `[samples, tokens, hidden_size]`.
+    """
+    target = chains.create(generation, chain)
+    for rows in chains.batches():
+        target[rows] = run(rows)
+    return target
+
+
+def start_chains(skeleton: Skeleton, windows: Tensor, folder: Path, names: tuple[str, ...]) -> Chains:
+    """Generation 0: the embedded calibration windows `[samples, tokens]`, in every chain."""
+    chains = Chains(folder, names, (*windows.shape, skeleton.config.hidden_size))
+    for name in names:
+        carry(chains, name, 0, lambda rows: skeleton.embed(windows[rows]))
+    chains.commit(0)
+    return chains
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block that the text is at, in one chain.
+
+    Attributes:
+        layer: the block with its weights; runner: the decoder with this block alone.
+    """
+
+    skeleton: Skeleton
+    index: int
+    chain: str
+    chains: Chains
+    layer: Any
+    runner: Any
+
+    def run(self, rows: slice) -> Tensor:
+        """Some samples through the block, `[samples, tokens, hidden_size]`."""
+        return self.skeleton.run(self.runner, self.chains.read(self.index, self.chain)[rows])
+
+    def carry(self) -> Spill:
+        """All samples through the block, into the chain's next generation."""
+        return carry(self.chains, self.chain, self.index + 1, self.run)
+
+
+def drive(
+    skeletons: Mapping[str, Skeleton], windows: Tensor, folder: Path
+) -> Iterator[tuple[int, dict[str, Block], Chains]]:
+    """Every block of some models of one shape side by side, each model a chain of its own.
+
+    Whoever takes a block carries each chain over it (`Block.carry`) before asking for the next.
+
+    Args:
+        skeletons: chain → model.
+        windows: token ids `[samples, tokens]`.
+        folder: for activations; the drive goes on where an earlier one was interrupted. Deleted at the end.
+    """
+    first = next(iter(skeletons.values()))
+    chains = Chains(folder, tuple(skeletons), (*windows.shape, first.config.hidden_size))
+    if chains.reached < 0:
+        start_chains(first, windows, folder, tuple(skeletons))
+        chains.advanced(0)
+    for index in range(chains.reached, first.blocks):
+        blocks = {}
+        for chain, skeleton in skeletons.items():
+            layer = skeleton.block(index)
+            blocks[chain] = Block(skeleton, index, chain, chains, layer, skeleton.runner(index, layer))
+        yield index, blocks, chains
+        chains.advanced(index + 1)
+    shutil.rmtree(folder)
