@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -197,6 +197,20 @@ class W8A8Linear(RowsLinear):
         self._int8: Tensor | None = None
         if codes.dtype == torch.int8 and device.type == "cpu" and dispatch.cpu_capability().int8:
             self._int8 = cpu.pack_int8(codes)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> W8A8Linear:
+        """Moves what is stored as bytes, so that a cast of the model to another dtype leaves codes and scales alone."""
+        stored = {"codes": self.codes.dtype, "scales": self.scales.dtype}
+        self._view_stored(dict.fromkeys(stored, torch.uint8))
+        try:
+            super()._apply(fn, recurse)
+        finally:  # also where a device has no room for it
+            self._view_stored(stored)
+        return self
+
+    def _view_stored(self, dtypes: Mapping[str, torch.dtype]) -> None:
+        for name, dtype in dtypes.items():
+            setattr(self, name, getattr(self, name).view(dtype))
 
     def decode(self, rows: slice, dtype: torch.dtype, room: cpu.Room | None = None) -> Tensor:
         # Codes are exact in every dtype; scales, in that of the model.

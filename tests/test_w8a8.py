@@ -91,6 +91,47 @@ def test_products_are_of_rounded_inputs(
     assert torch.equal(linear.whole(dtype), made.dense(dtype))
 
 
+def narrow(kind: str, rows: int, columns: int) -> W8A8:
+    """One whose sums are exact even where a processor adds pairs of products of bytes in 16 bits."""
+    made = operator(kind, rows, columns)
+    return W8A8(made.codes.float().clamp_(-63, 63).to(made.codes.dtype), made.scales)
+
+
+@pytest.fixture(params=[False, True])
+def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Decoding, or oneDNN's products of bytes, which are slow on some processors, and there for all."""
+    able = bool(request.param)
+    monkeypatch.setattr(dispatch, "cpu_capability", lambda: dispatch.CpuCapability(False, False, able))
+    return able
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("loaded", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_casts_leave_codes_and_scales_alone(kind: str, loaded: torch.dtype, dtype: torch.dtype) -> None:
+    made = narrow(kind, 48, 64)
+    linear = stored_linear(made.to_tensors(), made.scheme(), torch.ones(48), loaded).to(dtype)
+    assert isinstance(linear, W8A8Linear)
+    assert torch.equal(linear.codes.view(torch.int8), made.codes.view(torch.int8))
+    assert torch.equal(linear.scales, made.scales[:, 0].float())
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    found, exact = linear(x), made.forward(x.double()) + 1
+    assert found.dtype == dtype
+    tolerance = {torch.bfloat16: 6e-3, torch.float16: 1e-3}.get(dtype, 1e-5)
+    assert (found - exact).norm() / exact.norm() < tolerance
+    assert linear.to(device="meta").codes.is_meta
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loaded_model_is_cast_as_any_other(pico: Pico, tmp_path: Path, kind: str) -> None:
+    out = compress(pico(), tmp_path / "out", step(kind))
+    assert torch.equal(logits(load(out, "cpu").float()), logits(load(out, "cpu", torch.float32)))
+    for dtype in (torch.bfloat16, torch.float16):
+        found, expected = (logits(model) for model in (load(out, "cpu").to(dtype), load(out, "cpu", dtype)))
+        assert (found - expected).norm() / expected.norm() < 0.1
+
+
 def test_what_follows_the_product_of_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     def kernel(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         return reference.linear_w8a8(x, codes, scales) + bias
