@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .layouts import unpack_codes
 from .reference import dequantize_int, quantize_rows
@@ -97,6 +98,29 @@ def linear_int8(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
         result[part] = sums.mul_(factors[:, None])
     return result.view(*x.shape[:-1], len(scales))
 
+
+# Codes → their copy in oneDNN's layout, for as long as these codes live. A module cannot hold it: a tensor without
+# storage is neither copied, saved nor traced, and another processor has another layout.
+_packed_codes = WeakIdKeyDictionary()
+
+torch.library.define("compressor::bytes_linear", "(Tensor x, Tensor codes, Tensor scales) -> Tensor")
+
+
+@torch.library.impl("compressor::bytes_linear", "cpu")
+def _bytes_linear(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """`linear_int8` for int8 codes `[rows, columns]`, which the first call packs."""
+    packed = _packed_codes.get(codes)
+    if packed is None:
+        packed = _packed_codes[codes] = pack_int8(codes)
+    return linear_int8(x, packed, scales)
+
+
+@torch.library.register_fake("compressor::bytes_linear")
+def _(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(codes))
+
+
+bytes_linear = torch.ops.compressor.bytes_linear
 
 Room = dict[str, Tensor]  # memory to decode into, tile after tile: fresh pages would cost more than the decoding
 

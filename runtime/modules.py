@@ -194,9 +194,11 @@ class W8A8Linear(RowsLinear):
         )
         self.register_buffer("codes", codes, persistent=False)
         self.register_buffer("scales", operator.scales[:, 0].float(), persistent=False)
-        self._int8: Tensor | None = None
-        if codes.dtype == torch.int8 and device.type == "cpu" and dispatch.cpu_capability().int8:
-            self._int8 = cpu.pack_int8(codes)
+        self._multiplies_bytes = codes.dtype == torch.int8 and dispatch.cpu_capability().int8
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._multiplies_bytes = self.codes.dtype == torch.int8 and dispatch.cpu_capability().int8  # of this machine
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> W8A8Linear:
         """Moves what is stored as bytes, so that a cast of the model to another dtype leaves codes and scales alone."""
@@ -226,8 +228,9 @@ class W8A8Linear(RowsLinear):
         return result if up is None or down is None else result + F.linear(down, up)
 
     def tiled(self, x: Tensor) -> Tensor:
-        if self._int8 is not None and x.device.type == "cpu":  # a loaded model may be moved
-            return cpu.linear_int8(x, self._int8, self.scales)
+        if self._multiplies_bytes and x.device.type == "cpu":  # a loaded model may be moved
+            product: Tensor = cpu.bytes_linear(x, self.codes, self.scales)
+            return product
         inputs, factors = quantize_rows(x.reshape(-1, x.shape[-1]), self.codes.dtype)
         return super().tiled(inputs.float().mul_(factors[:, None]).to(x.dtype).view(x.shape))
 

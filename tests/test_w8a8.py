@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -130,6 +133,52 @@ def test_a_loaded_model_is_cast_as_any_other(pico: Pico, tmp_path: Path, kind: s
     for dtype in (torch.bfloat16, torch.float16):
         found, expected = (logits(model) for model in (load(out, "cpu").to(dtype), load(out, "cpu", dtype)))
         assert (found - expected).norm() / expected.norm() < 0.1
+
+
+@pytest.fixture(scope="module")
+def eight_bits(pico: Pico, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compress(pico(), tmp_path_factory.mktemp("int8") / "out", step("int"))
+
+
+@pytest.mark.usefixtures("native")
+def test_a_loaded_model_is_copied_and_saved(eight_bits: Path, tmp_path: Path) -> None:
+    model = load(eight_bits, "cpu")
+    expected = logits(model)
+    assert torch.equal(logits(copy.deepcopy(model)), expected)
+    torch.save(model.model.layers[0].mlp, tmp_path / "saved.pt")
+    model.model.layers[0].mlp = torch.load(tmp_path / "saved.pt", weights_only=False)
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles by a compiler of C++")
+def test_a_loaded_model_is_compiled_whole(eight_bits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "cpu_capability", lambda: dispatch.CpuCapability(False, False, True))
+    linear = load(eight_bits, "cpu").model.layers[0].mlp.up_proj
+    compiled = torch.compile(linear, fullgraph=True)
+    with torch.no_grad():
+        for tokens in (1, 3, 5):
+            x = torch.randn(1, tokens, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+            assert torch.equal(compiled(x), linear(x))
+
+
+def test_a_saved_model_multiplies_as_the_machine_that_opens_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = operator("int", 48, 64)
+    linear = stored_linear(made.to_tensors(), made.scheme(), None, torch.float32)
+    monkeypatch.setattr(dispatch, "cpu_capability", lambda: dispatch.CpuCapability(False, False, False))
+    monkeypatch.setattr(cpu, "bytes_linear", None)
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(linear))(x), made.forward(x))
+
+
+def test_bytes_are_packed_once_and_not_for_longer_than_they_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, pack = [], cpu.pack_int8
+    monkeypatch.setattr(cpu, "pack_int8", lambda codes: (packed.append(len(codes)), pack(codes))[1])
+    codes, x, before = narrow("int", 48, 64).codes, torch.randn(3, 64), len(cpu._packed_codes)
+    products = [cpu.bytes_linear(x, codes, torch.ones(48)) for _ in range(2)]
+    assert torch.equal(*products)
+    assert (packed, len(cpu._packed_codes)) == ([48], before + 1)
+    del codes
+    assert len(cpu._packed_codes) == before
 
 
 def test_what_follows_the_product_of_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
