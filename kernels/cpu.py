@@ -63,7 +63,7 @@ def pack_int4(codes: Tensor, scales: Tensor, zeros: Tensor | None, span: int) ->
 
 def linear_int4(x: Tensor, weight: Int4) -> Tensor:
     """bf16 `[..., columns]` → bf16 `[..., rows]`."""
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
     columns = len(weight.pairs) * weight.group_size
     if weight.padded != weight.span:
         groups = columns // weight.padded

@@ -90,6 +90,15 @@ def test_native_int4_kernel_agrees_with_the_reference(
     assert (whole - exact - linear.bias.double()).norm() / exact.norm() < 6e-3
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("tokens", [0, 1, 3, 70])
+def test_inputs_need_not_be_contiguous(bits: int, tokens: int) -> None:
+    linear = module(make(48, 256, bits, 64, symmetric=True), torch.bfloat16, None)
+    hidden = torch.randn(tokens, 7, 256).to(torch.bfloat16)
+    for x in (hidden[:, -1], hidden[:, -1:], torch.randn(tokens, 512).to(torch.bfloat16)[:, ::2]):
+        assert torch.equal(linear(x), linear(x.clone(memory_format=torch.contiguous_format)))
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("bits", "group_size"), [(2, 32), (3, 16), (3, 64), (4, 128), (5, 32), (8, 64)])
 def test_decoding_is_exact_in_bfloat16(bits: int, group_size: int, symmetric: bool) -> None:
