@@ -172,13 +172,15 @@ def pack_latents(latents: Tensor, bits: int) -> Tensor:
     inverse = torch.where(scales == 0, 0.0, 1 / scales.float())
     codes = (splits * inverse).round_().clamp_(-half, half - 1).to(torch.int8).flatten(-2)[..., : rank + rank % 2]
     codes = codes[..., 0::2] & 15 | codes[..., 1::2] << 4 if bits == 4 else codes[..., :rank]
-    return torch.cat([codes.contiguous().view(torch.uint8), scales.squeeze(-1).view(torch.uint8)], -1)
+    return torch.cat([codes.contiguous().view(torch.uint8), scales.flatten(-2).view(torch.uint8)], -1)
 
 
 def unpack_latents(packed: Tensor, rank: int, bits: int, dtype: torch.dtype) -> Tensor:
     """The inverse of `pack_latents`, up to rounding: `[..., rank]` in `dtype`."""
     count = packed.shape[-1] - 2 * -(-rank // LATENT_SPLIT)
-    codes, scales = packed[..., :count].view(torch.int8), packed[..., count:].contiguous().view(torch.half)
+    # Scales behind an odd number of bytes are no halves where they lie.
+    codes = packed[..., :count].view(torch.int8)
+    scales = packed[..., count:].clone(memory_format=torch.contiguous_format).view(torch.half)
     if bits == 4:
         codes = torch.stack([codes << 4 >> 4, codes >> 4], -1).flatten(-2)[..., :rank]
     return (codes * scales.float().repeat_interleave(LATENT_SPLIT, -1)[..., :rank]).to(dtype)

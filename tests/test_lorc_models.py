@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,17 @@ def test_every_way_of_generating_agrees_with_none(pico: Pico, tmp_path: Path) ->
         assert torch.equal(generated(model, ids, **options), expected), options
     beams = {"num_beams": 3, "length_penalty": 0.0}
     assert torch.equal(generated(model, ids, **beams), generated(model, ids, **beams, use_cache=False))
+
+
+@pytest.mark.parametrize(("bits", "ranks"), [(8, (7, 31)), (4, (5, 29)), (4, (6, 10))])
+def test_prompts_of_one_token_need_no_even_rank(pico: Pico, tmp_path: Path, bits: int, ranks: tuple[int, int]) -> None:
+    """Behind an odd number of bytes of codes, scales lie at an odd address."""
+    sizes = {
+        f"model.layers.{i}.self_attn.{part}_proj": rank for i in (0, 1) for part, rank in zip("kv", ranks, strict=True)
+    }
+    made(f"{{kind: lorc, latent_bits: {bits}, ranks: {json.dumps(sizes)}}}", pico("llama", **FLOAT), tmp_path / "out")
+    model, ids = half(tmp_path / "out"), prompt(1, 1)
+    assert torch.equal(generated(model, ids), generated(model, ids, use_cache=False))
 
 
 def test_rows_of_a_padded_batch_are_those_of_single_prompts(pico: Pico, tmp_path: Path) -> None:
