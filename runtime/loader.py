@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from .attention import install_latent_attention
@@ -57,6 +58,7 @@ def load(
     head = family.disk_name("lm_head.weight") in checkpoint.tensors
     if not head or torch.equal(model.get_input_embeddings().weight, state["lm_head.weight"]):
         model.tie_weights()  # a head of its own is kept, whatever the config says, as transformers does
+    model.get_output_embeddings().register_forward_pre_hook(_without_gaps)
     pack_experts(model)
     left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if left:
@@ -69,6 +71,16 @@ def load(
         install_latent_attention(skeleton)
         model.save_pretrained = _cannot_be_saved
     return model.requires_grad_(False).eval()
+
+
+def _without_gaps(head: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    """What a head reads of a prompt, `hidden[:, -1:]`, as rows one behind the other.
+
+    Rows with gaps times a weight that wants no gradient are a batched product to torch, for which oneDNN copies the
+    weight, the largest of the model.
+    """
+    (hidden,) = inputs
+    return (hidden.flatten(0, -2).contiguous().view(hidden.shape),)
 
 
 def _cannot_be_saved(*args: Any, **options: Any) -> None:

@@ -8,11 +8,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from pico import FAMILIES, stock_logits
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from compressor.kernels.dispatch import CpuCapability, int4_path, products_dtype
@@ -56,6 +58,31 @@ def test_tied_embeddings_are_tied(pico: Pico) -> None:
     model = load(pico("llama", tie_word_embeddings=True))
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
     assert model.dtype == torch.bfloat16
+
+
+class Products(TorchDispatchMode):
+    """Names of products by the shape of their second factor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, tuple[int, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm):
+            self.seen.append((func.overloadpacket.__name__, tuple(args[1].shape)))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_head_is_multiplied_where_it_lies(pico: Pico, batch: int) -> None:
+    """A batched product of it would copy it, for each prompt."""
+    model, ids = load(pico()), torch.arange(30)[None].expand(batch, -1)
+    with torch.no_grad(), Products() as products:
+        last = model(ids, logits_to_keep=1).logits
+        whole = model(ids).logits
+    heads = [(name, shape) for name, shape in products.seen if shape[-1] == model.config.vocab_size]
+    assert heads == [("mm", (64, 128))] * 2
+    torch.testing.assert_close(last[:, 0], whole[:, -1])
 
 
 def test_dispatch_is_by_shape_and_capability() -> None:
