@@ -35,6 +35,7 @@ from compressor.kernels.cpu import (
     pack_int8,
 )
 from compressor.kernels.layouts import pack_codes
+from compressor.kernels.reference import quantize_rows
 from compressor.runtime import load
 
 RECIPES = {"int4": "passes: [{kind: rtn, bits: 4, group_size: 128}]", "w8a8": "passes: [{kind: w8a8}]"}
@@ -100,6 +101,31 @@ def bytes_kernels(size: int) -> None:
         found = medians(functions, 9)
         columns = "".join(f"{1e3 * value:9.2f}" for value in found.values())
         print(f"{tokens:>7}{columns}   {found['bf16'] / found['int8']:8.2f}", flush=True)
+
+
+def narrow_layers(columns: int) -> None:
+    """One token through layers of few rows, beside the same product without `linear_int8`'s padding."""
+    x = torch.randn(1, columns).to(torch.bfloat16)
+    print(f"\n{columns} columns, one token, 8 bits, µs:\n   rows     bf16     bare   padded   padded × bare")
+    for rows in (64, 128, 192, 256, 320):
+        codes, scales = torch.randint(-127, 128, (rows, columns)).to(torch.int8), torch.rand(rows)
+        dense, packed, zeros = codes.to(torch.bfloat16), pack_int8(codes), torch.zeros(rows, dtype=torch.int32)
+
+        def bare(packed: Any = packed, scales: Any = scales, zeros: Any = zeros) -> object:
+            inputs, factors = quantize_rows(x, torch.int8)
+            sums = torch.ops.onednn.qlinear_pointwise(
+                inputs, 1.0, 0, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+            )
+            return sums.mul_(factors[:, None]).to(x.dtype)
+
+        functions: dict[str, Callable[[], object]] = {
+            "bf16": lambda dense=dense: F.linear(x, dense),
+            "bare": bare,
+            "padded": lambda packed=packed, scales=scales: linear_int8(x, packed, scales),
+        }
+        found = medians(functions, 31)
+        figures = "".join(f"{1e6 * value:9.0f}" for value in found.values())
+        print(f"{rows:>7}{figures}   {found['bare'] / found['padded']:8.2f}", flush=True)
 
 
 @torch.no_grad()
@@ -178,5 +204,6 @@ if __name__ == "__main__":
     for bits, group_size, symmetric in ((4, 128, True), (4, 128, False), (4, 16, True), (3, 128, True), (2, 64, True)):
         kernels(options.size, bits, group_size, symmetric)
     bytes_kernels(options.size)
+    narrow_layers(576)
     prompts(options.prompt)
     models(options.layers, options.hidden_size, options.tokens, options.prompt)

@@ -17,6 +17,7 @@ from .reference import dequantize_int, quantize_rows
 
 TILE_ROWS = 512  # rows decoded at a time: the tile stays in cache between decoding and the GEMM
 TILE_TOKENS = 256  # rounded to bytes at a time, for the same reason
+SLOW_SUMS = 256  # tokens times rows, up to which oneDNN multiplies bytes one by one, at a fraction of the speed
 
 
 class Int4(NamedTuple):
@@ -82,20 +83,22 @@ def pack_int8(codes: Tensor) -> Tensor:
 
 
 def linear_int8(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
-    """`[..., columns]` → `[..., rows]`: inputs are rounded token by token, sums are exact.
+    """`[..., columns]` → `[..., rows]`: inputs are rounded token by token, sums are exact, padded or not.
 
     Args:
         packed: of `pack_int8`; scales: float32 `[rows]`.
     """
-    flat = x.reshape(-1, x.shape[-1])
+    flat, least = x.reshape(-1, x.shape[-1]), SLOW_SUMS // len(scales) + 1
     result, zeros = flat.new_empty(len(flat), len(scales)), torch.zeros(len(scales), dtype=torch.int32)
     for start in range(0, len(flat), TILE_TOKENS):
         part = slice(start, start + TILE_TOKENS)
         inputs, factors = quantize_rows(flat[part], torch.int8)
+        if len(inputs) < least:
+            inputs = F.pad(inputs, (0, 0, 0, least - len(inputs)))
         sums = torch.ops.onednn.qlinear_pointwise(
             inputs, 1.0, 0, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
-        result[part] = sums.mul_(factors[:, None])
+        result[part] = sums[: len(factors)].mul_(factors[:, None])
     return result.view(*x.shape[:-1], len(scales))
 
 

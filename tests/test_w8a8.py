@@ -8,10 +8,12 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationConfig
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from compressor.compress.apply import Job, apply
@@ -179,6 +181,33 @@ def test_bytes_are_packed_once_and_not_for_longer_than_they_live(monkeypatch: py
     assert (packed, len(cpu._packed_codes)) == ([48], before + 1)
     del codes
     assert len(cpu._packed_codes) == before
+
+
+class Sums(TorchDispatchMode):
+    """How many numbers each of oneDNN's products of bytes gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket is torch.ops.onednn.qlinear_pointwise:
+            self.seen.append(len(args[0]) * len(args[4]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 48, 128, 256, 257])
+def test_few_tokens_take_the_fast_product_to_the_same_bits(rows: int, dtype: torch.dtype) -> None:
+    made = narrow("int", rows, 96)
+    packed, scales = cpu.pack_int8(made.codes), made.scales[:, 0].float()
+    x = torch.randn(300, 96, generator=torch.Generator().manual_seed(1)).to(dtype)
+    inputs, factors = reference.quantize_rows(x, torch.int8)
+    exact = ((inputs.double() @ made.codes.double().T).float() * scales).mul_(factors[:, None]).to(dtype)
+    with Sums() as sums:
+        for tokens in (1, 2, 5, 256, 257, 300):
+            assert torch.equal(cpu.linear_int8(x[:tokens], packed, scales), exact[:tokens])
+    assert min(sums.seen) > 256
 
 
 def test_what_follows_the_product_of_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
