@@ -8,19 +8,20 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from compressor.compress.apply import Job, apply
 from compressor.compress.formats import choose_format
 from compressor.compress.recipe import parse_recipe
 from compressor.compress.verify import export_dense, verify
 from compressor.runtime import load
-from compressor.runtime.errors import CompressorError, RecipeError
+from compressor.runtime.errors import CompressorError, ModelError, RecipeError
 from compressor.runtime.operators import IntQuantized
 from compressor.runtime.stored import StoredModel
 
@@ -116,6 +117,44 @@ def test_what_no_one_else_can_say_goes_native(pico: Pico, tmp_path: Path, step: 
         compress(pico(family), tmp_path / "x", step, extra="output: {format: compressed-tensors}\n")
     assert not (tmp_path / "x").exists()
     assert not (tmp_path / "x.work").exists()
+
+
+@pytest.fixture(scope="module")
+def native(pico: Pico, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compress(pico(), tmp_path_factory.mktemp("native") / "out", "{kind: rtn, bits: 4, group_size: 64}")
+
+
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), {"": "cpu"}, {"model": "cpu", "lm_head": "cpu"}])
+def test_a_native_folder_takes_the_options_of_transformers(native: Path, device: Any) -> None:
+    model, report = AutoModelForCausalLM.from_pretrained(
+        native, dtype="float32", device_map=device, attn_implementation="eager", output_loading_info=True,
+        revision="main", low_cpu_mem_usage=True, quantization_config=None,
+    )  # fmt: skip
+    assert model.dtype == torch.float32
+    assert model.config._attn_implementation == "eager"
+    assert set(report) == {"missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"}
+    assert not any(report.values())
+    config = AutoConfig.from_pretrained(native)
+    config._attn_implementation = "eager"
+    again = AutoModelForCausalLM.from_pretrained(native, config=config, torch_dtype="auto")
+    assert (again.dtype, again.config._attn_implementation) == (torch.bfloat16, "eager")
+    sdpa = AutoModelForCausalLM.from_pretrained(native.parent, subfolder=native.name, dtype=torch.float32)
+    torch.testing.assert_close(logits(sdpa), logits(model), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"load_in_8bit": True}, "not loaded with load_in_8bit; leave that out"),
+        ({"num_hidden_layers": 1, "max_memory": {}}, "not loaded with max_memory, num_hidden_layers; leave"),
+        ({"experts_implementation": "eager"}, "not loaded with experts_implementation; leave"),
+        ({"device_map": {"model": "cpu", "lm_head": "meta"}}, "lies on one device; name that"),
+        ({"device_map": "balanced"}, "device_map='balanced': a compressed model lies on one device"),
+    ],
+)
+def test_what_a_native_folder_does_not_understand_is_refused(native: Path, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ModelError, match=said):
+        AutoModelForCausalLM.from_pretrained(native, **options)
 
 
 def test_a_process_without_compressor_stops_at_a_native_folder(pico: Pico, tmp_path: Path) -> None:
