@@ -15,7 +15,7 @@ from ..runtime.model.checkpoint import Checkpoint
 from ..runtime.model.skeleton import Skeleton, calibration_dtype
 from ..runtime.stored import open_model
 from .card import model_card
-from .formats import format_config
+from .formats import MODELING, MODELING_FILE, NATIVE, format_config
 from .plan import Plan
 from .recipe import resolved_yaml
 from .writer import ShardedWriter
@@ -35,6 +35,8 @@ def finish_folder(
     checkpoint = skeleton.checkpoint
     config = format_config(plan.format, checkpoint.config, plan.rewritten, _untouched(plan, skeleton))
     write_synced(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    if plan.format == NATIVE:
+        write_synced(folder / MODELING_FILE, MODELING)
     for path in checkpoint.side_files:
         copy_synced(path, folder / path.name)
     write_synced(folder / "recipe.yaml", job.recipe_text)

@@ -19,6 +19,16 @@ from ..runtime.operators import W8A8, Armor, Dense, IntQuantized, Latent, LowRan
 COMPRESSED_TENSORS, NATIVE, PLAIN = "compressed-tensors", "compressor", "dense"
 NATIVE_VERSION = 1
 
+# What a native folder holds for transformers to find us by, where its user trusts the code in it: no more than a name.
+MODELING_FILE = "modeling_compressor.py"
+MODELING = '''"""Opens this folder in transformers with `trust_remote_code=True`, where compressor is installed."""
+
+from compressor.runtime import CompressorConfig, CompressorForCausalLM
+
+__all__ = ["CompressorConfig", "CompressorForCausalLM"]
+'''
+_AUTO_MAP = {"AutoConfig": "CompressorConfig", "AutoModelForCausalLM": "CompressorForCausalLM"}
+
 
 @dataclass(frozen=True)
 class Readers:
@@ -189,6 +199,10 @@ def format_config(
         config["base_architectures"] = config.get("architectures")
         config["model_type"] = NATIVE
         config["architectures"] = ["CompressorForCausalLM"]
+        if "auto_map" in config:
+            config["base_auto_map"] = config["auto_map"]
+        module = MODELING_FILE.removesuffix(".py")
+        config["auto_map"] = {entry: f"{module}.{name}" for entry, name in _AUTO_MAP.items()}
         config["compressor"] = {
             "version": NATIVE_VERSION,
             "operators": [{**scheme, "targets": names} for scheme, names in schemes.values()],

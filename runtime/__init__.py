@@ -1,7 +1,7 @@
 """Load and run model folders: `from compressor.runtime import load`."""
 
-from .loader import load, register
+from .loader import CompressorConfig, CompressorForCausalLM, load, register
 
 register()
 
-__all__ = ["load"]
+__all__ = ["CompressorConfig", "CompressorForCausalLM", "load"]

@@ -186,4 +186,7 @@ def _original_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if "base_model_type" in original:
         original["model_type"] = original.pop("base_model_type")
         original["architectures"] = original.pop("base_architectures", None)
+        original.pop("auto_map", None)  # ours
+        if "base_auto_map" in original:
+            original["auto_map"] = original.pop("base_auto_map")
     return original

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -157,12 +158,53 @@ def test_what_a_native_folder_does_not_understand_is_refused(native: Path, optio
         AutoModelForCausalLM.from_pretrained(native, **options)
 
 
-def test_a_process_without_compressor_stops_at_a_native_folder(pico: Pico, tmp_path: Path) -> None:
-    out = compress(pico(), tmp_path / "out", "{kind: rtn, bits: 4, group_size: 64}")
-    code = f"from transformers import AutoModelForCausalLM\nAutoModelForCausalLM.from_pretrained({str(out)!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+def elsewhere(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run code in a process that imports nothing of ours by itself."""
+    environment = os.environ | {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, env=environment,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def test_a_process_without_compressor_stops_at_a_native_folder(native: Path, tmp_path: Path) -> None:
+    code = f"from transformers import AutoModelForCausalLM\nAutoModelForCausalLM.from_pretrained({str(native)!r})"
+    done = elsewhere(code, tmp_path)
     assert done.returncode != 0
-    assert "compressor" in done.stderr
+    assert "trust_remote_code=True" in done.stderr
+
+
+def test_trusting_its_code_opens_a_native_folder(native: Path, tmp_path: Path) -> None:
+    """Wherever compressor is installed, without importing it first: the model, its tokenizer, and a pipeline."""
+    manifest = json.loads((native / "compressor.json").read_text())
+    assert "modeling_compressor.py" in manifest["files"]
+    assert verify(native) == []
+    code = f"""
+import sys, torch, transformers
+assert "compressor" not in sys.modules
+model = transformers.AutoModelForCausalLM.from_pretrained({str(native)!r}, trust_remote_code=True, dtype="float32")
+assert "compressor.runtime.modules" in sys.modules
+torch.save(model(torch.arange(40)[None]).logits, "logits.pt")
+"""
+    done = elsewhere(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), logits(load(native, "cpu", torch.float32)))
+    code = f"""
+from transformers import pipeline
+print(pipeline("text-generation", {str(native)!r}, trust_remote_code=True, device="cpu")("import os", max_new_tokens=3))
+"""
+    done = elsewhere(code, tmp_path)
+    assert "generated_text" in done.stdout, done.stderr
+
+
+def test_code_of_the_model_itself_comes_back_from_a_native_folder(pico: Pico, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(pico(), model)
+    config = json.loads((model / "config.json").read_text()) | {"auto_map": {"AutoConfig": "theirs.TheirConfig"}}
+    (model / "config.json").write_text(json.dumps(config))
+    out = compress(model, tmp_path / "out", "{kind: rtn, bits: 4, group_size: 64}")
+    assert StoredModel(out).config["auto_map"] == config["auto_map"]
+    assert "base_auto_map" not in StoredModel(out).config
 
 
 def test_the_files_hold_what_the_plan_promised(pico: Pico, tmp_path: Path) -> None:
