@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from pretend import pretended
+from safetensors.torch import load_file, save_file
 
 from compressor.compress.apply import Job, apply
 from compressor.compress.recipe import parse_recipe
@@ -41,6 +43,13 @@ def recipe(passes: str, calibration_text: Path) -> str:
     return f"data: {{source: {calibration_text}, samples: 4, sequence_length: 32}}\npasses: {passes}\n"
 
 
+@pytest.fixture
+def rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks compute in bfloat16 on the CPU as on a GPU, whether the processor is fast at it or not."""
+    monkeypatch.setattr("compressor.runtime.skeleton.products_dtype", lambda capability: torch.bfloat16)
+
+
+@pytest.mark.usefixtures("rounded")
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_pretended_gpu_writes_the_same_bytes(
     name: str, pico: Callable[..., Path], calibration_text: Path, tmp_path: Path
@@ -53,6 +62,33 @@ def test_a_pretended_gpu_writes_the_same_bytes(
         assert device.met  # something was there
     for file in (tmp_path / "cpu").glob("*.safetensors"):
         assert (tmp_path / "gpu" / file.name).read_bytes() == file.read_bytes(), name
+
+
+@pytest.mark.usefixtures("rounded")
+@pytest.mark.parametrize(
+    "passes",
+    [
+        "[{kind: gptq, bits: 4, group_size: 32}]",
+        "[{kind: rtn, bits: 4, group_size: 32, search: true}, {kind: eora, rank: 4}]",
+        "[{kind: sparse24}]",
+        "[{kind: armor, block_size: 8, iterations: 1}, {kind: gptq, bits: 4, group_size: 32}]",
+        "[{kind: lorc, ratio: .5, calibrated: true}, {kind: gptq, bits: 4, group_size: -1}]",
+    ],
+)
+def test_inputs_that_are_all_zero_say_nothing_on_a_gpu_either(
+    passes: str, pico: Callable[..., Path], calibration_text: Path, tmp_path: Path
+) -> None:
+    source, text = tmp_path / "dead", recipe(passes, calibration_text)
+    shutil.copytree(pico("llama"), source)
+    tensors = load_file(source / "model.safetensors")
+    for norm in ("input_layernorm", "post_attention_layernorm"):  # whatever the first block's linears read
+        tensors[f"model.layers.0.{norm}.weight"].zero_()
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    run(text, source, tmp_path / "cpu", "cpu")
+    with pretended():
+        run(text, source, tmp_path / "gpu", "cuda")
+    found, expected = (tmp_path / device / "model.safetensors" for device in ("gpu", "cpu"))
+    assert found.read_bytes() == expected.read_bytes()
 
 
 def test_the_pretended_gpu_is_one() -> None:

@@ -170,7 +170,7 @@ class Calibrated(LinearPass):
                 if isinstance(operator.up, Dense):  # a pattern that is there already would not survive
                     weight = refit_up(target, moment, down, weight)
                 statistics = Statistics(group.tokens, down @ moment @ down.T)
-            known = _known(statistics, system_of, len(weight.T), products, group.reason)
+            known = _known(statistics, system_of, weight, products, group.reason)
             work.linears[above] = Dense(weight.to(dtype)) if isinstance(operator.up, Dense) else operator.up
             yield replace(
                 group, names=[above], operators=[work.linears[above]], originals=[weight.to(dtype)], shift=None, **known
@@ -187,7 +187,7 @@ class Calibrated(LinearPass):
     ) -> Group:
         operators, originals = [work.linears[n] for n in names], [work.originals[n] for n in names]
         statistics = work.statistics.get(names[0])
-        known = _known(statistics, system_of, originals[0].shape[1], products)
+        known = _known(statistics, system_of, originals[0], products)
         shift, system = None, known["system"]
         if self.correction and system is not None and statistics is not None and statistics.cross is not None:
             shift = Shift.of(statistics.cross, system, sum(len(original) for original in originals))
@@ -197,11 +197,15 @@ class Calibrated(LinearPass):
 def _known(
     statistics: Statistics | None,
     system_of: Callable[[Tensor], System],
-    columns: int,
+    weight: Tensor,
     products: torch.dtype,
     reason: str = "no calibration token came by (more data.samples?)",
 ) -> dict[str, Any]:
-    """What a group knows of its inputs: tokens, system, energy, and the reason where there is no system."""
+    """What a group knows of its inputs: tokens, system, energy, and the reason where there is no system.
+
+    Args:
+        weight: `[rows, columns]` of one of its linears, on the device where it is solved.
+    """
     tokens = 0 if statistics is None else statistics.tokens
     if statistics is not None and statistics.informed:
         if not statistics.moment.diagonal().any():
@@ -213,7 +217,8 @@ def _known(
                 return {"tokens": tokens, "system": system, "energy": energy, "reason": ""}
             except NotSolvable as error:
                 reason = str(error)
-    return {"tokens": tokens, "system": None, "energy": torch.ones(columns), "reason": reason}
+    energy = torch.ones(weight.shape[1], device=weight.device)
+    return {"tokens": tokens, "system": None, "energy": energy, "reason": reason}
 
 
 def plain_floats(step: str, name: str, operator: Operator) -> Dense:

@@ -109,7 +109,7 @@ class Eora(Calibrated):
     def _apply_one(self, work: StageWork, group: Group, number: int, target: Tensor) -> Iterator[Event]:
         name, operator, dtype = group.names[number], group.operators[number], group.originals[number].dtype
         rows, columns = operator.shape
-        moment = group.system.moment.float() if group.system else torch.eye(columns)
+        moment = group.system.moment.float() if group.system else torch.eye(columns, device=target.device)
         missing = group.alive(target - operator.dense())
         rank = self.rank_for(rows, columns, dtype.itemsize)
         up, down = best_low_rank(missing, moment, rank)
