@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ class StoredModel(Checkpoint):
             ) from None
         self.config = _original_config(self.config)
         self._suffixes = _suffixes(self.schemes, self.stored)
+        if self.format != NATIVE_TYPE:
+            _refuse_unknown_tensors(self.path, self.schemes, self._suffixes, self.stored)
         for name in self.schemes:
             shape = self.outline(name).shape
             owned = [stored_name(name, suffix) for suffix in self._suffixes[name]]
@@ -122,6 +125,7 @@ def _read_schemes(
         raise ModelError(
             f"{path}: quantized as {method!r}, which is not read here; compressed-tensors' {', '.join(_MARKS)} are"
         )
+    _refuse_unknown(path, "quantization_config", quantization, _understood(method))
     targets = [(target, group) for group in quantization["config_groups"].values() for target in group["targets"]]
     literal = dict(reversed(targets))
     patterns = [(re.compile(target[3:]), group) for target, group in targets if target.startswith("re:")]
@@ -138,6 +142,69 @@ def _read_schemes(
 # Formats of compressed-tensors that are read, and the tensor by which a compressed linear is known.
 _MARKS = {"pack-quantized": ".weight_packed", "int-quantized": ".weight_scale", "float-quantized": ".weight_scale"}
 
+_ANY = object()  # a value that is read here, or of no consequence for what a folder decodes to
+
+
+def _understood(method: str) -> dict[str, Any]:
+    """Keys that compressed-tensors writes for a format: what each may say, `*` standing for any name."""
+    arguments = dict.fromkeys(
+        ("num_bits", "type", "symmetric", "strategy", "group_size", "dynamic", "observer", "observer_kwargs"), _ANY
+    )
+    arguments |= {"actorder": ("weight", "static", False), "zp_dtype": ("torch.int8",)}
+    group = {"targets": _ANY, "weights": arguments, "input_activations": arguments, "format": (method,)}
+    sparsity = dict.fromkeys(
+        ("global_sparsity", "sparsity_structure", "targets", "ignore", "registry_requires_subclass"), _ANY
+    )
+    folder = ("quant_method", "format", "ignore", "version", "quantization_status", "global_compression_ratio")
+    return {
+        **dict.fromkeys(folder, _ANY),
+        "config_groups": {"*": group},
+        "sparsity_config": {**sparsity, "format": ("dense",)},
+    }
+
+
+def _refuse_unknown(path: Path, where: str, found: Any, understood: Any) -> None:
+    """Refuse what may mean other weights, or another model around them, than would be decoded.
+
+    Args:
+        where: the key in config.json.
+        found: its value; null and what is empty says nothing.
+        understood: the values it may have, or the same for each key of an object.
+    """
+    if understood is _ANY or found is None or found in ({}, []):
+        return
+    if isinstance(found, Mapping) and isinstance(understood, Mapping):
+        for key, value in found.items():
+            _refuse_unknown(path, f"{where}.{key}", value, understood.get(key, understood.get("*", ())))
+    elif isinstance(understood, Mapping) or found not in understood:
+        raise ModelError(
+            f"{path}/config.json: {where} is {reprlib.repr(found)}, which is not read here; decode the folder with the "
+            "tool that wrote it"
+        )
+
+
+def _refuse_unknown_tensors(
+    path: Path,
+    schemes: Mapping[str, Mapping[str, Any]],
+    suffixes: Mapping[str, Iterable[str]],
+    stored: Iterable[str],
+) -> None:
+    """Refuse tensors of compressed-tensors by which weights would be other than what is decoded."""
+    hint = "which is not read here; decode the folder with the tool that wrote it"
+    owned = set()
+    for name, found in suffixes.items():
+        known = {"weight", "weight_scale"}
+        if schemes[name]["kind"] == "int":
+            known = {"weight_packed", "weight_scale", "weight_shape"}
+            known |= set() if schemes[name]["symmetric"] else {"weight_zero_point"}
+        for suffix in found:
+            if suffix not in known:
+                raise ModelError(f"{path}: {name} has a tensor {suffix}, {hint}")
+            owned.add(stored_name(name, suffix))
+    for name in stored:
+        if name not in owned and re.search(r"\.(weight_\w+|\w+_(scale|zero_point|g_idx))$", name):
+            raise ModelError(f"{path}: {name} is of a linear in another format, {hint}")
+
 
 def _scheme(
     path: Path, name: str, method: str, weights: Mapping[str, Any], inputs: Mapping[str, Any] | None
@@ -145,6 +212,13 @@ def _scheme(
     """How `operators` names what a config group says of a linear."""
     kind, bits, group_size = weights.get("type", "int"), weights["num_bits"], weights.get("group_size") or -1
     if method == "pack-quantized" and kind == "int":
+        by = "group" if group_size > 0 else "channel"
+        strategy = weights.get("strategy") or ("tensor" if weights.get("group_size") is None else by)
+        if strategy != by or weights.get("dynamic") or inputs is not None:
+            raise ModelError(
+                f"{path}: {name} is {method} in a way that is not read here: packed integers need scales by group or "
+                "channel that are stored, and inputs as they are"
+            )
         return {"kind": "int", "bits": bits, "group_size": group_size, "symmetric": weights.get("symmetric", True)}
     by_row = weights.get("strategy") == "channel" and weights.get("symmetric", True) and bits == 8
     inputs = inputs or {}

@@ -357,6 +357,82 @@ def test_weights_that_are_not_plain_floats_are_refused(pico: Pico, tmp_path: Pat
         compress(model, tmp_path / "out", "{kind: rtn, bits: 4, group_size: 32}")
 
 
+def foreign(pico: Pico, out: Path, config: dict[str, object], tensors: dict[str, torch.Tensor]) -> Path:
+    """A 4-bit folder in which another tool might have put more: paths into config.json, and tensors of one linear."""
+    compress(pico(), out, "{kind: rtn, bits: 4, group_size: 32}")
+    content = json.loads((out / "config.json").read_text())
+    for path, value in config.items():
+        inner = content["quantization_config"]
+        *parents, last = path.split(".")
+        for parent in parents:
+            inner = inner["config_groups"]["group_0"] if parent == "group" else inner[parent]
+        inner[last] = value
+    (out / "config.json").write_text(json.dumps(content))
+    weights = load_file(out / "model.safetensors")
+    save_file(weights | tensors, out / "model.safetensors", {"format": "pt"})
+    return out
+
+
+LINEAR = "model.layers.0.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("config", "suffix", "match"),
+    [
+        ({}, "weight_g_idx", f"{LINEAR} has a tensor weight_g_idx, which is not read here"),
+        ({}, "weight_zero_point", f"{LINEAR} has a tensor weight_zero_point"),
+        ({}, "input_scale", f"{LINEAR} has a tensor input_scale"),
+        ({"group.weights.actorder": "group"}, "", r"group_0\.weights\.actorder is 'group', which is not read here"),
+        ({"group.weights.block_structure": [128, 128]}, "", r"weights\.block_structure is \[128, 128\]"),
+        ({"group.weights.scale_dtype": "torch.uint8"}, "", r"weights\.scale_dtype is 'torch.uint8'"),
+        ({"group.weights.sign": True}, "", r"weights\.sign is True"),
+        ({"group.weights.strategy": "tensor", "group.weights.group_size": None}, "", "need scales by group or channel"),
+        ({"group.weights.strategy": None, "group.weights.group_size": None}, "", "need scales by group or channel"),
+        ({"group.input_activations": {"num_bits": 8, "dynamic": True}}, "", "inputs as they are"),
+        ({"group.input_activations": {"num_bits": 8, "rotated": "yes"}}, "", r"input_activations\.rotated is 'yes'"),
+        ({"group.output_activations": {"num_bits": 8}}, "", r"group_0\.output_activations is {'num_bits': 8}"),
+        ({"group.format": "float-quantized"}, "", r"group_0\.format is 'float-quantized'"),
+        ({"kv_cache_scheme": {"num_bits": 8}}, "", r"quantization_config\.kv_cache_scheme is {'num_bits': 8}"),
+        ({"transform_config": {"config_groups": {"u": {}}}}, "", r"quantization_config\.transform_config is"),
+        ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "", r"sparsity_config\.format is 'sparse-24-bitmask'"),
+        ({"moe_sparsity_config": {"method": "prune"}}, "", r"quantization_config\.moe_sparsity_config is"),
+    ],
+)
+def test_what_would_change_the_weights_is_refused(
+    pico: Pico, tmp_path: Path, config: dict[str, object], suffix: str, match: str
+) -> None:
+    tensors = {f"{LINEAR}.{suffix}": torch.zeros(64, dtype=torch.int32)} if suffix else {}
+    with pytest.raises(ModelError, match=match) as caught:
+        load(foreign(pico, tmp_path / "out", config, tensors))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_linear_in_another_format_is_refused(pico: Pico, tmp_path: Path) -> None:
+    out = foreign(pico, tmp_path / "out", {}, {"lm_head.weight_scale": torch.ones(128, 1)})
+    with pytest.raises(ModelError, match=r"lm_head\.weight_scale is of a linear in another format"):
+        load(out)
+
+
+def test_what_changes_nothing_is_read(pico: Pico, tmp_path: Path) -> None:
+    """All that compressed-tensors has written over the years beside what matters."""
+    arguments = {
+        "actorder": "static", "block_structure": None, "observer": "minmax", "observer_kwargs": {"averaging": 1},
+        "scale_dtype": None, "zp_dtype": "torch.int8",
+    }  # fmt: skip
+    group = {"format": "pack-quantized", "input_activations": None, "output_activations": None}
+    folder = {
+        "version": "0.12.2", "sparsity_config": {}, "transform_config": {}, "kv_cache_scheme": None,
+        "global_compression_ratio": 1.5, "quantization_status": "frozen", "moe_sparsity_config": None,
+    }  # fmt: skip
+    changes = {f"group.weights.{key}": value for key, value in arguments.items()}
+    changes |= {f"group.{key}": value for key, value in group.items()} | folder
+    found = logits(load(foreign(pico, tmp_path / "out", changes, {})))
+    plain = logits(load(compress(pico(), tmp_path / "plain", "{kind: rtn, bits: 4, group_size: 32}")))
+    assert torch.equal(found, plain)
+    dense = {"format": "dense", "global_sparsity": 0.1, "sparsity_structure": "unstructured"}
+    assert torch.equal(logits(load(foreign(pico, tmp_path / "b", {"sparsity_config": dense}, {}))), plain)
+
+
 def test_a_damaged_description_is_said(pico: Pico, tmp_path: Path) -> None:
     out = compress(pico(), tmp_path / "out", "{kind: rtn, bits: 4, group_size: 32}")
     config = json.loads((out / "config.json").read_text())
