@@ -118,7 +118,8 @@ def apply(
         routing = None if statistics is None or of_linears else routing_folder(statistics, plan.recipe, fingerprint)
         journal.open(fingerprint, resume=resume)
         surveyed = _surveyed(job.recipe, skeleton, windows, texts, routing, journal, listener)
-        plan = make_plan(surveyed, skeleton, memory=float("inf") if kept is not None else memory)
+        if surveyed != plan.recipe:
+            plan = make_plan(surveyed, skeleton, memory=float("inf") if kept is not None else memory)
         job = replace(job, recipe=plan.recipe)
         if not any(entry.get("step") == "finished" for entry in journal.entries):
             _run(job, plan, windows, kept, journal, listener)
@@ -367,12 +368,16 @@ def _rewrite(recipe: Recipe, block: Block, listener: Listener) -> Iterator[Event
 
 
 def _store(block: Block, names: Sequence[str], plan: Plan, checkpoint: Checkpoint, writer: ShardedWriter) -> None:
-    """Write a block's tensors, read them back and compare what they decode to with what the passes meant."""
+    """Write a block's tensors, read them back and compare what they decode to with what the passes meant.
+
+    Args:
+        names: of the block's tensors in the checkpoint.
+    """
     tensors: dict[str, Tensor] = {}
     rewritten: dict[str, Operator] = {}
     for name in names:
         linear = name.removesuffix(".weight")
-        if linear in plan.linears and plan.linears[linear].steps:
+        if linear in plan.rewritten:
             operator = as_written(block.linears[linear], plan.format, checkpoint.tensors[name].dtype)
             rewritten[linear] = operator
             stored = operator.to_tensors()

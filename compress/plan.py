@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class Plan:
     room: float | None
     left: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def rewritten(self) -> dict[str, Operator]:
         return {name: plan.operator for name, plan in self.linears.items() if plan.steps}
 

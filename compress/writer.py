@@ -116,7 +116,10 @@ class ShardedWriter:
         for name, file in self.weight_map.items():
             index = block_index(name)
             last[file] = max(last.get(file, -1), -1 if index is None or index >= blocks else index)
-        return {block: [file for file, index in last.items() if index == block] for block in range(-1, blocks)}
+        found: dict[int, list[str]] = {block: [] for block in range(-1, blocks)}
+        for file, index in last.items():
+            found[index].append(file)
+        return found
 
     def hashes(self, files: Iterable[str]) -> dict[str, str]:
         """File name → sha256."""

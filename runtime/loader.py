@@ -163,7 +163,8 @@ def _one_device(wanted: Any) -> torch.device | None:
 def _loading_info(folder: Path) -> dict[str, Any]:
     """What transformers reports of a load: `load` refuses what is missing or of another shape."""
     skeleton = Skeleton(open_model(folder))
-    known = {skeleton.architecture.disk_name(name) for name in skeleton.model.state_dict()}
+    beside = skeleton.beside()
+    known = {beside.get(name) or skeleton.family.disk_name(name) for name in skeleton.model.state_dict()}
     unexpected = set(skeleton.checkpoint.tensors) - known
     return {"missing_keys": set(), "unexpected_keys": unexpected, "mismatched_keys": set(), "error_msgs": []}
 

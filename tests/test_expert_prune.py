@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from pico import interrupt, same_folders
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -256,6 +257,24 @@ def test_it_comes_before_what_rewrites_linears(pico: Pico) -> None:
     recipe = parse_recipe("passes: [{kind: rtn, group_size: 32}, {kind: expert_prune, keep: 2}]")
     with pytest.raises(RecipeError, match=r"passes\.1: expert_prune changes the model itself"):
         make_plan(recipe, Skeleton(Checkpoint(pico("qwen3_moe"))))
+
+
+def test_a_file_of_new_weights_is_opened_once(pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, opened = Checkpoint(pico("mixtral")), list[Path]()
+    names = [f"model.layers.0.block_sparse_moe.experts.{n}.w2.weight" for n in range(2)]
+    save_file({name: torch.full(source.tensors[name].shape, 7.0) for name in names}, tmp_path / "a.safetensors")
+    view = fewer_experts(source, {0: (1, 3), 1: (0, 2)}, [tmp_path])
+
+    def counted(path: Path, framework: str) -> object:
+        opened.append(path)
+        return safe_open(path, framework=framework)
+
+    monkeypatch.setattr("compressor.runtime.model.view.safe_open", counted)
+    assert all(bool((view.tensor(name) == 7).all()) for name in [*names, *names])
+    assert opened == [tmp_path / "a.safetensors"]
+    view.release()
+    assert bool((view.tensor(names[0]) == 7).all())
+    assert len(opened) == 2
 
 
 def test_the_view_of_fewer_experts_names_and_slices(pico: Pico) -> None:

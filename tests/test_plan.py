@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 from safetensors import safe_open
 
+from compressor import compress
 from compressor.compress.apply import Job, apply, open_source
 from compressor.compress.plan import make_plan, rows
 from compressor.compress.recipe import parse_recipe
@@ -75,6 +79,56 @@ def test_a_pass_may_not_make_a_tensor_larger(pico: Pico) -> None:
     }
     with pytest.raises(RecipeError, match=r"would make .*q_proj larger: 32 → 34 bytes; ignore it"):
         planned(pico("llama", **tiny), "  - {kind: rtn, bits: 8, group_size: 16}\n")
+
+
+def lines_run(work: Callable[[], object]) -> int:
+    """How many lines of this package `work` goes through, a comprehension's as often as it goes around."""
+    count, here = 0, str(Path(compress.__file__).parent.parent)
+
+    def trace(frame: FrameType, event: str, arg: object) -> Any:
+        nonlocal count
+        if not frame.f_code.co_filename.startswith(here):
+            return None
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def test_a_block_takes_no_more_work_in_a_larger_model(pico: Pico, tmp_path: Path) -> None:
+    """A mixture of experts has a hundred thousand tensors: none may be looked up by going through all others."""
+    text = "passes: [{kind: rtn, bits: 4, group_size: 32}]"
+
+    def run(blocks: int) -> int:
+        model, out = pico("qwen3_moe", num_hidden_layers=blocks), tmp_path / f"{blocks}"
+        job = Job(parse_recipe(text), text, (), model, out, "pico")
+        return lines_run(lambda: apply(job, lambda event: None))
+
+    run(1)
+    few, some, many = run(2), run(8), run(14)
+    assert many - some == pytest.approx(some - few, rel=0.001)
+
+
+def test_a_plan_that_no_survey_changes_is_made_once(
+    pico: Pico, calibration_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    monkeypatch.setattr(
+        "compressor.compress.apply.make_plan", lambda *a, **o: made.append(make_plan(*a, **o)) or made[-1]
+    )
+    data = f"data: {{source: {calibration_text}, samples: 4, sequence_length: 32}}\n"
+    for number, (passes, count) in enumerate([("{kind: gptq, bits: 4}", 1), ("{kind: lorc, ratio: .5}", 2)]):
+        text = f"{data}passes: [{passes}]"
+        job = Job(parse_recipe(text), text, (), pico(), tmp_path / f"{number}", "pico")
+        assert apply(job, lambda event: None) is made[-1]
+        assert len(made) == count
+        made.clear()
 
 
 def test_a_missing_text_is_said_before_anything_else(pico: Pico) -> None:

@@ -52,6 +52,7 @@ class View(Checkpoint):
         self.config, self._parts = dict(config), parts
         self.tensors = {name: self._info(part) for name, part in parts.items()}
         self._made: dict[str, Path] = {}
+        self._opened: dict[Path, Any] = {}
         for path in (path for folder in made for path in sorted(folder.glob("*.safetensors"))):
             with safe_open(path, framework="pt") as file:
                 self._made |= dict.fromkeys(file.keys(), path)
@@ -66,8 +67,10 @@ class View(Checkpoint):
     def tensor(self, name: str) -> Tensor:
         """A tensor by the view's name: new, or made of the source's."""
         if name in self._made:
-            with safe_open(self._made[name], framework="pt") as file:
-                made: Tensor = file.get_tensor(name)
+            path = self._made[name]
+            if path not in self._opened:
+                self._opened[path] = safe_open(path, framework="pt")
+            made: Tensor = self._opened[path].get_tensor(name)
             return made
         if name not in self._parts:
             raise ModelError(f"{self.path}: the checkpoint has no tensor {name!r}")
@@ -80,6 +83,7 @@ class View(Checkpoint):
         return self._source.stored_tensor(name)
 
     def release(self) -> None:
+        self._opened.clear()
         self._source.release()
 
 
