@@ -46,7 +46,7 @@ def recipe(passes: str, calibration_text: Path) -> str:
 @pytest.fixture
 def rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks compute in bfloat16 on the CPU as on a GPU, whether the processor is fast at it or not."""
-    monkeypatch.setattr("compressor.runtime.skeleton.products_dtype", lambda capability: torch.bfloat16)
+    monkeypatch.setattr("compressor.runtime.model.skeleton.products_dtype", lambda capability: torch.bfloat16)
 
 
 @pytest.mark.usefixtures("rounded")

@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ...kernels.dispatch import cpu_capability, products_dtype
@@ -180,6 +178,9 @@ class Skeleton:
         names = [name for name in self.checkpoint.tensors if not name.startswith(own)]
         if not names or self.model.base_model is self.decoder:
             return {}
+        from transformers.conversion_mapping import get_model_conversion_mapping  # slow to import, and rarely wanted
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+
         renamings = [rule for rule in get_model_conversion_mapping(self.model) if isinstance(rule, WeightRenaming)]
         known, prefix = self.model.state_dict(), self.model.base_model_prefix
         return {rename_source_key(name, renamings, [], prefix, known)[0]: name for name in names}
