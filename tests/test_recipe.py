@@ -110,3 +110,33 @@ def test_a_wrong_edit_is_named_and_not_the_line_it_replaced() -> None:
 def test_unknown_recipe_names_offer_the_nearest() -> None:
     with pytest.raises(RecipeError, match="did you mean 'w4a16-gptq'"):
         read_recipe("w4a16-gptk")
+
+
+@pytest.mark.parametrize(
+    ("entry", "key", "condition"),
+    [
+        ("kind: lorc, ratio: 0.5, correction: 0.5", "correction", "without calibrated: true"),
+        ("kind: lorc, ratio: 0.5, damping: 0.1", "damping", "without calibrated: true"),
+        ("kind: lorc, ratio: 0.5, sequential: false", "sequential", "without calibrated: true"),
+        ("kind: lorc, ratio: 0.5, objective: outputs", "objective", "without calibrated: true"),
+        ("kind: armor, solver: adam, polish: 10", "polish", "with solver: adam"),
+        ("kind: armor, objective: proxy, shrinkage: 0.3", "shrinkage", "with objective: proxy"),
+        ("kind: gptq, sequential: false, correction: 0.5", "correction", "with sequential: false"),
+        ("kind: sparse24, method: wanda, sweeps: 3", "sweeps", "with method: wanda"),
+        ("kind: sparse24, method: magnitude, damping: 0.1", "damping", "with method: magnitude"),
+        ("kind: expert_prune, ratio: 0.5, similarity: 0.2", "similarity", "without merge: dern"),
+        ("kind: expert_prune, ratio: 0.5, refit: false, damping: 0.1", "damping", "with refit: false"),
+        ("kind: expert_prune, ratio: 0.5, seed: 3", "seed", "without criterion: random"),
+        ("kind: expert_prune, ratio: 0.5, criterion: reconstruction, min_tokens: 3", "min_tokens", "reconstruction"),
+        ("kind: expert_width, ratio: 0.5, criterion: activation, refit: false, damping: 0.1", "damping", "activation"),
+    ],
+)
+def test_a_key_that_does_nothing_is_a_mistake(entry: str, key: str, condition: str) -> None:
+    with pytest.raises(RecipeError, match=rf"{key} does nothing .*{condition}.*: leave it out"):
+        parse_recipe(f"passes: [{{{entry}}}]")
+
+
+@pytest.mark.parametrize("name", list(shipped()))
+def test_a_recipe_with_every_default_written_out_is_the_same(name: str) -> None:
+    recipe = parse_recipe(shipped()[name])
+    assert parse_recipe(resolved_yaml(recipe)) == recipe

@@ -11,11 +11,10 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
 from torch import Tensor
-from typing_extensions import Self
 
 from ...calibrate.artefact import RoutingFolder
 from ...calibrate.walk import StageWork
@@ -23,6 +22,9 @@ from ...runtime.model.checkpoint import Checkpoint
 from ...runtime.model.skeleton import Skeleton
 from ...runtime.operators import Dense, LowRank, Operator
 from ..events import Event, Surveyed
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 BUFFERS = 48e6  # bytes: compiled kernels and scratch of the matrix library
 Need = Literal["reference", "moment", "cross", "metric", "routing", "text"]
@@ -79,6 +81,17 @@ class Pass(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: str
+
+    def _refuse_idle(self, condition: str, *keys: str) -> None:
+        """Raise a ValueError for a key that was given a value but does nothing.
+
+        Args:
+            condition: when that is, as in `with solver: adam`.
+        """
+        fields = type(self).model_fields
+        for key in keys:
+            if getattr(self, key) != fields[key].get_default():
+                raise ValueError(f"{key} does nothing {condition}: leave it out")
 
     @property
     def needs(self) -> frozenset[Need]:

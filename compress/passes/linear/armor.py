@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from ....calibrate.walk import StageWork
@@ -62,6 +62,14 @@ class ArmorPass(Calibrated):
     correction: float = Field(
         0.0, ge=0, le=1, description="how much of the error of earlier layers to make up for (α); 0: as published"
     )
+
+    @model_validator(mode="after")
+    def _nothing_idle(self) -> ArmorPass:
+        if self.solver == "adam":
+            self._refuse_idle("with solver: adam, which is what it adds to als", "polish")
+        if self.objective == "proxy":
+            self._refuse_idle("with objective: proxy, whose loss is diagonal", "shrinkage")
+        return self
 
     def planned(self, name: str, operator: Operator, group: Mapping[str, Dense]) -> Operator:
         """The factors on `meta`.

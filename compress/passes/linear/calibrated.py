@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from ....calibrate.statistics import Statistics
@@ -19,6 +19,9 @@ from ....runtime.operators import Dense, LowRank, Operator
 from ...solvers.lowrank import refit_up
 from ...solvers.system import NotSolvable, System, damped_system
 from ..base import LinearPass, Need, factors
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 ROWS = 4096  # solved at a time: memory is bounded, and GEMMs are large enough
 
@@ -110,6 +113,12 @@ class Calibrated(LinearPass):
         description="statistics of the model as compressed so far; false: of the original model, which can be kept and "
         "used again (--statistics), but cannot be corrected for earlier errors",
     )
+
+    @model_validator(mode="after")
+    def _no_idle_correction(self) -> Self:
+        if not self.sequential and self.correction:
+            self._refuse_idle("with sequential: false, which sees the original model only", "correction")
+        return self
 
     @property
     def needs(self) -> frozenset[Need]:

@@ -95,6 +95,8 @@ class Lorc(Calibrated):
             raise ValueError("give d_max and d_min, the larger first")
         if self.calibrated and self.d_max is not None:
             raise ValueError("calibrated distributes a ratio; d_max and d_min are of the plain method")
+        if not self.calibrated:
+            self._refuse_idle("without calibrated: true", "correction", "damping", "sequential", "objective")
         return self
 
     @property

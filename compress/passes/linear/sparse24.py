@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from ....calibrate.walk import StageWork
@@ -37,6 +37,16 @@ class SparsePass(Calibrated):
     kind: Literal["sparse24"]
     method: Method = Field("sparsegpt_sweep", description="how pairs are chosen, and whether their values change")
     sweeps: int = Field(10, ge=1, le=100, description="rounds of sparsegpt_sweep")
+
+    @model_validator(mode="after")
+    def _nothing_idle(self) -> SparsePass:
+        if self.method != "sparsegpt_sweep":
+            self._refuse_idle(f"with method: {self.method}", "sweeps")
+        if not self.method.startswith("sparsegpt"):
+            self._refuse_idle(f"with method: {self.method}, which changes no value", "correction")
+        if self.method == "magnitude":
+            self._refuse_idle("with method: magnitude, which takes no data", "damping", "sequential")
+        return self
 
     @property
     def needs(self) -> frozenset[Need]:

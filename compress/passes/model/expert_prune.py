@@ -100,6 +100,16 @@ class ExpertPrune(ModelPass):
             raise ValueError("give either ratio or keep")
         if self.criterion == "reconstruction" and self.merge == "hc":
             raise ValueError("reconstruction chooses experts that are to stand alone; hc merges: use reap with it")
+        if self.merge != "dern":
+            self._refuse_idle("without merge: dern", "similarity")
+        if not self.refit:
+            self._refuse_idle("with refit: false", "damping")
+        if self.criterion != "random":
+            self._refuse_idle("without criterion: random", "seed")
+        if self.criterion in ("reconstruction", "random"):
+            self._refuse_idle(f"with criterion: {self.criterion}", "min_tokens")
+        if self.criterion == "reconstruction":
+            self._refuse_idle("with criterion: reconstruction", "protect_super_experts")
         return self
 
     @property

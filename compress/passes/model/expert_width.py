@@ -49,6 +49,8 @@ class ExpertWidth(ModelPass):
     def _one_of_two(self) -> ExpertWidth:
         if (self.ratio is None) == (self.width is None):
             raise ValueError("give either ratio or width")
+        if self.criterion == "activation" and not self.refit:
+            self._refuse_idle("with criterion: activation and refit: false", "damping")
         return self
 
     @property
