@@ -45,36 +45,44 @@ def sliding(config: Any, index: int) -> bool:
 
 
 class RotaryTable:
-    """Cosines and sines of the slots of a cache, from the model's own rotary module; one for all layers."""
+    """Cosines and sines of the slots of a cache, from the model's own rotary module; one for all layers.
+
+    Threads may share one: each goes on with the tables it found or made, also where another puts longer ones in their
+    place.
+    """
 
     def __init__(self, rotary: nn.Module) -> None:
         self._rotary = rotary
         self._tables: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
-        self._halves: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+        self._halves: dict[torch.dtype, tuple[Tensor, tuple[Tensor, Tensor]]] = {}  # with the cosines they are of
 
-    def __call__(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """`[length, head_dim]` each, in the dtype and on the device of `like`."""
+    def _whole(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
         known = self._tables.get(like.dtype)
         if known is None or len(known[0]) < length or known[0].device != like.device:
             slots = torch.arange(max(1024, 1 << (length - 1).bit_length()), device=like.device)
             kind = ["full_attention"] if hasattr(self._rotary, "layer_types") else []  # others have a window
             cosines, sines = self._rotary(like.new_empty(1), slots[None], *kind)
             known = self._tables[like.dtype] = cosines[0], sines[0]
-            self._halves.pop(like.dtype, None)
-        return known[0][:length], known[1][:length]
+        return known
+
+    def __call__(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """`[length, head_dim]` each, in the dtype and on the device of `like`."""
+        cosines, sines = self._whole(length, like)
+        return cosines[:length], sines[:length]
 
     def halves(self, length: int, like: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
         """`[length or more, head_dim / 2]` each: those of the pairs of `layouts.pair_order`, all channels of a head."""
-        self(length, like)
-        if like.dtype not in self._halves:
-            cosines, sines = self._tables[like.dtype]
+        cosines, sines = self._whole(length, like)
+        known = self._halves.get(like.dtype)
+        if known is None or known[0] is not cosines:
             width = cosines.shape[1] // 2
             rest = (0, head_dim // 2 - width)
-            self._halves[like.dtype] = (
+            pairs = (
                 nn.functional.pad(cosines[:, :width], rest, value=1.0).contiguous(),
                 nn.functional.pad(sines[:, :width], rest).contiguous(),
             )
-        return self._halves[like.dtype]
+            known = self._halves[like.dtype] = cosines, pairs
+        return known[1]
 
 
 def rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:

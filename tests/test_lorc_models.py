@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from compressor.compress.apply import Job, apply
 from compressor.compress.plan import Plan
 from compressor.compress.recipe import parse_recipe
 from compressor.runtime import load
-from compressor.runtime.attention import LatentAttention, cache_bytes
+from compressor.runtime.attention import LatentAttention, RotaryTable, cache_bytes
 from compressor.runtime.errors import ModelError, RecipeError
 
 Pico = Callable[..., Path]
@@ -188,6 +189,44 @@ def test_only_one_of_keys_and_values_in_latents(pico: Pico, tmp_path: Path, whic
             parts = [model(input_ids=part, past_key_values=cache).logits for part in ids.split([4, 1, 5, 1, 1], 1)]
             near(torch.cat(parts, 1), expected)
             assert cache_bytes(cache) == plan.kv_after * ids.numel()
+
+
+class Angles(torch.nn.Module):
+    """A rotary module of one angle."""
+
+    def forward(self, x: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = slots[..., None].expand(-1, -1, 2).to(x.dtype)
+        return angles.cos(), angles.sin()
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_rotary_table_may_grow_between_any_two_lines(warm: bool) -> None:
+    """As it does where another thread reads more of a longer cache."""
+    like, lines = torch.empty(0), 12
+
+    def grow(frame: Any, event: str, argument: Any) -> Any:
+        nonlocal left
+        if frame.f_code is not RotaryTable.halves.__code__:
+            return None
+        left -= event == "line"
+        if left == 0:
+            table(5000, like)
+        return grow
+
+    for line in range(1, lines + 1):
+        table, left = RotaryTable(Angles()), line
+        if warm:
+            table.halves(7, like, 4)
+        before = sys.gettrace()
+        sys.settrace(grow)
+        try:
+            short = table.halves(7, like, 4)
+        finally:
+            sys.settrace(before)
+        for length, (cosines, sines) in ((7, short), (5000, table.halves(5000, like, 4))):
+            angles = torch.arange(float(length))
+            assert torch.equal(cosines[:length, 0], angles.cos())
+            assert torch.equal(sines[:length, 0], angles.sin())
 
 
 def test_layers_with_a_window_keep_their_cache(pico: Pico, tmp_path: Path) -> None:
