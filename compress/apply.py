@@ -25,7 +25,7 @@ from ..runtime.files import file_sha256
 from ..runtime.model.checkpoint import Checkpoint, non_finite
 from ..runtime.model.disk_experts import fuse
 from ..runtime.model.skeleton import Skeleton, calibration_dtype
-from ..runtime.operators import Operator, from_tensors, stored_name
+from ..runtime.operators import Operator, from_tensors, identical, stored_name
 from .events import BlockDone, Event, Fallback, LayerDone, Resumed, Starved, Surveyed
 from .folder import finish_folder
 from .formats import PLAIN, as_written
@@ -374,13 +374,13 @@ def _store(block: Block, names: Sequence[str], plan: Plan, checkpoint: Checkpoin
         names: of the block's tensors in the checkpoint.
     """
     tensors: dict[str, Tensor] = {}
-    rewritten: dict[str, Operator] = {}
+    rewritten: dict[str, tuple[Operator, list[str]]] = {}  # and the suffixes of its tensors
     for name in names:
         linear = name.removesuffix(".weight")
         if linear in plan.rewritten:
             operator = as_written(block.linears[linear], plan.format, checkpoint.tensors[name].dtype)
-            rewritten[linear] = operator
             stored = operator.to_tensors()
+            rewritten[linear] = operator, list(stored)
             tensors.update({stored_name(linear, suffix): tensor for suffix, tensor in stored.items()})
         else:
             tensors[name] = checkpoint.tensor(name)
@@ -390,12 +390,11 @@ def _store(block: Block, names: Sequence[str], plan: Plan, checkpoint: Checkpoin
     for name in tensors:
         if not torch.equal(writer.read(name), tensors[name].cpu()):
             raise VerifyError(f"{name}: what was read back is not what was written; check the disk")
-    for linear, operator in rewritten.items() if plan.format != PLAIN else ():
+    for linear, (operator, suffixes) in rewritten.items() if plan.format != PLAIN else ():
         parts = {
-            suffix: writer.read(stored_name(linear, suffix)).to(tensor.device)
-            for suffix, tensor in operator.to_tensors().items()
-        }
-        if not torch.equal(from_tensors(parts, operator.scheme()).dense(), operator.dense()):
+            suffix: tensors[stored_name(linear, suffix)] for suffix in suffixes
+        }  # a shared one is that of the last
+        if not identical(from_tensors(parts, operator.scheme()), operator):
             raise VerifyError(f"{linear}: decodes to other weights than were meant; this is a bug, please report it")
 
 

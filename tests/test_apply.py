@@ -10,9 +10,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +25,9 @@ from compressor.compress.apply import Job, apply
 from compressor.compress.recipe import parse_recipe
 from compressor.compress.verify import export_dense
 from compressor.compress.writer import ShardedWriter
-from compressor.runtime.errors import CompressorError, ModelError, ResourceError
+from compressor.kernels import layouts
+from compressor.runtime.errors import CompressorError, ModelError, ResourceError, VerifyError
+from compressor.runtime.operators import IntQuantized
 from compressor.runtime.stored import StoredModel
 
 Pico = Callable[..., Path]
@@ -191,6 +195,35 @@ def test_weights_that_are_not_finite_stop_the_run_before_work(job: Job, tmp_path
     with pytest.raises(ModelError, match=r"up_proj.weight holds NaN or infinite weights"):
         apply(Job(job.recipe, job.recipe_text, (), model, job.out, "bad"), quiet)
     assert not job.out.exists()
+
+
+def test_a_linear_is_packed_once_and_not_decoded_to_be_stored(
+    pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: Counter[str] = Counter()
+    for name in ("to_tensors", "dense"):
+        real = getattr(IntQuantized, name)
+
+        def counted(self: IntQuantized, *args: object, name: str = name, real: Callable[..., Any] = real) -> Any:
+            counts[name] += not self.codes.is_meta
+            return real(self, *args)
+
+        monkeypatch.setattr(IntQuantized, name, counted)
+    text = "passes: [{kind: rtn, bits: 4, group_size: 32}]"
+    apply(Job(parse_recipe(text), text, (), pico(), tmp_path / "out", "pico"), quiet)
+    assert counts == {"to_tensors": 14, "dense": 14}  # decoded when the output is run at the end
+
+
+@pytest.mark.parametrize("passes", ["{kind: rtn, bits: 4, group_size: 32}", "{kind: sparse24, method: magnitude}"])
+def test_what_decodes_to_something_else_is_found(
+    passes: str, pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = (layouts.pack_codes, layouts.pack_indices)
+    monkeypatch.setattr(layouts, "pack_codes", lambda codes, bits: real[0](codes.flip(0), bits))
+    monkeypatch.setattr(layouts, "pack_indices", lambda indices: real[1](indices.flip(0)))
+    text = f"passes: [{passes}]"
+    with pytest.raises(VerifyError, match=r"_proj: decodes to other weights than were meant"):
+        apply(Job(parse_recipe(text), text, (), pico(), tmp_path / "out", "pico"), quiet)
 
 
 def test_the_report_tells_every_linear(job: Job) -> None:

@@ -13,7 +13,7 @@ from compressor.compress.solvers.grid import range_grid
 from compressor.kernels import cpu
 from compressor.kernels.layouts import pack_codes
 from compressor.runtime.modules import IntLinear, stored_linear
-from compressor.runtime.operators import Dense, IntQuantized, Operator, bits_per_weight, from_tensors
+from compressor.runtime.operators import Dense, IntQuantized, Operator, bits_per_weight, from_tensors, identical
 
 
 def make(rows: int, columns: int, bits: int, group_size: int, symmetric: bool) -> IntQuantized:
@@ -44,6 +44,9 @@ def test_round_trip_and_plan(rows: int, columns: int, bits: int, group_size: int
     again = from_tensors(operator.to_tensors(), operator.scheme())
     assert isinstance(again, IntQuantized)
     assert torch.equal(again.dense(torch.float64), operator.dense(torch.float64))
+    assert identical(again, operator)
+    again.codes[-1, -1] ^= 1
+    assert not identical(again, operator)
     step = Gptq(kind="gptq", bits=bits, group_size=group_size, symmetric=symmetric)
     planned = step.plan("x", Dense(torch.empty(rows, columns, dtype=torch.bfloat16, device="meta")), {})
     assert planned.nbytes == operator.nbytes == stored_bytes(operator)

@@ -8,14 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from .armor import Armor
-from .base import Composite, Operator, Problem, bits_per_weight, stored_name
+from .base import Composite, Operator, Problem, bits_per_weight, identical, stored_name
 from .leaves import W8A8, Dense, IntQuantized
 from .lowrank import Latent, LowRank, WithResidual, cached_bytes
 from .sparse import Sparse24
 
 __all__ = [
     "W8A8", "Armor", "Composite", "Dense", "IntQuantized", "Latent", "LowRank", "Operator", "Problem", "Sparse24",
-    "WithResidual", "bits_per_weight", "cached_bytes", "from_tensors", "shared_prefixes", "stored_name",
+    "WithResidual", "bits_per_weight", "cached_bytes", "from_tensors", "identical", "shared_prefixes", "stored_name",
 ]  # fmt: skip
 
 KINDS: dict[str, Any] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -89,6 +89,18 @@ def bits_per_weight(operator: Operator) -> float:
     """Stored bits per weight, scales, indices and factors included."""
     rows, columns = operator.shape
     return 8 * operator.nbytes / (rows * columns)
+
+
+def identical(one: Any, other: Any) -> bool:
+    """Whether two operators (or parts of them) have the same form and the same numbers in it, so that they decode
+    alike."""
+    if one is other or type(one) is not type(other):
+        return one is other
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    if not is_dataclass(one):
+        return bool(one == other)
+    return all(identical(getattr(one, field.name), getattr(other, field.name)) for field in fields(one))
 
 
 def stored_name(linear: str, suffix: str) -> str:
