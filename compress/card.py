@@ -20,7 +20,9 @@ def model_card(
     """`README.md` of the output, from the plan and what happened."""
     load = "from compressor.runtime import load\nmodel = load(folder)"
     if "transformers" in plan.readers:
-        load = "from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained(folder)"
+        checkpoint = plan.skeleton.checkpoint
+        kind = "CausalLM" if checkpoint.text_config is checkpoint.config else "ImageTextToText"
+        load = f"from transformers import AutoModelFor{kind}\nmodel = AutoModelFor{kind}.from_pretrained(folder)"
     edits = "".join(f" --set {edit}" for edit in job.edits)
     made_with = f"`recipe.yaml` and `{edits[1:]}`" if edits else "`recipe.yaml`"
     ratio = plan.bytes_before / plan.bytes_after

@@ -53,10 +53,11 @@ def evaluate(
         windows: int64 `[samples, tokens]`; each is read on its own, its first token is not predicted.
         passed: told how many more windows are behind.
     """
-    if base is not None and base.config.vocab_size != model.config.vocab_size:
+    sizes = [each.config.get_text_config().vocab_size for each in (model, base) if each is not None]
+    if len(set(sizes)) > 1:
         raise ModelError(
-            f"the models have {model.config.vocab_size:,} and {base.config.vocab_size:,} tokens in their vocabularies: "
-            "compare a model with the one it came from"
+            f"the models have {sizes[0]:,} and {sizes[1]:,} tokens in their vocabularies: compare a model with the one "
+            "it came from"
         )
     batch = max(1, batch_tokens // windows.shape[1])
     own: list[Tensor] = []

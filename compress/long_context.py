@@ -66,11 +66,13 @@ def evaluate_long(model: Any, tokenizer: Any, windows: Tensor) -> LongEvaluation
 
 @torch.no_grad()
 def _losses(model: Any, ids: Tensor) -> Tensor:
-    """Of each token but the first, `[tokens - 1]`; logits of some tokens at a time."""
-    hidden = model.model(input_ids=ids[None].to(model.device), use_cache=False).last_hidden_state[0, :-1]
-    logs = (model.lm_head(part).float().log_softmax(-1).cpu() for part in hidden.split(_TOKENS))
-    wanted = ids[1:, None].split(_TOKENS)
-    return -torch.cat([part.gather(-1, token)[:, 0] for part, token in zip(logs, wanted, strict=True)])
+    """The loss of each token but the first, `[tokens - 1]`; some tokens at a time, those before in the cache."""
+    past, found = None, list[Tensor]()
+    for part, wanted in zip(ids[:-1].split(_TOKENS), ids[1:, None].split(_TOKENS), strict=True):
+        output = model(input_ids=part[None].to(model.device), past_key_values=past, use_cache=True)
+        past = output.past_key_values
+        found.append(output.logits[0].float().log_softmax(-1).cpu().gather(-1, wanted)[:, 0])
+    return -torch.cat(found)
 
 
 @torch.no_grad()

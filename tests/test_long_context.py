@@ -25,8 +25,10 @@ class Copier:
 
     device = "cpu"
 
-    def model(self, input_ids: Tensor, use_cache: bool) -> Any:
-        ids = input_ids[0].tolist()
+    def __call__(
+        self, input_ids: Tensor, use_cache: bool, logits_to_keep: int = 0, past_key_values: list[int] | None = None
+    ) -> Any:
+        ids = [*(past_key_values or []), *input_ids[0].tolist()]
         logits = torch.zeros(1, len(ids), 128)
         seen: dict[tuple[int, ...], int] = {}
         for place in range(7, len(ids)):
@@ -34,19 +36,16 @@ class Copier:
             if before in seen:
                 logits[0, place - 1, ids[seen[before]]] = 20
             seen[before] = place
-        return SimpleNamespace(last_hidden_state=logits)
-
-    def lm_head(self, hidden: Tensor) -> Tensor:
-        return hidden
-
-    def __call__(self, input_ids: Tensor, use_cache: bool, logits_to_keep: int) -> Any:
-        return SimpleNamespace(logits=self.model(input_ids, use_cache).last_hidden_state[:, -logits_to_keep:])
+        kept = logits_to_keep or input_ids.shape[1]
+        return SimpleNamespace(logits=logits[:, -kept:], past_key_values=ids)
 
 
-def test_spans_add_up_to_the_whole(pico: Pico) -> None:
-    model = load(pico("llama"), dtype=torch.float32)
+@pytest.mark.parametrize("family", ["llama", "granite", "gemma2", "llava"])
+def test_spans_add_up_to_the_whole(pico: Pico, family: str) -> None:
+    """Also where more than the output head follows the last block, or the language model is a part of several."""
+    model = load(pico(family), dtype=torch.float32)
     windows = torch.randint(1, 128, (3, 256), generator=torch.Generator().manual_seed(0))
-    found = evaluate_long(model, load_tokenizer(pico("llama")), windows)
+    found = evaluate_long(model, load_tokenizer(pico(family)), windows)
     assert [(span.start, span.end) for span in found.spans] == [(0, 64), (64, 128), (128, 256)]
     counts = [63, 64, 128]
     whole = sum(n * math.log(span.perplexity) for n, span in zip(counts, found.spans, strict=True)) / 255
