@@ -22,7 +22,7 @@ from ..calibrate.walk import Block, walk
 from ..kernels.dispatch import cpu_capability
 from ..runtime.errors import ModelError, RecipeError, ResourceError, VerifyError
 from ..runtime.files import file_sha256
-from ..runtime.model.checkpoint import Checkpoint, non_finite
+from ..runtime.model.checkpoint import Checkpoint
 from ..runtime.model.disk_experts import fuse
 from ..runtime.model.skeleton import Skeleton, calibration_dtype
 from ..runtime.operators import Operator, from_tensors, identical, stored_name
@@ -221,12 +221,9 @@ def make_fingerprint(
         ModelError: a weight is not finite (named).
     """
     checkpoint = skeleton.checkpoint
-    for name in non_finite((name, checkpoint.tensor(name)) for name in checkpoint.tensors):
-        raise ModelError(f"{checkpoint.path}: {name} holds NaN or infinite weights; get a sound copy of the model")
-    checkpoint.release()
-    files = [*checkpoint.files, "config.json", *(p.name for p in checkpoint.side_files)]
+    others = ["config.json", *(path.name for path in checkpoint.side_files)]
     return {
-        "model": {name: file_sha256(checkpoint.path / name) for name in files},
+        "model": checkpoint.digests() | {name: file_sha256(checkpoint.path / name) for name in others},
         "recipe": job.recipe.model_dump(mode="json"),
         "corpus": None if corpus is None else {"name": corpus.name, "sha256": corpus.sha256},
         "tokens": None if windows is None else windows.numel(),

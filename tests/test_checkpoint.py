@@ -11,9 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compressor.compress.apply import open_source
+from compressor.compress.apply import Job, make_fingerprint, open_source
+from compressor.compress.recipe import parse_recipe
 from compressor.runtime.errors import ModelError
+from compressor.runtime.files import file_sha256
 from compressor.runtime.hub import resolve_model
+from compressor.runtime.model import checkpoint as checkpoint_module
 from compressor.runtime.model.checkpoint import Checkpoint, non_finite
 from compressor.runtime.model.skeleton import Skeleton
 from compressor.runtime.model.view import Part, changed
@@ -118,6 +121,67 @@ def test_weights_that_are_not_finite_are_named(folder: Path, value: float) -> No
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
     assert list(non_finite(iter(tensors.items()))) == ["model.layers.1.mlp.up_proj.weight"]
+
+
+class Counted:
+    """A file that counts the bytes that are read of it."""
+
+    def __init__(self, path: Path, counts: dict[str, int]) -> None:
+        self.file, self.name, self.counts = open(path, "rb"), path.name, counts  # noqa: SIM115
+
+    def __enter__(self) -> Counted:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.file.close()
+
+    def read(self, size: int) -> bytes:
+        found = self.file.read(size)
+        self.counts[self.name] = self.counts.get(self.name, 0) + len(found)
+        return found
+
+    def readinto(self, room: memoryview) -> int:
+        size = self.file.readinto(room)
+        self.counts[self.name] = self.counts.get(self.name, 0) + size
+        return size
+
+
+@pytest.mark.parametrize("piece", [64, 1 << 22])
+def test_weight_files_are_read_once_to_be_hashed_and_searched(
+    sharded: Path, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: dict[str, int] = {}
+    monkeypatch.setattr(checkpoint_module, "PIECE", piece)
+    monkeypatch.setattr(checkpoint_module, "open", lambda path, mode: Counted(path, counts), raising=False)
+    monkeypatch.setattr(Checkpoint, "stored_tensor", lambda *_: pytest.fail("read another time"))
+    recipe = parse_recipe("passes: [{kind: rtn}]")
+    job = Job(recipe, "", (), sharded, sharded / "out", "pico")
+    found = make_fingerprint(job, Skeleton(open_source(sharded)), None, None, None)["model"]
+    assert counts == {path.name: path.stat().st_size for path in sharded.glob("*.safetensors")}
+    assert {"config.json", "tokenizer.json", *counts} <= set(found)
+    assert all(sha256 == file_sha256(sharded / name) for name, sha256 in found.items())
+
+
+@pytest.mark.parametrize("place", [0, 31, 32, 3000, -1])  # of elements, around the ends of pieces and of the tensor
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_a_weight_that_is_not_finite_is_named_wherever_it_lies(
+    folder: Path, place: int, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint_module, "PIECE", 64)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"].view(-1)[place] = value
+    save_file(tensors | {"counts": torch.full((5,), -1)}, folder / "model.safetensors")
+    with pytest.raises(ModelError, match=r": model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinite weights"):
+        open_source(folder).digests()
+
+
+def test_a_weight_of_a_fused_expert_is_named_by_its_linear(pico: Pico, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(pico("granitemoe"), tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.block_sparse_moe.input_linear.weight"][2, -1, 5] = torch.nan
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"experts\.2\.up_proj\.weight holds NaN or infinite weights"):
+        open_source(folder).digests()
 
 
 def test_families_and_quantized_inputs(folder: Path) -> None:

@@ -6,6 +6,7 @@ Folders come from strangers: file names may not leave the folder, headers are ch
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+PIECE = 1 << 22  # bytes of a weight file at a time
 _SIDE_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tekken.json", "chat_template.jinja",
@@ -157,6 +159,36 @@ class Checkpoint:
         inside = {name for names in self.block_names() for name in names}
         return [name for name in self.tensors if name not in inside]
 
+    def digests(self) -> dict[str, str]:
+        """sha256 of every weight file, each read once and a few megabytes at a time.
+
+        Raises:
+            ModelError: a weight is NaN or infinite (the tensor is named), or a file was cut short since it was opened.
+        """
+        return {file: self._digest(file) for file in self.files}
+
+    def _digest(self, file: str) -> str:
+        path, digest, room = self.path / file, hashlib.sha256(), memoryview(bytearray(PIECE))
+        with open(path, "rb") as opened:
+            size = opened.read(8)
+            header = opened.read(int.from_bytes(size, "little"))
+            digest.update(size + header)
+            offsets = {name: entry["data_offsets"] for name, entry in json.loads(header).items() if "dtype" in entry}
+            for name, (start, end) in sorted(offsets.items(), key=lambda item: item[1]):  # there are no gaps
+                dtype = self.stored[name].dtype
+                for begin in range(start, end, PIECE):
+                    piece = room[: min(PIECE, end - begin)]
+                    if opened.readinto(piece) != len(piece):
+                        raise ModelError(f"{path}: damaged or cut short; download or make the model again")
+                    digest.update(piece)
+                    if dtype.is_floating_point and not _finite(torch.frombuffer(piece, dtype=dtype)):
+                        names = [linear for linear, part in self._slices.items() if part.stored == name]
+                        bad = next(non_finite((linear, self.tensor(linear)) for linear in names), name)
+                        raise ModelError(
+                            f"{self.path}: {bad} holds NaN or infinite weights; get a sound copy of the model"
+                        )
+        return digest.hexdigest()
+
     def release(self) -> None:
         """Close the memory maps; the next `tensor` opens them again."""
         self._open.clear()
@@ -236,7 +268,12 @@ class Checkpoint:
 def non_finite(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[str]:
     """Names of the floating-point tensors that hold a NaN or an infinity."""
     for name, tensor in tensors:
-        # min and max propagate NaN and infinities; a piece at a time, for float8 has to be converted.
-        pieces = tensor.reshape(-1).split(1 << 22) if tensor.is_floating_point() else ()
-        if not all(torch.stack(piece.float().aminmax()).isfinite().all() for piece in pieces if piece.numel()):
+        # A piece at a time, for what is narrower than float32 is converted.
+        pieces = tensor.reshape(-1).split(PIECE) if tensor.is_floating_point() else ()
+        if not all(_finite(piece) for piece in pieces if piece.numel()):
             yield name
+
+
+def _finite(numbers: Tensor) -> bool:
+    # min and max propagate NaN and infinities.
+    return bool(torch.stack(numbers.float().aminmax()).isfinite().all())
