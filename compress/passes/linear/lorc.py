@@ -96,7 +96,8 @@ class Lorc(Calibrated):
         if self.calibrated and self.d_max is not None:
             raise ValueError("calibrated distributes a ratio; d_max and d_min are of the plain method")
         if not self.calibrated:
-            self._refuse_idle("without calibrated: true", "correction", "damping", "sequential", "objective")
+            idle = ["damping", "sequential", "objective", *(["correction"] if self.correction else [])]
+            self._refuse_idle("without calibrated: true", *idle)
         return self
 
     @property
