@@ -56,7 +56,8 @@ def test_what_is_written_is_what_runs(
     model = load(job.out, dtype=torch.float32)
     torch.testing.assert_close(logits(model), decoded_reference(job.out), rtol=1e-3, atol=1e-4)
     assert verify(job.out) == []
-    assert model.generate(IDS[:, :5], max_new_tokens=4, do_sample=False).shape == (1, 9)
+    generated = model.generate(IDS[:, :5], max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert generated.shape == (1, 9)
     for name in stored.schemes:
         operator = stored.operator(name)
         while not isinstance(operator, Sparse24):
