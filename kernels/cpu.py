@@ -4,7 +4,7 @@ front of a GEMM."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from typing import NamedTuple
 
 import torch
@@ -12,12 +12,39 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
+from . import dispatch
 from .layouts import unpack_codes
 from .reference import dequantize_int, quantize_rows
 
 TILE_ROWS = 512  # rows decoded at a time: the tile stays in cache between decoding and the GEMM
 TILE_TOKENS = 256  # rounded to bytes at a time, for the same reason
 SLOW_SUMS = 256  # tokens times rows, up to which oneDNN multiplies bytes one by one, at a fraction of the speed
+
+
+def _kept_whole(schema: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Makes of a function of inputs `[..., columns]` and a weight `[rows, ...]` an operator that compiled models keep
+    as it is. Others call the function itself: the dispatcher can take as long as the product of a small layer.
+    """
+    name = schema.partition("(")[0]
+
+    def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        torch.library.define(f"compressor::{name}", schema.removeprefix(name))
+        torch.library.impl(f"compressor::{name}", "cpu")(function)
+
+        @torch.library.register_fake(f"compressor::{name}")
+        def _(x: Tensor, weight: Tensor, *others: object) -> Tensor:
+            return x.new_empty(*x.shape[:-1], len(weight))
+
+        operator = getattr(torch.ops.compressor, name)
+
+        @wraps(function)
+        def call(x: Tensor, *others: object) -> Tensor:
+            result: Tensor = (operator if torch.compiler.is_compiling() else function)(x, *others)
+            return result
+
+        return call
+
+    return register
 
 
 class Int4(NamedTuple):
@@ -106,24 +133,15 @@ def linear_int8(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
 # storage is neither copied, saved nor traced, and another processor has another layout.
 _packed_codes = WeakIdKeyDictionary()
 
-torch.library.define("compressor::bytes_linear", "(Tensor x, Tensor codes, Tensor scales) -> Tensor")
 
-
-@torch.library.impl("compressor::bytes_linear", "cpu")
-def _bytes_linear(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+@_kept_whole("bytes_linear(Tensor x, Tensor codes, Tensor scales) -> Tensor")
+def bytes_linear(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     """`linear_int8` for int8 codes `[rows, columns]`, which the first call packs."""
     packed = _packed_codes.get(codes)
     if packed is None:
         packed = _packed_codes[codes] = pack_int8(codes)
     return linear_int8(x, packed, scales)
 
-
-@torch.library.register_fake("compressor::bytes_linear")
-def _(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:-1], len(codes))
-
-
-bytes_linear = torch.ops.compressor.bytes_linear
 
 Room = dict[str, Tensor]  # memory to decode into, tile after tile: fresh pages would cost more than the decoding
 
@@ -193,6 +211,35 @@ def linear_tiles(x: Tensor, decode: Callable[[slice, Room], Tensor], rows: int) 
         part = slice(start, min(start + TILE_ROWS, rows))
         result[:, part] = F.linear(flat, decode(part, room))
     return result.view(*x.shape[:-1], rows)
+
+
+# Packed words → their copy in the layout of torch's int4 kernel, as `_packed_codes`: weights that only ever meet many
+# tokens, or are decoded as a part of others, have none.
+_native_int4 = WeakIdKeyDictionary()
+
+
+@_kept_whole("packed_linear(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, int bits, int group_size) -> Tensor")
+def packed_linear(
+    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int
+) -> Tensor:
+    """bf16 `[..., columns]` → bf16 `[..., rows]` for codes of up to 4 bits, the faster way for so many tokens.
+
+    Args:
+        packed, scales, zeros: as `decode_packed` takes them.
+    """
+    columns = x.shape[-1]
+    if dispatch.int4_path(x.numel() // columns, x.dtype) == "int4pack":
+        native = _native_int4.get(packed)
+        if native is None:
+            codes = unpack_codes(packed, bits, columns)
+            native = _native_int4[packed] = pack_int4(codes, scales, zeros, group_size)
+        return linear_int4(x, native)
+
+    def decode(rows: slice, room: Room) -> Tensor:
+        some_zeros = None if zeros is None else zeros[rows]
+        return decode_packed(packed[rows], scales[rows], some_zeros, bits, columns, group_size, x.dtype, room)
+
+    return linear_tiles(x, decode, len(packed))
 
 
 @cache

@@ -132,17 +132,13 @@ class IntLinear(RowsLinear):
         operator = IntQuantized.from_tensors(tensors, scheme)
         super().__init__(*operator.shape)
         self.bits, self.group_size, self.span = operator.bits, operator.group_size, operator.span
-        self.dtype = dtype
-        self._int4: cpu.Int4 | None = None
-        device = operator.codes.device
+        self.dtype, device = dtype, operator.codes.device
         if dispatch.has_kernels(device, dtype) and dispatch.has_int_linear(self.bits, self.span, self.in_features):
             self._swizzle(operator)
             return
         self.register_buffer("packed", tensors["weight_packed"], persistent=False)
         self.register_buffer("scales", operator.scales, persistent=False)
         self.register_buffer("zeros", operator.zeros, persistent=False)
-        if self.bits <= 4 and dtype == torch.bfloat16 and device.type == "cpu":
-            self._int4 = cpu.pack_int4(operator.codes, operator.scales, operator.zeros, self.span)
 
     def _swizzle(self, operator: IntQuantized) -> None:
         words = layouts.swizzle_int(operator.codes, operator.scales, operator.zeros, self.bits, self.span, self.dtype)
@@ -164,11 +160,9 @@ class IntLinear(RowsLinear):
         return cpu.decode_packed(packed, scales, zeros, self.bits, self.in_features, self.span, dtype, room)
 
     def tiled(self, x: Tensor) -> Tensor:
-        tokens = x.numel() // x.shape[-1]
-        here = self._int4 is not None and x.device.type == "cpu"  # a loaded model may be moved
-        if here and self._int4 is not None and dispatch.int4_path(tokens, x.dtype) == "int4pack":
-            return cpu.linear_int4(x, self._int4)
-        return super().tiled(x)
+        if self.bits > 4 or x.dtype != torch.bfloat16 or x.device.type != "cpu":
+            return super().tiled(x)
+        return cpu.packed_linear(x, self.packed, self.scales, self.zeros, self.bits, self.span)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, int{self.bits}, group_size={self.group_size}"
@@ -229,8 +223,7 @@ class W8A8Linear(RowsLinear):
 
     def tiled(self, x: Tensor) -> Tensor:
         if self._multiplies_bytes and x.device.type == "cpu":  # a loaded model may be moved
-            product: Tensor = cpu.bytes_linear(x, self.codes, self.scales)
-            return product
+            return cpu.bytes_linear(x, self.codes, self.scales)
         inputs, factors = quantize_rows(x.reshape(-1, x.shape[-1]), self.codes.dtype)
         return super().tiled(inputs.float().mul_(factors[:, None]).to(x.dtype).view(x.shape))
 

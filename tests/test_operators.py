@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +16,15 @@ from compressor.compress.solvers.grid import range_grid
 from compressor.kernels import cpu
 from compressor.kernels.layouts import pack_codes
 from compressor.runtime.modules import IntLinear, stored_linear
-from compressor.runtime.operators import Dense, IntQuantized, Operator, bits_per_weight, from_tensors, identical
+from compressor.runtime.operators import (
+    Dense,
+    IntQuantized,
+    Operator,
+    Sparse24,
+    bits_per_weight,
+    from_tensors,
+    identical,
+)
 
 
 def make(rows: int, columns: int, bits: int, group_size: int, symmetric: bool) -> IntQuantized:
@@ -83,14 +94,42 @@ def test_native_int4_kernel_agrees_with_the_reference(
 ) -> None:
     operator = make(rows, columns, bits, group_size, symmetric=symmetric)
     linear = module(operator, torch.bfloat16, torch.randn(rows))
-    assert linear._int4 is not None
     x = (torch.randn(3, 5, columns) + 0.5).to(torch.bfloat16)  # a mean, in which errors of zero points add up
     exact = x.double() @ operator.dense(torch.float64).T
-    found = cpu.linear_int4(x, linear._int4).double()
+    native = cpu.pack_int4(operator.codes, operator.scales, operator.zeros, operator.span)
+    found = cpu.linear_int4(x, native).double()
     assert (found - exact).norm() / exact.norm() < 4e-3  # bf16 output
     whole = linear(x).double()
     assert linear.bias is not None
     assert (whole - exact - linear.bias.double()).norm() / exact.norm() < 6e-3
+
+
+def test_the_native_copy_is_made_on_demand_and_dies_with_its_weight() -> None:
+    """A model that is saved, or moved to another device, carries none along."""
+    linear = module(make(48, 256, 4, 64, symmetric=True), torch.bfloat16)
+    x, before = torch.randn(3, 256).to(torch.bfloat16), len(cpu._native_int4)
+    assert len(pickle.dumps(linear)) < 48 * 256
+    expected = linear(x)
+    assert len(cpu._native_int4) == before + 1
+    assert len(pickle.dumps(linear)) < 48 * 256
+    again = copy.deepcopy(linear)
+    assert torch.equal(again(x), expected)
+    assert torch.equal(linear.float()(x), expected)
+    assert len(cpu._native_int4) == before + 2
+    linear.to("meta")
+    assert len(cpu._native_int4) == before + 1
+    del again
+    assert len(cpu._native_int4) == before
+
+
+def test_values_of_a_sparse_weight_have_no_native_copy() -> None:
+    values = make(96, 512, 4, 64, symmetric=True)
+    operator = Sparse24(values, torch.full((96, 256), 0 | 1 << 2, dtype=torch.uint8))
+    linear = stored_linear(operator.to_tensors(), operator.scheme(), None, torch.bfloat16)
+    before = len(cpu._native_int4)
+    linear(torch.randn(3, 1024).to(torch.bfloat16))
+    assert len(cpu._native_int4) == before
+    assert len(pickle.dumps(linear)) < 96 * 1024 / 2
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
