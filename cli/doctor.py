@@ -17,7 +17,7 @@ def examine() -> dict[str, Any]:
     from ..kernels.dispatch import cpu_capability, int4_path
 
     gpu = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    paths = {tokens: int4_path(tokens, torch.bfloat16) for tokens in (1, 16, 256)}
+    paths = {tokens: int4_path(tokens, torch.bfloat16, cpu_capability()) for tokens in (1, 16, 256)}
     record: dict[str, Any] = {
         "python": platform.python_version(),
         **{name: _version(name) for name in ("compressor", "torch", "transformers", "compressed-tensors", "triton")},

@@ -228,7 +228,7 @@ def packed_linear(
         packed, scales, zeros: as `decode_packed` takes them.
     """
     columns = x.shape[-1]
-    if dispatch.int4_path(x.numel() // columns, x.dtype) == "int4pack":
+    if dispatch.int4_path(x.numel() // columns, x.dtype, dispatch.cpu_capability()) == "int4pack":
         native = _native_int4.get(packed)
         if native is None:
             codes = unpack_codes(packed, bits, columns)

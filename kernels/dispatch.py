@@ -39,13 +39,13 @@ def products_dtype(capability: CpuCapability) -> torch.dtype:
     return torch.bfloat16 if capability.bf16 else torch.float32
 
 
-def int4_path(tokens: int, dtype: torch.dtype) -> str:
+def int4_path(tokens: int, dtype: torch.dtype, capability: CpuCapability) -> str:
     """`int4pack` or `dequantize` for a batch of `tokens` on a CPU.
 
     The native kernel multiplies few tokens at the speed of memory; decoding once and multiplying in bf16 wins when many
-    share the work (crossover: `benchmarks/cpu_decode.py`). It computes in bf16 only.
+    share the work (crossover: `benchmarks/cpu_decode.py`) and the processor is fast at it. It computes in bf16 only.
     """
-    return "int4pack" if dtype == torch.bfloat16 and tokens <= 64 else "dequantize"
+    return "int4pack" if dtype == torch.bfloat16 and (tokens <= 64 or not capability.bf16) else "dequantize"
 
 
 AMPERE_SHARED = 166912  # bytes that a program may have on an A100

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from compressor.compress.passes.linear.gptq import Gptq
 from compressor.compress.passes.linear.quantizer import quantized
 from compressor.compress.solvers.grid import range_grid
-from compressor.kernels import cpu
+from compressor.kernels import cpu, dispatch
 from compressor.kernels.layouts import pack_codes
 from compressor.runtime.modules import IntLinear, stored_linear
 from compressor.runtime.operators import (
@@ -102,6 +102,17 @@ def test_native_int4_kernel_agrees_with_the_reference(
     whole = linear(x).double()
     assert linear.bias is not None
     assert (whole - exact - linear.bias.double()).norm() / exact.norm() < 6e-3
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_prompts_take_the_native_kernel_where_bf16_is_slow(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "cpu_capability", lambda: dispatch.CpuCapability(fast, fast, fast))
+    operator = make(48, 256, 4, 64, symmetric=True)
+    linear, before = module(operator, torch.bfloat16), len(cpu._native_int4)
+    x = torch.randn(70, 256).to(torch.bfloat16)
+    found, exact = linear(x).double(), x.double() @ operator.dense(torch.float64).T
+    assert (found - exact).norm() / exact.norm() < 6e-3
+    assert len(cpu._native_int4) == before + (not fast)
 
 
 def test_the_native_copy_is_made_on_demand_and_dies_with_its_weight() -> None:

@@ -86,9 +86,9 @@ def test_the_head_is_multiplied_where_it_lies(pico: Pico, batch: int) -> None:
 
 
 def test_dispatch_is_by_shape_and_capability() -> None:
-    assert int4_path(64, torch.bfloat16) == "int4pack"
-    assert int4_path(65, torch.bfloat16) == "dequantize"
-    assert int4_path(1, torch.float32) == "dequantize"
+    assert [int4_path(64, torch.bfloat16, cpu) for cpu in (AMX, OLD)] == ["int4pack"] * 2
+    assert [int4_path(65, torch.bfloat16, cpu) for cpu in (AMX, PLAIN, OLD)] == ["dequantize", "dequantize", "int4pack"]
+    assert int4_path(1, torch.float32, OLD) == "dequantize"
     assert [products_dtype(cpu) for cpu in (AMX, PLAIN, OLD)] == [torch.bfloat16, torch.bfloat16, torch.float32]
 
 
