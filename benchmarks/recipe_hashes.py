@@ -38,7 +38,7 @@ def _windows(name: str, length: int) -> torch.Tensor:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples" / name)
-    texts = [text for text in builtin_corpus("calibration").documents if isinstance(text, str)][:64]
+    texts = [part.text for part in builtin_corpus("calibration").parts]
     stream = [token for text in texts for token in tokenizer(text, verbose=False)["input_ids"]]
     count = len(stream) // length
     return torch.tensor(stream[: count * length]).view(count, length)

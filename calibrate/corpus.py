@@ -1,5 +1,7 @@
 """Text in, token windows out.
 
+Text is read and tokenized a part at a time, for a tokenizer takes over a hundred bytes of memory for each of its input.
+
 The built-in corpus is text that every Python installation carries: the standard library's sources and the topics of
 `pydoc_data`. It needs no network, but it varies with the Python version, so its hash travels with every result.
 """
@@ -8,12 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sysconfig
-from collections.abc import Iterator
-from dataclasses import dataclass
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, AnyStr, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -30,19 +34,78 @@ _SKIPPED_FOLDERS = {
 }  # fmt: skip
 
 
+PART = 1 << 14  # characters, or bytes of a file: tokenizing so many takes a few megabytes
+MANY = 256  # parts to draw windows from: some 4 MB of text
+
+
+@dataclass(frozen=True)
+class Part:
+    """A document, or a piece of one.
+
+    Attributes:
+        first, last: whether the document begins and ends here.
+    """
+
+    text: Document
+    first: bool = True
+    last: bool = True
+
+
+class Parts(Protocol):
+    """Parts in the order of the text; those of a file are read when they are asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> Part: ...
+
+
 @dataclass(frozen=True)
 class Corpus:
-    """Documents with the hash that identifies them in fingerprints, manifests and baselines."""
+    """Text in parts, and the hash of all of it, which identifies it in fingerprints, manifests and baselines."""
 
     name: str
-    documents: tuple[Document, ...]
+    sha256: str
+    parts: Parts
 
-    @property
-    def sha256(self) -> str:
-        digest = hashlib.sha256()
-        for document in self.documents:
-            digest.update(json.dumps(document, ensure_ascii=False).encode("utf-8", "surrogatepass"))
-        return digest.hexdigest()
+    @classmethod
+    def of(cls, name: str, documents: Iterable[Document]) -> Corpus:
+        """A corpus in memory."""
+        digest, parts = hashlib.sha256(), list[Part]()
+        for document in documents:
+            digest.update(_json(document))
+            parts += _parts(document)
+        return cls(name, digest.hexdigest(), tuple(parts))
+
+
+def _json(document: Document) -> bytes:
+    return json.dumps(document, ensure_ascii=False).encode("utf-8", "surrogatepass")
+
+
+def _parts(document: Document) -> list[Part]:
+    if not isinstance(document, str):
+        return [Part(document)] if document else []
+    pieces, start = list[str](), 0
+    while start < len(document):
+        piece = document[start : start + PART]
+        if start + PART < len(document):
+            piece = piece[: _end(piece)]
+        pieces.append(piece)
+        start += len(piece)
+    return [Part(piece, number == 0, number == len(pieces) - 1) for number, piece in enumerate(pieces)]
+
+
+# Where a piece may end: between lines that are neither blank nor indented, where tokenizers split in any case; else in
+# front of a space; else between two characters (in UTF-8: not in front of a byte that goes on with one).
+_LINE, _SPACE, _CHARACTER = r"\S\r?\n(?=\S)", r"\S(?= \S)", r"[^\x80-\xbf][\x80-\xbf]*(?=[^\x80-\xbf])"
+
+
+def _end(text: AnyStr) -> int:
+    """How much of a text to take, that the rest can go on from."""
+    for end in (_LINE, _SPACE, _CHARACTER):
+        last = f"(?s:.*){end}"
+        if found := re.match(last.encode() if isinstance(text, bytes) else last, text):
+            return found.end()
+    return len(text)
 
 
 @cache
@@ -54,7 +117,7 @@ def builtin_corpus(split: Split) -> Corpus:
     documents = tuple(text for text, name in first_name.items() if split_of(name) == split)
     if not documents:
         raise RecipeError("the Python standard library's sources are not on this machine: name a text file under data:")
-    return Corpus(f"builtin:{split}", documents)
+    return Corpus.of(f"builtin:{split}", documents)
 
 
 def split_of(name: str) -> Split:
@@ -92,36 +155,115 @@ def find_text(path: Path) -> None:
 def file_corpus(path: Path) -> Corpus:
     """A local `.txt` (one document), or `.jsonl` with `text` or chat `messages` on each line.
 
+    The file is read through once, to be checked and hashed, and is kept open.
+
     Raises:
         RecipeError: the file is missing, of another kind, or a line of it cannot be used (the line is named).
     """
     find_text(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        sha256, parts = _scan_lines(path) if path.suffix == ".jsonl" else _scan_text(path)
+    except OSError as error:
         raise RecipeError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    documents = tuple(_jsonl_documents(path, text)) if path.suffix == ".jsonl" else (text,)
-    if not any(documents):
+    if not len(parts):
         raise RecipeError(f"{path}: the file holds no text")
-    return Corpus(path.name, documents)
+    return Corpus(path.name, sha256, parts)
 
 
-def _jsonl_documents(path: Path, text: str) -> Iterator[Document]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise RecipeError(f"{path}:{number}: not a JSON document ({error.msg})") from None
-        if isinstance(row, dict) and isinstance(row.get("text"), str):
-            yield row["text"].encode("utf-8", "replace").decode()  # JSON can say half a surrogate pair
-        elif isinstance(row, dict) and isinstance(row.get("messages"), list):
-            if not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in row["messages"]):
-                raise RecipeError(f"{path}:{number}: every message needs a 'role' and a 'content'")
-            yield row["messages"]
-        else:
-            raise RecipeError(f"{path}:{number}: needs a 'text' string or a 'messages' list")
+class _TextParts:
+    """Pieces of a text file, each from one offset to the next."""
+
+    def __init__(self, path: Path, offsets: array[int]) -> None:
+        self._file, self._offsets = open(path, "rb"), offsets  # noqa: SIM115 (read from as long as this lives)
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, number: int) -> Part:
+        start, end = self._offsets[number], self._offsets[number + 1]
+        self._file.seek(start)
+        return Part(_plain(self._file.read(end - start).decode()), number == 0, number == len(self) - 1)
+
+
+def _scan_text(path: Path) -> tuple[str, Parts]:
+    """Hash and cut a text file."""
+    digest, offsets, rest = hashlib.sha256(b'"'), array("q", [0]), b""
+    with open(path, "rb") as file:
+        while rest := rest + file.read(PART - len(rest)):
+            size = _end(rest) if len(rest) == PART else len(rest)
+            piece = _decoded(rest[:size], path, offsets[-1])
+            digest.update(_json(_plain(piece))[1:-1])
+            offsets.append(offsets[-1] + size)
+            rest = rest[size:]
+    digest.update(b'"')
+    return digest.hexdigest(), _TextParts(path, offsets)
+
+
+class _LineParts:
+    """Parts of a file of JSON lines: the offset of a line, and which piece of its document it is."""
+
+    def __init__(self, path: Path, offsets: array[int], pieces: array[int]) -> None:
+        self._file, self._offsets, self._pieces = open(path, "rb"), offsets, pieces  # noqa: SIM115
+        self._line: tuple[int, list[Part]] = (-1, [])  # the one that was read last
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __getitem__(self, number: int) -> Part:
+        offset = self._offsets[number]
+        if self._line[0] != offset:
+            self._file.seek(offset)
+            self._line = offset, _parts(_document(json.loads(self._file.readline())))
+        return self._line[1][self._pieces[number]]
+
+
+def _scan_lines(path: Path) -> tuple[str, Parts]:
+    """Check and hash a file of JSON lines, and find their parts."""
+    digest, offsets, pieces, offset = hashlib.sha256(), array("q"), array("l"), 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    document = _document(json.loads(_decoded(line, path, offset)))
+                except json.JSONDecodeError as error:
+                    raise RecipeError(f"{path}:{number}: not a JSON document ({error.msg})") from None
+                except ValueError as error:
+                    raise RecipeError(f"{path}:{number}: {error}") from None
+                digest.update(_json(document))
+                for piece in range(len(_parts(document))):
+                    offsets.append(offset)
+                    pieces.append(piece)
+            offset += len(line)
+    return digest.hexdigest(), _LineParts(path, offsets, pieces)
+
+
+def _decoded(raw: bytes, path: Path, offset: int) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        where = f"byte {offset + error.start:,}: {error.reason}"
+        raise RecipeError(f"{path}: cannot be read as UTF-8 text ({where})") from None
+
+
+def _plain(text: str) -> str:
+    """A text with its line ends as they are on Unix."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _document(row: Any) -> Document:
+    """What a line of JSON holds.
+
+    Raises:
+        ValueError: neither a text nor messages.
+    """
+    if isinstance(row, dict) and isinstance(row.get("text"), str):
+        return str(row["text"]).encode("utf-8", "replace").decode()  # JSON can say half a surrogate pair
+    if isinstance(row, dict) and isinstance(row.get("messages"), list):
+        messages: list[dict[str, Any]] = row["messages"]
+        if not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
+            raise ValueError("every message needs a 'role' and a 'content'")
+        return messages
+    raise ValueError("needs a 'text' string or a 'messages' list")
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -151,24 +293,10 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def tokenize(corpus: Corpus, tokenizer: Any) -> list[int]:
-    """All documents as one token stream, the end-of-text token (where the tokenizer has one) after each."""
-    stream: list[int] = []
-    for document in corpus.documents:
-        if isinstance(document, str):
-            ids = tokenizer(document, verbose=False)["input_ids"]
-        else:
-            if tokenizer.chat_template is None:
-                raise RecipeError(f"{corpus.name} holds chat messages, but the model's tokenizer has no chat template")
-            try:
-                ids = tokenizer.apply_chat_template(document, tokenize=True, return_dict=True)["input_ids"]
-            except Exception as error:  # whatever a model's template does
-                reason = _first_line(error)
-                raise RecipeError(f"{corpus.name}: the chat template refuses a conversation ({reason})") from None
-        stream.extend(ids)
-        if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
-            stream.append(tokenizer.eos_token_id)
-    return stream
+def tokenize(corpus: Corpus, tokenizer: Any) -> Tensor:
+    """All documents as one token stream, int32 `[tokens]`, the end-of-text token (where the tokenizer has one) after
+    each."""
+    return _stream(corpus, tokenizer, range(len(corpus.parts)))
 
 
 def token_windows(
@@ -176,22 +304,90 @@ def token_windows(
 ) -> Tensor:
     """Cut the stream into windows without padding and draw `samples` of them (all of them in order when None).
 
+    Of a long text only parts are read, drawn from all over it: as many as there are windows at least.
+
     Returns:
         int64 `[samples, sequence_length]`, the same for the same corpus, tokenizer and seed.
 
     Raises:
         RecipeError: the corpus is shorter than what was asked for.
     """
-    stream = tokenize(corpus, tokenizer)
+    if samples is None:
+        return first_windows(corpus, tokenizer, None, sequence_length)
+    order = torch.randperm(len(corpus.parts), generator=torch.Generator().manual_seed(seed)).tolist()
+    stream = _stream(corpus, tokenizer, order, samples * sequence_length, max(samples, MANY))
+    windows = _windows(corpus, stream, samples, sequence_length)
+    drawn = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:samples]
+    return windows[drawn].long()
+
+
+def first_windows(corpus: Corpus, tokenizer: Any, limit: int | None, sequence_length: int) -> Tensor:
+    """The first windows of the stream in order, as many as there are up to a limit, int64 `[windows, sequence_length]`;
+    no more of the text is read than they take.
+
+    Raises:
+        RecipeError: the corpus is shorter than one window.
+    """
+    enough = None if limit is None else limit * sequence_length
+    stream = _stream(corpus, tokenizer, range(len(corpus.parts)), enough)
+    return _windows(corpus, stream, 1, sequence_length)[:limit].long()
+
+
+def _windows(corpus: Corpus, stream: Tensor, wanted: int, sequence_length: int) -> Tensor:
+    """A stream in as many windows as it has, if these are as many as are wanted."""
     count = len(stream) // sequence_length
-    wanted = count if samples is None else samples
-    if count < max(wanted, 1):
+    if count < wanted:
         raise RecipeError(
             f"{corpus.name} has {len(stream):,} tokens, which is {count} windows of {sequence_length}; "
-            f"{max(wanted, 1)} were asked for: lower data.samples or give more text"
+            f"{wanted} were asked for: lower data.samples or give more text"
         )
-    windows = torch.tensor(stream[: count * sequence_length], dtype=torch.int64).view(count, sequence_length)
-    if samples is None:
-        return windows
-    drawn = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples]
-    return windows[drawn].contiguous()
+    return stream[: count * sequence_length].view(count, sequence_length)
+
+
+def _stream(corpus: Corpus, tokenizer: Any, order: Iterable[int], tokens: int | None = None, parts: int = 0) -> Tensor:
+    """Tokenize parts in an order, until there are as many tokens and parts as asked for (None: all), and join them as
+    they stand in the text: int32 `[tokens]`. Where a neighbour is missing, a part begins or ends like a document."""
+    found: dict[int, tuple[Part, Tensor]] = {}
+    total = 0
+    for number in order:
+        if tokens is not None and total >= tokens and len(found) >= parts:
+            break
+        part = corpus.parts[number]
+        ids = torch.tensor(_ids(corpus, tokenizer, part.text), dtype=torch.int32)
+        found[number] = replace(part, text=type(part.text)()), ids
+        total += len(ids)
+    before, after, end = (torch.tensor(ids, dtype=torch.int32) for ids in _around(tokenizer))
+    stream: list[Tensor] = []
+    for number, (part, ids) in sorted(found.items()):
+        plain = isinstance(part.text, str)  # a chat template says itself how a conversation begins and ends
+        if plain and (part.first or number - 1 not in found):
+            stream.append(before)
+        stream.append(ids)
+        if part.last or number + 1 not in found:
+            stream.append(after if plain else ids[:0])
+            if not torch.equal(torch.cat(stream[-2:])[-1:], end):
+                stream.append(end)
+    return torch.cat([end[:0], *stream])
+
+
+def _ids(corpus: Corpus, tokenizer: Any, text: Document) -> list[int]:
+    """The tokens of a part, without what the tokenizer puts around a text."""
+    if isinstance(text, str):
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+    if tokenizer.chat_template is None:
+        raise RecipeError(f"{corpus.name} holds chat messages, but the model's tokenizer has no chat template")
+    try:
+        ids = tokenizer.apply_chat_template(text, tokenize=True, return_dict=True)["input_ids"]
+        return ids
+    except Exception as error:  # whatever a model's template does
+        reason = _first_line(error)
+        raise RecipeError(f"{corpus.name}: the chat template refuses a conversation ({reason})") from None
+
+
+def _around(tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
+    """What a tokenizer puts in front of a text and behind it, and the end-of-text token, if it has one."""
+    plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    start = next((n for n in range(len(whole)) if whole[n : n + len(plain)] == plain), 0)
+    end = tokenizer.eos_token_id
+    return whole[:start], whole[start + len(plain) :], [] if end is None else [end]

@@ -232,7 +232,7 @@ def evaluate_command(
     """Perplexity of MODEL, and how far it is from another model."""
     import torch
 
-    from ..calibrate.corpus import builtin_corpus, file_corpus, load_tokenizer, token_windows
+    from ..calibrate.corpus import builtin_corpus, file_corpus, first_windows, load_tokenizer
     from ..compress.evaluate import cache_per_token, evaluate
     from ..compress.long_context import evaluate_long
     from ..runtime.errors import RecipeError
@@ -248,8 +248,8 @@ def evaluate_command(
     limit = open_model(folder).text_config.get("max_position_embeddings")
     if long is not None and limit and long > limit:
         raise RecipeError(f"--long {long} is beyond the model's {limit} positions")
-    windows = token_windows(corpus, tokenizer, samples=None, sequence_length=sequence_length)[:samples]
-    far = None if long is None else token_windows(corpus, tokenizer, samples=None, sequence_length=long)[:8]
+    windows = first_windows(corpus, tokenizer, samples, sequence_length)
+    far = None if long is None else first_windows(corpus, tokenizer, 8, long)
     cached = [cache_per_token(load(path), windows[:1]) for path in (folder, other) if path is not None]
     base = None if other is None else load(other, dtype=torch.float32)
     own = load(folder, dtype=torch.float32)

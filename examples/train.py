@@ -66,7 +66,7 @@ def train_tokenizer(folder: Path) -> None:
     trainer = trainers.BpeTrainer(
         vocab_size=4096, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    tokenizer.train_from_iterator(builtin_corpus("train").documents, trainer)
+    tokenizer.train_from_iterator((part.text for part in builtin_corpus("train").parts), trainer)
     folder.mkdir(parents=True, exist_ok=True)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, model_max_length=2048).save_pretrained(folder)
 
@@ -101,7 +101,7 @@ def train(name: str, steps: int, batch: int, seed: int) -> None:
     folder = HERE / name
     build, peak = MODELS[name]
     tokenizer = PreTrainedTokenizerFast.from_pretrained(HERE / "tiny-llama")
-    stream = torch.tensor(tokenize(builtin_corpus("train"), tokenizer))
+    stream = tokenize(builtin_corpus("train"), tokenizer).long()
     evaluation = token_windows(builtin_corpus("evaluation"), tokenizer, samples=None, sequence_length=SEQUENCE_LENGTH)
     torch.manual_seed(seed)
     model = build()
