@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import traceback
@@ -31,7 +32,10 @@ FolderArgument = Annotated[Path, typer.Argument(help="a folder that apply wrote"
 JsonOption = Annotated[bool, typer.Option("--json", help="one JSON document on stdout")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="change the recipe: path=value, may be repeated")]
 RevisionOption = Annotated[str | None, typer.Option(help="branch, tag or commit of a hub model")]
-MemoryOption = Annotated[str | None, typer.Option(help="memory to get by with, as 16GB; default: what is available")]
+DeviceOption = Annotated[str, typer.Option(help="where a block runs and is solved: cpu, or cuda for a GPU")]
+MemoryOption = Annotated[
+    str | None, typer.Option(help="memory to get by with on the device, as 16GB; default: what is available")
+]
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="replace the model folder at OUT, once the new one is done")
 ]
@@ -70,13 +74,13 @@ def apply(
         Path | None, typer.Option(help="folder of the original model's statistics: used if there, else made")
     ] = None,
     memory: MemoryOption = None,
-    device: Annotated[str, typer.Option(help="where a block runs and is solved: cpu, or cuda for a GPU")] = "cpu",
+    device: DeviceOption = "cpu",
     revision: RevisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compress MODEL by RECIPE into OUT."""
     if dry_run:
-        plan(recipe, model, edits, memory, revision, as_json)
+        plan(recipe, model, edits, memory, device, revision, as_json)
         return
     from ..calibrate.corpus import has_tokenizer
     from ..compress.apply import Job
@@ -135,20 +139,18 @@ def plan(
     model: ModelArgument,
     edits: SetOption = None,
     memory: MemoryOption = None,
+    device: DeviceOption = "cpu",
     revision: RevisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Print what RECIPE would do to MODEL; reads headers, and weights where ranks depend on them alone."""
-    import shutil
-
-    from ..compress.apply import open_source
+    from ..compress.apply import source_skeleton
     from ..compress.plan import make_plan, rows
     from ..compress.resources import estimated_seconds
-    from ..runtime.model.skeleton import Skeleton, calibration_dtype
 
     _, parsed = _recipe(recipe, edits)
-    checkpoint = open_source(_model(model, revision)[0])
-    result = make_plan(parsed, Skeleton(checkpoint, calibration_dtype(checkpoint)), look=True, memory=_bytes(memory))
+    skeleton = source_skeleton(_model(model, revision)[0], device)
+    result = make_plan(parsed, skeleton, look=True, memory=_bytes(memory))
     seconds, free = estimated_seconds(result), shutil.disk_usage(Path.cwd()).free
     if as_json:
         render.document(_plan_record(result) | {"seconds": seconds, "disk_free": free})
@@ -157,7 +159,7 @@ def plan(
     render.out.print(
         f"\nweights {render.size(result.bytes_before)} → {render.size(result.bytes_after)} "
         f"({result.bytes_before / result.bytes_after:.2f} × smaller), format {result.format}, read by "
-        f"{render.readers(result)}\nmemory {render.size(result.memory)} beyond the imports, disk "
+        f"{render.readers(result)}\nmemory {render.size(result.memory)} beyond the imports (on {device}), disk "
         f"{render.size(result.disk)} of {render.size(free)} free here (activations in it are deleted at the end), "
         f"roughly {seconds:.0f} s"
     )

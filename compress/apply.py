@@ -82,16 +82,15 @@ def apply(
     Args:
         device: where blocks run and passes solve, `cpu` or a GPU as `cuda`; one block at a time is there.
         statistics: a folder to take the original model's statistics from, or to keep them in.
-        memory: bytes beyond the imports to get by with; default: what is available.
+        memory: bytes beyond the imports to get by with on that device; default: what is available there.
 
     Raises:
         CompressorError: anything a person can mend; what was done so far can be resumed.
     """
     inputs = [*job.inputs, *([statistics] if statistics else [])]
     check_output(job.out, resume=resume, overwrite=overwrite, inputs=inputs)
-    check_device(device)
-    checkpoint = open_source(job.model)
-    skeleton = Skeleton(checkpoint, calibration_dtype(checkpoint, device), device)
+    skeleton = source_skeleton(job.model, device)
+    checkpoint = skeleton.checkpoint
     plan = make_plan(job.recipe, skeleton, memory=memory)
     reshaped = any(isinstance(step, ModelPass) for step in job.recipe.passes)
     of_linears = plan.needs == {"reference"} and not reshaped
@@ -126,6 +125,13 @@ def apply(
             finish_folder(journal.result, job, plan, plan.skeleton, fingerprint, journal.entries)
             journal.done({"step": "finished"})
         journal.publish(overwrite=overwrite)
+    except torch.OutOfMemoryError as error:
+        reason = ". ".join(str(error).splitlines()[0].split(". ")[:2])
+        raise ResourceError(
+            f"--device {device}: its memory is full ({reason}); end other programs on it, or set --memory lower than "
+            f"{plan.memory / 1e9:.2f}GB, and run the same command with --resume; else start over with a smaller "
+            "data.sequence_length"
+        ) from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(
@@ -139,6 +145,18 @@ def apply(
     finally:
         journal.close()
     return plan
+
+
+def source_skeleton(model: Path, device: str) -> Skeleton:
+    """The model to compress, and the device where its blocks are to run.
+
+    Raises:
+        ModelError: the folder is damaged, or compressed already.
+        ResourceError: the device is not there.
+    """
+    check_device(device)
+    checkpoint = open_source(model)
+    return Skeleton(checkpoint, calibration_dtype(checkpoint, device), device)
 
 
 def check_device(device: str) -> None:

@@ -44,7 +44,8 @@ class Plan:
         obstacle: what keeps outside readers from it, or nothing.
         needs: statistics the passes ask for.
         bytes_before, bytes_after: of all weights.
-        memory, disk: peak bytes while applying: resident beyond the imports, and in OUT.work.
+        memory, disk: peak bytes while applying: resident beyond the imports where blocks run, and in OUT.work.
+        host: the same as `memory` for the host, where blocks run on a GPU.
         flops: of calibration and solving.
         kv_before, kv_after: bytes of the KV cache for each token, in the dtype of the weights.
         room: bytes of second moments at a time, or None for those of a whole stage.
@@ -67,6 +68,7 @@ class Plan:
     kv_before: int
     kv_after: int
     room: float | None
+    host: int
     left: tuple[str, ...] = ()
 
     @cached_property
@@ -92,7 +94,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, *, look: bool = False, memory:
     """Plan a recipe for a model.
 
     Args:
-        memory: bytes to get by with, if that can be; default: what is available.
+        memory: bytes to get by with, if that can be; default: what is available on the skeleton's device.
         look: let passes that need no data survey the weights, to plan what they will find.
 
     Raises:
@@ -127,13 +129,16 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, *, look: bool = False, memory:
     needs = frozenset(need for step in recipe.passes for need in step.needs)
     walked = needs - {"routing", "text"}  # which surveys see to
     stages, least = stage_memory(recipe, skeleton, linears, walked)
-    room = room_for_moments(stages, memory if memory is not None else available_memory())
+    room = room_for_moments(stages, memory if memory is not None else available_memory(skeleton.device))
     after = sum(_nbytes(dtype, shape) for dtype, shape in tensors.values())
+    peak = max(survey.memory, *(stage.peak(room) for stage in stages))
+    peak = peak if skeleton.device.type != "cpu" else max(peak, least)
     return Plan(
         recipe, skeleton, linears, tensors, chosen, readers, obstacle, needs, whole.nbytes, after,
-        int(max(survey.memory, least, *(stage.peak(room) for stage in stages))),
+        int(peak),
         int(max(after + chain_bytes(recipe, skeleton, walked) + survey.left, survey.disk)),
         flops(recipe, linears, walked) + survey.flops, *_cache_bytes(checkpoint, linears), room,
+        int(least if skeleton.device.type != "cpu" else peak),
         tuple(name for index in range(skeleton.blocks) for name in skeleton.unnamed(index)),
     )  # fmt: skip
 

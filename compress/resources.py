@@ -15,7 +15,7 @@ import torch
 from ..calibrate.chains import BATCH_TOKENS
 from ..calibrate.walk import parts
 from ..runtime.errors import ResourceError
-from ..runtime.model.skeleton import Skeleton
+from ..runtime.model.skeleton import Skeleton, calibration_dtype
 from .formats import is_expert
 from .passes.base import BUFFERS
 from .recipe import Recipe
@@ -23,6 +23,7 @@ from .recipe import Recipe
 if TYPE_CHECKING:
     from .plan import LinearPlan, Plan
 
+HOST = torch.device("cpu")
 Linears = Mapping[str, "LinearPlan"]
 
 
@@ -55,21 +56,22 @@ class StageMemory:
 def stage_memory(
     recipe: Recipe, skeleton: Skeleton, linears: Linears, needs: frozenset[str]
 ) -> tuple[list[StageMemory], float]:
-    """Of every stage of every block, and what is needed in any case.
+    """Of every stage of every block, on the device where these run, and what the host needs in any case.
 
-    Weights of the checkpoint are mapped from its files and do not count unless they are converted.
+    Weights of the checkpoint are mapped from its files and do not count unless they are converted, or copied to a GPU.
     """
     chains, at_once = len(chain_names(needs)), chain_names(needs) == ("reference",)
     found: list[StageMemory] = []
-    least = 0.0
+    least, rerun = 0.0, calibration_dtype(skeleton.checkpoint).itemsize
     for index in range(skeleton.blocks):
         shapes = {name: (w.out_features, w.in_features) for name, w in skeleton.linears(index).items()}
         wanting = {name: [step for step in recipe.linear_passes.values() if step.wants(name)] for name in shapes}
         item = skeleton.dtype.itemsize
         sizes = {name: r * c for name, (r, c) in shapes.items()}
-        # At the end the output is run once, each block decoded.
-        least = max(least, sum(sizes.values()) * item + 6.0 * max(sizes.values()))
-        converted = item if needs and skeleton.dtype != skeleton.checkpoint.dtype else 0
+        # At the end the output is run once on the host, each block decoded.
+        least = max(least, sum(sizes.values()) * rerun + 6.0 * max(sizes.values()))
+        converted = item if needs and skeleton.copies else 0
+        original = skeleton.checkpoint.dtype.itemsize if skeleton.device.type != "cpu" else 0
         held, block = float(sum(sizes.values()) * converted), list[float]()
         for stage in skeleton.stages(index):
             groups = [[skeleton.disk_name(index, name) for name in group.linears] for group in stage]
@@ -80,9 +82,12 @@ def stage_memory(
             ]
             block += moments if at_once else []
             working = _working(recipe, skeleton, linears, needs, groups)
+            working += float(original * sum(sizes[name] for group in groups for name in group))
             found.append(StageMemory(moments, block, held + working + (BUFFERS if needs else 0)))
             held += sum(
-                sizes[name] * (1 + (item if needs else 0)) for group in groups for name in group if wanting[name]
+                sizes[name] * (1 + (item if needs else 0) if wanting[name] else original)
+                for group in groups
+                for name in group
             )
     return found, least
 
@@ -138,8 +143,11 @@ def flops(recipe: Recipe, linears: Linears, needs: frozenset[str]) -> float:
     return total
 
 
-def available_memory() -> int | None:
-    """Bytes this process may still take, or None where the system does not say."""
+def available_memory(device: torch.device = HOST) -> int | None:
+    """Bytes this process may still take where a device keeps its tensors, or None where the system does not say."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     free = []
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
@@ -157,26 +165,28 @@ def available_memory() -> int | None:
 
 def check_memory(plan: Plan, limit: float | None) -> None:
     """Refuse to start what the machine, or the limit that was set, cannot hold."""
-    free = available_memory()
+    device = plan.skeleton.device
     if limit is not None and limit < plan.memory:
         raise ResourceError(
             f"about {plan.memory / 1e9:.2f} GB of memory are needed, --memory allows {limit / 1e9:.2f} GB; allow more, "
             "or take a cheaper pass"
         )
-    if free is not None and free < plan.memory:
-        raise ResourceError(
-            f"about {plan.memory / 1e9:.2f} GB of memory are needed and {free / 1e9:.2f} GB are available; close other "
-            "programs, or run on a larger machine"
-        )
+    for place, needed in {device: plan.memory, HOST: plan.host}.items():
+        free, where = available_memory(place), "memory" if place == HOST else f"memory of {place}"
+        if free is not None and free < needed:
+            raise ResourceError(
+                f"about {needed / 1e9:.2f} GB of {where} are needed and {free / 1e9:.2f} GB are available; close other "
+                "programs, or run on a larger machine"
+            )
 
 
 def estimated_seconds(plan: Plan) -> float:
     """Time to apply, from the plan's work and the speed of a GEMM measured now."""
-    a = torch.randn(1024, 1024)
-    a @ a
+    a = torch.randn(1024, 1024, device=plan.skeleton.device)
+    float((a @ a)[0, 0])
     start = time.perf_counter()
     for _ in range(3):
-        a @ a
+        float((a @ a)[0, 0])  # waits for a GPU
     speed = 3 * 2 * 1024**3 / (time.perf_counter() - start)
     small = 5 + 0.5 * plan.skeleton.blocks  # reading text, checks, steps too small to count
     return plan.flops / speed + plan.disk / 2e8 + small

@@ -114,7 +114,9 @@ def pretended() -> Iterator[PretendDevice]:
         def __new__(cls, device: Any = "cpu") -> Any:
             return generator()
 
-    present = mock.patch.multiple(torch.cuda, is_available=lambda: True, device_count=lambda: 1)
+    present = mock.patch.multiple(
+        torch.cuda, is_available=lambda: True, device_count=lambda: 1, mem_get_info=lambda device: (10**12, 10**12)
+    )
     capability = mock.patch.object(dispatch, "gpu_capability", return_value=dispatch.INTERPRETER)
     patched = mock.patch.multiple(torch, autocast=Autocast, Generator=Generator)
     with present, capability, patched, PretendDevice() as device:

@@ -395,7 +395,7 @@ def test_a_run_with_statistics_is_resumed_with_them(job: Job, tmp_path: Path, mo
 
 
 def test_too_little_memory_is_refused_before_work(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compressor.compress.resources.available_memory", lambda: 1000)
+    monkeypatch.setattr("compressor.compress.resources.available_memory", lambda device: 1000)
     with pytest.raises(ResourceError, match=r"of memory are needed and 0\.00 GB are available"):
         apply(job, quiet)
     assert not job.out.with_name("out.work").exists()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,10 @@ import torch
 from pretend import pretended
 from safetensors.torch import load_file, save_file
 
-from compressor.compress.apply import Job, apply
+from compressor.calibrate.walk import Block
+from compressor.cli import main
+from compressor.compress.apply import Job, apply, source_skeleton
+from compressor.compress.plan import make_plan
 from compressor.compress.recipe import parse_recipe
 from compressor.kernels import dispatch
 from compressor.runtime import load
@@ -99,6 +104,79 @@ def test_the_pretended_gpu_is_one() -> None:
         for meeting in (lambda: here + there, lambda: torch.cat([here, there]), lambda: there.numpy()):
             with pytest.raises(RuntimeError, match="device"):
                 meeting()
+
+
+@pytest.mark.usefixtures("rounded")
+def test_moments_come_in_as_many_parts_as_the_memory_of_the_gpu_asks_for(
+    pico: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"num_experts": 16, "moe_intermediate_size": 512, "hidden_size": 64}
+    made = parse_recipe("data: {samples: 2, sequence_length: 16}\npasses: [{kind: gptq, group_size: 32}]")
+    model = pico("qwen3_moe", **sizes)
+    host = make_plan(made, source_skeleton(model, "cpu"), memory=1e12)
+    with pretended():
+        there = source_skeleton(model, "cuda")
+        whole = make_plan(made, there)
+        assert whole.room is None
+        assert host.memory < whole.memory
+        assert whole.host < whole.memory  # no moments, nothing is solved there
+        free = whole.memory - 20_000_000
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10**12))
+        less = make_plan(made, there)
+        assert less.room is not None
+        assert less.memory <= free
+        job = Job(made, "", (), model, tmp_path / "out", "pico")
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**6, 10**12))
+        with pytest.raises(ResourceError, match=r"GB of memory of cuda are needed and 0\.00 GB are available"):
+            apply(job, lambda event: None, device="cuda")
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**12, 10**12))
+        monkeypatch.setattr(
+            "compressor.compress.resources.available_memory", lambda device: 1000 if device.type == "cpu" else 10**12
+        )
+        with pytest.raises(ResourceError, match=r"GB of memory are needed and 0\.00 GB are available"):
+            apply(job, lambda event: None, device="cuda")
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_a_plan_is_of_the_device(dry: bool, pico: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    words, options = ("w4a16-gptq", str(pico("llama", hidden_size=128))), {"as_json": True}
+    ask = (
+        partial(main.apply, *words, Path("out"), dry_run=True, **options)
+        if dry
+        else partial(main.plan, *words, **options)
+    )
+    ask()
+    host = json.loads(capsys.readouterr().out)
+    with pretended() as device:
+        ask(device="cuda")
+        assert device.met
+    assert json.loads(capsys.readouterr().out)["memory"] != host["memory"]
+    with pytest.raises(ResourceError, match="finds no GPU here"):
+        ask(device="cuda")
+
+
+def test_a_full_gpu_is_said_and_resumable(
+    pico: Callable[..., Path], calibration_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = recipe("[{kind: gptq, bits: 4, group_size: 32}]", calibration_text)
+    run(text, pico("llama"), tmp_path / "whole", "cpu")
+    job, calls, real = Job(parse_recipe(text), text, (), pico("llama"), tmp_path / "out", "pico"), [], Block.advance
+
+    def full(block: Block) -> None:
+        calls.append(block.index)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total of 24 GiB")
+        real(block)
+
+    monkeypatch.setattr(Block, "advance", full)
+    with pytest.raises(
+        ResourceError, match=r"is full \(CUDA out of memory. Tried to allocate 20.00 GiB\); .*--memory"
+    ) as e:
+        apply(job, lambda event: None)
+    assert "\n" not in str(e.value)
+    apply(job, lambda event: None, resume=True, memory=1e9)
+    found, expected = (tmp_path / name / "model.safetensors" for name in ("out", "whole"))
+    assert found.read_bytes() == expected.read_bytes()
 
 
 def test_what_no_kernel_takes_runs_on_its_device(

@@ -132,6 +132,11 @@ class Skeleton:
         return self.decoder.get_submodule(BLOCKS)
 
     @property
+    def copies(self) -> bool:
+        """Whether a block's weights take memory of their own: elsewhere they are pages of the checkpoint's files."""
+        return self.dtype != self.checkpoint.dtype or self.device.type != "cpu"
+
+    @property
     def blocks(self) -> int:
         return len(self.layers)
 

@@ -126,7 +126,7 @@ def walk_cost(skeleton: Skeleton, samples: int, sequence_length: int) -> Cost:
     shapes = [[(w.out_features, w.in_features) for w in skeleton.linears(n).values()] for n in range(skeleton.blocks)]
     block = max(sum(rows * columns for rows, columns in block) for block in shapes)
     widest = max(max(shape) for block in shapes for shape in block)
-    held = block * item if skeleton.dtype != skeleton.checkpoint.dtype else 0
+    held = block * item if skeleton.copies else 0
     batch = max(1, BATCH_TOKENS // sequence_length) * sequence_length
     running = batch * ((3 * item + 8) * widest + 12 * hidden)
     parameters = sum(rows * columns for block in shapes for rows, columns in block)
@@ -152,7 +152,7 @@ def merge_cost(skeleton: Skeleton, keep: int, *, compared: bool) -> Cost:
 
 def _converted(skeleton: Skeleton) -> float:
     """Bytes of a block's weights where they are not those of the file."""
-    if skeleton.dtype == skeleton.checkpoint.dtype:
+    if not skeleton.copies:
         return 0.0
     count, hidden, width = _sizes(skeleton)
     return 3.0 * count * hidden * width * skeleton.dtype.itemsize
