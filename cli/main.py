@@ -15,30 +15,27 @@ from typing import Annotated, Any
 import typer
 
 from . import render
+from .arguments import (
+    DeviceOption,
+    FolderArgument,
+    JsonOption,
+    MemoryOption,
+    ModelArgument,
+    OverwriteOption,
+    RecipeArgument,
+    RevisionOption,
+    SetOption,
+)
+from .recipes import read, recipes_app
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Compress language models: one recipe, composable passes, a checkpoint that runs.",
     epilog="Exit codes: 0 done, 1 the answer is no, 2 could not run, 130 interrupted and resumable.",
 )  # fmt: skip
-recipes_app = typer.Typer(no_args_is_help=True, help="Recipes that come with compressor, and checks of your own.")
 app.add_typer(recipes_app, name="recipes")
 
-_state = {"debug": False, "quiet": False}
-
-RecipeArgument = Annotated[str, typer.Argument(help="a recipe file, or the name of a shipped recipe")]
-ModelArgument = Annotated[str, typer.Argument(help="a model folder, or a hub id (owner/name)")]
-FolderArgument = Annotated[Path, typer.Argument(help="a folder that apply wrote")]
-JsonOption = Annotated[bool, typer.Option("--json", help="one JSON document on stdout")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="change the recipe: path=value, may be repeated")]
-RevisionOption = Annotated[str | None, typer.Option(help="branch, tag or commit of a hub model")]
-DeviceOption = Annotated[str, typer.Option(help="where a block runs and is solved: cpu, or cuda for a GPU")]
-MemoryOption = Annotated[
-    str | None, typer.Option(help="memory to get by with on the device, as 16GB; default: what is available")
-]
-OverwriteOption = Annotated[
-    bool, typer.Option("--overwrite", help="replace the model folder at OUT, once the new one is done")
-]
+_state = {"debug": False, "quiet": False, "interrupted": False}
 
 
 def _bytes(size: str | None) -> float | None:
@@ -86,10 +83,11 @@ def apply(
     from ..compress.apply import Job
     from ..compress.apply import apply as run_job
     from ..compress.card import LARGE_MODEL
+    from ..compress.events import Event
     from ..compress.plan import rows
     from ..runtime.model.checkpoint import Checkpoint
 
-    text, parsed = _recipe(recipe, edits)
+    text, parsed = read(recipe, edits)
     folder, commit = _model(model, revision)
     checkpoint = Checkpoint(folder)
     blocks = len(checkpoint.block_names())
@@ -103,8 +101,14 @@ def apply(
     job = Job(parsed, text, tuple(edits or ()), folder, out, model, commit, recipe_file)
     try:
         with render.ApplyProgress(blocks, _state["quiet"]) as progress:
+
+            def listener(event: Event) -> None:
+                progress(event)
+                if _state["interrupted"]:  # Python drops what a handler raises inside a destructor or a C callback
+                    raise KeyboardInterrupt
+
             done = run_job(
-                job, progress, resume=resume, overwrite=overwrite, statistics=statistics, memory=_bytes(memory),
+                job, listener, resume=resume, overwrite=overwrite, statistics=statistics, memory=_bytes(memory),
                 device=device,
             )  # fmt: skip
     except KeyboardInterrupt:
@@ -148,7 +152,7 @@ def plan(
     from ..compress.plan import make_plan, rows
     from ..compress.resources import estimated_seconds
 
-    _, parsed = _recipe(recipe, edits)
+    _, parsed = read(recipe, edits)
     skeleton = source_skeleton(_model(model, revision)[0], device)
     result = make_plan(parsed, skeleton, look=True, memory=_bytes(memory))
     seconds, free = estimated_seconds(result), shutil.disk_usage(Path.cwd()).free
@@ -360,84 +364,6 @@ def doctor(as_json: JsonOption = False) -> None:
         render.out.print(f"{key}: {value}")
 
 
-@recipes_app.command("list")
-def recipes_list(as_json: JsonOption = False) -> None:
-    """Names and one line each."""
-    from ..compress.recipe import parse_recipe, shipped
-
-    found = {name: parse_recipe(text, name).description for name, text in shipped().items()}
-    if as_json:
-        render.document(found)
-        return
-    for name, description in found.items():
-        render.out.print(f"{name:<{max(map(len, found))}} {description}")
-
-
-@recipes_app.command("show")
-def recipes_show(recipe: RecipeArgument) -> None:
-    """The recipe with every default written out."""
-    from ..compress.recipe import resolved_yaml
-
-    print(resolved_yaml(_recipe(recipe, None)[1]), end="")
-
-
-@recipes_app.command("copy")
-def recipes_copy(
-    recipe: RecipeArgument, destination: Annotated[Path, typer.Argument(help="the file to write")]
-) -> None:
-    """Copy a shipped recipe to a file of your own."""
-    from ..compress.recipe import read_recipe
-    from ..runtime.errors import ResourceError
-
-    if destination.exists():
-        raise ResourceError(f"{destination}: exists; choose another name")
-    try:
-        destination.write_text(read_recipe(recipe)[1], encoding="utf-8")
-    except OSError as error:
-        raise ResourceError(f"{destination}: cannot be written ({error.strerror}); choose another place") from None
-    render.out.print(str(destination))
-
-
-@recipes_app.command("validate")
-def recipes_validate(files: Annotated[list[str], typer.Argument(help="recipe files or shipped names")]) -> None:
-    """Check recipes; exit 1 if one of them has mistakes."""
-    from ..runtime.errors import RecipeError
-
-    bad = 0
-    for file in files:
-        try:
-            _recipe(file, None)
-            render.out.print(f"{file}: fine")
-        except RecipeError as error:
-            bad += 1
-            print(error)
-    if bad:
-        raise typer.Exit(1)
-
-
-@recipes_app.command("options")
-def recipes_options() -> None:
-    """Every key of a recipe, what it may be and what it does, as Markdown."""
-    from ..compress.recipe import options_table
-
-    print(options_table(), end="")
-
-
-@recipes_app.command("schema")
-def recipes_schema() -> None:
-    """JSON schema of recipes, for editors."""
-    from ..compress.recipe import json_schema
-
-    render.document(json_schema())
-
-
-def _recipe(source: str, edits: list[str] | None) -> tuple[str, Any]:
-    from ..compress.recipe import parse_recipe, read_recipe
-
-    name, text = read_recipe(source)
-    return text, parse_recipe(text, name, tuple(edits or ()))
-
-
 def _model(source: str, revision: str | None) -> tuple[Path, str | None]:
     from ..runtime.hub import resolve_model
 
@@ -476,13 +402,15 @@ def _print_notes(result: Any) -> None:
         )
 
 
-def _terminate(number: int, frame: object) -> None:
+def _interrupt(number: int, frame: object) -> None:
+    _state["interrupted"] = True
     raise KeyboardInterrupt
 
 
 def main() -> None:
     """Entry point: errors that people can mend are one line and exit code 2."""
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     # A kernel is compiled and kept for every batch size, and experts see all of them: the default of 1024 is 400 MB.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     os.environ.setdefault("LRU_CACHE_CAPACITY", "64")

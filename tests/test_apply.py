@@ -18,8 +18,10 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file, save_file
 
+from compressor.cli import main
 from compressor.compress import journal as journal_module
 from compressor.compress.apply import Job, apply
 from compressor.compress.recipe import parse_recipe
@@ -258,6 +260,19 @@ draw = render.ApplyProgress.__call__
 render.ApplyProgress.__call__ = lambda self, event: (draw(self, event), time.sleep(0.05))
 main.main()
 """
+
+
+def test_a_signal_that_was_lost_in_a_destructor_still_stops_the_run(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(job.recipe_text)
+    monkeypatch.setitem(main._state, "interrupted", True)
+    with pytest.raises(typer.Exit) as end:
+        main.apply(str(recipe), str(job.model), job.out)
+    assert end.value.exit_code == 130
+    assert "go on with: compressor apply" in capsys.readouterr().err
+    apply(job, lambda event: None, resume=True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

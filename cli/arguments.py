@@ -1,0 +1,22 @@
+"""Arguments and options that several commands have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RecipeArgument = Annotated[str, typer.Argument(help="a recipe file, or the name of a shipped recipe")]
+ModelArgument = Annotated[str, typer.Argument(help="a model folder, or a hub id (owner/name)")]
+FolderArgument = Annotated[Path, typer.Argument(help="a folder that apply wrote")]
+JsonOption = Annotated[bool, typer.Option("--json", help="one JSON document on stdout")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="change the recipe: path=value, may be repeated")]
+RevisionOption = Annotated[str | None, typer.Option(help="branch, tag or commit of a hub model")]
+DeviceOption = Annotated[str, typer.Option(help="where a block runs and is solved: cpu, or cuda for a GPU")]
+MemoryOption = Annotated[
+    str | None, typer.Option(help="memory to get by with on the device, as 16GB; default: what is available")
+]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="replace the model folder at OUT, once the new one is done")
+]

@@ -1,0 +1,92 @@
+"""`compressor recipes`: recipes that come with compressor, and checks of others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import render
+from .arguments import JsonOption, RecipeArgument
+
+recipes_app = typer.Typer(no_args_is_help=True, help="Recipes that come with compressor, and checks of your own.")
+
+
+def read(source: str, edits: list[str] | None) -> tuple[str, Any]:
+    """The text of a recipe and what it says, once edits are made."""
+    from ..compress.recipe import parse_recipe, read_recipe
+
+    name, text = read_recipe(source)
+    return text, parse_recipe(text, name, tuple(edits or ()))
+
+
+@recipes_app.command("list")
+def recipes_list(as_json: JsonOption = False) -> None:
+    """Names and one line each."""
+    from ..compress.recipe import parse_recipe, shipped
+
+    found = {name: parse_recipe(text, name).description for name, text in shipped().items()}
+    if as_json:
+        render.document(found)
+        return
+    for name, description in found.items():
+        render.out.print(f"{name:<{max(map(len, found))}} {description}")
+
+
+@recipes_app.command("show")
+def recipes_show(recipe: RecipeArgument) -> None:
+    """The recipe with every default written out."""
+    from ..compress.recipe import resolved_yaml
+
+    print(resolved_yaml(read(recipe, None)[1]), end="")
+
+
+@recipes_app.command("copy")
+def recipes_copy(
+    recipe: RecipeArgument, destination: Annotated[Path, typer.Argument(help="the file to write")]
+) -> None:
+    """Copy a shipped recipe to a file of your own."""
+    from ..compress.recipe import read_recipe
+    from ..runtime.errors import ResourceError
+
+    if destination.exists():
+        raise ResourceError(f"{destination}: exists; choose another name")
+    try:
+        destination.write_text(read_recipe(recipe)[1], encoding="utf-8")
+    except OSError as error:
+        raise ResourceError(f"{destination}: cannot be written ({error.strerror}); choose another place") from None
+    render.out.print(str(destination))
+
+
+@recipes_app.command("validate")
+def recipes_validate(files: Annotated[list[str], typer.Argument(help="recipe files or shipped names")]) -> None:
+    """Check recipes; exit 1 if one of them has mistakes."""
+    from ..runtime.errors import RecipeError
+
+    bad = 0
+    for file in files:
+        try:
+            read(file, None)
+            render.out.print(f"{file}: fine")
+        except RecipeError as error:
+            bad += 1
+            print(error)
+    if bad:
+        raise typer.Exit(1)
+
+
+@recipes_app.command("options")
+def recipes_options() -> None:
+    """Every key of a recipe, what it may be and what it does, as Markdown."""
+    from ..compress.recipe import options_table
+
+    print(options_table(), end="")
+
+
+@recipes_app.command("schema")
+def recipes_schema() -> None:
+    """JSON schema of recipes, for editors."""
+    from ..compress.recipe import json_schema
+
+    render.document(json_schema())
