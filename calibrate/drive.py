@@ -1,7 +1,8 @@
 """The loop over the blocks of a model, and over the calibration text inside a block.
 
-Every look at a whole model goes through here. Were several processes to share one, each would drive its own samples:
-`carry` is where their shares would be handed out, and what is summed on the way would be added up behind it.
+Every survey of a whole model goes through `drive`, and every chain is carried over a block by `carry`, that of the walk
+(which has a journal and so a loop of its own) too. Were several processes to share a model, `carry` is where each would
+take its own samples.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def start_chains(skeleton: Skeleton, windows: Tensor, folder: Path, names: tuple
 
 
 @dataclass(frozen=True)
-class Block:
+class BlockRun:
     """A block that the text is at, in one chain.
 
     Attributes:
@@ -65,10 +66,10 @@ class Block:
 
 def drive(
     skeletons: Mapping[str, Skeleton], windows: Tensor, folder: Path
-) -> Iterator[tuple[int, dict[str, Block], Chains]]:
+) -> Iterator[tuple[int, dict[str, BlockRun], Chains]]:
     """Every block of some models of one shape side by side, each model a chain of its own.
 
-    Whoever takes a block carries each chain over it (`Block.carry`) before asking for the next.
+    Whoever takes a block carries each chain over it (`BlockRun.carry`) before asking for the next.
 
     Args:
         skeletons: chain → model.
@@ -84,7 +85,7 @@ def drive(
         blocks = {}
         for chain, skeleton in skeletons.items():
             layer = skeleton.block(index)
-            blocks[chain] = Block(skeleton, index, chain, chains, layer, skeleton.runner(index, layer))
+            blocks[chain] = BlockRun(skeleton, index, chain, chains, layer, skeleton.runner(index, layer))
         yield index, blocks, chains
         chains.advanced(index + 1)
     shutil.rmtree(folder)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..runtime.errors import ModelError
 from ..runtime.model.skeleton import Skeleton
 from .chains import Chains, Spill
-from .drive import Block, drive
+from .drive import BlockRun, drive
 from .routing import experts_of
 from .statistics import exact_products
 
@@ -255,7 +255,7 @@ def refit_blocks(
         done(index, lost / max(whole, 1e-30) if experts is not None else None)
 
 
-def _watch(block: Block, routed: Routed, members: Sequence[Member], wanted: Spill) -> None:
+def _watch(block: BlockRun, routed: Routed, members: Sequence[Member], wanted: Spill) -> None:
     """Fill `routed` with what enters the experts, and with what they were to put out."""
     experts = experts_of(block.skeleton, block.layer)
     assert experts is not None

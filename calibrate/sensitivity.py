@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..runtime.model.skeleton import Skeleton
-from .chains import BATCH_TOKENS, Chains
+from .chains import BATCH_TOKENS, Spill
+from .drive import drive
 from .statistics import Statistics
 
 
@@ -46,51 +47,47 @@ def divergences(
 
     Args:
         windows: token ids `[samples, tokens]`, of which the first are read.
-        scratch: a folder to be made and deleted again; holds one activation `[tokens, hidden_size]` for each change.
+        scratch: a folder to be made and deleted again; holds an activation `[tokens, hidden_size]` for each change, and
+            two of the original.
         observed: the linear inside each block, by its name in memory, of whose inputs the second moment is taken.
         changes: `(block, what is seen there) →` what to try there.
         done: told each block that is behind.
     """
     windows = windows[: max(1, BATCH_TOKENS // windows.shape[1]), :BATCH_TOKENS]
-    shutil.rmtree(scratch, ignore_errors=True)
-    chains = Chains(scratch, (), (*windows.shape, skeleton.config.hidden_size))
-    every = slice(None)
-    hidden, labels = skeleton.embed(windows), list[str]()
-    for index in range(skeleton.blocks):
-        runner = skeleton.runner(index, skeleton.block(index))
-        layer = runner.layers[0]
-        for label in labels:
-            spill = chains.read(0, label)
-            spill[every] = skeleton.run(runner, spill[every])
+    shutil.rmtree(scratch, ignore_errors=True)  # what an interrupted survey left lacks the chains of changes
+    every, changed = slice(None), dict[str, Spill]()
+    for index, blocks, chains in drive({"original": skeleton}, windows, scratch):
+        block = blocks["original"]
+        layer, hidden = block.layer, chains.read(index, block.chain)[every]
+        for spill in changed.values():
+            spill[every] = skeleton.run(block.runner, spill[every])
         statistics = Statistics.empty(layer.get_submodule(observed).in_features, cross=False, device=skeleton.device)
         handle = layer.get_submodule(observed).register_forward_pre_hook(_observer(statistics, skeleton.dtype))
-        following = skeleton.run(runner, hidden)
+        last = block.carry()
         handle.remove()
-        for label, weights in changes(index, Seen(statistics.moment / statistics.tokens, runner, hidden)).items():
+        moment = statistics.moment / statistics.tokens
+        for label, weights in changes(index, Seen(moment, block.runner, hidden)).items():
             kept = {name: layer.get_submodule(name).weight for name in weights}
             for name, weight in weights.items():
                 layer.get_submodule(name).weight = nn.Parameter(weight.to(kept[name]), requires_grad=False)
-            chains.create(0, label)[every] = skeleton.run(runner, hidden)
+            changed[label] = chains.scratch(hidden.shape[-1], torch.float32)
+            changed[label][every] = block.run(every)
             for name, parameter in kept.items():
                 layer.get_submodule(name).weight = parameter
-            labels.append(label)
-        hidden = following
         done(index)
-    found = _compared(skeleton, hidden, chains, labels)
-    shutil.rmtree(scratch)
-    return found
+    return _compared(skeleton, last[every], changed)
 
 
-def _compared(skeleton: Skeleton, hidden: Tensor, chains: Chains, labels: list[str]) -> dict[str, float]:
+def _compared(skeleton: Skeleton, hidden: Tensor, changed: Mapping[str, Spill]) -> dict[str, float]:
     """KL per token between what leaves the last block in the original and in each chain; a few tokens at a time."""
-    found = dict.fromkeys(labels, 0.0)
+    found = dict.fromkeys(changed, 0.0)
     piece = max(32, LOGITS // skeleton.config.vocab_size)
     for row in range(len(hidden)):
         for start in range(0, hidden.shape[1], piece):
             part = slice(start, start + piece)
             reference = skeleton.logits(hidden[row, part]).log_softmax(-1)
-            for label in labels:
-                logs = skeleton.logits(chains.read(0, label)[row : row + 1][0, part]).log_softmax(-1)
+            for label, spill in changed.items():
+                logs = skeleton.logits(spill[row : row + 1][0, part]).log_softmax(-1)
                 found[label] += float(F.kl_div(logs, reference, log_target=True, reduction="sum"))
     return {label: total / hidden[..., 0].numel() for label, total in found.items()}
 

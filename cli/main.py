@@ -398,7 +398,8 @@ def _print_notes(result: Any) -> None:
         render.out.print(render.cache_line(result.kv_before, result.kv_after, result.bytes_after))
     if result.left:
         render.out.print(
-            f"{len(result.left)} matrices stay as they are, for no pass can name them: {result.left[0]}, …"
+            f"{len(result.left)} matrices of blocks stay as they are, for their family does not name them: "
+            f"{', '.join(result.left[:3])}{', …' if len(result.left) > 3 else ''}"
         )
 
 

@@ -406,9 +406,8 @@ def _store(block: Block, names: Sequence[str], plan: Plan, checkpoint: Checkpoin
         if not torch.equal(writer.read(name), tensors[name].cpu()):
             raise VerifyError(f"{name}: what was read back is not what was written; check the disk")
     for linear, (operator, suffixes) in rewritten.items() if plan.format != PLAIN else ():
-        parts = {
-            suffix: tensors[stored_name(linear, suffix)] for suffix in suffixes
-        }  # a shared one is that of the last
+        # Of a tensor that several linears share, the last one's was written.
+        parts = {suffix: tensors[stored_name(linear, suffix)] for suffix in suffixes}
         if not identical(from_tensors(parts, operator.scheme()), operator):
             raise VerifyError(f"{linear}: decodes to other weights than were meant; this is a bug, please report it")
 

@@ -31,6 +31,7 @@ _VISION = {
     "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
     "patch_size": 14, "num_channels": 3,
 }  # fmt: skip
+_PATCHES = {"depth": 1, "hidden_size": 32, "out_hidden_size": 64, "num_heads": 2, "intermediate_size": 32}
 _THREE_AXES = {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -82,26 +83,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "vision_config": {"model_type": "pixtral", **_VISION},
         "image_token_index": 5,
     },
-    "qwen2_5_vl": {
-        "text_config": {**_COMMON, **_THREE_AXES},
-        "vision_config": {
-            "depth": 1,
-            "hidden_size": 32,
-            "out_hidden_size": 64,
-            "num_heads": 2,
-            "intermediate_size": 32,
-        },
-    },
+    "qwen2_5_vl": {"text_config": {**_COMMON, **_THREE_AXES}, "vision_config": _PATCHES},
     "qwen3_vl": {
         "text_config": {**_COMMON, **_THREE_AXES},
-        "vision_config": {
-            "depth": 1,
-            "hidden_size": 32,
-            "out_hidden_size": 64,
-            "num_heads": 2,
-            "intermediate_size": 32,
-            "deepstack_visual_indexes": [0],
-        },
+        "vision_config": {**_PATCHES, "deepstack_visual_indexes": [0]},
     },
 }
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from pico import FAMILIES, stock_logits
 
+from compressor.cli import main
 from compressor.compress.apply import Job, apply
 from compressor.compress.plan import Plan
 from compressor.compress.recipe import parse_recipe
 from compressor.runtime import load
+from compressor.runtime.errors import RecipeError
 from compressor.runtime.model.checkpoint import Checkpoint
 from compressor.runtime.model.families import FAMILIES as KNOWN
 from compressor.runtime.model.families import text_config
@@ -66,6 +71,35 @@ def test_latents_of_full_rank_change_nothing(pico: Pico, calibration_text: Path,
     near(own_logits(tmp_path / "out"), stock_logits(model, IDS))
 
 
+def test_capped_scores_are_no_place_for_latents(pico: Pico, calibration_text: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="caps the scores of attention"):
+        made("{kind: lorc, ratio: 1}", pico("gemma2"), tmp_path / "out", calibration_text)
+
+
+def test_a_matrix_that_no_group_names_is_told(
+    pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = KNOWN["llama"]
+    monkeypatch.setitem(KNOWN, "llama", replace(whole, stages=whole.stages[:-1]))
+    main.plan("w4a16-rtn", str(pico()), edits=["passes.0.group_size=32"])
+    told = capsys.readouterr().out
+    names = [f"model.layers.{index}.mlp.down_proj" for index in range(2)]
+    assert f"2 matrices of blocks stay as they are, for their family does not name them: {', '.join(names)}" in told
+    main.plan("w4a16-rtn", str(pico()), edits=["passes.0.group_size=32"], as_json=True)
+    assert json.loads(capsys.readouterr().out)["left"] == names
+
+
+@torch.no_grad()
+def test_loading_draws_no_random_numbers(pico: Pico, calibration_text: Path, tmp_path: Path) -> None:
+    """Nor do embeddings with a scale, or keys that are turned again, change what a user's seed gives."""
+    made("{kind: lorc, ratio: 0.5}", pico("gemma3_text"), tmp_path / "out", calibration_text)
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    load(tmp_path / "out")
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_every_family_is_in_the_table() -> None:
     tested = {text_config(config).get("model_type", family) for family, config in FAMILIES.items()}
     assert set(KNOWN) <= tested | {"qwen2_5_vl_text", "qwen3_vl_text"}
@@ -75,8 +109,11 @@ def test_every_family_is_in_the_table() -> None:
 def test_what_is_beside_the_language_model_is_carried(
     pico: Pico, calibration_text: Path, tmp_path: Path, family: str
 ) -> None:
-    model = pico(family)
+    model = Path(shutil.copytree(pico(family), tmp_path / "model"))
+    (model / "preprocessor_config.json").write_text("{}")
     made("{kind: rtn, bits: 4, group_size: 32}", model, tmp_path / "out", calibration_text)
+    assert (tmp_path / "out" / "preprocessor_config.json").read_text() == "{}"
+    assert "AutoModelForImageTextToText.from_pretrained" in (tmp_path / "out" / "README.md").read_text()
     before, after = Checkpoint(model), Checkpoint(tmp_path / "out")
     outside = before.outside_names()
     assert any("vision" in name or "visual" in name for name in outside)

@@ -114,9 +114,13 @@ class Calibrated(LinearPass):
         "used again (--statistics), but cannot be corrected for earlier errors",
     )
 
+    def _refuse_idle(self, condition: str, *keys: str) -> None:
+        """As of every pass; that there is no correction may be said where there is none."""
+        super()._refuse_idle(condition, *(key for key in keys if key != "correction" or self.correction))
+
     @model_validator(mode="after")
     def _no_idle_correction(self) -> Self:
-        if not self.sequential and self.correction:
+        if not self.sequential:
             self._refuse_idle("with sequential: false, which sees the original model only", "correction")
         return self
 

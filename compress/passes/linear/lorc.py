@@ -96,8 +96,7 @@ class Lorc(Calibrated):
         if self.calibrated and self.d_max is not None:
             raise ValueError("calibrated distributes a ratio; d_max and d_min are of the plain method")
         if not self.calibrated:
-            idle = ["damping", "sequential", "objective", *(["correction"] if self.correction else [])]
-            self._refuse_idle("without calibrated: true", *idle)
+            self._refuse_idle("without calibrated: true", "correction", "damping", "sequential", "objective")
         return self
 
     @property
@@ -240,7 +239,7 @@ class Lorc(Calibrated):
         comparing = 5 * 4 * max(LOGITS, 32 * vocabulary) + 4 * hidden * min(vocabulary, HEAD_ROWS)
         passes = names * skeleton.blocks / 2
         flops = 2.0 * tokens * (passes * block + names * vocabulary * hidden)
-        return Cost(BUFFERS + max(running, comparing), names * tokens * 4 * hidden, 0.0, flops)
+        return Cost(BUFFERS + max(running, comparing), (names + 2) * tokens * 4 * hidden, 0.0, flops)
 
     @property
     def _ranks(self) -> dict[str, int]:

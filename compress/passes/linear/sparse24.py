@@ -42,7 +42,7 @@ class SparsePass(Calibrated):
     def _nothing_idle(self) -> SparsePass:
         if self.method != "sparsegpt_sweep":
             self._refuse_idle(f"with method: {self.method}", "sweeps")
-        if not self.method.startswith("sparsegpt") and self.correction:
+        if not self.method.startswith("sparsegpt"):
             self._refuse_idle(f"with method: {self.method}, which changes no value", "correction")
         if self.method == "magnitude":
             self._refuse_idle("with method: magnitude, which takes no data", "damping", "sequential")
