@@ -82,6 +82,16 @@ def expert_output(expert: Any, hidden: Tensor) -> Tensor:
     return output
 
 
+def chosen(router: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Coefficients and indices of the experts that a router sends tokens `[tokens, hidden_size]` to, `[tokens, top_k]`.
+
+    transformers' routers return three tensors, scores of all experts among them: the indices come last or, in some
+    releases, first, and the coefficients always between.
+    """
+    first, weights, last = router(hidden)
+    return weights, first if last.is_floating_point() else last
+
+
 def observe_routing(
     skeleton: Skeleton, windows: Tensor, scratch: Path, kept: RoutingFolder, done: Callable[[int], None]
 ) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from compressor.calibrate.artefact import RoutingFolder
-from compressor.calibrate.routing import Routing, observe_routing
+from compressor.calibrate.routing import Routing, chosen, observe_routing
 from compressor.compress.apply import Job, apply, calibration_windows
 from compressor.compress.events import Event, ExpertsKept
 from compressor.compress.passes.base import Survey
@@ -222,6 +222,25 @@ def test_criteria_by_hand() -> None:
     assert 7 not in found, "the last quarter is not protected"
 
 
+@pytest.mark.parametrize("top_k", [2, 4])
+def test_routers_are_read_in_either_order(top_k: int) -> None:
+    scores = torch.randn(5, 4)
+    weights, indices = scores.softmax(-1).topk(top_k)
+
+    class Router(torch.nn.Module):
+        def __init__(self, *returned: torch.Tensor) -> None:
+            super().__init__()
+            self.returned = returned
+
+        def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return self.returned
+
+    for router in (Router(scores, weights, indices), Router(indices, weights, scores)):
+        found = chosen(router, torch.zeros(5, 8))
+        assert found[0] is weights
+        assert found[1] is indices
+
+
 @pytest.mark.parametrize(
     ("family", "options", "message"),
     [
@@ -309,7 +328,7 @@ def test_reconstruction_finds_the_best_subset_of_all(
     assert isinstance(step, ExpertPrune)
     assert step.kept is not None
     model = stock(folder)
-    for index, chosen in step.kept.items():
+    for index, numbers in step.kept.items():
         moe = model.model.layers[index].mlp
         entered: list[Tensor] = []
         handle = moe.register_forward_pre_hook(lambda module, args, entered=entered: entered.append(args[0]))
@@ -324,7 +343,7 @@ def test_reconstruction_finds_the_best_subset_of_all(
                 pruned = Skeleton(fewer_experts(skeleton.checkpoint, kept))
                 found = pruned.block(index).mlp(entered[0])
                 losses[subset] = float((found - expected).square().sum())
-        assert losses[chosen] == pytest.approx(min(losses.values()), rel=1e-4)
+        assert losses[numbers] == pytest.approx(min(losses.values()), rel=1e-4)
     kinds = [event for event in events if isinstance(event, ExpertsKept)]
     assert all(len(event.scores) == len(event.tokens) for event in kinds)
 

@@ -22,7 +22,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor
 
 from ....calibrate.refit import fit
-from ....calibrate.routing import Routing, expert_output, expert_outputs, experts_of
+from ....calibrate.routing import Routing, chosen, expert_output, expert_outputs, experts_of
 from ....runtime.errors import RecipeError
 from ....runtime.model.checkpoint import Checkpoint
 from ....runtime.model.families import ExpertGroups
@@ -250,8 +250,7 @@ class ExpertPrune(ModelPass):
         outputs = expert_outputs(look.experts(index), sample)
 
         def route(numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
-            _, weights, places = look.skeleton.router(index, numbers)(sample)
-            return weights, places
+            return chosen(look.skeleton.router(index, numbers), sample)
 
         every = range(self._blocks[index])
         without = [tuple(n for n in every if n != gone) for gone in every] if self._groups == 1 else []
@@ -327,9 +326,9 @@ def _neurons(expert: Any) -> Neurons:
 
 def _routed(skeleton: Skeleton, layer: Any, sample: Tensor) -> Tensor:
     """What the routed experts of a block put out for tokens `[tokens, hidden_size]`, float64."""
-    _, weights, places = layer.get_submodule(skeleton.family.experts.router)(sample)
+    routed = chosen(layer.get_submodule(skeleton.family.experts.router), sample)
     outputs = expert_outputs(experts_of(skeleton, layer) or (), sample)
-    return mixed(lambda _: (weights, places), outputs, range(len(outputs))).double()
+    return mixed(lambda _: routed, outputs, range(len(outputs))).double()
 
 
 def highest(scores: Tensor, keep: int, groups: int, protected: tuple[int, ...] = ()) -> tuple[int, ...]:
