@@ -230,5 +230,7 @@ def test_a_gpu_compresses_and_runs(
     ids = torch.arange(1, 12)[None]
     with torch.no_grad():
         found = load(tmp_path / "gpu", "cuda")(ids.cuda()).logits.cpu()
-        expected = load(tmp_path / "gpu", "cpu", torch.float32)(ids).logits
-    assert (found - expected).norm() / expected.norm() < 0.05
+        expected, rounded = (
+            load(tmp_path / "gpu", "cpu", dtype)(ids).logits for dtype in (torch.float32, torch.bfloat16)
+        )
+    assert (found - expected).norm() < 1.5 * (rounded - expected).norm()  # no further off than the CPU in that dtype
