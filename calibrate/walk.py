@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..runtime.model.experts import Expert, Experts
 from ..runtime.model.families import Group, Stage
 from ..runtime.model.skeleton import Skeleton
-from ..runtime.operators import Dense, Latent, Operator
+from ..runtime.schemes import Dense, Operator
 from .artefact import StatisticsFolder
 from .chains import Chains, Spill
 from .drive import carry
@@ -208,8 +208,8 @@ class Block:
                         linear = self._runners["compressed"].layers[0].get_submodule(name)
                         weight = operator.dense(self.skeleton.dtype).to(self.skeleton.device)
                         linear.weight = nn.Parameter(weight, requires_grad=False)
-                        if isinstance(operator, Latent) and operator.bits < 16:
-                            linear.register_forward_hook(_through_cache(operator))
+                        if any(part.rounds for part in operator.inside()):
+                            linear.register_forward_hook(partial(_beyond_weight, operator))
             self._replay()
 
     def _sizes(self, stage: Stage) -> list[float]:
@@ -376,14 +376,9 @@ class Block:
         self.chains.commit(self.index + 1)
 
 
-def _through_cache(operator: Latent):  # type: ignore[no-untyped-def]
-    """A hook that adds what rounding in the KV cache does to a projection's outputs."""
-
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        latents = operator.down.forward(args[0].float())
-        return output + operator.raised(operator.cached(latents) - latents).to(output.dtype)
-
-    return hook
+def _beyond_weight(operator: Operator, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """A linear's output, and what its operator does beside multiplying: rounding of inputs, or in the KV cache."""
+    return output + operator.beyond(args[0].float()).to(output.dtype)
 
 
 class _RoutedAs:

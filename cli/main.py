@@ -131,7 +131,7 @@ def apply(
     ratio = done.bytes_before / done.bytes_after
     render.out.print(
         f"\n{out}: {render.size(done.bytes_before)} → {render.size(done.bytes_after)}, {ratio:.2f} × smaller; "
-        f"format {done.format}, read by {render.readers(done)}"
+        f"format {done.format.name}, read by {render.readers(done)}"
     )
     _print_notes(done)
     render.out.print(f"next: compressor eval {out} --against {model}")
@@ -162,7 +162,7 @@ def plan(
     render.out.print(render.plan_table(rows(result)))
     render.out.print(
         f"\nweights {render.size(result.bytes_before)} → {render.size(result.bytes_after)} "
-        f"({result.bytes_before / result.bytes_after:.2f} × smaller), format {result.format}, read by "
+        f"({result.bytes_before / result.bytes_after:.2f} × smaller), format {result.format.name}, read by "
         f"{render.readers(result)}\nmemory {render.size(result.memory)} beyond the imports (on {device}), disk "
         f"{render.size(result.disk)} of {render.size(free)} free here (activations in it are deleted at the end), "
         f"roughly {seconds:.0f} s"
@@ -181,7 +181,6 @@ def inspect(
     """Say what a model folder, plain or compressed, consists of."""
     import fnmatch
 
-    from ..compress.formats import describe
     from ..runtime.errors import ModelError
     from ..runtime.stored import StoredModel, open_model
 
@@ -197,9 +196,9 @@ def inspect(
     if isinstance(opened, StoredModel):
         kinds: dict[str, int] = {}
         for name in opened.schemes:
-            label = describe(opened.outline(name))
+            label = opened.outline(name).description
             kinds[label] = kinds.get(label, 0) + 1
-        record |= {"format": opened.format, "linears stored as": kinds}
+        record |= {"format": opened.format.name, "linears stored as": kinds}
     if tensors is not None:
         found = {
             name: {"dtype": str(info.dtype).removeprefix("torch."), "shape": list(info.shape), "file": info.file}
@@ -377,7 +376,7 @@ def _plan_record(result: Any) -> dict[str, Any]:
 
     return {
         "rows": [asdict(row) for row in rows(result)],
-        "format": result.format,
+        "format": result.format.name,
         "readers": list(result.readers),
         "bytes_before": result.bytes_before,
         "bytes_after": result.bytes_after,

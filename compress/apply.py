@@ -22,13 +22,13 @@ from ..calibrate.walk import Block, walk
 from ..kernels.dispatch import cpu_capability
 from ..runtime.errors import ModelError, RecipeError, ResourceError, VerifyError
 from ..runtime.files import file_sha256
+from ..runtime.formats import PLAIN
 from ..runtime.model.checkpoint import Checkpoint
 from ..runtime.model.disk_experts import fuse
 from ..runtime.model.skeleton import Skeleton, calibration_dtype
-from ..runtime.operators import Operator, from_tensors, identical, stored_name
+from ..runtime.schemes import Operator, from_tensors, identical, stored_name
 from .events import BlockDone, Event, Fallback, LayerDone, Resumed, Starved, Surveyed
 from .folder import finish_folder
-from .formats import PLAIN, as_written
 from .journal import Journal
 from .passes.base import ModelPass, Pass, Survey
 from .plan import Plan, make_plan
@@ -393,22 +393,22 @@ def _store(block: Block, names: Sequence[str], plan: Plan, checkpoint: Checkpoin
     for name in names:
         linear = name.removesuffix(".weight")
         if linear in plan.rewritten:
-            operator = as_written(block.linears[linear], plan.format, checkpoint.tensors[name].dtype)
-            stored = operator.to_tensors()
+            operator = plan.format.as_written(block.linears[linear], checkpoint.tensors[name].dtype)
+            stored = plan.format.tensors(operator)
             rewritten[linear] = operator, list(stored)
             tensors.update({stored_name(linear, suffix): tensor for suffix, tensor in stored.items()})
         else:
             tensors[name] = checkpoint.tensor(name)
-    if plan.format == PLAIN:
+    if plan.format is PLAIN:
         tensors = fuse(checkpoint.family, tensors)
     writer.write(tensors)
     for name in tensors:
         if not torch.equal(writer.read(name), tensors[name].cpu()):
             raise VerifyError(f"{name}: what was read back is not what was written; check the disk")
-    for linear, (operator, suffixes) in rewritten.items() if plan.format != PLAIN else ():
+    for linear, (operator, suffixes) in rewritten.items() if plan.format is not PLAIN else ():
         # Of a tensor that several linears share, the last one's was written.
         parts = {suffix: tensors[stored_name(linear, suffix)] for suffix in suffixes}
-        if not identical(from_tensors(parts, operator.scheme()), operator):
+        if not identical(from_tensors(plan.format.parts(parts, operator.scheme()), operator.scheme()), operator):
             raise VerifyError(f"{linear}: decodes to other weights than were meant; this is a bug, please report it")
 
 

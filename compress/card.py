@@ -35,7 +35,7 @@ def model_card(
         f"# {Path(job.source).resolve().name}, compressed",
         "",
         f"{plan.bytes_before:,} → {plan.bytes_after:,} bytes of weights ({ratio:.2f} × smaller), "
-        f"format `{plan.format}`, read by {', '.join(plan.readers)}.",
+        f"format `{plan.format.name}`, read by {', '.join(plan.readers)}.",
         "",
         "```python",
         load,

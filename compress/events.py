@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..runtime.operators import Operator, bits_per_weight
+from ..runtime.schemes import Operator, bits_per_weight
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ from ..runtime.model.checkpoint import Checkpoint
 from ..runtime.model.skeleton import Skeleton, calibration_dtype
 from ..runtime.stored import open_model
 from .card import model_card
-from .formats import MODELING, MODELING_FILE, NATIVE, format_config
-from .plan import Plan
+from .plan import Plan, around_of
 from .recipe import resolved_yaml
 from .writer import ShardedWriter
 
@@ -33,10 +32,10 @@ def finish_folder(
         VerifyError: the folder does not load, or a block of it gives NaN or infinities.
     """
     checkpoint = skeleton.checkpoint
-    config = format_config(plan.format, checkpoint.config, plan.rewritten, _untouched(plan, skeleton))
+    config = plan.format.config(checkpoint.config, plan.rewritten, _untouched(plan, skeleton), around_of(skeleton))
     write_synced(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    if plan.format == NATIVE:
-        write_synced(folder / MODELING_FILE, MODELING)
+    for name, text in plan.format.files.items():
+        write_synced(folder / name, text)
     for path in checkpoint.side_files:
         copy_synced(path, folder / path.name)
     write_synced(folder / "recipe.yaml", job.recipe_text)
@@ -58,7 +57,7 @@ def finish_folder(
         "edits": list(job.edits),
         "corpus": fingerprint["corpus"],
         "texts": fingerprint["texts"],
-        "format": plan.format,
+        "format": plan.format.name,
         "readers": list(plan.readers),
         "bytes": {"before": plan.bytes_before, "after": plan.bytes_after},
         "environment": {key: fingerprint[key] for key in ("versions", "device", "cpu", "computes", "threads")},

@@ -12,11 +12,11 @@ import torch
 
 from ..calibrate.corpus import find_text
 from ..runtime.errors import RecipeError
+from ..runtime.formats import PLAIN, Around, Format, choose_format
 from ..runtime.model.checkpoint import Checkpoint
 from ..runtime.model.disk_experts import fuse
 from ..runtime.model.skeleton import Skeleton
-from ..runtime.operators import Dense, Latent, LowRank, Operator, stored_name
-from .formats import PLAIN, as_written, choose_format, describe
+from ..runtime.schemes import Dense, Operator, stored_name
 from .passes.base import Cost, LinearPass, ModelPass, Pass, Survey
 from .recipe import Recipe
 from .resources import available_memory, chain_bytes, flops, room_for_moments, stage_memory
@@ -56,7 +56,7 @@ class Plan:
     skeleton: Skeleton
     linears: dict[str, LinearPlan]
     tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]
-    format: str
+    format: Format
     readers: tuple[str, ...]
     obstacle: str
     needs: frozenset[str]
@@ -119,12 +119,11 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, *, look: bool = False, memory:
                 f"{list(step.ignore)}; names look like {next(iter(linears))}"
             )
     operators = {name: linear.operator for name, linear in linears.items()}
-    chosen, readers, obstacle = choose_format(
-        recipe.output.format, operators, input_groups(skeleton), one_tensor=bool(checkpoint.family.experts.fused)
-    )
+    around = around_of(skeleton)
+    chosen, readers, obstacle = choose_format(recipe.output.format, operators, around)
     for name, linear in linears.items():
         dtype = checkpoint.tensors[name + ".weight"].dtype
-        linears[name] = replace(linear, operator=as_written(linear.operator, chosen, dtype))
+        linears[name] = replace(linear, operator=chosen.as_written(linear.operator, dtype))
     tensors = _output_tensors(checkpoint, linears, chosen)
     needs = frozenset(need for step in recipe.passes for need in step.needs)
     walked = needs - {"routing", "text"}  # which surveys see to
@@ -163,6 +162,13 @@ def _prepared(recipe: Recipe, skeleton: Skeleton, look: bool) -> tuple[Recipe, S
     return recipe.model_copy(update={"passes": tuple(passes)}), skeleton, Cost.of(costs)
 
 
+def around_of(skeleton: Skeleton) -> Around:
+    """What a format must know of a model beside the form of its linears."""
+    family, groups = skeleton.family, input_groups(skeleton)
+    experts = frozenset(name for group in groups for name in group if family.expert(name) is not None)
+    return Around(experts, groups, bool(family.experts.fused))
+
+
 def input_groups(skeleton: Skeleton) -> list[list[str]]:
     """Disk names of the linears that read the same input (and that some readers put into one matrix)."""
     return [group for index in range(skeleton.blocks) for group in _groups(skeleton, index)]
@@ -191,7 +197,7 @@ def _plan_group(
         wanted = [name for name in group if step.wants(name)]
         matched[number] += len(wanted)
         # Factors are solved on their own, not beside what reads the same input.
-        together = {name: originals[name] for name in wanted if not isinstance(plans[name].operator, LowRank)}
+        together = {name: originals[name] for name in wanted if not plans[name].operator.factors}
         for name in wanted:
             try:
                 result = step.plan(name, plans[name].operator, together)
@@ -213,7 +219,7 @@ def rows(plan: Plan) -> list[Row]:
     blocks: dict[Any, set[int]] = {}
     for name, linear in plan.linears.items():
         short = re.sub(r"\.\d+\.", ".*.", name)
-        key = (short, linear.steps, describe(linear.operator), linear.operator.shape)
+        key = (short, linear.steps, linear.operator.description, linear.operator.shape)
         folded.setdefault(key, []).append((linear.before, linear.operator.nbytes))
         index = plan.skeleton.checkpoint.block_index(name + ".weight")
         assert index is not None
@@ -246,7 +252,7 @@ def _nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
 
 
 def _output_tensors(
-    checkpoint: Checkpoint, linears: dict[str, LinearPlan], chosen: str
+    checkpoint: Checkpoint, linears: dict[str, LinearPlan], chosen: Format
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     tensors: dict[str, torch.Tensor] = {}
     for name, info in checkpoint.tensors.items():
@@ -254,9 +260,9 @@ def _output_tensors(
         if linear is None or not linear.steps:
             tensors[name] = torch.empty(info.shape, dtype=info.dtype, device="meta")
             continue
-        for suffix, tensor in linear.operator.to_tensors().items():
+        for suffix, tensor in chosen.tensors(linear.operator).items():
             tensors[stored_name(name.removesuffix(".weight"), suffix)] = tensor
-    if chosen == PLAIN:
+    if chosen is PLAIN:
         tensors = fuse(checkpoint.family, tensors)
     return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
@@ -269,6 +275,5 @@ def _cache_bytes(checkpoint: Checkpoint, linears: dict[str, LinearPlan]) -> tupl
         if checkpoint.family.inside(name) in cached:
             full = linear.operator.shape[0] * checkpoint.dtype.itemsize
             before += full
-            latent = linear.operator
-            after += latent.cached_bytes(checkpoint.dtype.itemsize) if isinstance(latent, Latent) else full
+            after += linear.operator.cached_bytes(checkpoint.dtype.itemsize)
     return before, after

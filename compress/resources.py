@@ -16,7 +16,6 @@ from ..calibrate.chains import BATCH_TOKENS
 from ..calibrate.walk import parts
 from ..runtime.errors import ResourceError
 from ..runtime.model.skeleton import Skeleton, calibration_dtype
-from .formats import is_expert
 from .passes.base import BUFFERS
 from .recipe import Recipe
 
@@ -101,7 +100,8 @@ def _working(
     item, hidden = skeleton.dtype.itemsize, skeleton.config.hidden_size
     widest = max(linears[name].operator.shape[1] for group in groups for name in group)
     running = batch * (max(3 * item, item + 6) * widest + 12 * hidden) if needs else 0
-    if needs and any(is_expert(name) for group in groups for name in group):  # every expert's inputs are kept
+    experts = (name for group in groups for name in group if skeleton.family.expert(name) is not None)
+    if needs and any(experts):  # every expert's inputs are kept
         running += len(chain_names(needs)) * batch * skeleton.experts_per_token * widest * item
     steps = recipe.linear_passes.values()
     asked = [(step, [name for name in group if step.wants(name)]) for group in groups for step in steps]

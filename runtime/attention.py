@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .errors import ModelError
 from .latent_decode import LatentDecode
 from .model.skeleton import Skeleton
-from .modules import LatentLinear, StoredLinear
+from .schemes import StoredLinear
 
 TILE = 1024  # cached tokens whose keys are made again at a time while decoding
 _ROPE = ("default", "linear", "llama3", "yarn")  # whose angles depend on the position alone
@@ -119,6 +119,8 @@ class Cached(Protocol):
 
     rank: int
     groups: int
+    bits: int
+    keeps_latents: bool
 
     def packed(self, x: Tensor) -> Tensor: ...
 
@@ -129,6 +131,8 @@ class Cached(Protocol):
 
 class PlainLatents(nn.Module):
     """A projection without latents beside one that has them: its outputs are cached, before the rotary embedding."""
+
+    bits, keeps_latents = 16, False
 
     def __init__(self, linear: Any) -> None:
         super().__init__()
@@ -190,7 +194,7 @@ class LatentAttention(nn.Module):
         return shifted[0].to(bias.dtype)
 
     def _value_up(self) -> Tensor | None:
-        if isinstance(self.values, PlainLatents):
+        if not self.values.keeps_latents:
             return None
         up: Tensor = self.values.up.whole(self.values.dtype)
         return up.reshape(self.kv_heads, self.head_dim, -1)
@@ -259,7 +263,7 @@ class LatentAttention(nn.Module):
         """Values by head; where `o_proj` takes latents, these, with zeros up to `head_dim`, for kernels want heads of
         one width."""
         latents = self.values.unpacked(cached[:, 0], dtype)
-        if self.value_up is not None or isinstance(self.values, PlainLatents):
+        if self.value_up is not None or not self.values.keeps_latents:
             return self._heads(self.values.raised(latents), None)
         heads = self._latent_heads(latents)
         return nn.functional.pad(heads, (0, self.head_dim - heads.shape[-1])).expand(-1, self.kv_heads, -1, -1)
@@ -289,7 +293,7 @@ class LatentAttention(nn.Module):
             scores = scores.masked_fill(~visible, hidden) if mask.dtype == torch.bool else scores + visible
         shares = scores.softmax(-1).to(queries.dtype)
         latents = self.values.unpacked(values[:, 0], queries.dtype)
-        if isinstance(self.values, PlainLatents):
+        if not self.values.keeps_latents:
             found = shares @ self._heads(latents, None)
         elif self.values.groups == 1:  # all heads read the same latents: one product
             found = (shares.flatten(1, 2) @ latents).unflatten(1, (self.kv_heads, -1))
@@ -302,7 +306,7 @@ class LatentAttention(nn.Module):
 
 def _cached(linear: Any) -> tuple[Any, Tensor | None]:
     """A projection as attention uses it, and the bias that is added to its outputs."""
-    if isinstance(linear, LatentLinear):
+    if getattr(linear, "keeps_latents", False):
         return linear, linear.bias
     return PlainLatents(linear), None
 
@@ -327,7 +331,7 @@ def install_latent_attention(skeleton: Skeleton) -> None:
     found = []
     for layer in skeleton.layers:
         modules = dict(layer.named_modules())
-        if any(isinstance(modules.get(name), LatentLinear) for name in (family.keys, family.values)):
+        if any(getattr(modules.get(name), "keeps_latents", False) for name in (family.keys, family.values)):
             found.append(layer)
     if not found:
         return

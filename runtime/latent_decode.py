@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import dispatch, layouts, ops
-from .modules import LatentLinear
 
 HEAD_DIMS = (32, 64, 128, 256)  # whose halves fill the kernel's tiles
 
@@ -29,7 +28,7 @@ class LatentDecode(nn.Module):
     def of(cls, attention: Any) -> LatentDecode | None:
         """That of a `LatentAttention`, or None where the kernel does not fit it."""
         parts = attention.keys, attention.values
-        dtype = next(part.dtype for part in parts if isinstance(part, LatentLinear))
+        dtype = next(part.dtype for part in parts if part.keeps_latents)
         norm = attention.k_norm
         widths = [_groups(part, attention.kv_heads)[1] for part in parts]
         fits = (
@@ -37,10 +36,10 @@ class LatentDecode(nn.Module):
             and dispatch.has_attention(sum(widths), dispatch.gpu_capability(_device(attention)))
             and attention.head_dim in HEAD_DIMS
             and all(width % 16 == 0 for width in widths)
-            and all(part.bits in (8, 16) for part in parts if isinstance(part, LatentLinear))
+            and all(part.bits in (8, 16) for part in parts)
             and all(part.rank % 2 == 0 for part in parts)
             and all(width % layouts.LATENT_SPLIT == 0 or part.groups == 1
-                    for part, width in zip(parts, widths, strict=True) if getattr(part, "bits", 16) == 8)
+                    for part, width in zip(parts, widths, strict=True) if part.bits == 8)
             and (norm is None or (hasattr(norm, "variance_epsilon") and len(norm.weight) == attention.head_dim))
         )  # fmt: skip
         return cls(attention, dtype) if fits else None
@@ -51,12 +50,12 @@ class LatentDecode(nn.Module):
         self.scaling, self.dtype = attention.scaling, dtype
         self.key_groups, width = _groups(keys, heads)
         self.value_groups, _ = _groups(attention.values, heads)
-        self.key_bits, self.value_bits = (getattr(part, "bits", 16) for part in (keys, attention.values))
+        self.key_bits, self.value_bits = (part.bits for part in (keys, attention.values))
         self.value_rank = attention.values.rank
         device = _device(attention)
         table = attention._rotary(1, torch.empty(0, dtype=dtype, device=device))[0]
         self.register_buffer("order", layouts.pair_order(head_dim, table.shape[1]).to(device), persistent=False)
-        if isinstance(keys, LatentLinear):
+        if keys.keeps_latents:
             up = keys.up.whole(dtype).view(heads, head_dim, width)[:, self.order]
         else:  # keys are cached as they are
             up = torch.eye(head_dim, dtype=dtype, device=device)[self.order].expand(heads, -1, -1)
@@ -89,7 +88,7 @@ class LatentDecode(nn.Module):
 
 def _groups(part: Any, heads: int) -> tuple[int, int]:
     """Of heads that have numbers of their own in the cache, and how many each has."""
-    groups = part.groups if isinstance(part, LatentLinear) else heads
+    groups = part.groups if part.keeps_latents else heads
     return groups, part.rank // groups
 
 

@@ -11,10 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from .attention import install_latent_attention
 from .errors import ModelError
+from .formats import NATIVE
 from .model.experts import pack_experts
 from .model.skeleton import Skeleton
-from .modules import stored_linear
-from .stored import NATIVE_TYPE, StoredModel, open_model
+from .schemes import stored_linear
+from .stored import StoredModel, open_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -92,7 +93,7 @@ def _cannot_be_saved(*args: Any, **options: Any) -> None:
 class CompressorConfig(PretrainedConfig):
     """`config.json` of a native folder: the original model's, under a type of its own so that no reader guesses."""
 
-    model_type = NATIVE_TYPE
+    model_type = NATIVE.name
 
 
 # What transformers adds of its own, what says how to download a model, and what is so in any case.
@@ -171,5 +172,5 @@ def _loading_info(folder: Path) -> dict[str, Any]:
 
 def register() -> None:
     """Make `AutoModelForCausalLM.from_pretrained` understand native folders; importing `compressor.runtime` does it."""
-    AutoConfig.register(NATIVE_TYPE, CompressorConfig, exist_ok=True)
+    AutoConfig.register(NATIVE.name, CompressorConfig, exist_ok=True)
     AutoModelForCausalLM.register(CompressorConfig, CompressorForCausalLM, exist_ok=True)

@@ -17,7 +17,7 @@ from compressor.kernels import dispatch
 from compressor.runtime import load
 from compressor.runtime.attention import LatentAttention
 from compressor.runtime.model.experts import PackedExperts
-from compressor.runtime.modules import ArmorLinear, IntLinear, RowsLinear, Sparse24Linear, W8A8Linear
+from compressor.runtime.schemes import ArmorLinear, IntLinear, RowsLinear, Sparse24Linear, W8A8Linear
 
 KINDS: dict[type, str] = {IntLinear: "int", Sparse24Linear: "sparse24", W8A8Linear: "w8a8"}
 

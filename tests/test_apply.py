@@ -29,7 +29,7 @@ from compressor.compress.verify import export_dense
 from compressor.compress.writer import ShardedWriter
 from compressor.kernels import layouts
 from compressor.runtime.errors import CompressorError, ModelError, ResourceError, VerifyError
-from compressor.runtime.operators import IntQuantized
+from compressor.runtime.schemes import IntQuantized
 from compressor.runtime.stored import StoredModel
 
 Pico = Callable[..., Path]

@@ -22,7 +22,7 @@ from compressor.compress.solvers.armor_codes import store_wrappers
 from compressor.compress.solvers.factors import stored_blocks
 from compressor.compress.solvers.pairs import nowag_scales
 from compressor.runtime.errors import RecipeError
-from compressor.runtime.operators import (
+from compressor.runtime.schemes import (
     Armor,
     Dense,
     IntQuantized,

@@ -13,8 +13,16 @@ from compressor.compress.passes.linear.gptq import Gptq
 from compressor.compress.passes.linear.sparse24 import SparsePass, sparse_operator
 from compressor.compress.solvers.factors import stored_blocks
 from compressor.compress.solvers.lowrank import best_low_rank, refit_up
-from compressor.runtime.modules import stored_linear
-from compressor.runtime.operators import Armor, Dense, LowRank, Operator, Problem, WithResidual, from_tensors
+from compressor.runtime.schemes import (
+    Armor,
+    Dense,
+    LowRank,
+    Operator,
+    Problem,
+    WithResidual,
+    from_tensors,
+    stored_linear,
+)
 
 
 def random_armor(seed: int = 0) -> Armor:

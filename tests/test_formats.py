@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from compressor.compress.apply import Job, apply
-from compressor.compress.formats import choose_format
 from compressor.compress.recipe import parse_recipe
 from compressor.compress.verify import export_dense, verify
 from compressor.runtime import load
 from compressor.runtime.errors import CompressorError, ModelError, RecipeError
-from compressor.runtime.operators import IntQuantized
+from compressor.runtime.formats import NATIVE, Around, choose_format
+from compressor.runtime.schemes import IntQuantized
 from compressor.runtime.stored import StoredModel
 
 Pico = Callable[..., Path]
@@ -183,7 +183,7 @@ def test_trusting_its_code_opens_a_native_folder(native: Path, tmp_path: Path) -
 import sys, torch, transformers
 assert "compressor" not in sys.modules
 model = transformers.AutoModelForCausalLM.from_pretrained({str(native)!r}, trust_remote_code=True, dtype="float32")
-assert "compressor.runtime.modules" in sys.modules
+assert "compressor.runtime.schemes.linear" in sys.modules
 torch.save(model(torch.arange(40)[None]).logits, "logits.pt")
 """
     done = elsewhere(code, tmp_path)
@@ -263,7 +263,7 @@ def test_readers_are_those_of_every_tensor() -> None:
         "vLLM",
     )
     assert choose_format("auto", operators)[1] == ("compressor", "transformers")
-    assert choose_format("compressor", operators) == ("compressor", ("compressor",), "")
+    assert choose_format("compressor", operators) == (NATIVE, ("compressor",), "")
 
 
 @pytest.mark.parametrize("step", ["{kind: rtn, bits: 4}", "{kind: gptq, bits: 4}"])
@@ -317,8 +317,8 @@ def test_readers_that_fuse_linears_need_one_scheme_for_them() -> None:
         bits: IntQuantized(torch.zeros(16, 64, dtype=torch.int8), torch.ones(16, 1), None, bits, 64) for bits in (4, 8)
     }
     linears = {"q": make[4], "k": make[8]}
-    assert "vLLM" in choose_format("auto", linears, [["q"], ["k"]])[1]
-    assert "vLLM" not in choose_format("auto", linears, [["q", "k"]])[1]
+    assert "vLLM" in choose_format("auto", linears, Around(fused=[["q"], ["k"]]))[1]
+    assert "vLLM" not in choose_format("auto", linears, Around(fused=[["q", "k"]]))[1]
     odd = {"q": IntQuantized(torch.zeros(16, 64, dtype=torch.int8), torch.ones(16, 4), None, 4, 16)}
     assert choose_format("auto", odd)[1] == ("compressor", "transformers")
 

@@ -36,8 +36,7 @@ from compressor.runtime import load
 from compressor.runtime.errors import ModelError, RecipeError
 from compressor.runtime.model.checkpoint import Checkpoint
 from compressor.runtime.model.skeleton import Skeleton
-from compressor.runtime.modules import stored_linear
-from compressor.runtime.operators import Dense, Latent, LowRank, from_tensors
+from compressor.runtime.schemes import Dense, Latent, LowRank, from_tensors, stored_linear
 from compressor.runtime.stored import StoredModel
 
 DOUBLE = torch.float64
@@ -431,12 +430,24 @@ def test_a_run_goes_on_with_the_survey_it_made(
     same_folders(tmp_path / "out", tmp_path / "whole")
 
 
-def test_later_blocks_see_what_rounding_in_the_cache_does(pico: Pico, tmp_path: Path) -> None:
-    """The compressed chain behind a block with 4-bit latents is what the loaded model's block puts out."""
+@pytest.mark.parametrize(
+    "passes",
+    [
+        "{kind: lorc, ratio: 0.1, latent_bits: 4}",
+        "{kind: w8a8}",
+        "{kind: w8a8, type: float}, {kind: eora, rank: 4}",
+        "{kind: w8a8, type: float}",
+        "{kind: w8a8}, {kind: eora, rank: 4}",
+    ],
+)
+def test_later_blocks_see_what_operators_round(pico: Pico, tmp_path: Path, passes: str) -> None:
+    """The compressed chain behind blocks that round inputs, or latents in the cache, is what the loaded model's blocks
+    put out."""
     skeleton = Skeleton(Checkpoint(pico("qwen2", dtype=torch.float32, use_sliding_window=False)))  # which has biases
     ids = torch.randint(0, 128, (2, 24), generator=torch.Generator().manual_seed(0))
     chains = start_chains(skeleton, ids, tmp_path / "chains", ("compressed",))
-    run("passes: [{kind: lorc, ratio: 0.1, latent_bits: 4}]", skeleton.checkpoint.path, tmp_path / "out")
+    text = f"data: {{samples: 4, sequence_length: 64}}\npasses: [{passes}]"
+    run(text, skeleton.checkpoint.path, tmp_path / "out")
     stored = StoredModel(tmp_path / "out")
     for block in walk(skeleton, chains, set()):
         for work in block.stages():
@@ -447,4 +458,4 @@ def test_later_blocks_see_what_rounding_in_the_cache_does(pico: Pico, tmp_path: 
     with torch.no_grad():
         expected = model.model(input_ids=ids, use_cache=False).last_hidden_state
         found = model.model.norm(chains.read(2, "compressed")[:])
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert (found - expected).norm() < 3e-3 * expected.norm()

@@ -15,22 +15,23 @@ from compressor.compress.passes.linear.quantizer import quantized
 from compressor.compress.solvers.grid import range_grid
 from compressor.kernels import cpu, dispatch
 from compressor.kernels.layouts import pack_codes
-from compressor.runtime.modules import IntLinear, stored_linear
-from compressor.runtime.operators import (
+from compressor.runtime.schemes import (
     Dense,
+    IntLinear,
     IntQuantized,
     Operator,
     Sparse24,
     bits_per_weight,
     from_tensors,
     identical,
+    stored_linear,
 )
 
 
 def make(rows: int, columns: int, bits: int, group_size: int, symmetric: bool) -> IntQuantized:
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
     grid = range_grid(weight, bits, group_size, symmetric, torch.bfloat16)
-    operator = quantized(grid.codes(weight), grid)
+    operator = quantized(grid.codes(weight), grid, Dense(weight))
     assert isinstance(operator, IntQuantized)
     return operator
 

@@ -60,7 +60,7 @@ def measure(recipe: str, name: str, out: Path) -> dict[str, Any]:
     return {
         "bytes": plan.bytes_after,
         "kv_bytes_per_token": plan.kv_after,
-        "format": plan.format,
+        "format": plan.format.name,
         "kl_mean": result.against.kl_mean,
         "perplexity_ratio": result.against.perplexity_ratio,
     }

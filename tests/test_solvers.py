@@ -16,7 +16,7 @@ from compressor.compress.solvers.grid import Grid, range_grid, searched_grid
 from compressor.compress.solvers.refine import best_scale, differences, refine, row_losses
 from compressor.compress.solvers.sweep import best_sweep, column_sweep, gptq_codes
 from compressor.compress.solvers.system import NotSolvable, System, damped_system
-from compressor.runtime.operators import Dense
+from compressor.runtime.schemes import Dense
 
 DOUBLE = torch.float64
 

@@ -23,7 +23,7 @@ from compressor.compress.solvers.metric import Metric
 from compressor.compress.solvers.pairs import descend_pairs, sparsegpt, sweep_pairs, top_pairs
 from compressor.compress.solvers.system import damped_system
 from compressor.kernels import layouts
-from compressor.runtime.operators import Dense, IntQuantized, Sparse24
+from compressor.runtime.schemes import Dense, IntQuantized, Sparse24
 
 DOUBLE = torch.float64
 PAIRS = list(itertools.combinations(range(4), 2))

@@ -19,8 +19,7 @@ from compressor.compress.recipe import parse_recipe
 from compressor.compress.verify import verify
 from compressor.runtime import load
 from compressor.runtime.errors import RecipeError
-from compressor.runtime.modules import ArmorLinear
-from compressor.runtime.operators import Armor, Sparse24
+from compressor.runtime.schemes import Armor, ArmorLinear, Sparse24
 from compressor.runtime.stored import StoredModel
 
 Pico = Callable[..., Path]

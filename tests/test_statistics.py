@@ -62,7 +62,7 @@ def test_what_is_lent_counts_as_much_as_is_missing() -> None:
 def test_groups_of_a_stage_can_be_rewritten_apart() -> None:
     from compressor.calibrate.walk import StageWork
     from compressor.compress.recipe import parse_recipe
-    from compressor.runtime.operators import Dense
+    from compressor.runtime.schemes import Dense
 
     torch.manual_seed(0)
     names = {"a": ["a.q", "a.k"], "b": ["b.q"]}

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from compressor.compress.apply import Job, apply
+from compressor.compress.passes.linear.eora import Eora
 from compressor.compress.passes.linear.w8a8 import W8A8Pass
 from compressor.compress.plan import make_plan
 from compressor.compress.recipe import parse_recipe
@@ -26,8 +27,7 @@ from compressor.runtime import load
 from compressor.runtime.errors import ModelError, RecipeError
 from compressor.runtime.model.checkpoint import Checkpoint
 from compressor.runtime.model.skeleton import Skeleton
-from compressor.runtime.modules import W8A8Linear, stored_linear
-from compressor.runtime.operators import W8A8, Dense, from_tensors
+from compressor.runtime.schemes import W8A8, Dense, W8A8Linear, from_tensors, stored_linear
 from compressor.runtime.stored import StoredModel
 
 Pico = Callable[..., Path]
@@ -323,3 +323,12 @@ def test_which_gpus_multiply_bytes() -> None:
         (ampere, torch.float8_e4m3fn, torch.bfloat16, 64, False),
     ):
         assert dispatch.has_w8a8(codes, dtype, rows, 128, gpu) is able
+
+
+@pytest.mark.parametrize("kind", ["int", "float"])
+def test_a_residual_is_stored_in_the_floats_of_the_model(kind: str) -> None:
+    """Not in those of the codes, which are floats too."""
+    weight = Dense(torch.empty(64, 96, dtype=torch.bfloat16, device="meta"))
+    rounded = W8A8Pass(kind="w8a8", type=kind).plan("x", weight, {})
+    planned = Eora(kind="eora", rank=4).plan("x", rounded, {})
+    assert {planned.residual.up.weight.dtype, planned.residual.down.weight.dtype} == {torch.bfloat16}

@@ -18,7 +18,7 @@ from compressor.calibrate.drive import start_chains
 from compressor.calibrate.walk import walk
 from compressor.runtime.model.checkpoint import Checkpoint
 from compressor.runtime.model.skeleton import Skeleton
-from compressor.runtime.operators import Dense
+from compressor.runtime.schemes import Dense
 
 Pico = Callable[..., Path]
 BOTH = ("compressed", "reference")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -20,7 +20,7 @@ from ...calibrate.artefact import RoutingFolder
 from ...calibrate.walk import StageWork
 from ...runtime.model.checkpoint import Checkpoint
 from ...runtime.model.skeleton import Skeleton
-from ...runtime.operators import Dense, LowRank, Operator
+from ...runtime.schemes import Dense, Operator, with_factors
 from ..events import Event, Surveyed
 
 if TYPE_CHECKING:
@@ -187,12 +187,6 @@ def matches(pattern: str, name: str) -> bool:
     return fnmatch.fnmatchcase(name, pattern)
 
 
-def factors(operator: LowRank) -> tuple[str, ...]:
-    """The parts of a low-rank operator that passes rewrite, in the order in which they run; `up` in groups, which is
-    small, stays as it is."""
-    return ("down", "up") if operator.groups == 1 else ("down",)
-
-
 class LinearPass(Pass):
     """A pass that rewrites linears, a stage of a block at a time."""
 
@@ -207,7 +201,7 @@ class LinearPass(Pass):
         return any(matches(p, name) for p in self.targets) and not any(matches(p, name) for p in self.ignore)
 
     def plan(self, name: str, operator: Operator, group: Mapping[str, Dense]) -> Operator:
-        """The operator that `apply` will leave, on `meta`; of a low-rank one, each factor is rewritten.
+        """The operator that `apply` will leave, on `meta`; one of factors is rewritten factor by factor.
 
         Args:
             name: disk name of the linear.
@@ -218,13 +212,13 @@ class LinearPass(Pass):
         Raises:
             RecipeError: this pass cannot follow what was done to the linear before.
         """
-        if not isinstance(operator, LowRank):
+        if not operator.factors:
             return self.planned(name, operator, group)
         parts: dict[str, Any] = {}
-        for part in factors(operator):
+        for part in operator.factors:
             label, factor = f"{name}.{part}", getattr(operator, part)
             parts[part] = self.planned(label, factor, {label: factor} if isinstance(factor, Dense) else {})
-        return replace(operator, **parts)
+        return with_factors(operator, **parts)
 
     def planned(self, name: str, operator: Operator, group: Mapping[str, Dense]) -> Operator:
         """`plan` for a linear or a factor of one."""

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ...runtime.operators import Armor, IntQuantized, Operator, Sparse24
+from ...runtime.schemes import Armor, Operator
 from .armor import CoreStep, Factors, round_of_chunks, step_a, total_loss
-from .factors import as_blocks, stored_blocks
+from .factors import Stored, as_blocks, stored_blocks
 from .grid import Grid, group_span
 from .metric import Metric
 from .refine import refine_chunk
@@ -34,9 +34,9 @@ class QuantizedCore:
 
 
 def store_wrappers(
-    factors: Factors, target: Tensor, moment: Tensor, core_step: CoreStep, store: Callable[[Tensor], Operator],
+    factors: Factors, target: Tensor, moment: Tensor, core_step: CoreStep, store: Callable[[Tensor], Stored],
     chunk: int, b: Operator | None = None, row_weights: Tensor | None = None,
-) -> tuple[Operator, Operator]:  # fmt: skip
+) -> tuple[Stored, Operator]:  # fmt: skip
     """Round B, solve for A, round A, and let the core make up for the rest; the factors follow.
 
     Args:
@@ -78,7 +78,7 @@ def quantize_core(
     Returns:
         The result, its loss `tr(E H Eᵀ)` and that of zeros in its place.
     """
-    assert isinstance(armor.core, Sparse24)
+    assert armor.core.keep is not None
     goal = target.T.contiguous()
     a, b = armor.blocks()
     factors = Factors(a.clone(), armor.core.dense().T.contiguous(), b.clone())
@@ -99,7 +99,7 @@ def quantize_core(
         step_a(factors, error, moment)
         round_of_chunks(factors, error, moment, step, 1.0, move_b=armor.shared is None, chunk=chunk)
     dtype = grid.stored
-    bits = armor.a.bits if isinstance(armor.a, IntQuantized) else 16
+    bits = armor.a.scheme().get("bits", 16)
     fixed = armor.b if armor.shared else None
     left, right = store_wrappers(factors, goal, moment, step, lambda x: stored_blocks(x, dtype, bits), chunk, fixed)
     grid = grid.with_scales(scales.T.contiguous())

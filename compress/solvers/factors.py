@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...runtime.operators import Dense, IntQuantized, Operator
+from ...runtime.schemes import Dense, IntQuantized, Operator
 from .grid import range_grid
 
+Stored = Dense | IntQuantized
 
-def stored_rows(rows: Tensor, dtype: torch.dtype, bits: int) -> Operator:
+
+def stored_rows(rows: Tensor, dtype: torch.dtype, bits: int) -> Stored:
     """A matrix `[rows, n]` as an operator (shapes only on `meta`).
 
     Args:
@@ -25,7 +27,7 @@ def stored_rows(rows: Tensor, dtype: torch.dtype, bits: int) -> Operator:
     return IntQuantized(grid.codes(rows.float()).to(torch.int8), grid.scales.to(dtype), None, bits, -1)
 
 
-def stored_blocks(blocks: Tensor, dtype: torch.dtype, bits: int) -> Operator:
+def stored_blocks(blocks: Tensor, dtype: torch.dtype, bits: int) -> Stored:
     """Blocks `[count, b, b]` one below the other, as `stored_rows`."""
     return stored_rows(blocks.reshape(-1, blocks.shape[-1]), dtype, bits)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...kernels import ops
 from ...kernels.layouts import stacked_rows
-from ..modules import IntLinear
+from ..schemes import IntLinear
 
 
 class Expert(nn.Module):

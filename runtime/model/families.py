@@ -160,6 +160,10 @@ class Family:
                 return memory + name.removeprefix(disk)
         return name
 
+    def expert(self, name: str) -> int | None:
+        """The number of the routed expert that a linear of a block, named as on disk, is part of; None for others."""
+        return self.experts.number(self.inside(name))
+
     def inside(self, name: str) -> str:
         """The name that a tensor or module, named as on disk, has inside its block in memory."""
         return self.memory_name(name).removeprefix(f"{self.decoder}.{BLOCKS}.").split(".", 1)[1]

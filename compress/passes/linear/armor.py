@@ -20,12 +20,12 @@ from torch import Tensor
 
 from ....calibrate.walk import StageWork
 from ....runtime.errors import RecipeError
-from ....runtime.operators import Armor, Dense, IntQuantized, Operator
+from ....runtime.schemes import Armor, Dense, Operator
 from ...events import Event, Fallback, LayerDone
 from ...solvers.armor import Factors, alternate, pair_step, total_loss, weighed
 from ...solvers.armor_adam import RATE, adam
 from ...solvers.armor_codes import store_wrappers
-from ...solvers.factors import stored_blocks, stored_rows
+from ...solvers.factors import Stored, stored_blocks, stored_rows
 from ...solvers.pairs import CHUNK, nowag_scales
 from .calibrated import Calibrated, Group, plain_floats
 from .sparse24 import sparse_operator, sparse_plan
@@ -152,7 +152,7 @@ class ArmorPass(Calibrated):
             start += size
             core = solved.factors.core[:, rows].T.contiguous()
             result = Armor(
-                _rows(solved.a, rows), sparse_operator(core.to(dtype), core != 0), solved.b, *self._shared(names)
+                solved.a.rows(rows), sparse_operator(core.to(dtype), core != 0), solved.b, *self._shared(names)
             )
             work.linears[name] = result
             reason = f"solved as if all inputs mattered alike, for {group.reason}" if group.reason else solved.reason
@@ -183,7 +183,7 @@ class ArmorPass(Calibrated):
         loss = loss if self.objective == "full" else energy / inputs[:, 0].square()
         weights = 1 / outputs
 
-        def store(blocks: Tensor) -> Operator:
+        def store(blocks: Tensor) -> Stored:
             return stored_blocks(blocks, dtype, self.wrapper_bits)
 
         a, b = store_wrappers(factors, goal, loss, pair_step(1.0), store, CHUNK, row_weights=weights)
@@ -202,7 +202,7 @@ class Solved:
     """Factors whose numbers are those that are stored, A and B in that form, and why they are trivial if they are."""
 
     factors: Factors
-    a: Operator
+    a: Stored
     b: Operator
     reason: str
 
@@ -224,11 +224,3 @@ def fitting_block(sizes: Sequence[int], asked: int) -> int:
 def _losses(goal: Tensor, product: Tensor, moment: Tensor) -> Tensor:
     error = goal - product
     return torch.linalg.vecdot(weighed(moment, error), error, dim=0)
-
-
-def _rows(wrapper: Operator, rows: slice) -> Operator:
-    """The blocks of A of some rows."""
-    if isinstance(wrapper, IntQuantized):
-        return IntQuantized(wrapper.codes[rows], wrapper.scales[rows], None, wrapper.bits, wrapper.group_size)
-    assert isinstance(wrapper, Dense)
-    return Dense(wrapper.weight[rows])

@@ -15,10 +15,10 @@ from ....calibrate.statistics import Statistics
 from ....calibrate.walk import StageWork
 from ....kernels.dispatch import cpu_capability, products_dtype
 from ....runtime.errors import RecipeError
-from ....runtime.operators import Dense, LowRank, Operator
+from ....runtime.schemes import Dense, LowRank, Operator
 from ...solvers.lowrank import refit_up
 from ...solvers.system import NotSolvable, System, damped_system
-from ..base import LinearPass, Need, factors
+from ..base import LinearPass, Need
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -153,7 +153,7 @@ class Calibrated(LinearPass):
             if not names:
                 continue
             group = replace(self._group(work, names, system_of, products), pruned=pruned)
-            whole = [number for number, name in enumerate(names) if not isinstance(work.linears[name], LowRank)]
+            whole = [number for number, name in enumerate(names) if not work.linears[name].factors]
             if whole:
                 yield group.part(whole)
             for number in (n for n in range(len(names)) if n not in whole):
@@ -176,15 +176,16 @@ class Calibrated(LinearPass):
         weight = operator.down.dense(dtype)
         yield replace(group, names=[below], operators=[operator.down], originals=[weight], shift=None)
         operator = replace(operator, down=work.linears.pop(below))
-        if "up" in factors(operator):
+        if "up" in operator.factors:
+            plain = isinstance(operator.up, Dense)  # a pattern that is there already would not survive being refitted
             weight, statistics = operator.up.dense(), None
             if group.system is not None:
-                moment, down = group.system.moment.float(), operator.down.dense()
-                if isinstance(operator.up, Dense):  # a pattern that is there already would not survive
-                    weight = refit_up(target, moment, down, weight)
-                statistics = Statistics(group.tokens, down @ moment @ down.T)
+                moment = group.system.moment.float()
+                if plain:
+                    weight = refit_up(target, moment, operator.down.dense(), weight)
+                statistics = Statistics(group.tokens, operator.between(moment))
             known = _known(statistics, system_of, weight, products, group.reason)
-            work.linears[above] = Dense(weight.to(dtype)) if isinstance(operator.up, Dense) else operator.up
+            work.linears[above] = Dense(weight.to(dtype)) if plain else operator.up
             yield replace(
                 group, names=[above], operators=[work.linears[above]], originals=[weight.to(dtype)], shift=None, **known
             )

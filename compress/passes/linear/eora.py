@@ -16,11 +16,13 @@ from torch import Tensor
 
 from ....calibrate.walk import StageWork
 from ....runtime.errors import RecipeError
-from ....runtime.operators import Dense, LowRank, Operator, WithResidual
+from ....runtime.schemes import Dense, LowRank, Operator, WithResidual
 from ...events import Event, Fallback, LayerDone
 from ...solvers.factors import stored_rows
 from ...solvers.lowrank import best_low_rank, refit_up
 from .calibrated import Calibrated, Group
+
+_NOT_TAKEN: dict[type[Operator], str] = {Dense: "nothing has compressed", WithResidual: "has a residual already"}
 
 
 class Eora(Calibrated):
@@ -60,10 +62,9 @@ class Eora(Calibrated):
             RecipeError: nothing was compressed, the budget is less than one rank, or the result is larger than the
                 weight was.
         """
-        if isinstance(operator, Dense | WithResidual):
-            why = "nothing has compressed" if isinstance(operator, Dense) else "has a residual already"
+        if why := _NOT_TAKEN.get(type(operator)):
             raise RecipeError(f"{self.kind} cannot take {name}, which {why}: put it after one other pass, once")
-        if isinstance(operator, LowRank):
+        if operator.factors:
             raise RecipeError(f"{self.kind} cannot take {name}, whose latents are to be cached; let it ignore it")
         rows, columns = operator.shape
         dtype = _float_dtype(operator)
@@ -131,4 +132,5 @@ class Eora(Calibrated):
 
 def _float_dtype(operator: Operator) -> torch.dtype:
     """What the operator's scales or values are stored in, and the original weight was."""
-    return next(tensor.dtype for tensor in operator.to_tensors().values() if tensor.dtype.is_floating_point)
+    floats = (tensor.dtype for tensor in operator.to_tensors().values() if tensor.dtype.is_floating_point)
+    return next(dtype for dtype in floats if dtype.itemsize > 1)  # where codes are floats too

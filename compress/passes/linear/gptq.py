@@ -25,7 +25,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ....calibrate.walk import StageWork
-from ....runtime.operators import Armor, Dense, Operator, Sparse24, WithResidual
+from ....runtime.schemes import Armor, Composite, Operator
 from ...events import Event, Fallback, LayerDone
 from ...solvers.armor_codes import quantize_core
 from ...solvers.grid import Grid, range_grid
@@ -67,27 +67,20 @@ class Gptq(Quantizer, Calibrated):
         products = torch.float32 if wrapped else None
         for group in self.groups(work, act_order=self.act_order, products=products, pruned=wrapped):
             targets = group.targets()
-            # What is quantized of each linear, and its target: the whole, or what a residual leaves.
-            aims = []
-            for operator, target in zip(group.operators, targets, strict=True):
-                if isinstance(operator, WithResidual):
-                    aims.append((operator.base, target - operator.residual.dense()))
-                else:
-                    aims.append((operator, target))
-            alone = [number for number, (base, _) in enumerate(aims) if isinstance(base, Armor) and group.system]
-            for kind in (Dense, Sparse24, Armor):
-                which = [n for n, (base, _) in enumerate(aims) if isinstance(base, kind) and n not in alone]
+            aims = [_aim(operator, target) for operator, target in zip(group.operators, targets, strict=True)]
+            alone = [number for number, (base, _) in enumerate(aims) if base.moves_inputs and group.system]
+            stacked = [number for number in range(len(aims)) if number not in alone]
+            for sparse in (False, True):
+                which = [n for n in stacked if (_leaf(aims[n][0]).keep is not None) == sparse]
                 if which:
                     yield from self._apply_stacked(work, group, which, [aims[n] for n in which])
             for number in alone:
-                yield from self._apply_armor(work, group, number, aims[number][1])
+                yield from self._apply_armor(work, group, number, *aims[number])
 
     def _finish(
         self, work: StageWork, group: Group, number: int, result: Operator, error: float, reason: str
     ) -> Iterator[Event]:
-        name, operator = group.names[number], group.operators[number]
-        if isinstance(operator, WithResidual):
-            result = operator.with_inner(result)
+        name = group.names[number]
         work.linears[name] = result
         if reason:
             yield Fallback(name, self.kind, reason)
@@ -96,33 +89,33 @@ class Gptq(Quantizer, Calibrated):
     def _apply_stacked(
         self, work: StageWork, group: Group, which: list[int], aims: list[tuple[Operator, Tensor]]
     ) -> Iterator[Event]:
-        """Linears of one kind, their rows stacked."""
-        leaves = [base.inner if isinstance(base, Armor) else base for base, _ in aims]
+        """Linears that are all 2:4, or none of them, their rows stacked."""
+        leaves = [_leaf(base) for base, _ in aims]
         weight = torch.cat([leaf.dense(group.originals[0].dtype) for leaf in leaves])
-        kept = [leaf.keep for leaf in leaves if isinstance(leaf, Sparse24)]
+        kept = [leaf.keep for leaf in leaves if leaf.keep is not None]
         target = torch.cat([target for _, target in aims])
         solution, reason = self._solve(weight, target, torch.cat(kept) if kept else None, group)
         start = 0
-        for number, (base, _), leaf in zip(which, aims, leaves, strict=True):
+        for number, leaf in zip(which, leaves, strict=True):
             rows = slice(start, start + leaf.shape[0])
             start = rows.stop
             result = quantized(solution.codes[rows], solution.grid.rows(rows), leaf)
-            whole = base.with_inner(result) if isinstance(base, Armor) else result
+            whole = _replaced(group.operators[number], leaf, result)
             error = relative(solution.losses[rows], solution.scale[rows])
             yield from self._finish(work, group, number, whole, error, reason)
 
-    def _apply_armor(self, work: StageWork, group: Group, number: int, target: Tensor) -> Iterator[Event]:
-        operator, system = group.operators[number], group.system
-        base = operator.base if isinstance(operator, WithResidual) else operator
+    def _apply_armor(
+        self, work: StageWork, group: Group, number: int, base: Operator, target: Tensor
+    ) -> Iterator[Event]:
+        system = group.system
         assert isinstance(base, Armor)
-        assert isinstance(base.core, Sparse24)
         assert system is not None
         stored = group.originals[number].dtype
         grids = [self._grid(base.core.dense(), stored, shrink) for shrink in self._shrinks]
         result, lost, scale = quantize_core(base, target, system.moment, grids, self.refinements)
         codes, grid = result.codes, result.grid
         core = quantized(codes.T.contiguous(), grid, base.core)
-        whole = replace(base, a=result.a, core=core, b=result.b)
+        whole = _replaced(group.operators[number], base, replace(base, a=result.a, core=core, b=result.b))
         reason = "rounded to nearest, which had the lower loss" if result.simple else ""
         yield from self._finish(work, group, number, whole, lost / max(scale, 1e-30), reason)
 
@@ -187,8 +180,30 @@ class Gptq(Quantizer, Calibrated):
 
 
 def _wrapped(operator: Operator) -> bool:
-    """Whether it is an ARMOR matrix, or has one in it."""
-    return "armor" in str(operator.scheme())
+    """Whether what is quantized of it, or of a factor, meets other inputs than it does."""
+    return any(part.moves_inputs for part in operator.inside())
+
+
+def _aim(operator: Operator, target: Tensor) -> tuple[Operator, Tensor]:
+    """The part of an operator that meets its inputs as they come and is to be quantized, and what that aims at."""
+    while isinstance(operator, Composite) and not operator.moves_inputs:
+        target, operator = operator.aim(target), operator.inner
+    return operator, target
+
+
+def _leaf(operator: Operator) -> Operator:
+    """What holds the numbers."""
+    while isinstance(operator, Composite):
+        operator = operator.inner
+    return operator
+
+
+def _replaced(operator: Operator, part: Operator, other: Operator) -> Operator:
+    """An operator with another in place of one inside it."""
+    if operator is part:
+        return other
+    assert isinstance(operator, Composite)
+    return operator.with_inner(_replaced(operator.inner, part, other))
 
 
 @dataclass(frozen=True)

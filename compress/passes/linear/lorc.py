@@ -24,7 +24,7 @@ from ....kernels.layouts import LATENT_SPLIT
 from ....runtime.attention import rope_obstacle, sliding
 from ....runtime.errors import ModelError, RecipeError
 from ....runtime.model.skeleton import HEAD_ROWS, Skeleton
-from ....runtime.operators import Dense, Latent, LowRank, Operator, cached_bytes
+from ....runtime.schemes import Dense, Latent, LowRank, Operator, cached_bytes
 from ...events import Event, Fallback, LayerDone
 from ...solvers.lowrank import Components, rotation
 from ...solvers.ranks import bisected, greedy, log_condition, progressive, rounded

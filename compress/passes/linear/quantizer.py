@@ -9,8 +9,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from ....kernels.layouts import compress24
-from ....runtime.operators import Composite, Dense, IntQuantized, Operator, Sparse24
+from ....runtime.schemes import Composite, Dense, Operator
 from ...solvers.grid import Grid
 from ..base import LinearPass
 from .calibrated import plain_floats
@@ -38,28 +37,16 @@ class Quantizer(LinearPass):
         """Codes, scales and zero points on `meta`, in the place of the plain floats of whatever holds them."""
         if isinstance(operator, Composite):
             return operator.with_inner(self.planned(name, operator.inner, group))
-        if isinstance(operator, Sparse24):
-            values = plain_floats(self.kind, name, operator.values).weight
-            weight = torch.empty(operator.shape, dtype=values.dtype, device="meta")
-        else:
-            weight = plain_floats(self.kind, name, operator).weight
-        rows, columns = weight.shape
+        dtype = plain_floats(self.kind, name, operator.numbers).weight.dtype
+        rows, columns = operator.shape
         size = self.group_for(columns)
-        scales = torch.empty(rows, 1 if size < 0 else -(-columns // size), dtype=weight.dtype, device="meta")
+        scales = torch.empty(rows, 1 if size < 0 else -(-columns // size), dtype=dtype, device="meta")
         zeros = None if self.symmetric else scales
-        grid = Grid(scales, zeros, self.bits, size, weight.dtype)
+        grid = Grid(scales, zeros, self.bits, size, dtype)
         return quantized(torch.empty(rows, columns, dtype=torch.int8, device="meta"), grid, operator)
 
 
-def quantized(codes: Tensor, grid: Grid, leaf: Operator | None = None) -> IntQuantized | Sparse24:
-    """The operator of codes `[rows, columns]` on a grid, with the pattern of a leaf that is 2:4.
-
-    Of those, the codes that are kept are stored, in groups half as wide.
-    """
+def quantized(codes: Tensor, grid: Grid, leaf: Operator) -> Operator:
+    """An operator of plain numbers with codes `[rows, columns]` on a grid in their place."""
     zeros = None if grid.zeros is None else grid.zeros.to(torch.int8)
-    scales, size = grid.scales.to(grid.stored), grid.group_size
-    if not isinstance(leaf, Sparse24):
-        return IntQuantized(codes.to(torch.int8), scales, zeros, grid.bits, size)
-    keep = leaf.keep if not codes.is_meta else codes
-    kept, indices = compress24(codes.to(torch.int8), keep)
-    return Sparse24(IntQuantized(kept, scales, zeros, grid.bits, size if size < 0 else size // 2), indices)
+    return leaf.coded(codes.to(torch.int8), grid.scales.to(grid.stored), zeros, grid.bits, grid.group_size)

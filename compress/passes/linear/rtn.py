@@ -11,10 +11,10 @@ from pydantic import Field
 
 from ....calibrate.statistics import Statistics
 from ....calibrate.walk import StageWork
-from ....runtime.operators import Armor, Composite, LowRank, Operator
+from ....runtime.schemes import Composite, Operator, with_factors
 from ...events import Event, LayerDone
 from ...solvers.grid import range_grid, searched_grid
-from ..base import Need, factors
+from ..base import Need
 from .quantizer import Quantizer, quantized
 
 
@@ -49,18 +49,16 @@ class Rtn(Quantizer):
         self, operator: Operator, statistics: Statistics | None, stored: torch.dtype
     ) -> tuple[Operator, float]:
         """The operator, its floats rounded, and their relative error weighted by what they meet where that is known."""
-        if isinstance(operator, LowRank):
-            below, error = self._rounded(operator.down, statistics, stored)
-            operator = replace(operator, down=below)
-            if "up" not in factors(operator):
-                return operator, error
-            if statistics is not None:
-                down = below.dense()
-                statistics = replace(statistics, moment=down @ statistics.moment @ down.T, cross=None)
-            above, more = self._rounded(operator.up, statistics, stored)
-            return replace(operator, up=above), max(error, more)
+        if operator.factors:
+            most = 0.0
+            for number, part in enumerate(operator.factors):
+                if number and statistics is not None:
+                    statistics = replace(statistics, moment=operator.between(statistics.moment), cross=None)
+                result, error = self._rounded(getattr(operator, part), statistics, stored)
+                operator, most = with_factors(operator, **{part: result}), max(most, error)
+            return operator, most
         if isinstance(operator, Composite):
-            if isinstance(operator, Armor) and statistics is not None:
+            if statistics is not None:
                 statistics = replace(statistics, moment=operator.seen(statistics.moment), cross=None)
             inner, error = self._rounded(operator.inner, statistics, stored)
             return operator.with_inner(inner), error

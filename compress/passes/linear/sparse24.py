@@ -20,7 +20,7 @@ from torch import Tensor
 from ....calibrate.walk import StageWork
 from ....kernels.layouts import compress24
 from ....runtime.errors import RecipeError
-from ....runtime.operators import Dense, Operator, Sparse24
+from ....runtime.schemes import Dense, Operator, Sparse24
 from ...events import Event, Fallback, LayerDone
 from ...solvers.pairs import nowag_scales, sparsegpt, sweep_pairs, top_pairs
 from ...solvers.refine import row_losses

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 
 from ....calibrate.walk import StageWork
-from ....runtime.operators import W8A8, Dense, LowRank, Operator
+from ....runtime.schemes import W8A8, Dense, Operator, with_factors
 from ...events import Event, LayerDone
 from ...solvers.grid import range_grid, storable
-from ..base import LinearPass, factors
+from ..base import LinearPass
 from .calibrated import plain_floats
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
@@ -53,10 +52,10 @@ class W8A8Pass(LinearPass):
 
     def _rounded(self, operator: Operator, stored: torch.dtype) -> tuple[Operator, float]:
         """The operator, its floats rounded, and the share of their squares that is lost."""
-        if isinstance(operator, LowRank):
-            parts: dict[str, Any] = {part: self._rounded(getattr(operator, part), stored) for part in factors(operator)}
-            below = {part: result for part, (result, _) in parts.items()}
-            return replace(operator, **below), max(error for _, error in parts.values())
+        if operator.factors:
+            parts = {part: self._rounded(getattr(operator, part), stored) for part in operator.factors}
+            whole = with_factors(operator, **{part: result for part, (result, _) in parts.items()})
+            return whole, max(error for _, error in parts.values())
         weight = operator.dense()
         if self.type == "int":
             grid = range_grid(weight, 8, -1, True, stored)

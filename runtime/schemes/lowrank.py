@@ -1,8 +1,8 @@
-"""Low-rank maps, on their own or beside another operator."""
+"""Low-rank maps, and those of which the KV cache holds what lies in between."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,11 +11,12 @@ from torch import Tensor
 
 from ...kernels import layouts
 from ...kernels.reference import grouped_product
-from .base import Operator, Problem, below, prefixed, shared
+from .base import Operator, below, build, from_tensors, prefixed, register
+from .linear import StoredLinear
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(Operator):
     """`W = up down`.
 
     Attributes:
@@ -55,6 +56,21 @@ class LowRank:
     def forward(self, x: Tensor) -> Tensor:
         return self.raised(self.down.forward(x))
 
+    @property
+    def factors(self) -> tuple[str, ...]:
+        """`down` and `up`; one in groups, which is small, stays as it is."""
+        return ("down", "up") if self.groups == 1 else ("down",)
+
+    def between(self, moment: Tensor) -> Tensor:
+        down = self.down.dense()
+        return down @ moment @ down.T
+
+    @property
+    def description(self) -> str:
+        stored = "" if self.down.kind == "dense" else f" {self.down.description.split()[0]}"
+        groups = f" in {self.groups} groups" if self.groups > 1 else ""
+        return f"rank {self.rank}{groups}{stored}"
+
     def to_tensors(self) -> dict[str, Tensor]:
         return {**prefixed(self.up.to_tensors(), "up"), **prefixed(self.down.to_tensors(), "down")}
 
@@ -65,10 +81,8 @@ class LowRank:
         return {**scheme, "up": self.up.scheme(), "down": self.down.scheme()}
 
     @classmethod
-    def from_tensors(
-        cls, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any], inner: Callable[..., Operator]
-    ) -> LowRank:
-        up, down = (inner(below(tensors, part), scheme[part]) for part in ("up", "down"))
+    def from_tensors(cls, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any]) -> LowRank:
+        up, down = (from_tensors(below(tensors, part), scheme[part]) for part in ("up", "down"))
         groups = scheme.get("groups", 1)
         if groups not in range(1, up.shape[0] + 1) or up.shape[0] % groups or down.shape[0] != groups * up.shape[1]:
             raise ValueError(f"up {list(up.shape)} and down {list(down.shape)} do not go together in {groups} groups")
@@ -104,63 +118,80 @@ class Latent(LowRank):
     def forward(self, x: Tensor) -> Tensor:
         return self.raised(self.cached(self.down.forward(x)))
 
+    @property
+    def rounds(self) -> bool:
+        return self.bits < 16
+
+    def beyond(self, x: Tensor) -> Tensor:
+        if any(part.rounds for factor in (self.up, self.down) for part in factor.inside()):
+            return super().beyond(x)
+        latents = self.down.forward(x)
+        return self.raised(self.cached(latents) - latents)
+
+    @property
+    def description(self) -> str:
+        return super().description + (f", cached int{self.bits}" if self.bits < 16 else "")
+
     def scheme(self) -> dict[str, Any]:
         return {**super().scheme(), "bits": self.bits}
 
     @classmethod
-    def from_tensors(
-        cls, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any], inner: Callable[..., Operator]
-    ) -> Latent:
-        plain = LowRank.from_tensors(tensors, scheme, inner)
+    def from_tensors(cls, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any]) -> Latent:
+        plain = LowRank.from_tensors(tensors, scheme)
         if scheme["bits"] not in (4, 8, 16):
             raise ValueError(f"latents of {scheme['bits']} bits")
         return cls(plain.up, plain.down, plain.groups, scheme["bits"])
 
 
-@dataclass(frozen=True)
-class WithResidual:
-    """`W = base + residual`: what compression left out of `base`, kept at low rank."""
+class LowRankLinear(StoredLinear):
+    """Down to a few numbers, and up again."""
 
-    kind: ClassVar[str] = "residual"
-    base: Operator
-    residual: LowRank
+    up: StoredLinear
+    down: StoredLinear
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.base.shape
+    def __init__(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any], dtype: torch.dtype) -> None:
+        up, down = (build(below(tensors, part), scheme[part], dtype) for part in ("up", "down"))
+        super().__init__(up.out_features, down.in_features)
+        self.up, self.down, self.groups = up, down, scheme.get("groups", 1)
 
-    @property
-    def nbytes(self) -> float:
-        return self.base.nbytes + self.residual.nbytes
+    def raised(self, latents: Tensor) -> Tensor:
+        """`[..., rank]` → `[..., out_features]`."""
+        if self.groups == 1:
+            return self.up.product(latents)
+        return grouped_product(latents, self.up.whole(latents.dtype), self.groups)
 
-    @property
-    def inner(self) -> Operator:
-        return self.base
+    def product(self, x: Tensor) -> Tensor:
+        return self.raised(self.down.product(x))
 
-    def with_inner(self, inner: Operator) -> WithResidual:
-        return WithResidual(inner, self.residual)
 
-    def subproblem(self, problem: Problem) -> Problem:
-        """The base's: it aims at what the residual leaves."""
-        return Problem(problem.target - self.residual.dense(problem.target.dtype), problem.moment, problem.metric)
+class LatentLinear(LowRankLinear):
+    """A key or value projection: what attention caches is `packed`.
 
-    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        exact = torch.promote_types(dtype, torch.float32)
-        return (self.base.dense(exact) + self.residual.dense(exact)).to(dtype)
+    Attributes:
+        bits: of a number in the cache.
+        dtype: of activations.
+    """
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base.forward(x) + self.residual.forward(x)
+    keeps_latents = True
 
-    def to_tensors(self) -> dict[str, Tensor]:
-        return {**prefixed(self.base.to_tensors(), "base"), **prefixed(self.residual.to_tensors(), "residual")}
+    def __init__(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any], dtype: torch.dtype) -> None:
+        super().__init__(tensors, scheme, dtype)
+        self.bits, self.rank, self.dtype = scheme["bits"], self.down.out_features, dtype
 
-    def scheme(self) -> dict[str, Any]:
-        return {"kind": self.kind, "base": self.base.scheme(), "residual": self.residual.scheme()}
+    def packed(self, x: Tensor) -> Tensor:
+        """`[..., in_features]` → what is cached of it."""
+        latents = self.down.product(x)
+        return latents if self.bits == 16 else layouts.pack_latents(latents, self.bits)
 
-    @classmethod
-    def from_tensors(
-        cls, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any], inner: Callable[..., Operator]
-    ) -> WithResidual:
-        base = inner({**below(tensors, "base"), **shared(tensors)}, scheme["base"])
-        residual = LowRank.from_tensors(below(tensors, "residual"), scheme["residual"], inner)
-        return cls(base, residual)
+    def unpacked(self, cached: Tensor, dtype: torch.dtype) -> Tensor:
+        """What is cached → `[..., rank]`."""
+        if self.bits == 16:
+            return cached.contiguous().view(dtype)
+        return layouts.unpack_latents(cached, self.rank, self.bits, dtype)
+
+    def product(self, x: Tensor) -> Tensor:
+        return self.raised(self.unpacked(self.packed(x), x.dtype))
+
+
+register(LowRank, LowRankLinear)
+register(Latent, LatentLinear)

@@ -1,0 +1,237 @@
+"""compressed-tensors: integers and 8-bit numbers that transformers and vLLM read too."""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from ...kernels.layouts import expand24
+from ..errors import ModelError
+from ..schemes import W8A8, IntQuantized, Operator, Sparse24, rewritten, stored_name
+from .base import OURS, Around, Format, Schemes, targets
+
+# Formats of compressed-tensors that are read, and the tensor by which a compressed linear is known.
+_MARKS = {"pack-quantized": ".weight_packed", "int-quantized": ".weight_scale", "float-quantized": ".weight_scale"}
+
+_ANY = object()  # a value that is read here, or of no consequence for what a folder decodes to
+
+
+def _understood(method: str) -> dict[str, Any]:
+    """Keys that compressed-tensors writes for a format: what each may say, `*` standing for any name."""
+    arguments = dict.fromkeys(
+        ("num_bits", "type", "symmetric", "strategy", "group_size", "dynamic", "observer", "observer_kwargs"), _ANY
+    )
+    arguments |= {"actorder": ("weight", "static", False), "zp_dtype": ("torch.int8",)}
+    group = {"targets": _ANY, "weights": arguments, "input_activations": arguments, "format": (method,)}
+    sparsity = dict.fromkeys(
+        ("global_sparsity", "sparsity_structure", "targets", "ignore", "registry_requires_subclass"), _ANY
+    )
+    folder = ("quant_method", "format", "ignore", "version", "quantization_status", "global_compression_ratio")
+    return {
+        **dict.fromkeys(folder, _ANY),
+        "config_groups": {"*": group},
+        "sparsity_config": {**sparsity, "format": ("dense",)},
+    }
+
+
+class CompressedTensors(Format):
+    """What vLLM's project writes, in three of its layouts: packed integers, and 8-bit numbers with rounded inputs."""
+
+    name: ClassVar[str] = "compressed-tensors"
+    reads: ClassVar[str] = f"compressed-tensors' {', '.join(_MARKS)}"
+
+    def obstacle(self, linears: Mapping[str, Operator], around: Around) -> str:
+        stored = rewritten(linears)
+        found = _mixture(linears, around)
+        if around.one_tensor and any(name in around.experts for name in stored):
+            found = found or "experts that lie in one tensor"
+        for name, operator in stored.items():
+            if not found and not _readers(operator):
+                found = f"{name} ({operator.description}, {operator.shape[1]} columns)"
+        return found
+
+    def readers(self, linears: Mapping[str, Operator], around: Around) -> tuple[str, ...]:
+        stored = rewritten(linears)
+        found = {*OURS, "transformers", "vLLM"}.intersection(*(_readers(operator) for operator in stored.values()))
+        if any(len({repr(linears[name].scheme()) for name in group}) > 1 for group in around.fused):
+            found -= {"vLLM"}
+        return tuple(sorted(found))
+
+    def as_written(self, operator: Operator, dtype: torch.dtype = torch.float32) -> Operator:
+        """Of a 2:4 pattern of integers, its zeros as codes."""
+        kept = operator.numbers
+        if not isinstance(operator, Sparse24) or not isinstance(kept, IntQuantized):
+            return operator
+        size = kept.group_size if kept.group_size < 0 else 2 * kept.group_size
+        if kept.codes.is_meta:
+            codes = torch.empty(operator.shape, dtype=torch.int8, device="meta")
+        else:
+            codes = expand24(kept.codes, operator.indices)
+        return operator if kept.zeros is not None else IntQuantized(codes, kept.scales, None, kept.bits, size)
+
+    def config(
+        self, source: Mapping[str, Any], linears: Mapping[str, Operator], dense: Iterable[str], around: Around
+    ) -> dict[str, Any]:
+        schemes = targets(linears)
+        groups = {}
+        for number, (scheme, names) in enumerate(schemes):
+            wanted = ["re:.*[.]experts[.].*"] if names[0] in around.experts else names
+            groups[f"group_{number}"] = {
+                "targets": wanted if len(schemes) > 1 else ["Linear"], **_arguments(scheme)
+            }  # fmt: skip
+        quantization = {
+            "quant_method": self.name,
+            "format": _layout(schemes[0][0]),
+            "quantization_status": "compressed",
+            "ignore": sorted(dense),
+            "config_groups": groups,
+        }
+        return {**source, "quantization_config": quantization}
+
+    def claims(self, config: Mapping[str, Any]) -> bool:
+        quantization = config.get("quantization_config") or {}
+        return quantization.get("quant_method") == self.name and (quantization.get("format") or self.name) in _MARKS
+
+    def schemes(self, path: Path, config: Mapping[str, Any], stored: Iterable[str]) -> Schemes:
+        quantization = config["quantization_config"]
+        method = quantization["format"]
+        _refuse_unknown(path, "quantization_config", quantization, _understood(method))
+        groups = [(target, group) for group in quantization["config_groups"].values() for target in group["targets"]]
+        literal = dict(reversed(groups))
+        patterns = [(re.compile(target[3:]), group) for target, group in groups if target.startswith("re:")]
+        schemes = {}
+        for name in (key.removesuffix(_MARKS[method]) for key in stored if key.endswith(_MARKS[method])):
+            matched = (group for pattern, group in patterns if pattern.match(name))
+            group = literal.get(name) or next(matched, None) or literal.get("Linear")
+            if group is None:
+                raise ModelError(f"{path}: no config group targets {name}")
+            schemes[name] = _scheme(path, name, method, group["weights"], group.get("input_activations"))
+        return schemes
+
+    def check(self, path: Path, schemes: Schemes, suffixes: Mapping[str, Iterable[str]], stored: Iterable[str]) -> None:
+        hint = "which is not read here; decode the folder with the tool that wrote it"
+        owned = set()
+        for name, found in suffixes.items():
+            known = {"weight", "weight_scale"}
+            if schemes[name]["kind"] == IntQuantized.kind:
+                known = {"weight_packed", "weight_scale", "weight_shape"}
+                known |= set() if schemes[name]["symmetric"] else {"weight_zero_point"}
+            for suffix in found:
+                if suffix not in known:
+                    raise ModelError(f"{path}: {name} has a tensor {suffix}, {hint}")
+                owned.add(stored_name(name, suffix))
+        for name in stored:
+            if name not in owned and re.search(r"\.(weight_\w+|\w+_(scale|zero_point|g_idx))$", name):
+                raise ModelError(f"{path}: {name} is of a linear in another format, {hint}")
+
+    def original(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in config.items() if key != "quantization_config"}
+
+
+def _readers(operator: Operator) -> tuple[str, ...]:
+    """Who reads an operator in this format; nobody where none takes it."""
+    scheme, columns = operator.scheme(), operator.shape[1]
+    if scheme["kind"] == W8A8.kind:
+        return *OURS, "transformers", "vLLM"  # tests/test_w8a8.py; vLLM's W8A8 int8 / FP8 schemes
+    if scheme["kind"] != IntQuantized.kind or columns % max(scheme["group_size"], 1):
+        return ()  # compressed-tensors refuses rows that the group does not divide
+    if not scheme["symmetric"]:
+        # transformers 5.23 with compressed-tensors 0.19 or 0.20 expects zero points unpacked and refuses packed ones;
+        # asymmetric experts fail in any case (huggingface/transformers#47430).
+        return ()
+    if scheme["bits"] in (4, 8) and scheme["group_size"] in (-1, 32, 64, 128):
+        return *OURS, "transformers", "vLLM"  # tests/test_formats.py; vLLM's W4A16 / W8A16 schemes
+    return *OURS, "transformers"  # tests/test_formats.py
+
+
+def _layout(scheme: Mapping[str, Any]) -> str:
+    """What compressed-tensors calls the way a scheme's tensors are stored."""
+    return f"{scheme['type']}-quantized" if scheme["kind"] == W8A8.kind else "pack-quantized"
+
+
+def _mixture(linears: Mapping[str, Operator], around: Around) -> str:
+    """What is not written in one layout, or what of a model with experts transformers would read wrongly: it takes them
+    to be compressed, decodes all of them by one scheme, and all other linears by one (5.23,
+    `integrations/compressed_tensors.py`)."""
+    stored = {name: operator.scheme() for name, operator in rewritten(linears).items()}
+    if len({_layout(scheme) for scheme in stored.values()}) > 1:
+        return "weights for products of 8 bits beside others"
+    if any(name in around.experts and _layout(scheme) == "int-quantized" for name, scheme in stored.items()):
+        return "experts of unpacked integers"
+    experts = {repr(operator.scheme()) for name, operator in linears.items() if name in around.experts}
+    others = {repr(scheme) for name, scheme in stored.items() if name not in around.experts}
+    if len(experts) > 1:
+        return "experts stored in different ways"
+    if experts and len(others) > 1:
+        return "linears beside experts that are stored in different ways"
+    if any(name in around.experts and name not in stored for name in linears):
+        return "experts left as they are"
+    return ""
+
+
+def _arguments(scheme: Mapping[str, Any]) -> dict[str, Any]:
+    """A scheme in the words of compressed-tensors."""
+    if scheme["kind"] == W8A8.kind:
+        number = {"num_bits": 8, "type": scheme["type"], "symmetric": True}
+        return {
+            "weights": {**number, "strategy": "channel", "dynamic": False},
+            "input_activations": {**number, "strategy": "token", "dynamic": True},
+        }
+    size = None if scheme["group_size"] < 0 else scheme["group_size"]
+    number = {"num_bits": scheme["bits"], "type": "int", "symmetric": scheme["symmetric"]}
+    return {"weights": {**number, "strategy": "group" if size else "channel", "group_size": size, "dynamic": False}}
+
+
+def _refuse_unknown(path: Path, where: str, found: Any, understood: Any) -> None:
+    """Refuse what may mean other weights, or another model around them, than would be decoded.
+
+    Args:
+        where: the key in config.json.
+        found: its value; null and what is empty says nothing.
+        understood: the values it may have, or the same for each key of an object.
+    """
+    if understood is _ANY or found is None or found in ({}, []):
+        return
+    if isinstance(found, Mapping) and isinstance(understood, Mapping):
+        for key, value in found.items():
+            _refuse_unknown(path, f"{where}.{key}", value, understood.get(key, understood.get("*", ())))
+    elif isinstance(understood, Mapping) or found not in understood:
+        raise ModelError(
+            f"{path}/config.json: {where} is {reprlib.repr(found)}, which is not read here; decode the folder with the "
+            "tool that wrote it"
+        )
+
+
+def _scheme(
+    path: Path, name: str, method: str, weights: Mapping[str, Any], inputs: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The scheme that a config group tells of a linear."""
+    kind, bits, group_size = weights.get("type", "int"), weights["num_bits"], weights.get("group_size") or -1
+    if method == "pack-quantized" and kind == "int":
+        by = "group" if group_size > 0 else "channel"
+        strategy = weights.get("strategy") or ("tensor" if weights.get("group_size") is None else by)
+        if strategy != by or weights.get("dynamic") or inputs is not None:
+            raise ModelError(
+                f"{path}: {name} is {method} in a way that is not read here: packed integers need scales by group or "
+                "channel that are stored, and inputs as they are"
+            )
+        return {"kind": "int", "bits": bits, "group_size": group_size, "symmetric": weights.get("symmetric", True)}
+    by_row = weights.get("strategy") == "channel" and weights.get("symmetric", True) and bits == 8
+    inputs = inputs or {}
+    dynamic = inputs.get("dynamic") is True and inputs.get("strategy") == "token" and inputs.get("num_bits") == 8
+    if (
+        by_row
+        and dynamic
+        and inputs.get("symmetric", True)
+        and method == f"{kind}-quantized" == f"{inputs['type']}-quantized"
+    ):
+        return {"kind": "w8a8", "type": kind}
+    raise ModelError(
+        f"{path}: {name} is {method} in a way that is not read here: 8-bit weights need one scale a row, "
+        "and inputs one a token that is found as they come"
+    )

@@ -1,0 +1,153 @@
+"""Integers with a scale for each group of columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ...kernels import cpu, dispatch, layouts, ops, reference
+from .base import Operator, register
+from .linear import RowsLinear
+
+
+@dataclass(frozen=True)
+class IntQuantized(Operator):
+    """Group-wise integers: `W = (codes - zeros) * scales`, stored as compressed-tensors `pack-quantized` stores them.
+
+    Attributes:
+        codes: int8 `[out_features, in_features]`, in `[-2**(bits-1), 2**(bits-1) - 1]`.
+        scales: `[out_features, groups]` in the model's dtype, any sign; `groups = ceil(in_features / span)`.
+        zeros: int8 `[out_features, groups]` in the range of the codes, or None when symmetric.
+        bits: of a code on disk.
+        group_size: columns that share a scale, the last group may be ragged; -1 for one scale a row.
+    """
+
+    kind: ClassVar[str] = "int"
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    bits: int
+    group_size: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.codes.shape[1]
+
+    @property
+    def nbytes(self) -> float:
+        (rows, columns), groups = self.shape, self.scales.shape[1]
+        words = rows * layouts.packed_words(columns, self.bits)
+        if self.zeros is not None:
+            words += groups * layouts.packed_words(rows, self.bits)
+        return 4 * words + self.scales.numel() * self.scales.element_size() + 2 * 8
+
+    @property
+    def span(self) -> int:
+        """Columns that really share a scale."""
+        return self.group_size if self.group_size > 0 else self.shape[1]
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return reference.dequantize_int(self.codes, self.scales, self.zeros, self.span, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return reference.linear_int(x, self.codes, self.scales, self.zeros, self.span)
+
+    @property
+    def description(self) -> str:
+        return self.described(self.group_size)
+
+    def described(self, group_size: int) -> str:
+        """The same where so many columns of the whole weight share a scale; -1 for all."""
+        group = "per row" if group_size < 0 else f"g{group_size}"
+        return f"int{self.bits} {group}" + ("" if self.zeros is None else " asymmetric")
+
+    def rows(self, rows: slice) -> IntQuantized:
+        """Some rows of it, which has no zero points."""
+        assert self.zeros is None
+        return IntQuantized(self.codes[rows], self.scales[rows], None, self.bits, self.group_size)
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        tensors = {
+            "weight_packed": layouts.pack_codes(self.codes, self.bits),
+            "weight_scale": self.scales,
+            "weight_shape": torch.tensor(self.shape, dtype=torch.int64, device="cpu"),
+        }
+        if self.zeros is not None:  # packed along the rows, unlike the weight
+            tensors["weight_zero_point"] = layouts.pack_codes(self.zeros.T, self.bits).T.contiguous()
+        return tensors
+
+    def scheme(self) -> dict[str, Any]:
+        symmetric = self.zeros is None
+        return {"kind": self.kind, "bits": self.bits, "group_size": self.group_size, "symmetric": symmetric}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any]) -> IntQuantized:
+        rows, columns = (int(n) for n in tensors["weight_shape"])
+        bits = scheme["bits"]
+        zeros = None
+        if not scheme["symmetric"]:
+            zeros = layouts.unpack_codes(tensors["weight_zero_point"].T.contiguous(), bits, rows).T.contiguous()
+        codes = layouts.unpack_codes(tensors["weight_packed"], bits, columns)
+        return cls(codes, tensors["weight_scale"], zeros, bits, scheme["group_size"])
+
+
+class IntLinear(RowsLinear):
+    """Group-quantized integers, kept packed.
+
+    Attributes:
+        packed, scales, zeros: as stored (`operators.IntQuantized`), zeros unpacked to int8; or, for GPUs,
+        words, high, pairs: in the layout of the kernels (`layouts.IntWords`).
+    """
+
+    packed: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    words: Tensor
+    high: Tensor | None
+    pairs: Tensor
+
+    def __init__(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any], dtype: torch.dtype) -> None:
+        operator = IntQuantized.from_tensors(tensors, scheme)
+        super().__init__(*operator.shape)
+        self.bits, self.group_size, self.span = operator.bits, operator.group_size, operator.span
+        self.dtype, device = dtype, operator.codes.device
+        if dispatch.has_kernels(device, dtype) and dispatch.has_int_linear(self.bits, self.span, self.in_features):
+            self._swizzle(operator)
+            return
+        self.register_buffer("packed", tensors["weight_packed"], persistent=False)
+        self.register_buffer("scales", operator.scales, persistent=False)
+        self.register_buffer("zeros", operator.zeros, persistent=False)
+
+    def _swizzle(self, operator: IntQuantized) -> None:
+        words = layouts.swizzle_int(operator.codes, operator.scales, operator.zeros, self.bits, self.span, self.dtype)
+        self.layout = words.bits, words.group_size
+        self._keep(words=words.words, high=words.high, pairs=words.pairs)
+
+    @property
+    def stored(self) -> layouts.IntWords:
+        """The weight in the kernels' layout."""
+        return layouts.IntWords(self.words, self.high, self.pairs, *self.layout)
+
+    def fused(self, x: Tensor, *ends: Tensor | None) -> Tensor:
+        result: Tensor = ops.int_linear(x, self.words, self.high, self.pairs, self.out_features, *self.layout, *ends)
+        return result
+
+    def decode(self, rows: slice, dtype: torch.dtype, room: cpu.Room | None = None) -> Tensor:
+        zeros = None if self.zeros is None else self.zeros[rows]
+        packed, scales = self.packed[rows], self.scales[rows]
+        return cpu.decode_packed(packed, scales, zeros, self.bits, self.in_features, self.span, dtype, room)
+
+    def tiled(self, x: Tensor) -> Tensor:
+        if self.bits > 4 or x.dtype != torch.bfloat16 or x.device.type != "cpu":
+            return super().tiled(x)
+        return cpu.packed_linear(x, self.packed, self.scales, self.zeros, self.bits, self.span)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, int{self.bits}, group_size={self.group_size}"
+
+
+register(IntQuantized, IntLinear)

@@ -1,0 +1,90 @@
+"""What runs a linear in its stored form: the modules that those of all schemes derive from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...kernels import cpu
+
+Blocks = tuple[Tensor | None, Tensor | None]  # diagonal blocks one below the other, and the scales of their rows
+
+_ALL = slice(None)
+
+
+class StoredLinear(nn.Module):
+    """A linear layer that keeps its weight as stored.
+
+    Attributes:
+        bias: `[out_features]` or None.
+    """
+
+    bias: Tensor | None
+
+    def __init__(self, out_features: int, in_features: int) -> None:
+        super().__init__()
+        self.out_features, self.in_features = out_features, in_features
+        self.register_buffer("bias", None, persistent=False)
+
+    def product(self, x: Tensor) -> Tensor:
+        """`[..., in_features]` → `[..., out_features]`, without the bias."""
+        raise NotImplementedError
+
+    def whole(self, dtype: torch.dtype) -> Tensor:
+        """The weight `[out_features, in_features]`."""
+        return self.product(torch.eye(self.in_features, dtype=dtype, device=next(self.buffers()).device)).T
+
+    def affine(self, x: Tensor, bias: Tensor | None, up: Tensor | None = None, down: Tensor | None = None) -> Tensor:
+        """`W x + bias + up down`, for `down` `[..., rank]` that a residual's lower factor made of x."""
+        result = self.product(x)
+        if up is not None and down is not None:
+            result = result + F.linear(down, up)
+        return result if bias is None else result + bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.affine(x, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}"
+
+
+class RowsLinear(StoredLinear):
+    """One whose rows can be decoded on their own, so that products are made a tile of rows at a time; or, on a GPU, one
+    that a kernel runs as it is.
+
+    Attributes:
+        device_layout: which of the two; then activations are taken in `dtype`.
+    """
+
+    device_layout = False
+    dtype: torch.dtype
+
+    def decode(self, rows: slice, dtype: torch.dtype, room: cpu.Room | None = None) -> Tensor:
+        """Some rows of the weight, without a device layout; they may lie in `room`."""
+        raise NotImplementedError
+
+    def fused(self, x: Tensor, *ends: Tensor | None) -> Tensor:
+        """A kernel's product and what follows it: bias, up and down, as `affine` takes them."""
+        raise NotImplementedError
+
+    def tiled(self, x: Tensor) -> Tensor:
+        """The product a tile of rows at a time."""
+        return cpu.linear_tiles(x, lambda rows, room: self.decode(rows, x.dtype, room), self.out_features)
+
+    def whole(self, dtype: torch.dtype) -> Tensor:
+        return super().whole(dtype) if self.device_layout else self.decode(_ALL, dtype)
+
+    def product(self, x: Tensor) -> Tensor:
+        return self.fused(x.to(self.dtype)).to(x.dtype) if self.device_layout else self.tiled(x)
+
+    def affine(self, x: Tensor, bias: Tensor | None, up: Tensor | None = None, down: Tensor | None = None) -> Tensor:
+        if self.device_layout and x.dtype == self.dtype:
+            return self.fused(x, bias, up, down)
+        return super().affine(x, bias, up, down)
+
+    def _keep(self, **tensors: Tensor | None) -> None:
+        """Tensors of the kernels' layout, in place of those on disk."""
+        self.device_layout = True
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=False)

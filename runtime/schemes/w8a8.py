@@ -1,0 +1,126 @@
+"""8-bit numbers that meet inputs of 8 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...kernels import cpu, dispatch, ops, reference
+from .base import Operator, register
+from .linear import RowsLinear
+
+
+@dataclass(frozen=True)
+class W8A8(Operator):
+    """8-bit numbers with a scale a row, `W = codes * scales`, for products of 8-bit numbers: when they run, inputs are
+    rounded alike, with a scale for each token. Stored as compressed-tensors `int-quantized` or `float-quantized`.
+
+    Attributes:
+        codes: `[out_features, in_features]`, int8 or float8_e4m3fn.
+        scales: `[out_features, 1]` in the model's dtype, any sign.
+    """
+
+    kind: ClassVar[str] = "w8a8"
+    codes: Tensor
+    scales: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.codes.shape[1]
+
+    @property
+    def nbytes(self) -> float:
+        return self.codes.numel() + self.scales.numel() * self.scales.element_size()
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        exact = torch.promote_types(dtype, torch.float32)
+        return (self.codes.to(exact) * self.scales.to(exact)).to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return reference.linear_w8a8(x, self.codes, self.scales[:, 0])
+
+    @property
+    def rounds(self) -> bool:
+        return True
+
+    @property
+    def description(self) -> str:
+        return "w8a8 int8" if self.codes.dtype == torch.int8 else "w8a8 fp8"
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        return {"weight": self.codes, "weight_scale": self.scales}
+
+    def scheme(self) -> dict[str, Any]:
+        return {"kind": self.kind, "type": "int" if self.codes.dtype == torch.int8 else "float"}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any]) -> W8A8:
+        return cls(tensors["weight"], tensors["weight_scale"])
+
+
+class W8A8Linear(RowsLinear):
+    """8-bit numbers that meet inputs of 8 bits.
+
+    Attributes:
+        codes: int8 or fp8 `[out_features, in_features]`; scales: float32 `[out_features]`.
+    """
+
+    codes: Tensor
+    scales: Tensor
+
+    def __init__(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any], dtype: torch.dtype) -> None:
+        operator = W8A8.from_tensors(tensors, scheme)
+        super().__init__(*operator.shape)
+        codes, device = operator.codes.contiguous(), operator.codes.device
+        self.dtype = dtype
+        self.device_layout = dispatch.has_kernels(device, dtype) and dispatch.has_w8a8(
+            codes.dtype, dtype, *operator.shape, dispatch.gpu_capability(device)
+        )
+        self.register_buffer("codes", codes, persistent=False)
+        self.register_buffer("scales", operator.scales[:, 0].float(), persistent=False)
+        self._multiplies_bytes = codes.dtype == torch.int8 and dispatch.cpu_capability().int8
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._multiplies_bytes = self.codes.dtype == torch.int8 and dispatch.cpu_capability().int8  # of this machine
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> W8A8Linear:
+        """Moves what is stored as bytes, so that a cast of the model to another dtype leaves codes and scales alone."""
+        stored = {"codes": self.codes.dtype, "scales": self.scales.dtype}
+        self._view_stored(dict.fromkeys(stored, torch.uint8))
+        try:
+            super()._apply(fn, recurse)
+        finally:  # also where a device has no room for it
+            self._view_stored(stored)
+        return self
+
+    def _view_stored(self, dtypes: Mapping[str, torch.dtype]) -> None:
+        for name, dtype in dtypes.items():
+            setattr(self, name, getattr(self, name).view(dtype))
+
+    def decode(self, rows: slice, dtype: torch.dtype, room: cpu.Room | None = None) -> Tensor:
+        # Codes are exact in every dtype; scales, in that of the model.
+        codes = cpu.decode_fp8(self.codes[rows], dtype, room) if self.codes.is_floating_point() else self.codes[rows]
+        return codes.to(dtype) * self.scales[rows, None].to(dtype)
+
+    def whole(self, dtype: torch.dtype) -> Tensor:
+        return self.decode(slice(None), dtype)
+
+    def fused(self, x: Tensor, bias: Tensor | None = None, *residual: Tensor | None) -> Tensor:
+        result: Tensor = ops.quantized_rows_linear(x, self.codes, self.scales, bias)
+        up, down = residual or (None, None)
+        return result if up is None or down is None else result + F.linear(down, up)
+
+    def tiled(self, x: Tensor) -> Tensor:
+        if self._multiplies_bytes and x.device.type == "cpu":  # a loaded model may be moved
+            return cpu.bytes_linear(x, self.codes, self.scales)
+        inputs, factors = reference.quantize_rows(x.reshape(-1, x.shape[-1]), self.codes.dtype)
+        return super().tiled(inputs.float().mul_(factors[:, None]).to(x.dtype).view(x.shape))
+
+
+register(W8A8, W8A8Linear)
