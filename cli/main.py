@@ -324,7 +324,7 @@ def run(
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="text to go on from")],
     max_tokens: Annotated[int, typer.Option(min=1, help="tokens to generate")] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest token each time")] = 0.0,
-    seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
+    seed: Annotated[int, typer.Option(help="number that decides what is sampled")] = 0,
 ) -> None:
     """Generate text."""
     import torch

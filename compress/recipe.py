@@ -30,9 +30,9 @@ class Data(BaseModel):
     source: str = Field(
         "builtin", description="'builtin' (the Python standard library's text), or a .txt or .jsonl file"
     )
-    samples: int = Field(128, gt=0, description="token windows")
-    sequence_length: int = Field(512, gt=1, description="tokens of a window; windows are packed without padding")
-    seed: int = Field(0, ge=0, description="which windows of the text are drawn")
+    samples: int = Field(128, gt=0, description="how many windows of tokens are read")
+    sequence_length: int = Field(512, gt=1, description="tokens in a window; windows are packed without padding")
+    seed: int = Field(0, ge=0, description="number that decides which windows of the text are drawn")
 
 
 class Output(BaseModel):
@@ -58,16 +58,21 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    version: Literal[1] = Field(1, description="of the recipe language")
-    description: str = Field("", description="one line for people")
+    version: Literal[1] = Field(1, description="version of the recipe language")
+    description: str = Field("", description="one line that says what the recipe is for, shown by `recipes list`")
     data: Data = Field(Data(), description="the text that calibrates")
-    passes: tuple[AnyPass, ...] = Field(min_length=1, description="in the order in which each linear goes through them")
+    passes: tuple[AnyPass, ...] = Field(
+        min_length=1, description="the passes, in the order in which each linear goes through them"
+    )
     output: Output = Field(Output(), description="what is written")
 
     @property
     def linear_passes(self) -> dict[int, LinearPass]:
         """Number in `passes` → the passes that rewrite linears."""
         return {number: step for number, step in enumerate(self.passes) if isinstance(step, LinearPass)}
+
+
+RENAMED = {"lorc-calibrated-50": "latents-50", "lorc-w4": "latents-w4"}  # old name of a shipped recipe → its name
 
 
 def shipped() -> dict[str, str]:
@@ -85,6 +90,7 @@ def read_recipe(source: str) -> tuple[str, str]:
             return str(path), path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"{path}: cannot be read ({error})") from None
+    source = RENAMED.get(source, source)
     if source in shipped():
         return f"{source}.yaml", shipped()[source]
     names = list(shipped())

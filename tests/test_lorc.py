@@ -367,6 +367,10 @@ def test_the_survey_is_kept_and_can_be_given(pico: Pico, tmp_path: Path, calibra
         ("ratio: 0.5, ranks: {model.layers.9.self_attn.k_proj: 8}", "ranks names model.layers.9"),
         ("ratio: 0.5, ranks: {model.layers.0.self_attn.k_proj: 99}", "cannot have rank 99"),
         ("ratio: 0.5, targets: '*.mlp.*'", "finds no key or value projection"),
+        ("ratio: 0.5, whole_layers: 2", "finds no key or value projection"),
+        ("ratio: 0.5, whole_layers: 1", "62.5 % of the cache already; ask for more, or give a smaller whole_layers"),
+        ("ratio: 0.5, allocation: uniform, calibrated: true", "allocation does nothing with calibrated: true"),
+        ("d_max: 0.6, d_min: 0.5, allocation: uniform", "allocation does nothing with d_max and d_min"),
     ],
 )
 def test_what_cannot_be_is_refused_by_the_plan(pico: Pico, options: str, message: str) -> None:
@@ -386,6 +390,30 @@ def test_the_plan_keeps_the_share_that_was_asked_for(pico: Pico, ratio: float, b
     assert plan.kv_before == blocks * 2 * 32 * 2
     assert plan.kv_after <= ratio * plan.kv_before
     assert plan.kv_after > (ratio - 0.26) * plan.kv_before
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_the_first_layers_stay_whole_and_the_others_make_up_for_it(
+    pico: Pico, tmp_path: Path, calibration_text: Path, calibrated: bool
+) -> None:
+    model = pico("llama", num_hidden_layers=4)
+    data = f"data: {{source: {calibration_text}, samples: 4, sequence_length: 32}}\n"
+    options = f"ratio: 0.5, whole_layers: 1, rank_step: 1, calibrated: {str(calibrated).lower()}"
+    run(f"{data}passes: [{{kind: lorc, {options}}}]", model, tmp_path / "out")
+    text = (tmp_path / "out" / "recipe.resolved.yaml").read_text()
+    step = parse_recipe(text).passes[0]
+    assert isinstance(step, Lorc)
+    assert step.ranks is not None
+    assert {name.split(".")[2] for name in step.ranks} == {"1", "2", "3"}
+    assert sum(step.ranks.values()) == 0.5 * 4 * 64 - 64
+    assert make_plan(parse_recipe(text), Skeleton(Checkpoint(model))).kv_after == 0.5 * 4 * 64 * 2
+
+
+def test_ranks_are_alike_where_that_is_asked_for(pico: Pico, tmp_path: Path) -> None:
+    run("passes: [{kind: lorc, ratio: 0.5, allocation: uniform}]", pico("llama", num_hidden_layers=4), tmp_path / "out")
+    step = parse_recipe((tmp_path / "out" / "recipe.resolved.yaml").read_text()).passes[0]
+    assert isinstance(step, Lorc)
+    assert set((step.ranks or {}).values()) == {16}
 
 
 def test_heads_that_are_alike_do_not_mislead_the_survey(pico: Pico, tmp_path: Path, calibration_text: Path) -> None:

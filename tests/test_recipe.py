@@ -9,7 +9,19 @@ import jsonschema
 import pytest
 import yaml
 
-from compressor.compress.recipe import json_schema, options_table, parse_recipe, read_recipe, resolved_yaml, shipped
+from compressor.compress.passes import PASSES
+from compressor.compress.recipe import (
+    RENAMED,
+    Data,
+    Output,
+    Recipe,
+    json_schema,
+    options_table,
+    parse_recipe,
+    read_recipe,
+    resolved_yaml,
+    shipped,
+)
 from compressor.runtime.errors import RecipeError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +41,21 @@ def test_shipped_recipes_are_valid_and_survive_resolution(name: str) -> None:
     assert recipe.description
     assert parse_recipe(resolved_yaml(recipe)) == recipe
     jsonschema.validate(yaml.safe_load(text), json_schema())
+
+
+def test_recipes_are_found_by_their_old_names() -> None:
+    for old, new in RENAMED.items():
+        assert old not in shipped()
+        assert read_recipe(old) == (f"{new}.yaml", shipped()[new])
+
+
+def test_what_options_do_is_understood_without_their_neighbours() -> None:
+    for kind in (Recipe, Data, Output, *PASSES.values()):
+        for key, field in kind.model_fields.items():
+            if key != "kind" and key not in ("data", "output"):
+                text = field.description or ""
+                assert len(text.split()) > 3, (kind, key)
+                assert not text.startswith(("of ", "in the order", "this")), (kind, key)
 
 
 def test_committed_schema_is_current() -> None:

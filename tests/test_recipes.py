@@ -25,11 +25,12 @@ from compressor.runtime import load
 ROOT = Path(__file__).resolve().parent.parent
 BASELINES = Path(__file__).with_name("baselines.json")
 EDITS = ("data.samples=32", "data.sequence_length=512")  # with less, experts make the result a matter of chance
-# Wrappers that pay on models as narrow as these, and iterations and sweeps that fit a test.
+# Iterations and sweeps that fit a test.
 SMALL = {
-    "armor-24": ("passes.0.block_size=16", "passes.0.iterations=10"),
-    "armor-24-w4": ("passes.0.block_size=16", "passes.0.iterations=10"),
-    "armor-24-paper": ("passes.0.block_size=16", "passes.0.iterations=20"),
+    "armor-24": ("passes.0.iterations=10",),
+    "armor-24-w4": ("passes.0.iterations=10",),
+    "armor-24-paper": ("passes.0.iterations=20",),
+    "everything-moe": ("passes.2.iterations=3",),
     "sparsegpt-24": ("passes.0.sweeps=3",),
     "sparsegpt-24-w4": ("passes.0.sweeps=3",),
 }
@@ -85,9 +86,9 @@ def test_quality_falls_in_the_expected_order() -> None:
             ("w8a16", "w8a8-int8", "w8a8-fp8"),
             ("w4a16-gptq", "armor-24", "armor-24-w4", "sparsegpt-24", "sparsegpt-24-w4"),
             ("armor-24", "armor-24-paper"),
-            ("lorc-calibrated-50", "lorc-w4"),
+            ("latents-50", "latents-w4"),
             ("moe-width-50-w4", "moe-reap-25", "moe-reap-25-w4", "moe-reap-dern-50"),
-            ("lorc-calibrated-50", "lorc-50"),
+            ("latents-50", "lorc-50"),
         ):
             order = [found[recipe]["kl_mean"] for recipe in recipes if recipe in found]
             assert order == sorted(order), name

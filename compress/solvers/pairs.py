@@ -12,6 +12,8 @@ from .metric import Metric, settle, times_blocks
 from .sweep import LEAF, column_sweep, halves
 from .system import System
 
+SWEEPS = 10  # rounds that are enough
+_RELAXATION = 1.5
 CHUNK = 128  # columns whose gradient is computed in one GEMM
 _PAIRS = torch.combinations(torch.arange(4), 2)  # the six ways to keep two of four
 
@@ -56,6 +58,19 @@ def sparsegpt(target: Tensor, system: System) -> Tensor:
 
     column_sweep(work, system.factor, fix)
     return result
+
+
+def swept(target: Tensor, system: System, sweeps: int) -> tuple[Tensor, Tensor]:
+    """SparseGPT's weight, then rounds over its groups, over-relaxed in all but the last (`sparsegpt`, `sweep_pairs`).
+
+    Returns:
+        The sparse weight `[columns, rows]`, and what it misses the target by.
+    """
+    values = sparsegpt(target, system)
+    delta = values - target
+    for left in reversed(range(sweeps)):
+        sweep_pairs(values, delta, system.moment, _RELAXATION if left else 1.0)
+    return values, delta
 
 
 def sweep_pairs(values: Tensor, delta: Tensor, moment: Tensor, relaxation: float = 1.0) -> None:

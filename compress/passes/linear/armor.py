@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -25,39 +26,52 @@ from ...events import Event, Fallback, LayerDone
 from ...solvers.armor import Factors, alternate, pair_step, total_loss, weighed
 from ...solvers.armor_adam import RATE, adam
 from ...solvers.armor_codes import store_wrappers
-from ...solvers.factors import Stored, stored_blocks, stored_rows
-from ...solvers.pairs import CHUNK, nowag_scales
-from .calibrated import Calibrated, Group, plain_floats
+from ...solvers.factors import Stored, as_blocks, stored_blocks, stored_rows
+from ...solvers.pairs import CHUNK, SWEEPS, nowag_scales, swept
+from .calibrated import ROWS, Calibrated, Group, plain_floats
 from .sparse24 import sparse_operator, sparse_plan
+
+LARGEST = 128  # block that `auto` takes, which is the published one
 
 
 class ArmorPass(Calibrated):
     """Factorize each matrix into block-diagonal × 2:4 × block-diagonal."""
 
     kind: Literal["armor"]
-    block_size: int = Field(
-        128,
-        ge=4,
-        description="of the diagonal blocks, at most: the largest divisor of the rows (the columns) that is a multiple "
-        "of four is taken",
+    block_size: Annotated[int, Field(ge=4, strict=True)] | Literal["auto"] = Field(
+        "auto",
+        description="rows and columns of the diagonal blocks, at most: the largest divisor of the weight's rows (its "
+        "columns) that is a multiple of four is taken; auto: up to 128, while A and B take at most half of the bytes "
+        "that the 2:4 core saves",
     )
-    solver: Literal["adam", "als"] = Field("adam", description="adam: as published; als: closed-form steps, far faster")
+    solver: Literal["adam", "als"] = Field(
+        "adam", description="how the factors are found: adam: as published; als: closed-form steps, far faster"
+    )
     objective: Literal["proxy", "full"] = Field(
         "proxy",
-        description="proxy: the published loss, diagonal and of the normalised weight; full: the outputs' error",
+        description="what the factors minimise: proxy: the published loss, diagonal and of the normalised weight; "
+        "full: the outputs' error",
     )
     iterations: int | None = Field(
         None,
         ge=1,
-        description="of the solver, which stops early when the loss no longer falls; 20000 of adam, 60 of als",
+        description="most steps of the solver, which stops when the loss no longer falls; default: 20000 with adam, 60 "
+        "with als",
     )
-    polish: int = Field(0, ge=0, description="Adam iterations after als, pairs fixed")
+    polish: int = Field(0, ge=0, description="Adam steps after solver: als has ended, without choosing other pairs")
     shrinkage: float = Field(
-        0.0, ge=0, le=1, description="how far the full objective's moment is moved to its diagonal: 1 is diagonal"
+        0.0,
+        ge=0,
+        le=1,
+        description="how far objective: full moves the inputs' second moment to its diagonal; 1: all the way",
     )
-    share: bool = Field(False, description="one B for all linears that read the same input: fewer bytes")
+    share: bool = Field(
+        False, description="store one right factor B for all linears that read the same input: fewer bytes"
+    )
     wrapper_bits: Literal[8, 16] = Field(
-        16, description="of A and B; 16: floats as the model's; 8: integers with a scale a row"
+        16,
+        description="bits of a number in the outer factors A and B; 16: floats as the model's; 8: integers with a "
+        "scale a row",
     )
     correction: float = Field(
         0.0, ge=0, le=1, description="how much of the error of earlier layers to make up for (α); 0: as published"
@@ -78,9 +92,11 @@ class ArmorPass(Calibrated):
             RecipeError: besides the common reasons, the blocks are so large that the factors are more than the weight.
         """
         dense = plain_floats(self.kind, name, operator)
-        result = self._outline(name, dense, self.block_size, group)
+        sizes = [other.shape[0] for other in group.values()] if self.share else [dense.shape[0]]
+        asked = self._asked(sizes, dense.shape[1], dense.weight.element_size())
+        result = self._outline(name, dense, asked, group)
         if result.nbytes >= dense.nbytes:
-            smaller = (self._outline(name, dense, size, group) for size in range(self.block_size, 3, -1))
+            smaller = (self._outline(name, dense, size, group) for size in range(asked, 3, -1))
             pays = next((max(plan.block_sizes) for plan in smaller if plan.nbytes < dense.nbytes), None)
             hint = (
                 f"the largest block_size that pays there is {pays}" if pays else "no block size pays there: ignore it"
@@ -105,6 +121,12 @@ class ArmorPass(Calibrated):
         a, b = (stored_rows(torch.empty(shape, device="meta"), dtype, self.wrapper_bits) for shape in shapes)
         return Armor(a, core, b, *self._shared(list(group)))
 
+    def _asked(self, sizes: Sequence[int], columns: int, itemsize: int) -> int:
+        """The size asked for where linears of `sizes` rows have one B."""
+        if self.block_size != "auto":
+            return self.block_size
+        return largest_block(tuple(sizes), columns, itemsize, itemsize if self.wrapper_bits == 16 else 1)
+
     def _shared(self, group: Sequence[str]) -> tuple[str | None, int]:
         return (f"{group[0]}_shared_b", len(group)) if self.share and len(group) > 1 else (None, 1)
 
@@ -116,10 +138,11 @@ class ArmorPass(Calibrated):
     def flops(self, rows: int, columns: int) -> float:
         weights = rows * columns
         product = 2.0 * weights * columns if self.objective == "full" else 0.0
-        adam = 3 * product + weights * (18.0 * self.block_size + 400.0)
+        block = LARGEST if self.block_size == "auto" else self.block_size
+        adam = 3 * product + weights * (18.0 * block + 400.0)
         if self.solver == "adam":
             return self.rounds * adam
-        return self.rounds * (2 * product + weights * (12.0 * self.block_size + 6000.0)) + self.polish * adam
+        return self.rounds * (2 * product + weights * (12.0 * block + 6000.0)) + self.polish * adam
 
     def memory(self, operators: Sequence[Operator]) -> float:
         shapes = [operator.shape for operator in operators]
@@ -129,7 +152,7 @@ class ArmorPass(Calibrated):
         return max(24.0 * columns**2, 8.0 * columns**2 + 4.0 * rows * columns + 4.0 * copies * largest * columns)
 
     def apply(self, work: StageWork) -> Iterator[Event]:
-        for group in self.groups(work, products=torch.float32, pruned=True):
+        for group in self.groups(work, act_order=True, together=4, products=torch.float32, pruned=True):
             targets = group.targets()
             numbers = range(len(group.names))
             for which in [list(numbers)] if self.share else [[n] for n in numbers]:
@@ -143,8 +166,9 @@ class ArmorPass(Calibrated):
         sizes = [len(target) for target in targets]
         moment = group.system.moment if group.system else group.energy
         goal = torch.cat(targets).T.contiguous()
-        blocks = fitting_block(sizes, self.block_size), fitting_block([len(goal)], self.block_size)
-        solved = self._solve(goal, moment, group.energy, *blocks, dtype)
+        asked = self._asked(sizes, len(goal), dtype.itemsize)
+        blocks = fitting_block(sizes, asked), fitting_block([len(goal)], asked)
+        solved = self._solve(goal, moment, group, *blocks, dtype)
         losses = _losses(goal, solved.factors.product(), moment), _losses(goal, torch.zeros_like(goal), moment)
         start = 0
         for name, size in zip(names, sizes, strict=True):
@@ -161,16 +185,24 @@ class ArmorPass(Calibrated):
             error = float(losses[0][rows].sum() / losses[1][rows].sum().clamp(min=1e-30))
             yield LayerDone.of(name, self.kind, error, result, group.tokens)
 
-    def _solve(self, goal: Tensor, moment: Tensor, energy: Tensor, high: int, wide: int, dtype: torch.dtype) -> Solved:
-        """The factors of `[columns, rows]`, A and B as they will be stored."""
+    def _solve(self, goal: Tensor, moment: Tensor, group: Group, high: int, wide: int, dtype: torch.dtype) -> Solved:
+        """The factors of `[columns, rows]`, A and B as they will be stored.
+
+        They start from a pruned weight between identities, NoWag-P's or, where the loss is the outputs' error, that of
+        SparseGPT with sweeps; if what is stored has a larger loss than that, that is stored.
+        """
         inputs, outputs = torch.ones_like(goal[:, :1]), torch.ones_like(goal[0])
-        loss = energy
+        energy, loss = group.energy, group.energy
         if self.objective == "proxy":
             inputs, outputs = nowag_scales(goal)
         elif moment.dim() == 2:
             loss = shrunk(moment, self.shrinkage)
         target = goal / inputs / outputs
         start = Factors.start(target, energy, high, wide)
+        if self.objective == "full" and group.system is not None:
+            start.core = torch.cat([swept(part, group.system, SWEEPS)[0] for part in target.split(ROWS, 1)], 1)
+        plain = start.copy()
+        plain.core = goal * (plain.core != 0) if self.objective == "proxy" else plain.core
         if self.solver == "adam":
             factors, lowest, initial = adam(start, target, loss, self.rounds, rate=RATE)
         else:
@@ -187,13 +219,14 @@ class ArmorPass(Calibrated):
             return stored_blocks(blocks, dtype, self.wrapper_bits)
 
         a, b = store_wrappers(factors, goal, loss, pair_step(1.0), store, CHUNK, row_weights=weights)
-        plain = Factors.start(goal, energy, high, wide)
+        identities = store(plain.a), store(plain.b)
+        plain.a, plain.b = map(as_blocks, identities)
         lost = []
         for state in (factors, plain):
             state.core = state.core.to(dtype).to(goal.dtype)
             lost.append(total_loss((goal - state.product()) * weights, loss))
         if not lost[0] <= lost[1]:  # also where it is not a number
-            return Solved(plain, store(plain.a), store(plain.b), "pruned without wrappers, which had the lower loss")
+            return Solved(plain, *identities, "pruned without wrappers, which had the lower loss")
         return Solved(factors, a, b, "")
 
 
@@ -212,6 +245,25 @@ def shrunk(moment: Tensor, share: float) -> Tensor:
     if not share:
         return moment
     return torch.lerp(moment, torch.diag(moment.diagonal()), share)
+
+
+@cache
+def largest_block(sizes: tuple[int, ...], columns: int, itemsize: int, wrapper: int) -> int:
+    """The largest block up to 128 whose wrappers take at most half of the bytes that a 2:4 core saves.
+
+    Args:
+        sizes: rows of the linears that have one B.
+        columns: of each.
+        itemsize: bytes of a number of the core.
+        wrapper: bytes of a number of A and B.
+    """
+    rows = sum(sizes)
+    saved = rows * columns * (itemsize / 2 - 1 / 8)  # half of the numbers, for two bits each of those that stay
+    for size in range(LARGEST, 4, -1):
+        high, wide = fitting_block(sizes, size), fitting_block([columns], size)
+        if wrapper * (rows * high + columns * wide) <= saved / 2:
+            return size
+    return 4
 
 
 def fitting_block(sizes: Sequence[int], asked: int) -> int:

@@ -107,7 +107,12 @@ class Calibrated(LinearPass):
     correction: float = Field(
         1.0, ge=0, le=1, description="how much of the error of earlier layers to make up for (α); 0: none"
     )
-    damping: float = Field(0.01, gt=0, le=1, description="share of the mean diagonal added to the second moment")
+    damping: float = Field(
+        0.01,
+        gt=0,
+        le=1,
+        description="share of the mean diagonal that is added to the inputs' second moment before it is solved with",
+    )
     sequential: bool = Field(
         True,
         description="statistics of the model as compressed so far; false: of the original model, which can be kept and "

@@ -29,12 +29,17 @@ class Eora(Calibrated):
     """Add a low-rank residual that makes up for the error of the passes before."""
 
     kind: Literal["eora"]
-    rank: int | None = Field(None, ge=1, description="of the residual; either this or budget")
+    rank: int | None = Field(None, ge=1, description="rank of the residual; give this or budget")
     budget: float | None = Field(
-        None, gt=0, lt=1, description="bytes of the factors, as a share of the original weight's"
+        None,
+        gt=0,
+        lt=1,
+        description="bytes of the residual's factors, as a share of the original weight's; give this or rank",
     )
     factor_bits: Literal[8, 16] = Field(
-        16, description="of the factors; 16: floats as the model's; 8: integers with a scale a row"
+        16,
+        description="bits of a number in the residual's factors; 16: floats as the model's; 8: integers with a scale a "
+        "row",
     )
 
     @model_validator(mode="after")

@@ -42,7 +42,9 @@ class Gptq(Quantizer, Calibrated):
     """Quantize column after column, letting the columns that remain make up for the error."""
 
     kind: Literal["gptq"]
-    act_order: bool = Field(True, description="columns with large inputs first; costs nothing at run time")
+    act_order: bool = Field(
+        True, description="quantize the columns with the largest inputs first; costs nothing at run time"
+    )
     refinements: int = Field(3, ge=0, le=20, description="rounds of scale refit and coordinate descent; 0: plain GPTQ")
     search: bool = Field(True, description="try narrower ranges too, and keep the best for each row; false: plain GPTQ")
 

@@ -59,33 +59,58 @@ class Lorc(Calibrated):
     may_grow: ClassVar[bool] = True
     kind: Literal["lorc"]
     ratio: float | None = Field(
-        None, gt=0, le=1, description="bytes of the KV cache, as a share of what they were; this, or d_max, or ranks"
+        None,
+        gt=0,
+        le=1,
+        description="bytes of the KV cache, as a share of what they were; give this, or d_max and d_min, or ranks",
     )
-    d_max: float | None = Field(None, gt=0, le=1, description="rank of the first layer, as a share of full width")
-    d_min: float | None = Field(None, gt=0, le=1, description="rank of the last layer, as a share of full width")
+    allocation: Literal["progressive", "uniform"] = Field(
+        "progressive",
+        description="how a ratio is shared out without calibrated: progressive: less from layer to layer by the "
+        "cumulative condition numbers, as published, from at most 1.25 times the ratio; uniform: alike",
+    )
+    whole_layers: int = Field(
+        0, ge=0, description="first layers whose keys and values stay as they are; the others make up for their bytes"
+    )
+    d_max: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="rank in the first layer, as a share of a projection's width; with d_min, in place of ratio",
+    )
+    d_min: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="rank in the last layer, as a share of a projection's width; with d_max, in place of ratio",
+    )
     granularity: Annotated[int, Field(ge=1, strict=True)] | Literal["joint", "per_head"] = Field(
-        "joint", description="heads that share latents: joint (all), per_head, or how many"
+        "joint", description="how many key-value heads share latents: joint for all, per_head for one, or a number"
     )
     rank_step: int | None = Field(
-        None, ge=1, description="ranks are multiples of this; 16, or 8 where heads are narrower than 64"
+        None, ge=1, description="ranks are multiples of this; default: 16, or 8 where heads are narrower than 64"
     )
     calibrated: bool = Field(
-        False, description="principal components on data, ranks by what cutting each projection does to the model"
+        False,
+        description="find latents on calibration data (principal components of what the projections put out), and "
+        "ranks by what cutting each projection does to the model; false: from the weights alone",
     )
     objective: Literal["outputs", "block"] = Field(
         "block",
-        description="of calibrated; outputs: errors of keys and values count as they are; block: as they move the "
-        "block's output",
+        description="what calibrated: true minimises: outputs: errors of keys and values as they are; block: as they "
+        "move the block's output",
     )
     latent_bits: Literal[4, 8, 16] = Field(
-        16, description="of a number in the cache; 16: floats as the model's; 8, 4: codes, 32 of which share a scale"
+        16,
+        description="bits of a number in the cache; 16: floats as the model's; 8, 4: codes, 32 of which share a scale",
     )
     ranks: dict[str, Annotated[int, Field(ge=1, strict=True)]] | None = Field(
-        None, description="rank of each projection by name; default: by the survey, which fills this in"
+        None, description="the rank of each projection by its name; default: what the survey finds and fills in here"
     )
     _shapes: dict[str, Shape] = PrivateAttr(default_factory=dict)
     _checkpoint: Any = PrivateAttr(default=None)
     _nominal: bool = PrivateAttr(default=False)  # whether the ranks are there to be replaced
+    _share: float = PrivateAttr(default=0.0)  # of the bytes of what is cut, what is to stay
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Lorc:
@@ -93,6 +118,10 @@ class Lorc(Calibrated):
             raise ValueError("give either ratio, or d_max and d_min, or ranks")
         if (self.d_max is None) != (self.d_min is None) or (self.d_max or 1) < (self.d_min or 0):
             raise ValueError("give d_max and d_min, the larger first")
+        if self.calibrated:
+            self._refuse_idle("with calibrated: true, which shares a ratio out by what the model loses", "allocation")
+        if self.d_max is not None:
+            self._refuse_idle("with d_max and d_min, which say what each layer gets", "allocation")
         if self.calibrated and self.d_max is not None:
             raise ValueError("calibrated distributes a ratio; d_max and d_min are of the plain method")
         if not self.calibrated:
@@ -127,6 +156,11 @@ class Lorc(Calibrated):
             for name, linear in skeleton.linears(index).items():
                 if self.wants(name) and skeleton.family.inside(name) in cached and not sliding(config, index):
                     shapes[name] = self._shape(name, linear, head_dim, index)
+        whole = sorted({shape.block for shape in shapes.values()})[: self.whole_layers]
+        kept = sum(shape.rows for shape in shapes.values() if shape.block in whole)
+        every = sum(shape.rows for shape in shapes.values())
+        if self.ranks is None:
+            shapes = {name: shape for name, shape in shapes.items() if shape.block not in whole}
         if unknown := set(self.ranks or ()).difference(shapes):
             raise RecipeError(f"{self.kind}: ranks names {min(unknown)}, which is no projection that can be cached")
         if not shapes:
@@ -139,12 +173,16 @@ class Lorc(Calibrated):
         if self.ranks is None:
             share = self.ratio if self.d_max is None or self.d_min is None else (self.d_max + self.d_min) / 2
             assert share is not None
+            if self.ratio is not None:
+                share = (share * every - kept) / (every - kept)
             least = sum(result._cost(shape.step) for shape in shapes.values()) / result._budget(1)
             if share < least:
+                percent = 100 * (least * (every - kept) + kept) / every
                 raise RecipeError(
-                    f"{self.kind}: one step of ranks for each projection is {100 * least:.1f} % of the cache already; "
-                    "ask for more, or give a smaller rank_step"
+                    f"{self.kind}: one step of ranks for each projection is {percent:.1f} % of the cache already; "
+                    f"ask for more, or give a smaller {'whole_layers or ' if kept else ''}rank_step"
                 )
+            result._share = share
             result = result._with_ranks(result._rounded(dict.fromkeys(shapes, share), share), nominal=True)
         return result
 
@@ -193,9 +231,9 @@ class Lorc(Calibrated):
         if not self._nominal:
             return self
         if not self.calibrated:
-            return self._with_ranks(self._progressive(skeleton))
+            uniform = self.allocation == "uniform"
+            return self._with_ranks(self._ranks if uniform else self._progressive(skeleton))
         assert survey.windows is not None
-        assert self.ratio is not None
         curves: dict[str, Tensor] = {}
         probed: dict[str, int] = {}
 
@@ -224,7 +262,7 @@ class Lorc(Calibrated):
             name: curve * max(lost[name], 0.0) / curve[probed[name]].clamp(min=torch.finfo(torch.float64).tiny)
             for name, curve in curves.items()
         }
-        return self._with_ranks(greedy(losses, self._steps, self._cost, self._budget(self.ratio)))
+        return self._with_ranks(greedy(losses, self._steps, self._cost, self._budget(self._share)))
 
     def survey_cost(self, skeleton: Skeleton, samples: int, sequence_length: int) -> Cost:
         """Of cutting every projection once, where ranks are found on data."""
@@ -259,10 +297,9 @@ class Lorc(Calibrated):
         if self.d_max is not None and self.d_min is not None:
             shares = progressive(logs, self.d_max, self.d_min)
         else:
-            assert self.ratio is not None
-            shares = bisected(logs, min(1.0, _SPREAD * self.ratio), self.ratio)
+            shares = bisected(logs, min(1.0, _SPREAD * self._share), self._share)
         by_block = dict(zip(blocks, shares, strict=True))
-        mean = self.ratio or sum(shares) / len(shares)
+        mean = self._share if self.ratio is not None else sum(shares) / len(shares)
         return self._rounded({name: by_block[shape.block] for name, shape in self._shapes.items()}, mean)
 
     def flops(self, rows: int, columns: int) -> float:

@@ -22,21 +22,25 @@ from ....kernels.layouts import compress24
 from ....runtime.errors import RecipeError
 from ....runtime.schemes import Dense, Operator, Sparse24
 from ...events import Event, Fallback, LayerDone
-from ...solvers.pairs import nowag_scales, sparsegpt, sweep_pairs, top_pairs
+from ...solvers.pairs import SWEEPS, nowag_scales, swept, top_pairs
 from ...solvers.refine import row_losses
 from ..base import Need
 from .calibrated import ROWS, Calibrated, Group, plain_floats, relative
 
 Method = Literal["magnitude", "wanda", "nowag", "sparsegpt", "sparsegpt_sweep"]
-_RELAXATION = 1.5  # in all sweeps but the last
 
 
 class SparsePass(Calibrated):
     """Prune to 2:4: half of the values and two bits for each that stays."""
 
     kind: Literal["sparse24"]
-    method: Method = Field("sparsegpt_sweep", description="how pairs are chosen, and whether their values change")
-    sweeps: int = Field(10, ge=1, le=100, description="rounds of sparsegpt_sweep")
+    method: Method = Field(
+        "sparsegpt_sweep",
+        description="which two of four stay: the largest (magnitude), the largest times the size of their inputs "
+        "(wanda; nowag: of the normalised weight), or those of a sweep over columns whose values make up for what "
+        "goes (sparsegpt; sparsegpt_sweep: then chosen anew, group by group)",
+    )
+    sweeps: int = Field(SWEEPS, ge=1, le=100, description="how often sparsegpt_sweep goes over all groups of four")
 
     @model_validator(mode="after")
     def _nothing_idle(self) -> SparsePass:
@@ -100,10 +104,7 @@ class SparsePass(Calibrated):
             return sparse, losses, scale
         for start in range(0, weight.shape[1], ROWS):
             rows = slice(start, start + ROWS)
-            values = sparsegpt(target[:, rows], system)
-            delta = values - target[:, rows]
-            for left in reversed(range(self.sweeps if self.method == "sparsegpt_sweep" else 0)):
-                sweep_pairs(values, delta, system.moment, _RELAXATION if left else 1.0)
+            values, delta = swept(target[:, rows], system, self.sweeps if self.method == "sparsegpt_sweep" else 0)
             found = row_losses(delta, system.moment)
             better = found < losses[rows]
             sparse[:, rows] = torch.where(better, values, sparse[:, rows])

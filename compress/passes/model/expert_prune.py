@@ -53,17 +53,25 @@ class ExpertPrune(ModelPass):
     """Drop the experts of each block that matter least."""
 
     kind: Literal["expert_prune"]
-    criterion: Criterion = Field("reap", description="which experts matter; random: for comparison")
+    criterion: Criterion = Field(
+        "reap",
+        description="what makes an expert matter: the size of its outputs as they are weighted (reap) or as they are "
+        "(ean), how often it is chosen (frequency), its summed coefficients (router_weight), that it belongs to those "
+        "which together come nearest to all (reconstruction); random: nothing, for comparison",
+    )
     merge: Literal["none", "dern", "hc"] = Field(
         "none",
         description="where the weights of dropped experts go: dern: similar neurons to other experts; hc: experts that "
         "put out the same on the mean are averaged",
     )
     refit: bool = Field(
-        True, description="fit the down projections that stay to what the original model's blocks put out"
+        True,
+        description="fit the down projections of the experts that stay to what the original model's blocks put out",
     )
-    ratio: float | None = Field(None, ge=0, lt=1, description="of the experts of each block that go; this, or keep")
-    keep: int | None = Field(None, ge=1, description="how many experts of each block stay")
+    ratio: float | None = Field(
+        None, ge=0, lt=1, description="share of the experts of each block that go; give this or keep"
+    )
+    keep: int | None = Field(None, ge=1, description="how many experts of each block stay; give this or ratio")
     min_tokens: int = Field(
         32,
         ge=0,
@@ -80,15 +88,21 @@ class ExpertPrune(ModelPass):
         "them did; of use where routers do not normalize the weights of those they choose, and without refit",
     )
     similarity: float = Field(
-        0.6, ge=-1, description="of dern: cosine beyond which a neuron is moved; above 1, none is"
+        0.6, ge=-1, description="cosine beyond which merge: dern moves a neuron; above 1, none is"
     )
-    damping: float = Field(0.01, gt=0, le=1, description="of refit: share of the mean diagonal that is added")
+    damping: float = Field(
+        0.01,
+        gt=0,
+        le=1,
+        description="share of the mean diagonal that refit adds to the second moments that it solves with",
+    )
     task: str | None = Field(
         None, description="text that says which experts matter, as data.source; default: data.source itself"
     )
-    seed: int = Field(0, ge=0, description="of random")
+    seed: int = Field(0, ge=0, description="number that decides which experts criterion: random keeps")
     kept: dict[int, tuple[int, ...]] | None = Field(
-        None, description="block → numbers of the experts that stay; default: by the survey, which fills this in"
+        None,
+        description="the numbers of the experts that stay, by block; default: what the survey finds and fills in here",
     )
     _blocks: dict[int, int] = PrivateAttr(default_factory=dict)
     _groups: int = PrivateAttr(default=1)

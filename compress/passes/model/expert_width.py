@@ -31,17 +31,32 @@ class ExpertWidth(ModelPass):
     """Narrow the experts of all blocks to the neurons that matter most."""
 
     kind: Literal["expert_width"]
-    criterion: Literal["obs", "activation"] = Field("obs", description="which neurons matter")
+    criterion: Literal["obs", "activation"] = Field(
+        "obs",
+        description="what makes a neuron matter: that the others of its expert cannot make up for it (obs), or the "
+        "size of what it adds to the output (activation)",
+    )
     refit: bool = Field(
-        True, description="fit the down projections that stay to what the original model's blocks put out"
+        True,
+        description="fit the down projections of the experts that stay to what the original model's blocks put out",
     )
     ratio: float | None = Field(
-        None, ge=0, lt=1, description="of an expert's neurons that go, or a few more; this, or width"
+        None,
+        ge=0,
+        lt=1,
+        description="share of an expert's neurons that go, rounded up to a width that kernels take; give this or width",
     )
     width: int | None = Field(
-        None, ge=16, description="neurons of an expert that stay: a multiple of 64, of 16 below 512"
+        None,
+        ge=16,
+        description="how many neurons of an expert stay: a multiple of 64, of 16 below 512; give this or ratio",
     )
-    damping: float = Field(0.01, gt=0, le=1, description="share of the mean diagonal added to second moments")
+    damping: float = Field(
+        0.01,
+        gt=0,
+        le=1,
+        description="share of the mean diagonal that is added to second moments before they are solved with",
+    )
     _before: int = PrivateAttr(default=0)
     _after: int = PrivateAttr(default=0)
 
