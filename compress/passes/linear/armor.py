@@ -188,8 +188,9 @@ class ArmorPass(Calibrated):
     def _solve(self, goal: Tensor, moment: Tensor, group: Group, high: int, wide: int, dtype: torch.dtype) -> Solved:
         """The factors of `[columns, rows]`, A and B as they will be stored.
 
-        They start from a pruned weight between identities, NoWag-P's or, where the loss is the outputs' error, that of
-        SparseGPT with sweeps; if what is stored has a larger loss than that, that is stored.
+        They start from NoWag-P's weight between identities (Wanda's where the loss is the outputs' error). What is
+        stored has no larger loss than that of NoWag-P, or of SparseGPT with sweeps: else these are stored. To start
+        from the latter ends higher, for its pairs have settled for values without factors around them.
         """
         inputs, outputs = torch.ones_like(goal[:, :1]), torch.ones_like(goal[0])
         energy, loss = group.energy, group.energy
@@ -199,10 +200,8 @@ class ArmorPass(Calibrated):
             loss = shrunk(moment, self.shrinkage)
         target = goal / inputs / outputs
         start = Factors.start(target, energy, high, wide)
-        if self.objective == "full" and group.system is not None:
-            start.core = torch.cat([swept(part, group.system, SWEEPS)[0] for part in target.split(ROWS, 1)], 1)
         plain = start.copy()
-        plain.core = goal * (plain.core != 0) if self.objective == "proxy" else plain.core
+        plain.core = goal * (plain.core != 0)
         if self.solver == "adam":
             factors, lowest, initial = adam(start, target, loss, self.rounds, rate=RATE)
         else:
@@ -219,6 +218,8 @@ class ArmorPass(Calibrated):
             return stored_blocks(blocks, dtype, self.wrapper_bits)
 
         a, b = store_wrappers(factors, goal, loss, pair_step(1.0), store, CHUNK, row_weights=weights)
+        if self.objective == "full" and group.system is not None:
+            plain.core = torch.cat([swept(part, group.system, SWEEPS)[0] for part in goal.split(ROWS, 1)], 1)
         identities = store(plain.a), store(plain.b)
         plain.a, plain.b = map(as_blocks, identities)
         lost = []
