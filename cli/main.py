@@ -232,50 +232,28 @@ def evaluate_command(
         int | None, typer.Option(min=128, help="also windows of this length: perplexity by position, and retrieval")
     ] = None,
     max_ppl_ratio: Annotated[float | None, typer.Option(help="exit with 1 if the ratio to --against is higher")] = None,
+    out: Annotated[Path | None, typer.Option(help="a file to write all figures to, as JSON")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Perplexity of MODEL, and how far it is from another model."""
-    import torch
-
-    from ..calibrate.corpus import builtin_corpus, file_corpus, first_windows, load_tokenizer
-    from ..compress.evaluate import cache_per_token, evaluate
-    from ..compress.long_context import evaluate_long
+    """Perplexity of MODEL, in float32 and as it runs, and how far it is from another model."""
+    from ..compress.evaluate import EvaluationJob, run_evaluation
     from ..runtime.errors import RecipeError
-    from ..runtime.loader import load
-    from ..runtime.stored import open_model
 
     if max_ppl_ratio is not None and against is None:
         raise RecipeError("--max-ppl-ratio compares with another model: name it with --against")
     folder, _ = _model(model, None)
     other = None if against is None else _model(against, None)[0]
-    corpus = builtin_corpus("evaluation") if data == "builtin" else file_corpus(Path(data))
-    tokenizer = load_tokenizer(folder)
-    limit = open_model(folder).text_config.get("max_position_embeddings")
-    if long is not None and limit and long > limit:
-        raise RecipeError(f"--long {long} is beyond the model's {limit} positions")
-    windows = first_windows(corpus, tokenizer, samples, sequence_length)
-    far = None if long is None else first_windows(corpus, tokenizer, 8, long)
-    cached = [cache_per_token(load(path), windows[:1]) for path in (folder, other) if path is not None]
-    base = None if other is None else load(other, dtype=torch.float32)
-    own = load(folder, dtype=torch.float32)
-    with render.reading(len(windows), sequence_length, long) as passed:
-        result = evaluate(own, windows, base, passed=passed)
-        distant = [evaluate_long(each, tokenizer, far) for each in (own, base) if each is not None and far is not None]
+    job = EvaluationJob(folder, other, data, samples, sequence_length, long)
+    found = run_evaluation(job, lambda windows: render.reading(windows, sequence_length, long))
+    record = {"model": model, "base": against, **found.record()}
+    if out is not None:
+        render.document(record, out)
     if as_json:
-        more = {} if far is None else {"long": [each.record() for each in distant]}
-        render.document(
-            result.record()
-            | {"model": model, "base": against, "corpus_sha256": corpus.sha256, "kv_bytes_per_token": cached, **more}
-        )
+        render.document(record)
     else:
-        render.out.print(render.evaluation_table(model, result, cached))
-        if cached[-1] != cached[0]:
-            weights = open_model(folder).nbytes
-            render.out.print(render.cache_line(cached[1], cached[0], weights))
-        if distant:
-            render.out.print(render.long_table(model, distant))
-    if max_ppl_ratio is not None and result.against and not result.against.perplexity_ratio <= max_ppl_ratio:
-        render.err.print(f"the perplexity ratio {result.against.perplexity_ratio:.5f} is above {max_ppl_ratio}")
+        render.evaluation(model, folder, found)
+    if max_ppl_ratio is not None and found.exact.against and not found.exact.against.perplexity_ratio <= max_ppl_ratio:
+        render.err.print(f"the perplexity ratio {found.exact.against.perplexity_ratio:.5f} is above {max_ppl_ratio}")
         raise typer.Exit(1)
 
 

@@ -6,8 +6,9 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -15,9 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from ..compress.evaluate import Evaluation
+    from ..compress.evaluate import Findings
+    from ..compress.evaluate.long_context import LongEvaluation
     from ..compress.events import Event
-    from ..compress.long_context import LongEvaluation
     from ..compress.plan import Plan, Row
 
 _WIDE = None if sys.stdout.isatty() else 140  # a pipe has no width of its own
@@ -25,9 +26,15 @@ out = Console(highlight=False, soft_wrap=True, width=_WIDE)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def document(content: Any) -> None:
-    """One JSON document on stdout."""
-    print(json.dumps(_without_nan(content), indent=2, default=str))
+def document(content: Any, file: Path | None = None) -> None:
+    """One JSON document, on stdout or in a file."""
+    text = json.dumps(_without_nan(content), indent=2, default=str)
+    if file is None:
+        print(text)
+        return
+    from ..runtime.files import write_synced
+
+    write_synced(file, text + "\n")
 
 
 def _without_nan(content: Any) -> Any:
@@ -69,7 +76,7 @@ def cache_line(before: float, after: float, weights: int) -> str:
     return line
 
 
-def long_table(name: str, results: list[LongEvaluation]) -> Table:
+def long_table(name: str, results: Sequence[LongEvaluation]) -> Table:
     """Results of a model and, if there is one, of its base."""
     table = Table("far from the beginning", name, *(["base"] * (len(results) - 1)), box=None)
     for column in table.columns[1:]:
@@ -84,19 +91,35 @@ def long_table(name: str, results: list[LongEvaluation]) -> Table:
     return table
 
 
-def evaluation_table(name: str, result: Evaluation, cached: list[float]) -> Table:
-    """An evaluation; `cached` are bytes of the KV cache for a token, the model's first."""
+def evaluation(name: str, folder: Path, found: Findings) -> None:
+    """Print what an evaluation found."""
+    from ..runtime.stored import open_model
+
+    cached = found.kv_bytes_per_token
+    out.print(_evaluation_table(name, found))
+    if cached[-1] != cached[0]:
+        out.print(cache_line(cached[1], cached[0], open_model(folder).nbytes))
+    if found.long:
+        out.print(long_table(name, found.long))
+
+
+def _evaluation_table(name: str, found: Findings) -> Table:
     table = Table("measure", name, box=None)
     table.columns[1].justify = "right"
-    table.add_row("tokens predicted", f"{result.tokens:,}")
-    table.add_row("perplexity ± standard error", f"{result.perplexity:.4f} ± {result.perplexity_error:.4f}")
-    if (d := result.against) is not None:
+    table.add_row("tokens predicted", f"{found.exact.tokens:,}")
+    table.add_row("perplexity ± standard error", f"{found.exact.perplexity:.4f} ± {found.exact.perplexity_error:.4f}")
+    if (d := found.exact.against) is not None:
         table.add_row("perplexity of the base", f"{d.base_perplexity:.4f}")
         table.add_row("ratio", f"{d.perplexity_ratio:.5f} ± {d.ratio_error:.5f}")
         table.add_row("KL per token in nats, mean", f"{d.kl_mean:.6f} ± {d.kl_error:.6f}")
         table.add_row("median / p99", f"{d.kl_median:.6f} / {d.kl_p99:.6f}")
         table.add_row("top-1 agreement", f"{100 * d.top1_agreement:.2f} %")
-    table.add_row("KV cache, bytes a token", f"{cached[0]:,.0f}")
+    if (d := found.as_run.against) is not None:
+        table.add_row(
+            f"as it runs ({found.dtype}): ratio to float32", f"{d.perplexity_ratio:.5f} ± {d.ratio_error:.5f}"
+        )
+        table.add_row(f"KL from float32, {found.as_run.tokens:,} tokens", f"{d.kl_mean:.6f} ± {d.kl_error:.6f}")
+    table.add_row("KV cache, bytes a token", f"{found.kv_bytes_per_token[0]:,.0f}")
     return table
 
 

@@ -289,7 +289,7 @@ def test_what_is_stored_is_no_worse_than_what_it_started_from(bits: int, objecti
     [(4096, 4096, 128), (1024, 4096, 128), (14336, 4096, 128), (576, 576, 63), (192, 576, 31), (64, 64, 7)],
 )
 def test_blocks_are_as_large_as_the_saving_of_the_core_allows(rows: int, columns: int, block: int) -> None:
-    asked = largest_block((rows,), columns, 2, 2)
+    asked = largest_block((rows,), columns, 2)
     assert asked <= block
     high, wide = fitting_block([rows], block), fitting_block([columns], block)
     assert (high, wide) == (fitting_block([rows], asked), fitting_block([columns], asked))

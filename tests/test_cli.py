@@ -44,7 +44,11 @@ def test_the_main_job_by_hand(pico: Pico, tmp_path: Path) -> None:
     report = json.loads(run(*command, "--json", cwd=tmp_path).stdout)
     assert report["against"]["kl_mean"] > 0
     assert report["tokens"] == 63 * ((len(text.read_text()) + 1) // 64)
-    run(*command, "--max-ppl-ratio", "0.5", cwd=tmp_path, code=1)
+    assert report["dtype"] == "bfloat16"
+    assert report["as_run"]["tokens"] == min(16 * 63, report["tokens"])
+    assert 0 < report["as_run"]["against"]["kl_mean"] < 0.01  # from itself in float32
+    run(*command, "--max-ppl-ratio", "0.5", "--out", "found.json", cwd=tmp_path, code=1)
+    assert json.loads((tmp_path / "found.json").read_text()) == report
     run("export", "out", "plain", cwd=tmp_path)
     assert "format: plain" in run("inspect", "plain", cwd=tmp_path).stdout
     assert run("run", "out", "-p", "def", "--max-tokens", "3", cwd=tmp_path).stdout.startswith("def")

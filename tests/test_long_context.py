@@ -14,7 +14,7 @@ from torch import Tensor
 
 from compressor.calibrate.corpus import load_tokenizer
 from compressor.compress.evaluate import evaluate
-from compressor.compress.long_context import evaluate_long
+from compressor.compress.evaluate.long_context import evaluate_long
 from compressor.runtime import load
 
 Pico = Callable[..., Path]

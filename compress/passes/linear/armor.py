@@ -42,7 +42,7 @@ class ArmorPass(Calibrated):
         "auto",
         description="rows and columns of the diagonal blocks, at most: the largest divisor of the weight's rows (its "
         "columns) that is a multiple of four is taken; auto: up to 128, while A and B take at most half of the bytes "
-        "that the 2:4 core saves",
+        "that the 2:4 core saves, all as floats",
     )
     solver: Literal["adam", "als"] = Field(
         "adam", description="how the factors are found: adam: as published; als: closed-form steps, far faster"
@@ -125,7 +125,7 @@ class ArmorPass(Calibrated):
         """The size asked for where linears of `sizes` rows have one B."""
         if self.block_size != "auto":
             return self.block_size
-        return largest_block(tuple(sizes), columns, itemsize, itemsize if self.wrapper_bits == 16 else 1)
+        return largest_block(tuple(sizes), columns, itemsize)
 
     def _shared(self, group: Sequence[str]) -> tuple[str | None, int]:
         return (f"{group[0]}_shared_b", len(group)) if self.share and len(group) > 1 else (None, 1)
@@ -249,20 +249,19 @@ def shrunk(moment: Tensor, share: float) -> Tensor:
 
 
 @cache
-def largest_block(sizes: tuple[int, ...], columns: int, itemsize: int, wrapper: int) -> int:
+def largest_block(sizes: tuple[int, ...], columns: int, itemsize: int) -> int:
     """The largest block up to 128 whose wrappers take at most half of the bytes that a 2:4 core saves.
 
     Args:
         sizes: rows of the linears that have one B.
         columns: of each.
-        itemsize: bytes of a number of the core.
-        wrapper: bytes of a number of A and B.
+        itemsize: bytes of a number of the core and of A and B, before any of them is rounded further.
     """
     rows = sum(sizes)
     saved = rows * columns * (itemsize / 2 - 1 / 8)  # half of the numbers, for two bits each of those that stay
     for size in range(LARGEST, 4, -1):
         high, wide = fitting_block(sizes, size), fitting_block([columns], size)
-        if wrapper * (rows * high + columns * wide) <= saved / 2:
+        if itemsize * (rows * high + columns * wide) <= saved / 2:
             return size
     return 4
 

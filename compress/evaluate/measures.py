@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..runtime.attention import cache_bytes
-from ..runtime.errors import ModelError
+from ...runtime.attention import cache_bytes
+from ...runtime.errors import ModelError
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,109 @@
+"""A whole evaluation: a model as it runs and in float32, beside the one it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...calibrate.corpus import builtin_corpus, file_corpus, first_windows, load_tokenizer
+from ...runtime.errors import RecipeError
+from ...runtime.loader import load
+from ...runtime.stored import open_model
+from .long_context import LongEvaluation, evaluate_long
+from .measures import Evaluation, cache_per_token, evaluate
+
+AS_RUN = 16  # windows that a model reads as it runs too: the difference to float32 is small, and varies little
+LONG = 8  # windows of a length asked for
+
+
+@dataclass(frozen=True)
+class EvaluationJob:
+    """What to evaluate.
+
+    Attributes:
+        model: a folder, plain or compressed.
+        against: the folder of the model that it came from, or None.
+        data: `builtin` (its evaluation split), or a .txt or .jsonl file.
+        samples: windows; fewer where the text is shorter.
+        sequence_length: tokens of a window.
+        long: tokens of windows in which perplexity by position and retrieval are measured too, or None.
+    """
+
+    model: Path
+    against: Path | None = None
+    data: str = "builtin"
+    samples: int = 128
+    sequence_length: int = 512
+    long: int | None = None
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was found; where there are two of something, the second is the base's.
+
+    Attributes:
+        corpus_sha256: of the text.
+        exact: in float32.
+        dtype: what the model computes in where nothing else is asked for.
+        as_run: in that, and through the kernels of the device, against itself in float32; of the first windows.
+        kv_bytes_per_token: that the caches take, as run.
+        long: of windows as long as was asked for, in float32.
+    """
+
+    corpus_sha256: str
+    exact: Evaluation
+    dtype: str
+    as_run: Evaluation
+    kv_bytes_per_token: tuple[float, ...]
+    long: tuple[LongEvaluation, ...] = ()
+
+    def record(self) -> dict[str, Any]:
+        """For a file; what was found in float32 is at the top."""
+        rest = {key: value for key, value in asdict(self).items() if key != "exact"}
+        return {**self.exact.record(), **rest, "long": [one.record() for one in self.long]}
+
+
+Reading = Callable[[int], AbstractContextManager[Callable[[int], None]]]  # windows → what is told how many are behind
+
+
+def run_evaluation(job: EvaluationJob, reading: Reading) -> Findings:
+    """Evaluate a model; each form of each is loaded once.
+
+    Args:
+        reading: entered once before windows are read, with their number.
+
+    Raises:
+        CompressorError: a folder is damaged, or the two models have different vocabularies.
+        RecipeError: a length is beyond the model's positions.
+    """
+    corpus = builtin_corpus("evaluation") if job.data == "builtin" else file_corpus(Path(job.data))
+    tokenizer = load_tokenizer(job.model)
+    limit = open_model(job.model).text_config.get("max_position_embeddings")
+    if job.long is not None and limit and job.long > limit:
+        raise RecipeError(f"--long {job.long} is beyond the model's {limit} positions")
+    windows = first_windows(corpus, tokenizer, job.samples, job.sequence_length)
+    far = None if job.long is None else first_windows(corpus, tokenizer, LONG, job.long)
+    cached = [] if job.against is None else [cache_per_token(load(job.against), windows[:1])]
+    own = load(job.model, dtype=torch.float32)
+    as_run, dtype, kept = _as_run(job.model, windows[:AS_RUN], own)
+    base = None if job.against is None else load(job.against, dtype=torch.float32)
+    with reading(len(windows)) as passed:
+        exact = evaluate(own, windows, base, passed=passed)
+        distant = []
+        for each in (own, base):
+            if each is not None and far is not None:
+                distant.append(evaluate_long(each, tokenizer, far))
+    return Findings(corpus.sha256, exact, dtype, as_run, (kept, *cached), tuple(distant))
+
+
+def _as_run(folder: Path, windows: Tensor, exact: Any) -> tuple[Evaluation, str, float]:
+    """A model as `load` gives it against itself in float32, its dtype, and the bytes of its cache for a token."""
+    model = load(folder)
+    dtype = str(model.dtype).removeprefix("torch.")
+    return evaluate(model, windows, exact), dtype, cache_per_token(model, windows[:1])
