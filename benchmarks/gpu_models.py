@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig
 
-from compressor.compress.apply import Job, apply, source_skeleton
+from compressor.compress.apply import Job, apply
+from compressor.compress.guards import source_skeleton
 from compressor.compress.plan import make_plan
 from compressor.compress.recipe import parse_recipe
 from compressor.runtime import load

@@ -83,7 +83,8 @@ def child(recipe_text: str, model: Path) -> None:
     import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
 
     import compressor.cli.main  # noqa: F401  (what a person's run imports)
-    from compressor.compress.apply import Job, apply, open_source
+    from compressor.compress.apply import Job, apply
+    from compressor.compress.guards import open_source
     from compressor.compress.plan import make_plan
     from compressor.compress.recipe import parse_recipe
     from compressor.runtime.model.skeleton import Skeleton, calibration_dtype

@@ -82,8 +82,8 @@ def apply(
     from ..calibrate.corpus import has_tokenizer
     from ..compress.apply import Job
     from ..compress.apply import apply as run_job
-    from ..compress.card import LARGE_MODEL
     from ..compress.events import Event
+    from ..compress.output.card import LARGE_MODEL
     from ..compress.plan import rows
     from ..runtime.model.checkpoint import Checkpoint
 
@@ -148,7 +148,7 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Print what RECIPE would do to MODEL; reads headers, and weights where ranks depend on them alone."""
-    from ..compress.apply import source_skeleton
+    from ..compress.guards import source_skeleton
     from ..compress.plan import make_plan, rows
     from ..compress.resources import estimated_seconds
 
@@ -260,7 +260,7 @@ def evaluate_command(
 @app.command()
 def verify(folder: FolderArgument, as_json: JsonOption = False) -> None:
     """Check that FOLDER is what its manifest says, decodes and runs."""
-    from ..compress.verify import verify as find_faults
+    from ..compress.output.verify import verify as find_faults
 
     findings = find_faults(folder)
     if as_json:
@@ -283,7 +283,7 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Decode FOLDER into another format."""
-    from ..compress.verify import export_dense
+    from ..compress.output.verify import export_dense
     from ..runtime.errors import RecipeError
 
     if form != "dense":

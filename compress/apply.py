@@ -3,68 +3,37 @@
 from __future__ import annotations
 
 import errno
-import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from importlib.metadata import version
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..calibrate.artefact import RoutingFolder, StatisticsFolder
+from ..calibrate.artefact import StatisticsFolder
 from ..calibrate.chains import Chains
-from ..calibrate.corpus import Corpus, builtin_corpus, file_corpus, load_tokenizer, token_windows
 from ..calibrate.drive import start_chains
 from ..calibrate.walk import Block, walk
-from ..kernels.dispatch import cpu_capability
-from ..runtime.errors import ModelError, RecipeError, ResourceError, VerifyError
-from ..runtime.files import file_sha256
+from ..runtime.errors import RecipeError, ResourceError, VerifyError
 from ..runtime.formats import PLAIN
 from ..runtime.model.checkpoint import Checkpoint
 from ..runtime.model.disk_experts import fuse
-from ..runtime.model.skeleton import Skeleton, calibration_dtype
 from ..runtime.schemes import Operator, from_tensors, identical, stored_name
-from .events import BlockDone, Event, Fallback, LayerDone, Resumed, Starved, Surveyed
-from .folder import finish_folder
+from .events import BlockDone, Event, Fallback, LayerDone, Resumed, Starved
+from .fingerprint import make_fingerprint, statistics_source
+from .guards import check_output, source_skeleton
+from .job import Job
 from .journal import Journal
-from .passes.base import ModelPass, Pass, Survey
+from .output.folder import finish_folder
+from .output.writer import ShardedWriter
+from .passes.base import ModelPass
 from .plan import Plan, make_plan
 from .recipe import Recipe
 from .resources import chain_names, check_disk, check_memory
-from .writer import ShardedWriter
+from .surveys import calibration_windows, routing_folder, survey_windows, surveyed
 
 Listener = Callable[[Event], None]
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything a run is made of.
-
-    Attributes:
-        recipe_text: the recipe's file verbatim; `edits` were applied to it.
-        model, revision: the folder, and the hub commit it came from, if any.
-        source: what the user named as the model.
-        recipe_file: where the recipe lies, if it is a file.
-    """
-
-    recipe: Recipe
-    recipe_text: str
-    edits: tuple[str, ...]
-    model: Path
-    out: Path
-    source: str
-    revision: str | None = None
-    recipe_file: Path | None = None
-
-    @property
-    def inputs(self) -> list[Path]:
-        """What the run reads."""
-        sources = {self.recipe.data.source, *(step.text or "builtin" for step in self.recipe.passes)}
-        data = [Path(source) for source in sorted(sources - {"builtin"})]
-        return [self.model, *data, *([self.recipe_file] if self.recipe_file else [])]
 
 
 def apply(
@@ -116,9 +85,9 @@ def apply(
             kept = StatisticsFolder(statistics, statistics_source(fingerprint))
         routing = None if statistics is None or of_linears else routing_folder(statistics, plan.recipe, fingerprint)
         journal.open(fingerprint, resume=resume)
-        surveyed = _surveyed(job.recipe, skeleton, windows, texts, routing, journal, listener)
-        if surveyed != plan.recipe:
-            plan = make_plan(surveyed, skeleton, memory=float("inf") if kept is not None else memory)
+        recipe = surveyed(job.recipe, skeleton, windows, texts, routing, journal, listener)
+        if recipe != plan.recipe:
+            plan = make_plan(recipe, skeleton, memory=float("inf") if kept is not None else memory)
         job = replace(job, recipe=plan.recipe)
         if not any(entry.get("step") == "finished" for entry in journal.entries):
             _run(job, plan, windows, kept, journal, listener)
@@ -145,177 +114,6 @@ def apply(
     finally:
         journal.close()
     return plan
-
-
-def source_skeleton(model: Path, device: str) -> Skeleton:
-    """The model to compress, and the device where its blocks are to run.
-
-    Raises:
-        ModelError: the folder is damaged, or compressed already.
-        ResourceError: the device is not there.
-    """
-    check_device(device)
-    checkpoint = open_source(model)
-    return Skeleton(checkpoint, calibration_dtype(checkpoint, device), device)
-
-
-def check_device(device: str) -> None:
-    """Refuse a device that is not there."""
-    try:
-        kind, index = torch.device(device).type, torch.device(device).index or 0
-    except RuntimeError:
-        kind, index = device, 0
-    if kind not in ("cpu", "cuda"):
-        raise ResourceError(f"--device {device}: is not cpu or cuda")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ResourceError(f"--device {device}: torch {torch.__version__} finds no GPU here; leave the option out")
-    if kind == "cuda" and index >= torch.cuda.device_count():
-        raise ResourceError(f"--device {device}: there are {torch.cuda.device_count()} GPUs here, numbered from 0")
-
-
-def check_output(out: Path, *, resume: bool, overwrite: bool, inputs: Sequence[Path]) -> None:
-    """Refuse an output folder that is in the way, before any work; `inputs` may not lie in what would be replaced."""
-    if out.is_symlink():
-        raise ResourceError(f"{out}: is a symbolic link; name the folder itself")
-    if not out.name or out.is_mount() or out.absolute() == Path.cwd():
-        raise ResourceError(f"{out}: cannot be replaced by a finished folder; name a new folder in it")
-    if out.exists() and not out.is_dir():
-        raise ResourceError(f"{out}: a file of that name exists; choose another output folder")
-    for path in inputs:
-        if out.resolve() in (path.resolve(), *path.resolve().parents):
-            raise ResourceError(f"{out}: holds {path}, which is read; choose another output folder")
-    if not out.is_dir() or not any(out.iterdir()):
-        return
-    a_model = any((out / name).is_file() for name in ("compressor.json", "config.json"))
-    if not (overwrite or resume):
-        hint = " or add --overwrite" if a_model else ""
-        raise ResourceError(f"{out}: not empty; choose another output folder{hint}")
-    if overwrite and not a_model:
-        raise ResourceError(f"{out}: is not a model folder, which --overwrite replaces; choose another output")
-
-
-def open_source(model: Path) -> Checkpoint:
-    """A plain checkpoint to compress; an already compressed one is refused."""
-    checkpoint = Checkpoint(model)
-    quantized = checkpoint.config.get("quantization_config")
-    if quantized or checkpoint.config.get("model_type") == "compressor":
-        method = quantized.get("quant_method", "an unknown method") if quantized else "compressor"
-        raise ModelError(f"{model}: already compressed ({method}); start from the original model")
-    return checkpoint
-
-
-def calibration_windows(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Corpus, Tensor]:
-    """The recipe's text and its token windows `[samples, sequence_length]`."""
-    data = recipe.data
-    limit = checkpoint.text_config.get("max_position_embeddings")
-    if limit and data.sequence_length > limit:
-        raise RecipeError(f"data.sequence_length {data.sequence_length} is beyond the model's {limit} positions")
-    corpus = builtin_corpus("calibration") if data.source == "builtin" else file_corpus(Path(data.source))
-    tokenizer = load_tokenizer(checkpoint.path)
-    windows = token_windows(
-        corpus, tokenizer, samples=data.samples, sequence_length=data.sequence_length, seed=data.seed
-    )
-    highest = checkpoint.vocabulary
-    if int(windows.max()) >= highest:
-        raise ModelError(f"{checkpoint.path}: the tokenizer has ids beyond the {highest} rows of the embedding")
-    return corpus, windows
-
-
-def survey_windows(recipe: Recipe, checkpoint: Checkpoint) -> dict[str | None, tuple[Corpus, Tensor]]:
-    """Texts that single passes calibrate on, and their windows, of the size of the recipe's."""
-    found: dict[str | None, tuple[Corpus, Tensor]] = {}
-    for source in {step.text for step in recipe.passes if "routing" in step.needs and step.text is not None}:
-        data = recipe.data.model_copy(update={"source": source})
-        found[source] = calibration_windows(recipe.model_copy(update={"data": data}), checkpoint)
-    return found
-
-
-def make_fingerprint(
-    job: Job, skeleton: Skeleton, corpus: Corpus | None, windows: Tensor | None, statistics: Path | None
-) -> dict[str, Any]:
-    """What must be the same for a run to be resumed; reads every weight once and refuses NaN and infinity.
-
-    Raises:
-        ModelError: a weight is not finite (named).
-    """
-    checkpoint = skeleton.checkpoint
-    others = ["config.json", *(path.name for path in checkpoint.side_files)]
-    return {
-        "model": checkpoint.digests() | {name: file_sha256(checkpoint.path / name) for name in others},
-        "recipe": job.recipe.model_dump(mode="json"),
-        "corpus": None if corpus is None else {"name": corpus.name, "sha256": corpus.sha256},
-        "tokens": None if windows is None else windows.numel(),
-        "versions": {
-            **{name: version(name) for name in ("compressor", "torch", "transformers", "safetensors", "numpy")},
-            "python": platform.python_version(),
-        },
-        "device": str(skeleton.device),
-        "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {cpu_capability()}",
-        "computes": str(skeleton.dtype).removeprefix("torch."),
-        "statistics": None if statistics is None else str(statistics.resolve()),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def statistics_source(fingerprint: dict[str, Any]) -> dict[str, Any]:
-    """What has to be the same for a folder of statistics to serve: weights, text and windows."""
-    data = {key: value for key, value in fingerprint["recipe"]["data"].items() if key != "source"}
-    same = {key: fingerprint[key] for key in ("model", "corpus", "versions", "device", "cpu", "computes")}
-    return {**same, "windows": data}
-
-
-def routing_folder(folder: Path, recipe: Recipe, fingerprint: dict[str, Any]) -> RoutingFolder | None:
-    """Where statistics of the first pass's routing are kept; passes after it see another model."""
-    first = recipe.passes[0]
-    if "routing" not in first.needs:
-        return None
-    source = statistics_source(fingerprint)
-    if first.text is not None:
-        source["corpus"] = fingerprint["texts"][first.text]
-    return RoutingFolder(folder, source)
-
-
-def _surveyed(
-    recipe: Recipe,
-    skeleton: Skeleton,
-    windows: Tensor | None,
-    texts: Mapping[str | None, tuple[Corpus, Tensor]],
-    routing: RoutingFolder | None,
-    journal: Journal,
-    listener: Listener,
-) -> Recipe:
-    """The recipe once its passes have looked at the whole model; what each found is kept in the journal."""
-    entries = journal.entries
-    known = {entry["number"]: entry for entry in entries if entry.get("step") == "survey"}
-    told = [event for entry in entries if entry.get("step") == "surveying" for event in entry["events"]]
-    passes: list[Pass] = []
-
-    def heard(event: Event) -> None:
-        record = event.record()
-        if not isinstance(event, Surveyed) and record not in told:  # told again by a survey that goes on
-            told.append(record)
-            journal.done({"step": "surveying", "events": [record]})
-        listener(event)
-
-    for number, step in enumerate(recipe.passes):
-        folder = journal.chains / f"survey-{number}"
-        if number in known:
-            content = recipe.model_dump(mode="json") | {"passes": [known[number]["pass"]]}
-            ready = Recipe.model_validate(content).passes[0].prepare(skeleton)
-            if isinstance(ready, ModelPass):
-                ready = ready.with_made([folder / name for name in known[number]["made"]])
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            ready = step.prepare(skeleton)
-            task = texts[ready.text][1] if ready.text in texts else None
-            ready = ready.survey(skeleton, Survey(windows, folder, heard, task, None if number else routing))
-            made = [str(path.relative_to(folder)) for path in ready.made] if isinstance(ready, ModelPass) else []
-            journal.done({"step": "survey", "number": number, "pass": ready.model_dump(mode="json"), "made": made})
-        skeleton.checkpoint.release()
-        if isinstance(ready, ModelPass):
-            skeleton = ready.view(skeleton)
-        passes.append(ready)
-    return recipe.model_copy(update={"passes": tuple(passes)})
 
 
 def _run(

@@ -24,9 +24,9 @@ from safetensors.torch import load_file, save_file
 from compressor.cli import main
 from compressor.compress import journal as journal_module
 from compressor.compress.apply import Job, apply
+from compressor.compress.output.verify import export_dense
+from compressor.compress.output.writer import ShardedWriter
 from compressor.compress.recipe import parse_recipe
-from compressor.compress.verify import export_dense
-from compressor.compress.writer import ShardedWriter
 from compressor.kernels import layouts
 from compressor.runtime.errors import CompressorError, ModelError, ResourceError, VerifyError
 from compressor.runtime.schemes import IntQuantized

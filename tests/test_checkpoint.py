@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compressor.compress.apply import Job, make_fingerprint, open_source
+from compressor.compress.apply import Job
+from compressor.compress.fingerprint import make_fingerprint
+from compressor.compress.guards import open_source
 from compressor.compress.recipe import parse_recipe
 from compressor.runtime.errors import ModelError
 from compressor.runtime.files import file_sha256

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from compressor.calibrate.walk import Block
 from compressor.cli import main
-from compressor.compress.apply import Job, apply, source_skeleton
+from compressor.compress.apply import Job, apply
+from compressor.compress.guards import source_skeleton
 from compressor.compress.plan import make_plan
 from compressor.compress.recipe import parse_recipe
 from compressor.kernels import dispatch

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from compressor.calibrate.artefact import RoutingFolder
 from compressor.calibrate.routing import Routing, chosen, observe_routing
-from compressor.compress.apply import Job, apply, calibration_windows
+from compressor.compress.apply import Job, apply
 from compressor.compress.events import Event, ExpertsKept
 from compressor.compress.passes.base import Survey
 from compressor.compress.passes.model.expert_prune import ExpertPrune, highest, saliency
@@ -27,6 +27,7 @@ from compressor.compress.passes.model.experts import expert_counts, super_expert
 from compressor.compress.plan import make_plan
 from compressor.compress.recipe import parse_recipe
 from compressor.compress.solvers.subsets import best_subset, few_enough, subset_losses
+from compressor.compress.surveys import calibration_windows
 from compressor.runtime import load
 from compressor.runtime.errors import RecipeError
 from compressor.runtime.model.checkpoint import Checkpoint

@@ -19,12 +19,13 @@ from compressor.calibrate.artefact import RoutingFolder
 from compressor.calibrate.chains import Chains
 from compressor.calibrate.refit import Member, Routed, fit
 from compressor.calibrate.routing import Routing
-from compressor.compress.apply import Job, apply, calibration_windows
+from compressor.compress.apply import Job, apply
 from compressor.compress.events import Event, ExpertsChanged, ExpertsKept
 from compressor.compress.plan import make_plan
 from compressor.compress.recipe import parse_recipe
 from compressor.compress.solvers.merge import Neurons, aligned, averaged, clusters, redistributed
 from compressor.compress.solvers.neurons import eliminated, strongest
+from compressor.compress.surveys import calibration_windows
 from compressor.runtime import load
 from compressor.runtime.errors import RecipeError, ResourceError
 from compressor.runtime.model.checkpoint import Checkpoint

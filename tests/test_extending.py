@@ -20,9 +20,9 @@ from compressor.calibrate.walk import StageWork
 from compressor.cli import main
 from compressor.compress.apply import Job, apply
 from compressor.compress.events import Event
+from compressor.compress.output.verify import export_dense, verify
 from compressor.compress.passes.base import LinearPass
 from compressor.compress.recipe import parse_recipe
-from compressor.compress.verify import export_dense, verify
 from compressor.runtime import formats, load
 from compressor.runtime.errors import ModelError
 from compressor.runtime.model import families

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from compressor.compress.apply import Job, apply
+from compressor.compress.output.verify import export_dense, verify
 from compressor.compress.recipe import parse_recipe
-from compressor.compress.verify import export_dense, verify
 from compressor.runtime import load
 from compressor.runtime.errors import CompressorError, ModelError, RecipeError
 from compressor.runtime.formats import NATIVE, Around, choose_format

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from compressor.compress.apply import Job, apply
+from compressor.compress.output.verify import export_dense, verify
 from compressor.compress.recipe import parse_recipe
-from compressor.compress.verify import export_dense, verify
 from compressor.runtime import load
 from compressor.runtime.model.checkpoint import Checkpoint
 from compressor.runtime.model.disk_experts import fuse

@@ -22,7 +22,7 @@ from compressor.calibrate.probes import output_metrics
 from compressor.calibrate.sensitivity import Seen, divergences
 from compressor.calibrate.statistics import Statistics
 from compressor.calibrate.walk import StageWork, walk
-from compressor.compress.apply import Job, apply, calibration_windows
+from compressor.compress.apply import Job, apply
 from compressor.compress.events import LayerDone
 from compressor.compress.passes.linear.gptq import Gptq
 from compressor.compress.passes.linear.lorc import Lorc
@@ -31,6 +31,7 @@ from compressor.compress.plan import make_plan
 from compressor.compress.recipe import parse_recipe
 from compressor.compress.solvers.lowrank import Components, rotation
 from compressor.compress.solvers.ranks import bisected, greedy, log_condition, progressive, rounded
+from compressor.compress.surveys import calibration_windows
 from compressor.kernels import layouts
 from compressor.runtime import load
 from compressor.runtime.errors import ModelError, RecipeError

@@ -12,7 +12,8 @@ import pytest
 from safetensors import safe_open
 
 from compressor import compress
-from compressor.compress.apply import Job, apply, open_source
+from compressor.compress.apply import Job, apply
+from compressor.compress.guards import open_source
 from compressor.compress.plan import make_plan, rows
 from compressor.compress.recipe import parse_recipe
 from compressor.runtime.errors import RecipeError

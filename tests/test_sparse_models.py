@@ -15,8 +15,8 @@ from test_sparse import is_24
 from transformers import AutoModelForCausalLM
 
 from compressor.compress.apply import Job, apply
+from compressor.compress.output.verify import verify
 from compressor.compress.recipe import parse_recipe
-from compressor.compress.verify import verify
 from compressor.runtime import load
 from compressor.runtime.errors import RecipeError
 from compressor.runtime.schemes import Armor, ArmorLinear, Sparse24

@@ -17,11 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from compressor.compress.apply import Job, apply
+from compressor.compress.output.verify import export_dense, verify
 from compressor.compress.passes.linear.eora import Eora
 from compressor.compress.passes.linear.w8a8 import W8A8Pass
 from compressor.compress.plan import make_plan
 from compressor.compress.recipe import parse_recipe
-from compressor.compress.verify import export_dense, verify
 from compressor.kernels import cpu, dispatch, ops, reference
 from compressor.runtime import load
 from compressor.runtime.errors import ModelError, RecipeError

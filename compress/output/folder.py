@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..runtime.errors import VerifyError
-from ..runtime.files import copy_synced, file_sha256, sync_folder, write_synced
-from ..runtime.model.checkpoint import Checkpoint
-from ..runtime.model.skeleton import Skeleton, calibration_dtype
-from ..runtime.stored import open_model
+from ...runtime.errors import VerifyError
+from ...runtime.files import copy_synced, file_sha256, sync_folder, write_synced
+from ...runtime.model.checkpoint import Checkpoint
+from ...runtime.model.skeleton import Skeleton, calibration_dtype
+from ...runtime.stored import open_model
+from ..plan import Plan, around_of
+from ..recipe import resolved_yaml
 from .card import model_card
-from .plan import Plan, around_of
-from .recipe import resolved_yaml
 from .writer import ShardedWriter
 
 if TYPE_CHECKING:
-    from .apply import Job
+    from ..job import Job
 
 
 def finish_folder(

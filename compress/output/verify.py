@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from ..runtime.errors import CompressorError, ResourceError, VerifyError
-from ..runtime.files import copy_synced, file_sha256, sync_folder, write_synced
-from ..runtime.model.checkpoint import Checkpoint, non_finite
-from ..runtime.model.disk_experts import fuse
-from ..runtime.stored import StoredModel, open_model
-from .apply import check_output
+from ...runtime.errors import CompressorError, ResourceError, VerifyError
+from ...runtime.files import copy_synced, file_sha256, sync_folder, write_synced
+from ...runtime.model.checkpoint import Checkpoint, non_finite
+from ...runtime.model.disk_experts import fuse
+from ...runtime.stored import StoredModel, open_model
+from ..guards import check_output
 from .folder import check_runs
 from .writer import ShardedWriter
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .plan import Plan, rows
+from ..plan import Plan, rows
 
 if TYPE_CHECKING:
-    from .apply import Job
+    from ..job import Job
 
 LARGE_MODEL = 100_000_000  # parameters from which the built-in calibration text is too little
 

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..runtime.errors import VerifyError
-from ..runtime.files import file_sha256, reserve, sync_folder, write_synced
-from ..runtime.model.checkpoint import DTYPES
+from ...runtime.errors import VerifyError
+from ...runtime.files import file_sha256, reserve, sync_folder, write_synced
+from ...runtime.model.checkpoint import DTYPES
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]

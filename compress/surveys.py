@@ -1,0 +1,100 @@
+"""What passes look at before the first block is rewritten: the text, and the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..calibrate.artefact import RoutingFolder
+from ..calibrate.corpus import Corpus, builtin_corpus, file_corpus, load_tokenizer, token_windows
+from ..runtime.errors import ModelError, RecipeError
+from ..runtime.model.checkpoint import Checkpoint
+from ..runtime.model.skeleton import Skeleton
+from .events import Event, Surveyed
+from .fingerprint import statistics_source
+from .journal import Journal
+from .passes.base import ModelPass, Pass, Survey
+from .recipe import Recipe
+
+
+def calibration_windows(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Corpus, Tensor]:
+    """The recipe's text and its token windows `[samples, sequence_length]`."""
+    data = recipe.data
+    limit = checkpoint.text_config.get("max_position_embeddings")
+    if limit and data.sequence_length > limit:
+        raise RecipeError(f"data.sequence_length {data.sequence_length} is beyond the model's {limit} positions")
+    corpus = builtin_corpus("calibration") if data.source == "builtin" else file_corpus(Path(data.source))
+    tokenizer = load_tokenizer(checkpoint.path)
+    windows = token_windows(
+        corpus, tokenizer, samples=data.samples, sequence_length=data.sequence_length, seed=data.seed
+    )
+    highest = checkpoint.vocabulary
+    if int(windows.max()) >= highest:
+        raise ModelError(f"{checkpoint.path}: the tokenizer has ids beyond the {highest} rows of the embedding")
+    return corpus, windows
+
+
+def survey_windows(recipe: Recipe, checkpoint: Checkpoint) -> dict[str | None, tuple[Corpus, Tensor]]:
+    """Texts that single passes calibrate on, and their windows, of the size of the recipe's."""
+    found: dict[str | None, tuple[Corpus, Tensor]] = {}
+    for source in {step.text for step in recipe.passes if "routing" in step.needs and step.text is not None}:
+        data = recipe.data.model_copy(update={"source": source})
+        found[source] = calibration_windows(recipe.model_copy(update={"data": data}), checkpoint)
+    return found
+
+
+def routing_folder(folder: Path, recipe: Recipe, fingerprint: dict[str, Any]) -> RoutingFolder | None:
+    """Where statistics of the first pass's routing are kept; passes after it see another model."""
+    first = recipe.passes[0]
+    if "routing" not in first.needs:
+        return None
+    source = statistics_source(fingerprint)
+    if first.text is not None:
+        source["corpus"] = fingerprint["texts"][first.text]
+    return RoutingFolder(folder, source)
+
+
+def surveyed(
+    recipe: Recipe,
+    skeleton: Skeleton,
+    windows: Tensor | None,
+    texts: Mapping[str | None, tuple[Corpus, Tensor]],
+    routing: RoutingFolder | None,
+    journal: Journal,
+    listener: Callable[[Event], None],
+) -> Recipe:
+    """The recipe once its passes have looked at the whole model; what each found is kept in the journal."""
+    entries = journal.entries
+    known = {entry["number"]: entry for entry in entries if entry.get("step") == "survey"}
+    told = [event for entry in entries if entry.get("step") == "surveying" for event in entry["events"]]
+    passes: list[Pass] = []
+
+    def heard(event: Event) -> None:
+        record = event.record()
+        if not isinstance(event, Surveyed) and record not in told:  # told again by a survey that goes on
+            told.append(record)
+            journal.done({"step": "surveying", "events": [record]})
+        listener(event)
+
+    for number, step in enumerate(recipe.passes):
+        folder = journal.chains / f"survey-{number}"
+        if number in known:
+            content = recipe.model_dump(mode="json") | {"passes": [known[number]["pass"]]}
+            ready = Recipe.model_validate(content).passes[0].prepare(skeleton)
+            if isinstance(ready, ModelPass):
+                ready = ready.with_made([folder / name for name in known[number]["made"]])
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            ready = step.prepare(skeleton)
+            task = texts[ready.text][1] if ready.text in texts else None
+            ready = ready.survey(skeleton, Survey(windows, folder, heard, task, None if number else routing))
+            made = [str(path.relative_to(folder)) for path in ready.made] if isinstance(ready, ModelPass) else []
+            journal.done({"step": "survey", "number": number, "pass": ready.model_dump(mode="json"), "made": made})
+        skeleton.checkpoint.release()
+        if isinstance(ready, ModelPass):
+            skeleton = ready.view(skeleton)
+        passes.append(ready)
+    return recipe.model_copy(update={"passes": tuple(passes)})
