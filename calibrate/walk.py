@@ -208,7 +208,7 @@ class Block:
                         linear = self._runners["compressed"].layers[0].get_submodule(name)
                         weight = operator.dense(self.skeleton.dtype).to(self.skeleton.device)
                         linear.weight = nn.Parameter(weight, requires_grad=False)
-                        if any(part.rounds for part in operator.inside()):
+                        if any(part.rounds_activations for part in operator.inside()):
                             linear.register_forward_hook(partial(_beyond_weight, operator))
             self._replay()
 

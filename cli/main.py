@@ -237,10 +237,12 @@ def evaluate_command(
 ) -> None:
     """Perplexity of MODEL, in float32 and as it runs, and how far it is from another model."""
     from ..compress.evaluate import EvaluationJob, run_evaluation
-    from ..runtime.errors import RecipeError
+    from ..runtime.errors import RecipeError, ResourceError
 
     if max_ppl_ratio is not None and against is None:
         raise RecipeError("--max-ppl-ratio compares with another model: name it with --against")
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise ResourceError(f"--out {out}: is no file in a folder that is there; name one")
     folder, _ = _model(model, None)
     other = None if against is None else _model(against, None)[0]
     job = EvaluationJob(folder, other, data, samples, sequence_length, long)

@@ -89,6 +89,7 @@ def test_a_smaller_cache_is_planned_measured_and_named(pico: Pico, tmp_path: Pat
         (("apply", "bad.yaml", ".", "out"), "bad.yaml:2:17: passes.0.bitz: unknown key (did you mean 'bits'?)"),
         (("verify", "."), "no compressor.json"),
         (("eval", ".", "--max-ppl-ratio", "2"), "name it with --against"),
+        (("eval", ".", "--out", "nowhere/found.json"), "is no file in a folder that is there"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(tmp_path: Path, command: tuple[str, ...], message: str) -> None:

@@ -487,4 +487,7 @@ def test_later_blocks_see_what_operators_round(pico: Pico, tmp_path: Path, passe
     with torch.no_grad():
         expected = model.model(input_ids=ids, use_cache=False).last_hidden_state
         found = model.model.norm(chains.read(2, "compressed")[:])
-    assert (found - expected).norm() < 3e-3 * expected.norm()
+    if "w8a8" in passes:  # a code that falls to the other side moves all that follows
+        assert (found - expected).norm() < 3e-3 * expected.norm()
+    else:
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -91,9 +91,9 @@ def run_evaluation(job: EvaluationJob, reading: Reading) -> Findings:
     far = None if job.long is None else first_windows(corpus, tokenizer, LONG, job.long)
     cached = [] if job.against is None else [cache_per_token(load(job.against), windows[:1])]
     own = load(job.model, dtype=torch.float32)
-    as_run, dtype, kept = _as_run(job.model, windows[:AS_RUN], own)
     base = None if job.against is None else load(job.against, dtype=torch.float32)
     with reading(len(windows)) as passed:
+        as_run, dtype, kept = _as_run(job.model, windows[:AS_RUN], own)
         exact = evaluate(own, windows, base, passed=passed)
         distant = []
         for each in (own, base):

@@ -51,7 +51,7 @@ class Operator(ABC):
         """What it makes of `[..., in_features]`."""
 
     @property
-    def rounds(self) -> bool:
+    def rounds_activations(self) -> bool:
         """Whether it rounds its inputs or what lies between two factors, so that `forward` is not the product with
         `dense`; what it is made of aside (`inside`)."""
         return False

@@ -119,11 +119,11 @@ class Latent(LowRank):
         return self.raised(self.cached(self.down.forward(x)))
 
     @property
-    def rounds(self) -> bool:
+    def rounds_activations(self) -> bool:
         return self.bits < 16
 
     def beyond(self, x: Tensor) -> Tensor:
-        if any(part.rounds for factor in (self.up, self.down) for part in factor.inside()):
+        if any(part.rounds_activations for factor in (self.up, self.down) for part in factor.inside()):
             return super().beyond(x)
         latents = self.down.forward(x)
         return self.raised(self.cached(latents) - latents)

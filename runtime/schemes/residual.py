@@ -49,6 +49,11 @@ class WithResidual(Composite):
     def forward(self, x: Tensor) -> Tensor:
         return self.base.forward(x) + self.residual.forward(x)
 
+    def beyond(self, x: Tensor) -> Tensor:
+        if any(part.rounds_activations for part in self.residual.inside()):
+            return super().beyond(x)
+        return self.base.beyond(x)
+
     @property
     def description(self) -> str:
         return f"{self.base.description} + {self.residual.description}"

@@ -45,8 +45,13 @@ class W8A8(Operator):
         return reference.linear_w8a8(x, self.codes, self.scales[:, 0])
 
     @property
-    def rounds(self) -> bool:
+    def rounds_activations(self) -> bool:
         return True
+
+    def beyond(self, x: Tensor) -> Tensor:
+        codes, factors = reference.quantize_rows(x.reshape(-1, x.shape[-1]), self.codes.dtype)
+        rounded = (codes.to(x.dtype) * factors[:, None].to(x.dtype)).view(x.shape)
+        return F.linear(rounded.sub_(x), self.dense(x.dtype))
 
     @property
     def description(self) -> str:

@@ -142,7 +142,8 @@ class ArmorPass(Calibrated):
         adam = 3 * product + weights * (18.0 * block + 400.0)
         if self.solver == "adam":
             return self.rounds * adam
-        return self.rounds * (2 * product + weights * (12.0 * block + 6000.0)) + self.polish * adam
+        swept = SWEEPS * (product + 6000.0 * weights) if self.objective == "full" else 0.0
+        return self.rounds * (2 * product + weights * (12.0 * block + 6000.0)) + self.polish * adam + swept
 
     def memory(self, operators: Sequence[Operator]) -> float:
         shapes = [operator.shape for operator in operators]

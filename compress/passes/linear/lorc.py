@@ -273,7 +273,9 @@ class Lorc(Calibrated):
         block = max(sum(rows * columns for rows, columns in shapes) for shapes in blocks)
         widest = max(max(shape) for shapes in blocks for shape in shapes)
         vocabulary, hidden, names = skeleton.config.vocab_size, skeleton.config.hidden_size, len(self._shapes)
-        running = 4 * block + 4 * tokens * (3 * widest + 6 * hidden)
+        # What entered the block and a copy that runs, the residual stream behind attention and its norm; gate, up and
+        # their product.
+        running = 4 * block + 4 * tokens * (3 * widest + 4 * hidden)
         comparing = 5 * 4 * max(LOGITS, 32 * vocabulary) + 4 * hidden * min(vocabulary, HEAD_ROWS)
         passes = names * skeleton.blocks / 2
         flops = 2.0 * tokens * (passes * block + names * vocabulary * hidden)
