@@ -8,8 +8,10 @@ from test_armor import COLUMNS, DOUBLE, GROUP, ROWS, armor_pass, factors, stage
 from test_sparse import problem
 from torch import Tensor
 
+from compressor.calibrate.statistics import Statistics
 from compressor.compress.passes.linear.eora import Eora
 from compressor.compress.passes.linear.gptq import Gptq
+from compressor.compress.passes.linear.rtn import Rtn
 from compressor.compress.passes.linear.sparse24 import SparsePass, sparse_operator
 from compressor.compress.solvers.factors import stored_blocks
 from compressor.compress.solvers.lowrank import best_low_rank, refit_up
@@ -21,6 +23,7 @@ from compressor.runtime.schemes import (
     Problem,
     WithResidual,
     from_tensors,
+    identical,
     stored_linear,
 )
 
@@ -138,3 +141,27 @@ def test_the_low_rank_residual_is_the_best_there_is(rows: int, columns: int) -> 
 
     assert loss(up @ down) == pytest.approx(float(singular[5:].square().sum()), rel=1e-6)
     assert loss(refitted @ rounded) <= loss(up @ rounded)
+
+
+def test_rounding_weighs_errors_by_what_each_part_meets() -> None:
+    """A core meets `B x`, an upper factor what the rounded lower one puts out; neither meets the linear's inputs."""
+    step = Rtn(kind="rtn", bits=3, group_size=-1, search=True)
+    _, moment = problem(ROWS, COLUMNS)
+    met = Statistics(100, moment.float())
+
+    def alone(part: Operator, seen: Tensor) -> Operator:
+        return step._rounded(part, Statistics(100, seen), torch.float32)[0]
+
+    armor = random_armor()
+    found, _ = step._rounded(armor, met, torch.float32)
+    assert isinstance(found, Armor)
+    assert identical(found.core, alone(armor.core, armor.seen(met.moment)))
+    assert not identical(found.core, alone(armor.core, met.moment))
+    generator = torch.Generator().manual_seed(0)
+    up, down = (torch.randn(shape, generator=generator) for shape in ((ROWS, 8), (8, COLUMNS)))
+    factors, _ = step._rounded(LowRank(Dense(up), Dense(down)), met, torch.float32)
+    assert isinstance(factors, LowRank)
+    below = factors.down.dense()
+    assert identical(factors.down, alone(Dense(down), met.moment))
+    assert identical(factors.up, alone(Dense(up), below @ met.moment @ below.T))
+    assert not identical(factors.up, alone(Dense(up), torch.eye(8)))
