@@ -27,8 +27,9 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from test_recipes import CASES, EDITS, SMALL  # noqa: E402
 
-from compressor.calibrate.corpus import Corpus, builtin_corpus  # noqa: E402
-from compressor.compress import apply as run  # noqa: E402
+from compressor.calibrate.corpus import Corpus, builtin_corpus, token_windows  # noqa: E402
+from compressor.compress import surveys  # noqa: E402
+from compressor.compress.apply import Job, apply  # noqa: E402
 from compressor.compress.recipe import parse_recipe, shipped  # noqa: E402
 from compressor.runtime.model.checkpoint import Checkpoint  # noqa: E402
 
@@ -64,9 +65,7 @@ def measure(recipe: str, name: str) -> str:
     text, edits = shipped()[recipe], (*EDITS, *SMALL.get(recipe, ()))
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        run.apply(
-            run.Job(parse_recipe(text, recipe, edits), text, edits, ROOT / "examples" / name, out, name), lambda e: None
-        )
+        apply(Job(parse_recipe(text, recipe, edits), text, edits, ROOT / "examples" / name, out, name), lambda e: None)
         return tensors_hash(out)
 
 
@@ -76,7 +75,8 @@ def main() -> None:
     parser.add_argument("--against", type=Path, help="hashes that an earlier run wrote")
     parser.add_argument("--only", help="recipes whose names hold this text")
     options = parser.parse_args()
-    run.token_windows = pinned
+    assert surveys.token_windows is token_windows  # where the product draws them
+    surveys.token_windows = pinned
     before = json.loads(options.against.read_text()) if options.against else {}
     found: dict[str, str] = {}
     for recipe, name in CASES:
