@@ -35,7 +35,8 @@ def problems(model: Path, index: int) -> dict[str, tuple[torch.Tensor, torch.Ten
     found = {}
     with tempfile.TemporaryDirectory() as room:
         chains = start_chains(skeleton, tokens, Path(room), ("reference",))
-        for block in walk(skeleton, chains, {n for i in range(skeleton.blocks) for n in skeleton.linears(i)}):
+        wanted = {name: ("moment",) for i in range(skeleton.blocks) for name in skeleton.linears(i)}
+        for block in walk(skeleton, chains, wanted):
             for work in block.stages():
                 for name, weight in work.originals.items():
                     energy = work.statistics[name].moment.diagonal().clone()

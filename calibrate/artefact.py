@@ -18,7 +18,7 @@ from torch import Tensor
 from ..runtime.errors import ResourceError
 from ..runtime.files import save_synced, write_synced
 from .routing import Routing
-from .statistics import Statistics
+from .statistics import UNPAIRED, Statistics
 
 _SOURCE = "source"  # in the metadata of files
 
@@ -92,16 +92,20 @@ class BlockFolder:
 
 
 class StatisticsFolder(BlockFolder):
-    """Second moments of what enters the linears."""
+    """Statistics of what enters the linears, of every kind that needs no second chain."""
 
     index, prefix = "statistics.json", "block"
 
+    def __init__(self, folder: Path, source: Mapping[str, Any]) -> None:
+        super().__init__(folder, {**source, "kinds": sorted(UNPAIRED)})
+
     def save(self, block: int, statistics: Mapping[str, Statistics]) -> None:
         """Keep a block's statistics; linears that share an object share its tensors on disk."""
-        tensors, names = {}, {}
+        tensors: dict[str, Tensor] = {}
+        names: dict[str, str] = {}
         for name, found in statistics.items():
             lead = next(other for other, shared in statistics.items() if shared is found)
-            tensors[lead] = found.moment
+            tensors |= {f"{lead}.{kind}": sums for kind, sums in found.sums.items()}
             names[name] = json.dumps([lead, found.tokens, found.lent])
         self._save(block, tensors, names)
 
@@ -114,7 +118,10 @@ class StatisticsFolder(BlockFolder):
         tensors, names = self._load(block)
         try:
             entries = {name: json.loads(entry) for name, entry in names.items()}
-            made = {lead: Statistics(tokens, tensors[lead], lent=lent) for lead, tokens, lent in entries.values()}
+            made = {
+                lead: Statistics(tokens, {kind: tensors[f"{lead}.{kind}"] for kind in UNPAIRED}, lent)
+                for lead, tokens, lent in entries.values()
+            }
             return {name: made[lead] for name, (lead, *_) in entries.items()}
         except (ValueError, TypeError, KeyError) as error:
             raise ResourceError(f"{self._file(block)}: not readable ({error}); delete {self.folder}") from None

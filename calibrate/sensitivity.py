@@ -61,7 +61,7 @@ def divergences(
         layer, hidden = block.layer, chains.read(index, block.chain)[every]
         for spill in changed.values():
             spill[every] = skeleton.run(block.runner, spill[every])
-        statistics = Statistics.empty(layer.get_submodule(observed).in_features, cross=False, device=skeleton.device)
+        statistics = Statistics.empty(layer.get_submodule(observed).in_features, ("moment",), skeleton.device)
         handle = layer.get_submodule(observed).register_forward_pre_hook(_observer(statistics, skeleton.dtype))
         last = block.carry()
         handle.remove()

@@ -2,17 +2,18 @@
 
 With x the input in the reference chain and x̃ in the compressed chain (`docs/architecture.md`), rows being tokens:
 
-    moment = Σ w² x̃ x̃ᵀ            cross = Σ w² (x − x̃) x̃ᵀ
+    moment = Σ w² x̃ x̃ᵀ            cross = Σ w² (x − x̃) x̃ᵀ            peak = max |x̃|
 
-where w is the router's coefficient for an expert's row and 1 elsewhere.
+where w is the router's coefficient for an expert's row and 1 elsewhere. Another kind is a row of `KINDS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,26 +38,112 @@ def exact_products(dtype: torch.dtype) -> Iterator[None]:
         settings.fp32_precision = before
 
 
+class Inputs(NamedTuple):
+    """A batch of what enters some linears, `[rows, in_features]` each.
+
+    Attributes:
+        rows: of the compressed chain, as they come; weighed: the same times the router's coefficients, float32.
+        moved: by how much the reference chain's differ, times the coefficients, float32; None without that chain.
+    """
+
+    rows: Tensor
+    weighed: Tensor
+    moved: Tensor | None
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A statistic over tokens, float32 `[in_features]`, or `[in_features, in_features]` of a square one.
+
+    Attributes:
+        add: takes a batch into it, in place.
+        join: takes another's into it in place, times a share where it is a sum.
+        scaled: what it is of inputs that are divided by a scale `[in_features]`.
+        paired: whether it compares the two chains.
+    """
+
+    add: Callable[[Tensor, Inputs], None]
+    join: Callable[[Tensor, Tensor, float], None]
+    scaled: Callable[[Tensor, Tensor], Tensor]
+    square: bool = True
+    paired: bool = False
+
+    def shape(self, in_features: int) -> tuple[int, ...]:
+        return (in_features, in_features) if self.square else (in_features,)
+
+    def nbytes(self, in_features: int) -> float:
+        return 4.0 * math.prod(self.shape(in_features))
+
+
+def _add_moment(sums: Tensor, inputs: Inputs) -> None:
+    x = inputs.weighed
+    for start in range(0, x.shape[1], _BLOCK):  # symmetric: only blocks on and right of the diagonal are multiplied
+        span = slice(start, start + _BLOCK)
+        sums[span, start:].addmm_(x[:, span].T, x[:, start:])
+        sums[start + _BLOCK :, span] = sums[span, start + _BLOCK :].T
+
+
+def _add_cross(sums: Tensor, inputs: Inputs) -> None:
+    assert inputs.moved is not None
+    sums.addmm_(inputs.moved.T, inputs.weighed)
+
+
+def _add_peak(sums: Tensor, inputs: Inputs) -> None:
+    if len(inputs.rows):
+        torch.maximum(sums, inputs.rows.abs().amax(0).float(), out=sums)
+
+
+def _sum(own: Tensor, other: Tensor, share: float) -> None:
+    own.add_(other, alpha=share)
+
+
+def _larger(own: Tensor, other: Tensor, share: float) -> None:
+    torch.maximum(own, other, out=own)
+
+
+def _both_sides(sums: Tensor, scale: Tensor) -> Tensor:
+    return sums / scale[:, None] / scale
+
+
+KINDS: Mapping[str, Kind] = {
+    "moment": Kind(_add_moment, _sum, _both_sides),
+    "cross": Kind(_add_cross, _sum, _both_sides, paired=True),
+    "peak": Kind(_add_peak, _larger, torch.div, square=False),
+}
+UNPAIRED = frozenset(name for name, kind in KINDS.items() if not kind.paired)
+
+
+def paired(kinds: Collection[str]) -> bool:
+    """Whether one of some kinds (other names do not count) compares the two chains."""
+    return any(KINDS[name].paired for name in KINDS if name in kinds)
+
+
 @dataclass
 class Statistics:
-    """Sums over tokens; adding two halves gives the whole.
+    """Statistics over tokens; joining those of two halves gives those of the whole.
 
     Attributes:
         tokens: rows seen.
-        moment: float32 `[in_features, in_features]`.
-        cross: float32 of the same shape, or None where the reference chain was not carried.
-        lent: tokens that were not the expert's own, on which the sums lean since it saw too few.
+        sums: kind (`KINDS`) → what was found.
+        lent: tokens that were not the expert's own, on which they lean since it saw too few.
     """
 
     tokens: int
-    moment: Tensor
-    cross: Tensor | None = None
+    sums: dict[str, Tensor]
     lent: int = 0
 
     @classmethod
-    def empty(cls, in_features: int, *, cross: bool, device: torch.device | str = "cpu") -> Statistics:
-        zeros = torch.zeros(in_features, in_features, device=device)
-        return cls(0, zeros, zeros.clone() if cross else None)
+    def empty(cls, in_features: int, kinds: Collection[str], device: torch.device | str = "cpu") -> Statistics:
+        shapes = {name: kind.shape(in_features) for name, kind in KINDS.items() if name in kinds}
+        return cls(0, {name: torch.zeros(shape, device=device) for name, shape in shapes.items()})
+
+    @property
+    def moment(self) -> Tensor:
+        return self.sums["moment"]
+
+    @property
+    def cross(self) -> Tensor | None:
+        return self.sums.get("cross")
 
     def add(self, x: Tensor, weights: Tensor | None = None, reference: Tensor | None = None) -> None:
         """Accumulate a batch.
@@ -64,22 +151,19 @@ class Statistics:
         Args:
             x: `[..., in_features]`, the compressed chain's input.
             weights: `[rows]` coefficients, or None for ones.
-            reference: like x, the reference chain's input for the same tokens; needed when `cross` is kept.
+            reference: like x, the reference chain's input for the same tokens; needed by kinds that are paired.
         """
         rows = x.reshape(-1, x.shape[-1])
         self.tokens += rows.shape[0]
         scale = None if weights is None else weights.to(rows.dtype)[:, None]
-        scaled = rows.float() if scale is None else (rows * scale).float()
+        weighed = rows.float() if scale is None else (rows * scale).float()
+        moved = None
+        if reference is not None and paired(self.sums):
+            moved = reference.reshape(rows.shape) - rows
+            moved = (moved if scale is None else moved * scale).float()
         with exact_products(x.dtype):
-            # The moment is symmetric: only blocks on and right of the diagonal are multiplied.
-            for start in range(0, rows.shape[1], _BLOCK):
-                span = slice(start, start + _BLOCK)
-                self.moment[span, start:].addmm_(scaled[:, span].T, scaled[:, start:])
-                self.moment[start + _BLOCK :, span] = self.moment[span, start + _BLOCK :].T
-            if self.cross is not None:
-                assert reference is not None
-                moved = reference.reshape(rows.shape) - rows
-                self.cross.addmm_((moved if scale is None else moved * scale).float().T, scaled)
+            for name, sums in self.sums.items():
+                KINDS[name].add(sums, Inputs(rows, weighed, moved))
 
     @property
     def informed(self) -> bool:
@@ -90,19 +174,21 @@ class Statistics:
         """These statistics of other tokens, with an expert's own (None: it has none) and of their mean size: they count
         for as many tokens as it takes to have `ENOUGH`."""
         if own is None or not own.tokens:
-            return Statistics(0, self.moment, self.cross, self.tokens)
-        size, other = float(own.moment.trace()) / own.tokens, float(self.moment.trace()) / self.tokens
-        share = (
-            max(0.0, ENOUGH * len(own.moment) - own.tokens) / self.tokens * (size / other if size > 0 < other else 1.0)
-        )
-        own.moment.add_(self.moment, alpha=share)
-        if own.cross is not None and self.cross is not None:
-            own.cross.add_(self.cross, alpha=share)
-        return Statistics(own.tokens, own.moment, own.cross, self.tokens)
+            return Statistics(0, self.sums, self.tokens)
+        width = next(iter(self.sums.values())).shape[-1]
+        share = max(0.0, ENOUGH * width - own.tokens) / self.tokens
+        if "moment" in self.sums:
+            size, other = float(own.moment.trace()) / own.tokens, float(self.moment.trace()) / self.tokens
+            share *= size / other if size > 0 < other else 1.0
+        own.join(self, share)
+        return Statistics(own.tokens, own.sums, self.tokens)
 
-    def merge(self, other: Statistics) -> Statistics:
-        """The statistics of both sets of tokens."""
-        cross = None
-        if self.cross is not None and other.cross is not None:
-            cross = self.cross + other.cross
-        return Statistics(self.tokens + other.tokens, self.moment + other.moment, cross)
+    def join(self, other: Statistics, share: float = 1.0) -> None:
+        """Take in those of other tokens, which are not counted where they have a share only."""
+        for name, sums in self.sums.items():
+            KINDS[name].join(sums, other.sums[name], share)
+
+    def scaled(self, scale: Tensor) -> Statistics:
+        """Those of inputs that are divided by a scale `[in_features]`."""
+        sums = {name: KINDS[name].scaled(found, scale.to(found.device)) for name, found in self.sums.items()}
+        return Statistics(self.tokens, sums, self.lent)

@@ -7,7 +7,7 @@ block and its statistics, whatever the depth of the model.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,7 +25,7 @@ from .chains import Chains, Spill
 from .drive import carry
 from .probes import output_metrics
 from .routing import experts_of
-from .statistics import ENOUGH, Statistics
+from .statistics import ENOUGH, KINDS, UNPAIRED, Statistics
 
 T = TypeVar("T")
 
@@ -149,7 +149,7 @@ class Block:
         skeleton: Skeleton,
         index: int,
         chains: Chains | None,
-        wanted: set[str],
+        wanted: Mapping[str, Collection[str]],
         probed: Collection[str],
         kept: StatisticsFolder | None,
         room: float | None,
@@ -213,12 +213,17 @@ class Block:
             self._replay()
 
     def _sizes(self, stage: Stage) -> list[float]:
-        """Bytes of each group's moments."""
-        chains = len(self.chains.names) if self.chains is not None else 0
+        """Bytes of each group's statistics."""
         inner = self.skeleton.layers[self.index]
-        wanted = [any(self._disk(name) in self._wanted for name in group.linears) for group in stage]
         widths = [inner.get_submodule(group.linears[0]).in_features for group in stage]
-        return [4.0 * chains * width**2 * asked for width, asked in zip(widths, wanted, strict=True)]
+        return [
+            sum(KINDS[kind].nbytes(width) for kind in self._kinds(group))
+            for width, group in zip(widths, stage, strict=True)
+        ]
+
+    def _kinds(self, group: Group) -> set[str]:
+        """The statistics that are wanted of a group."""
+        return {kind for name in group.linears for kind in self._wanted.get(self._disk(name), ())}
 
     def _fits(self, groups: Sequence[Group]) -> bool:
         return self._room is None or sum(self._sizes(tuple(groups))) <= self._room
@@ -269,7 +274,7 @@ class Block:
     def _collect(self, stage: Stage) -> dict[str, Statistics]:
         """Statistics of a stage's groups, of the compressed chain if there is one."""
         assert self.chains is not None
-        groups = [group for group in stage if any(self._disk(name) in self._wanted for name in group.linears)]
+        groups = [group for group in stage if self._kinds(group)]
         if not groups:
             return {}
         sums: dict[Group, Statistics] = {}
@@ -278,7 +283,7 @@ class Block:
             for rows in self.chains.batches():
                 for group, (x, weights, reference) in self._inputs(rows, captures).items():
                     if group not in sums:
-                        sums[group] = Statistics.empty(x.shape[-1], cross=reference is not None, device=x.device)
+                        sums[group] = Statistics.empty(x.shape[-1], self._kinds(group), x.device)
                     sums[group].add(x, weights, reference)
                 del x, weights, reference  # before the next batch needs the room
         self._only(None)
@@ -334,7 +339,7 @@ class Block:
             self._experts()[0].everyone = number
             with self._captures([group]) as captures:
                 x, _, reference = self._inputs(first, captures)[group]
-            lent = Statistics.empty(x.shape[-1], cross=reference is not None, device=x.device)
+            lent = Statistics.empty(x.shape[-1], UNPAIRED if self.kept else self._kinds(group), x.device)
             lent.add(x, None, reference)
             sums[group] = lent.lent_to(own)
             self._experts()[0].everyone = None
@@ -344,14 +349,15 @@ class Block:
         assert self.chains is not None
         groups = [group for stage in self.skeleton.stages(self.index) for group in stage]
         if self.kept is None:
-            groups = [group for group in groups if any(self._disk(name) in self._wanted for name in group.linears)]
+            groups = [group for group in groups if self._kinds(group)]
         capture = _Capture(self._runners["reference"].layers[0], groups, self.skeleton.dtype, stop=False)
         sums: dict[Group, Statistics] = {}
 
         def run(rows: slice) -> Tensor:
             for group, (x, weights) in self._forward("reference", rows, capture).items():
                 if group not in sums:
-                    sums[group] = Statistics.empty(x.shape[-1], cross=False, device=x.device)
+                    kinds = UNPAIRED if self.kept is not None else self._kinds(group)
+                    sums[group] = Statistics.empty(x.shape[-1], kinds, x.device)
                 sums[group].add(x, weights)
             assert capture.output is not None
             return capture.output
@@ -400,7 +406,7 @@ class _RoutedAs:
 def walk(
     skeleton: Skeleton,
     chains: Chains | None,
-    wanted: set[str],
+    wanted: Mapping[str, Collection[str]],
     first: int = 0,
     kept: StatisticsFolder | None = None,
     probed: Collection[str] = (),
@@ -410,10 +416,10 @@ def walk(
 
     Args:
         chains: the calibration activations, or None when no pass needs data.
-        wanted: disk names of the linears whose statistics are collected.
+        wanted: disk name → kinds of statistics (`statistics.KINDS`) that are collected of what enters the linear.
         kept: where statistics of the reference chain are read from, or kept if it is not complete yet.
         probed: disk names of the linears whose metrics are wanted.
-        room: bytes of second moments at a time; stages that have more come in parts. Default: no limit.
+        room: bytes of statistics at a time; stages that have more come in parts. Default: no limit.
     """
     for index in range(first, skeleton.blocks):
         yield Block(skeleton, index, chains, wanted, probed, kept, room)

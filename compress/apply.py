@@ -14,6 +14,7 @@ from torch import Tensor
 from ..calibrate.artefact import StatisticsFolder
 from ..calibrate.chains import Chains
 from ..calibrate.drive import start_chains
+from ..calibrate.statistics import KINDS, UNPAIRED
 from ..calibrate.walk import Block, walk
 from ..runtime.errors import RecipeError, ResourceError, VerifyError
 from ..runtime.formats import PLAIN
@@ -62,7 +63,7 @@ def apply(
     checkpoint = skeleton.checkpoint
     plan = make_plan(job.recipe, skeleton, memory=memory)
     reshaped = any(isinstance(step, ModelPass) for step in job.recipe.passes)
-    of_linears = plan.needs == {"reference"} and not reshaped
+    of_linears = "reference" in plan.needs <= {"reference", *UNPAIRED} and not reshaped
     if statistics is not None and not of_linears and "routing" not in plan.needs:
         raise RecipeError(
             "--statistics keeps statistics of the original model, which this recipe does not use; it is for rtn with "
@@ -149,7 +150,10 @@ def _run(
     if done:
         listener(Resumed(first, skeleton.blocks))
     wanting = [(name, step) for name in plan.linears for step in job.recipe.linear_passes.values() if step.wants(name)]
-    wanted = {name for name, step in wanting if step.needs}
+    wanted: dict[str, set[str]] = {}
+    for name, step in wanting:
+        if kinds := step.needs & KINDS.keys():
+            wanted.setdefault(name, set()).update(kinds)
     probed = {name for name, step in wanting if "metric" in step.needs}
     for block in walk(skeleton, chains, wanted, first, kept, probed, plan.room):
         start = time.monotonic()

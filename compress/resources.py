@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..calibrate.chains import BATCH_TOKENS
+from ..calibrate.statistics import KINDS, paired
 from ..calibrate.walk import parts
 from ..runtime.errors import ResourceError
 from ..runtime.model.skeleton import Skeleton, calibration_dtype
@@ -28,9 +29,9 @@ Linears = Mapping[str, "LinearPlan"]
 
 def chain_names(needs: frozenset[str]) -> tuple[str, ...]:
     """Which chains of activations the needs call for."""
-    if "cross" in needs:
+    if paired(needs):
         return "compressed", "reference"
-    if "moment" in needs:
+    if "compressed" in needs:
         return ("compressed",)
     return ("reference",) if "reference" in needs else ()
 
@@ -59,7 +60,7 @@ def stage_memory(
 
     Weights of the checkpoint are mapped from its files and do not count unless they are converted, or copied to a GPU.
     """
-    chains, at_once = len(chain_names(needs)), chain_names(needs) == ("reference",)
+    at_once = chain_names(needs) == ("reference",)
     found: list[StageMemory] = []
     least, rerun = 0.0, calibration_dtype(skeleton.checkpoint).itemsize
     for index in range(skeleton.blocks):
@@ -74,10 +75,11 @@ def stage_memory(
         held, block = float(sum(sizes.values()) * converted), list[float]()
         for stage in skeleton.stages(index):
             groups = [[skeleton.disk_name(index, name) for name in group.linears] for group in stage]
+            kinds = [{need for name in group for step in wanting[name] for need in step.needs} for group in groups]
             moments = [
-                4.0 * chains * shapes[group[0]][1] ** 2
-                for group in groups
-                if any(step.needs for name in group for step in wanting[name])
+                sum(kind.nbytes(shapes[group[0]][1]) for name, kind in KINDS.items() if name in asked)
+                for group, asked in zip(groups, kinds, strict=True)
+                if asked
             ]
             block += moments if at_once else []
             working = _working(recipe, skeleton, linears, needs, groups)

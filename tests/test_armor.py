@@ -188,7 +188,7 @@ def test_a_run_that_gets_worse_keeps_its_best() -> None:
 def stage(weights: dict[str, Tensor], moment: Tensor | None) -> StageWork:
     statistics = {}
     if moment is not None:
-        common = Statistics(100, moment.float(), torch.zeros_like(moment.float()))
+        common = Statistics(100, {"moment": moment.float(), "cross": torch.zeros_like(moment.float())})
         statistics = dict.fromkeys(weights, common)
     return StageWork({n: Dense(w) for n, w in weights.items()}, dict(weights), [list(weights)], statistics)
 

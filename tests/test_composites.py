@@ -147,10 +147,10 @@ def test_rounding_weighs_errors_by_what_each_part_meets() -> None:
     """A core meets `B x`, an upper factor what the rounded lower one puts out; neither meets the linear's inputs."""
     step = Rtn(kind="rtn", bits=3, group_size=-1, search=True)
     _, moment = problem(ROWS, COLUMNS)
-    met = Statistics(100, moment.float())
+    met = Statistics(100, {"moment": moment.float()})
 
     def alone(part: Operator, seen: Tensor) -> Operator:
-        return step._rounded(part, Statistics(100, seen), torch.float32)[0]
+        return step._rounded(part, Statistics(100, {"moment": seen}), torch.float32)[0]
 
     armor = random_armor()
     found, _ = step._rounded(armor, met, torch.float32)

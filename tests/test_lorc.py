@@ -204,7 +204,7 @@ def test_rotated_latents_stand_for_the_same_weight(pico: Pico, granularity: str,
 
 def work(weight: Tensor, moment: Tensor, operator: Latent) -> StageWork:
     name = "model.layers.0.self_attn.k_proj"
-    statistics = Statistics(1000, moment.float())
+    statistics = Statistics(1000, {"moment": moment.float()})
     return StageWork({name: operator}, {name: weight.bfloat16()}, [[name]], {name: statistics})
 
 
@@ -478,7 +478,7 @@ def test_later_blocks_see_what_operators_round(pico: Pico, tmp_path: Path, passe
     text = f"data: {{samples: 4, sequence_length: 64}}\npasses: [{passes}]"
     run(text, skeleton.checkpoint.path, tmp_path / "out")
     stored = StoredModel(tmp_path / "out")
-    for block in walk(skeleton, chains, set()):
+    for block in walk(skeleton, chains, {}):
         for work in block.stages():
             for name in work.linears:
                 work.linears[name] = stored.operator(name)

@@ -277,7 +277,7 @@ def test_searched_ranges_lower_the_weighted_error() -> None:
 def test_better_methods_have_lower_losses() -> None:
     """Rounding > GPTQ > act-order > searched ranges > refined, on one strongly correlated layer."""
     weight, moment = problem(rows=64, columns=128, tokens=1000)
-    statistics = Statistics(1000, moment.float(), torch.zeros(128, 128))
+    statistics = Statistics(1000, {"moment": moment.float(), "cross": torch.zeros(128, 128)})
     options = [
         {"act_order": False, "correction": 0.0, "refinements": 0, "search": False},
         {"act_order": True, "correction": 0.0, "refinements": 0, "search": False},
@@ -297,7 +297,7 @@ def test_better_methods_have_lower_losses() -> None:
 def test_no_row_is_worse_than_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows whose sweep went wrong (here: some are spoilt on purpose) take the nearest values, and only they do."""
     weight, moment = problem(rows=40, columns=64)
-    statistics = Statistics(200, moment.float())
+    statistics = Statistics(200, {"moment": moment.float()})
     step = Gptq(kind="gptq", bits=4, group_size=32, refinements=0)
     grid = range_grid(weight.float(), 4, 32, True, torch.float32)
     rounded = grid.codes(weight.float())
@@ -324,7 +324,7 @@ def test_no_row_is_worse_than_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rows_solved_in_parts_are_rows_solved_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, moment = problem(rows=30, columns=48)
-    statistics = Statistics(200, moment.float(), 0.01 * moment.float())
+    statistics = Statistics(200, {"moment": moment.float(), "cross": 0.01 * moment.float()})
     step = Gptq(kind="gptq", bits=3, group_size=16, symmetric=False)
     whole, _ = solved(step, weight.bfloat16(), statistics)
     monkeypatch.setattr("compressor.compress.passes.linear.gptq.ROWS", 7)
@@ -344,7 +344,7 @@ def test_bfloat16_products_cost_next_to_nothing(monkeypatch: pytest.MonkeyPatch)
     """The true loss, in float64, of what is solved with rounded products against that of float32 products."""
     weight, moment = problem(rows=64, columns=256, tokens=2000)
     cross = 0.02 * moment.float() @ torch.eye(256).roll(1, 0)
-    statistics, system = Statistics(2000, moment.float(), cross), damped_system(moment, 0.01)
+    statistics, system = Statistics(2000, {"moment": moment.float(), "cross": cross}), damped_system(moment, 0.01)
     target = Shift.of(cross.double(), system, rows=64).corrected(weight, 1.0)
     losses = []
     for dtype in (torch.float32, torch.bfloat16):

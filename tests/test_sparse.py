@@ -184,7 +184,11 @@ def run(step: SparsePass | Gptq, work: StageWork) -> list[object]:
 
 
 def stage(weight: Tensor, moment: Tensor | None, tokens: int = 100) -> StageWork:
-    statistics = {} if moment is None else {"x": Statistics(tokens, moment.float(), torch.zeros_like(moment.float()))}
+    statistics = (
+        {}
+        if moment is None
+        else {"x": Statistics(tokens, {"moment": moment.float(), "cross": torch.zeros_like(moment.float())})}
+    )
     return StageWork({"x": Dense(weight)}, {"x": weight}, [["x"]], statistics)
 
 

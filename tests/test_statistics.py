@@ -1,32 +1,46 @@
-"""Sums over tokens: equal to brute force, and mergeable."""
+"""Statistics over tokens: equal to brute force, and those of halves give those of the whole."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from compressor.calibrate.statistics import Statistics
+from compressor.calibrate.statistics import KINDS, Statistics
 
 
 def test_two_halves_are_the_whole_and_the_whole_is_brute_force() -> None:
     x, reference = torch.randn(2, 50, 6, dtype=torch.float64), torch.randn(2, 50, 6, dtype=torch.float64)
     weights = torch.rand(100)
-    whole = Statistics.empty(6, cross=True)
+    whole = Statistics.empty(6, KINDS)
     whole.add(x, weights, reference)
     halves = []
     for part in (0, 1):
-        half = Statistics.empty(6, cross=True)
+        half = Statistics.empty(6, KINDS)
         half.add(x[part], weights[50 * part : 50 * (part + 1)], reference[part])
         halves.append(half)
-    merged = halves[0].merge(halves[1])
+    assert sum(half.tokens for half in halves) == whole.tokens == 100
+    halves[0].join(halves[1])
     moment = sum(w**2 * torch.outer(r, r) for w, r in zip(weights, x.view(-1, 6), strict=True))
     rows = zip(weights, x.view(-1, 6), reference.view(-1, 6), strict=True)
     cross = sum(w**2 * torch.outer(b - r, r) for w, r, b in rows)
-    assert merged.tokens == whole.tokens == 100
-    for found, expected in ((whole.moment, moment), (whole.cross, cross)):
-        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(merged.moment, whole.moment)
-    torch.testing.assert_close(merged.cross, whole.cross)
+    expected = {"moment": moment, "cross": cross, "peak": x.abs().view(-1, 6).amax(0)}
+    assert expected.keys() == whole.sums.keys() == KINDS.keys()
+    for kind, found in whole.sums.items():
+        assert found.shape == KINDS[kind].shape(6)
+        assert KINDS[kind].nbytes(6) == found.nbytes
+        torch.testing.assert_close(found.double(), expected[kind], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(halves[0].sums[kind], found)
+
+
+def test_those_of_scaled_inputs_need_no_second_look() -> None:
+    x, reference, weights, scale = torch.randn(50, 6), torch.randn(50, 6), torch.rand(50), torch.rand(6) + 0.5
+    found, expected = Statistics.empty(6, KINDS), Statistics.empty(6, KINDS)
+    found.add(x, weights, reference)
+    expected.add(x / scale, weights, reference / scale)
+    scaled = found.scaled(scale)
+    assert scaled.tokens == 50
+    for kind, sums in expected.sums.items():
+        torch.testing.assert_close(scaled.sums[kind], sums, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -35,7 +49,7 @@ def test_products_are_exact_in_the_dtype_of_the_inputs(dtype: torch.dtype) -> No
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3000, 300, generator=generator).to(dtype)
     reference = (x.float() * (1 + 0.05 * torch.randn(3000, 300, generator=generator))).to(dtype)
-    found = Statistics.empty(300, cross=True)
+    found = Statistics.empty(300, KINDS)
     found.add(x, None, reference)
     assert found.cross is not None
     exact, moved = x.double(), reference.double() - x.double()
@@ -44,7 +58,7 @@ def test_products_are_exact_in_the_dtype_of_the_inputs(dtype: torch.dtype) -> No
 
 
 def test_what_is_lent_counts_as_much_as_is_missing() -> None:
-    own, other = Statistics.empty(32, cross=True), Statistics.empty(32, cross=True)
+    own, other = Statistics.empty(32, KINDS), Statistics.empty(32, KINDS)
     x, y = torch.randn(2, 32), 3 * torch.randn(40, 32)
     own.add(x, None, 2 * x)
     other.add(y, None, 2 * y)
@@ -53,6 +67,7 @@ def test_what_is_lent_counts_as_much_as_is_missing() -> None:
     found = other.lent_to(own)
     torch.testing.assert_close(found.moment, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.cross, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found.sums["peak"], torch.cat([x, y]).abs().amax(0))
     assert (found.tokens, found.lent) == (2, 40)
     alone = other.lent_to(None)
     assert (alone.tokens, alone.lent) == (0, 40)
@@ -72,7 +87,7 @@ def test_groups_of_a_stage_can_be_rewritten_apart() -> None:
     def work() -> StageWork:
         statistics = {}
         for group, members in names.items():
-            found = Statistics.empty(32, cross=False)
+            found = Statistics.empty(32, ("moment",))
             found.add(x[group])
             statistics |= dict.fromkeys(members, found)
         linears = {name: Dense(weight) for name, weight in originals.items()}

@@ -32,7 +32,7 @@ def windows(samples: int = 4, tokens: int = 24) -> torch.Tensor:
 def test_blocks_in_a_row_are_the_model(pico: Pico, tmp_path: Path, family: str) -> None:
     skeleton = Skeleton(Checkpoint(pico(family)))
     chains = start_chains(skeleton, windows(), tmp_path, BOTH)
-    for block in walk(skeleton, chains, set()):
+    for block in walk(skeleton, chains, {}):
         for _ in block.stages():
             pass
         block.advance()
@@ -64,7 +64,7 @@ def test_statistics_are_those_of_the_real_inputs(pico: Pico, tmp_path: Path, fam
     skeleton = Skeleton(Checkpoint(pico(family)))
     ids = windows()
     chains = start_chains(skeleton, ids, tmp_path, BOTH)
-    wanted = {name for index in range(2) for name in skeleton.linears(index)}
+    wanted = {name: ("moment", "cross") for index in range(2) for name in skeleton.linears(index)}
     changed = {}
     found = {}
     for block in walk(skeleton, chains, wanted):
@@ -112,7 +112,7 @@ def leaning(own: torch.Tensor, everything: torch.Tensor) -> torch.Tensor:
 def test_an_experts_statistics_use_the_tokens_and_weights_of_the_compressed_chain(pico: Pico, tmp_path: Path) -> None:
     skeleton = Skeleton(Checkpoint(pico("qwen3_moe")))
     chains = start_chains(skeleton, windows(), tmp_path, BOTH)
-    block = next(walk(skeleton, chains, set(skeleton.linears(0))))
+    block = next(walk(skeleton, chains, dict.fromkeys(skeleton.linears(0), ("moment", "cross"))))
     found = {}
     for work in block.stages():
         found.update(work.statistics)

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 BUFFERS = 48e6  # bytes: compiled kernels and scratch of the matrix library
-Need = Literal["reference", "moment", "cross", "metric", "routing", "text"]
+# A chain that is run over the text; kinds of `calibrate.statistics`; and what only surveys and some passes ask for.
+Need = Literal["reference", "compressed", "moment", "cross", "peak", "metric", "routing", "text"]
 
 
 @dataclass(frozen=True)
@@ -95,11 +96,11 @@ class Pass(BaseModel):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """Statistics to collect for the pass; none for a pass without data.
+        """What to collect for the pass; nothing for a pass without data.
 
-        `reference`: moments of the uncompressed model; `moment`: of the compressed chain, which serve for `reference`
-        too; `cross`: cross moments of the two chains besides; `metric`: how the linear's errors move the block;
-        `routing`: what experts do, and `text`: calibration text as such, which surveys alone ask for.
+        Where: `reference`, in the uncompressed model, or `compressed`, in the model as it is so far, which serves for
+        `reference` too. What: kinds of statistics (`calibrate.statistics.KINDS`), and `metric`, how the linear's errors
+        move the block. Surveys alone ask for `routing`, what experts do, and `text`, calibration text as such.
         """
         return frozenset()
 

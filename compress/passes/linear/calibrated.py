@@ -132,8 +132,8 @@ class Calibrated(LinearPass):
     @property
     def needs(self) -> frozenset[Need]:
         if not self.sequential:
-            return frozenset({"reference"})
-        return frozenset({"moment", "cross"} if self.correction else {"moment"})
+            return frozenset({"reference", "moment"})
+        return frozenset({"compressed", "moment", "cross"} if self.correction else {"compressed", "moment"})
 
     def groups(
         self,
@@ -188,7 +188,7 @@ class Calibrated(LinearPass):
                 moment = group.system.moment.float()
                 if plain:
                     weight = refit_up(target, moment, operator.down.dense(), weight)
-                statistics = Statistics(group.tokens, operator.between(moment))
+                statistics = Statistics(group.tokens, {"moment": operator.between(moment)})
             known = _known(statistics, system_of, weight, products, group.reason)
             work.linears[above] = Dense(weight.to(dtype)) if plain else operator.up
             yield replace(

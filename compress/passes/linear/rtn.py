@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from ....calibrate.statistics import Statistics
 from ....calibrate.walk import StageWork
@@ -28,7 +28,7 @@ class Rtn(Quantizer):
 
     @property
     def needs(self) -> frozenset[Need]:
-        return frozenset({"reference"} if self.search else ())
+        return frozenset({"reference", "moment"} if self.search else ())
 
     def flops(self, rows: int, columns: int) -> float:
         return (600.0 if self.search else 10.0) * rows * columns
@@ -53,13 +53,13 @@ class Rtn(Quantizer):
             most = 0.0
             for number, part in enumerate(operator.factors):
                 if number and statistics is not None:
-                    statistics = replace(statistics, moment=operator.between(statistics.moment), cross=None)
+                    statistics = _seen(statistics, operator.between)
                 result, error = self._rounded(getattr(operator, part), statistics, stored)
                 operator, most = with_factors(operator, **{part: result}), max(most, error)
             return operator, most
         if isinstance(operator, Composite):
             if statistics is not None:
-                statistics = replace(statistics, moment=operator.seen(statistics.moment), cross=None)
+                statistics = _seen(statistics, operator.seen)
             inner, error = self._rounded(operator.inner, statistics, stored)
             return operator.with_inner(inner), error
         weight = operator.dense()
@@ -75,3 +75,8 @@ class Rtn(Quantizer):
             weight.square().mul_(importance).sum().clamp(min=torch.finfo(torch.float32).tiny)
         )
         return quantized(codes, grid, operator), float(lost)
+
+
+def _seen(statistics: Statistics, moved: Callable[[Tensor], Tensor]) -> Statistics:
+    """Statistics of what a part of an operator meets."""
+    return Statistics(statistics.tokens, {"moment": moved(statistics.moment)}, statistics.lent)
