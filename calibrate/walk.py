@@ -8,134 +8,26 @@ block and its statistics, whatever the depth of the model.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..runtime.model.experts import Expert, Experts
+from ..runtime.model.experts import Experts
 from ..runtime.model.families import Group, Stage
+from ..runtime.model.folds import changes, seams
 from ..runtime.model.skeleton import Skeleton
 from ..runtime.schemes import Dense, Operator
 from .artefact import StatisticsFolder
+from .capture import Capture, Replay, RoutedAs, beyond_weight
 from .chains import Chains, Spill
 from .drive import carry
 from .probes import output_metrics
 from .routing import experts_of
+from .stage import StageWork, parts
 from .statistics import ENOUGH, KINDS, UNPAIRED, Statistics
-
-T = TypeVar("T")
-
-
-@dataclass
-class StageWork:
-    """Linears that may be rewritten now: passes replace entries of `linears`.
-
-    Attributes:
-        linears: disk name → operator, in execution order.
-        originals: disk name → the weight as the checkpoint has it.
-        groups: disk names of linears that read the same input.
-        statistics: disk name → statistics; linears that read the same input share one object. Empty without data,
-            and without an entry for linears that no pass asks about.
-        metrics: disk name → Gauss-Newton metric of the block's output (`probes`), where a pass asks for it.
-    """
-
-    linears: dict[str, Operator]
-    originals: dict[str, Tensor]
-    groups: list[list[str]]
-    statistics: dict[str, Statistics] = field(default_factory=dict)
-    metrics: dict[str, Tensor] = field(default_factory=dict)
-
-    def part(self, numbers: Sequence[int]) -> StageWork:
-        """Some of the groups by their numbers, to be rewritten on their own; what comes of it is put back by
-        `self.linears.update(part.linears)`."""
-        groups = [self.groups[number] for number in numbers]
-        names = {name for group in groups for name in group}
-
-        def some(table: dict[str, T]) -> dict[str, T]:
-            return {name: value for name, value in table.items() if name in names}
-
-        return StageWork(some(self.linears), some(self.originals), groups, some(self.statistics), some(self.metrics))
-
-    @property
-    def starved(self) -> dict[str, int]:
-        """Disk name → tokens that came by, of experts whose statistics lean on other tokens."""
-        return {name: found.tokens for name, found in self.statistics.items() if found.lent}
-
-
-def parts(items: Sequence[T], sizes: Sequence[float], room: float | None) -> list[list[T]]:
-    """Neighbours together, as long as their sizes add up to no more than `room`; one at least."""
-    found: list[list[T]] = []
-    left = 0.0
-    for item, size in zip(items, sizes, strict=True):
-        if not found or (room is not None and size > left):
-            found.append([])
-            left = float("inf") if room is None else room
-        found[-1].append(item)
-        left -= size
-    return found
-
-
-class _Captured(Exception):
-    """Ends a forward pass once every wanted input has been seen."""
-
-
-class _Capture:
-    """Collects the inputs of a stage's groups (and the router's coefficients of experts) during forward passes."""
-
-    def __init__(self, block: nn.Module, groups: list[Group], dtype: torch.dtype, *, stop: bool = True) -> None:
-        self._dtype = dtype  # what a linear really multiplies
-        self.inputs: dict[Group, tuple[Tensor, Tensor | None]] = {}
-        self.output: Tensor | None = None
-        self._wanted = len(groups) if stop else -1
-        self._weights: Tensor | None = None
-        self._handles = []
-        for group in groups:
-            first = group.linears[0]
-            parent = block.get_submodule(first.rpartition(".")[0])
-            expert = isinstance(parent, Expert)
-            if expert:
-                self._handles.append(parent.register_forward_pre_hook(self._remember_weights))
-            hook = self._hook(group, expert)
-            self._handles.append(block.get_submodule(first).register_forward_pre_hook(hook))
-
-    def _remember_weights(self, module: nn.Module, args: tuple[Tensor, Tensor]) -> None:
-        self._weights = args[1]
-
-    def _hook(self, group: Group, expert: bool):  # type: ignore[no-untyped-def]
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self.inputs[group] = (args[0].to(self._dtype), self._weights if expert else None)
-            if len(self.inputs) == self._wanted:
-                raise _Captured
-
-        return hook
-
-    def run(self, skeleton: Skeleton, runner: nn.Module, hidden: Tensor) -> dict[Group, tuple[Tensor, Tensor | None]]:
-        self.inputs, self.output = {}, None
-        with suppress(_Captured):
-            self.output = skeleton.run(runner, hidden)
-        return self.inputs
-
-    def close(self) -> None:
-        self.inputs = {}
-        for handle in self._handles:
-            handle.remove()
-
-
-class _Replay(nn.Module):
-    """A part of a block that was already computed: its last linear over the inputs that were seen."""
-
-    def __init__(self, name: str, last: Any, inputs: Spill, *, attention: bool) -> None:
-        super().__init__()
-        self.add_module(name, last)
-        self.last, self.inputs, self.rows, self.attention = [last], inputs, slice(0), attention
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.last[0](self.inputs[self.rows].to(self.last[0].weight.device))
-        return (output, None) if self.attention else output  # attention also returns its weights
 
 
 class Block:
@@ -157,6 +49,9 @@ class Block:
         self.skeleton, self.index, self.chains, self.kept, self._room = skeleton, index, chains, kept, room
         self._wanted, self._probed = wanted, probed
         self.linears: dict[str, Operator] = {}
+        self.tensors: dict[str, Tensor] = {}  # by disk name: what is no longer as the checkpoint has it, linears aside
+        self._seams = seams(skeleton, index)
+        self._hooks: dict[str, Any] = {}
         self._runners: dict[str, Any] = {}
         self._seen: dict[tuple[str, str], Spill] = {}
 
@@ -184,33 +79,66 @@ class Block:
             at_once = not sequential and (self.kept is not None or self._fits(every))
             if at_once:
                 known = self._collect_reference()
-        for stage in (part for whole in self.skeleton.stages(self.index) for part in self._parts(whole)):
-            groups = [[self._disk(name) for name in group.linears] for group in stage]
-            names = [name for group in groups for name in group]
-            originals = {
-                name: self.skeleton.checkpoint.tensor(name + ".weight").to(self.skeleton.device) for name in names
-            }
-            work = StageWork({name: Dense(weight) for name, weight in originals.items()}, originals, groups)
-            if self._runners and not at_once:
-                work.statistics = self._collect(stage)
-            else:
-                work.statistics = {name: known.pop(name) for name in names if name in known}
-            work.metrics = {name: metrics.pop(name) for name in names if name in metrics}
-            before = dict(work.linears)
-            yield work
-            work.metrics.clear()
-            work.statistics.clear()  # the caller still holds the work while the next stage is measured
-            self.linears.update(work.linears)
-            for group in stage:
-                for name in group.linears:
-                    operator = work.linears[self._disk(name)]
-                    if "compressed" in self._runners and operator is not before[self._disk(name)]:
-                        linear = self._runners["compressed"].layers[0].get_submodule(name)
-                        weight = operator.dense(self.skeleton.dtype).to(self.skeleton.device)
-                        linear.weight = nn.Parameter(weight, requires_grad=False)
-                        if any(part.rounds_activations for part in operator.inside()):
-                            linear.register_forward_hook(partial(_beyond_weight, operator))
-            self._replay()
+        for whole in self.skeleton.stages(self.index):
+            names = {self._disk(name) for group in whole for name in group.linears}
+            offered = {feeder: seam for feeder, seam in self._seams.items() if names.issuperset(seam.linears)}
+            folded: dict[str, Tensor] = {}
+            for number, stage in enumerate(self._parts(whole)):
+                work = self._work(stage)
+                if self._runners and not at_once:
+                    work.statistics = self._collect(stage)
+                else:
+                    work.statistics = {name: known.pop(name) for name in work.linears if name in known}
+                work.metrics = {name: metrics.pop(name) for name in work.linears if name in metrics}
+                before = dict(work.linears)
+                work.seams = {} if number else offered
+                for feeder, scale in folded.items():  # which the stage's first part decided
+                    work.scale(offered[feeder], scale)
+                yield work
+                folded |= work.folded
+                work.metrics.clear()
+                work.statistics.clear()  # the caller still holds the work while the next stage is measured
+                self.linears.update(work.linears)
+                for name in (name for group in stage for name in group.linears):
+                    if work.linears[self._disk(name)] is not before[self._disk(name)]:
+                        self._put(name)
+            self._fold(folded)
+            self._replay(folded)
+
+    def _work(self, stage: Stage) -> StageWork:
+        groups = [[self._disk(name) for name in group.linears] for group in stage]
+        names = [name for group in groups for name in group]
+        originals = {name: self.skeleton.checkpoint.tensor(name + ".weight").to(self.skeleton.device) for name in names}
+        return StageWork({name: Dense(weight) for name, weight in originals.items()}, originals, groups)
+
+    def _put(self, name: str) -> None:
+        """Let the compressed chain run what became of a linear, by its name in memory."""
+        if "compressed" not in self._runners:
+            return
+        operator, linear = self.linears[self._disk(name)], self._runners["compressed"].layers[0].get_submodule(name)
+        weight = operator.dense(self.skeleton.dtype).to(self.skeleton.device)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        if name in self._hooks:
+            self._hooks.pop(name).remove()
+        if any(part.rounds_activations for part in operator.inside()):
+            self._hooks[name] = linear.register_forward_hook(partial(beyond_weight, operator))
+
+    def _fold(self, scales: Mapping[str, Tensor]) -> None:
+        """Let what feeds a stage, and readers that passes do not rewrite, follow the scales that were moved."""
+        for feeder, scale in scales.items():
+            seam, source = self._seams[feeder], self._disk(feeder)
+            if not seam.norm:
+                above = torch.ones(self.linears[source].shape[0] - seam.channels, device=scale.device)
+                self.linears[source] = self.linears[source].rows_times(1 / torch.cat([above, scale]))
+                self._put(feeder)
+            for name, change in changes(self.skeleton, self.index, seam, scale).items():
+                module, kind = name.rsplit(".", 1)
+                if kind == "weight" and self._disk(module) in self.linears:
+                    continue
+                self.tensors[self._disk(name)] = change(self.skeleton.checkpoint.tensor(self._disk(name)))
+                if "compressed" in self._runners:
+                    found = self._runners["compressed"].layers[0].get_submodule(module)
+                    setattr(found, kind, nn.Parameter(change(getattr(found, kind)), requires_grad=False))
 
     def _sizes(self, stage: Stage) -> list[float]:
         """Bytes of each group's statistics."""
@@ -243,21 +171,31 @@ class Block:
         found = output_metrics(self.skeleton, runner, self.chains.read(self.index, chain)[: self.chains.batch], names)
         return {self._disk(name): metric for name, metric in zip(names, found, strict=True)}
 
-    def _replay(self) -> None:
-        """Of the parts whose last linear is now final, compute only that linear from here on."""
+    def _replay(self, scales: Mapping[str, Tensor]) -> None:
+        """Of the parts whose last linear is now final, compute only that linear from here on.
+
+        Args:
+            scales: that were moved into it, by what feeds it.
+        """
         family = self.skeleton.family
+        moved = {
+            reader: self._seams[feeder].columns(scale)
+            for feeder, scale in scales.items()
+            for reader in self._seams[feeder].readers
+        }
         for (chain, part), inputs in self._seen.items():
             layer, end = self._runners[chain].layers[0], family.ends[part]
             name, attention = end.removeprefix(part + "."), part == family.attention
-            setattr(layer, part, _Replay(name, layer.get_submodule(end), inputs, attention=attention))
+            scale = moved.get(end) if chain == "compressed" else None
+            setattr(layer, part, Replay(name, layer.get_submodule(end), inputs, scale, attention=attention))
         self._seen = {}
 
-    def _forward(self, chain: str, rows: slice, capture: _Capture | None = None) -> Any:
+    def _forward(self, chain: str, rows: slice, capture: Capture | None = None) -> Any:
         """One micro-batch of a chain through its block: captured inputs with a capture, else the block's output."""
         assert self.chains is not None
         runner, hidden = self._runners[chain], self.chains.read(self.index, chain)[rows]
         for module in runner.layers[0].children():
-            if isinstance(module, _Replay):
+            if isinstance(module, Replay):
                 module.rows = rows
         if capture is None:
             return self.skeleton.run(runner, hidden)
@@ -291,23 +229,23 @@ class Block:
         return {self._disk(name): sums[group] for group in groups if group in sums for name in group.linears}
 
     @contextmanager
-    def _captures(self, groups: list[Group]) -> Iterator[dict[str, _Capture]]:
+    def _captures(self, groups: list[Group]) -> Iterator[dict[str, Capture]]:
         """What watches some groups in each chain."""
         dtype = self.skeleton.dtype
-        found = {chain: _Capture(runner.layers[0], groups, dtype) for chain, runner in self._runners.items()}
+        found = {chain: Capture(runner.layers[0], groups, dtype) for chain, runner in self._runners.items()}
         yield found
         for capture in found.values():
             capture.close()
 
     def _inputs(
-        self, rows: slice, captures: dict[str, _Capture]
+        self, rows: slice, captures: dict[str, Capture]
     ) -> dict[Group, tuple[Tensor, Tensor | None, Tensor | None]]:
         """What enters the groups that are watched, of one micro-batch: inputs, coefficients of experts, and inputs in
         the reference chain if there are two; the reference block is routed as the compressed one."""
         lead, both = "compressed" if "compressed" in self._runners else "reference", len(self._runners) == 2
         seen, reference = self._forward(lead, rows, captures[lead]), {}
         if both:
-            with _RoutedAs(self._runners[lead], self._runners["reference"]):
+            with RoutedAs(self._runners[lead], self._runners["reference"]):
                 reference = self._forward("reference", rows, captures["reference"])
         return {group: (x, w, reference[group][0] if both else None) for group, (x, w) in seen.items()}
 
@@ -350,7 +288,7 @@ class Block:
         groups = [group for stage in self.skeleton.stages(self.index) for group in stage]
         if self.kept is None:
             groups = [group for group in groups if self._kinds(group)]
-        capture = _Capture(self._runners["reference"].layers[0], groups, self.skeleton.dtype, stop=False)
+        capture = Capture(self._runners["reference"].layers[0], groups, self.skeleton.dtype, stop=False)
         sums: dict[Group, Statistics] = {}
 
         def run(rows: slice) -> Tensor:
@@ -380,27 +318,6 @@ class Block:
             carry(self.chains, chain, self.index + 1, partial(self._forward, chain))
         self._runners.clear()
         self.chains.commit(self.index + 1)
-
-
-def _beyond_weight(operator: Operator, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """A linear's output, and what its operator does beside multiplying: rounding of inputs, or in the KV cache."""
-    return output + operator.beyond(args[0].float()).to(output.dtype)
-
-
-class _RoutedAs:
-    """While active, the experts of `follower` take the routing of the last forward pass of `leader`."""
-
-    def __init__(self, leader: nn.Module, follower: nn.Module) -> None:
-        pairs = zip(leader.modules(), follower.modules(), strict=True)
-        self._pairs = [(a, b) for a, b in pairs if isinstance(a, Experts) and isinstance(b, Experts)]
-
-    def __enter__(self) -> None:
-        for leader, follower in self._pairs:
-            follower.forced = leader.routing
-
-    def __exit__(self, *exception: object) -> None:
-        for _, follower in self._pairs:
-            follower.forced = None
 
 
 def walk(

@@ -191,23 +191,23 @@ def _store(block: Block, names: Sequence[str], plan: Plan, checkpoint: Checkpoin
         names: of the block's tensors in the checkpoint.
     """
     tensors: dict[str, Tensor] = {}
-    rewritten: dict[str, tuple[Operator, list[str]]] = {}  # and the suffixes of its tensors
+    written: dict[str, tuple[Operator, list[str]]] = {}  # and the suffixes of its tensors
     for name in names:
         linear = name.removesuffix(".weight")
-        if linear in plan.rewritten:
+        if linear in block.linears:
             operator = plan.format.as_written(block.linears[linear], checkpoint.tensors[name].dtype)
             stored = plan.format.tensors(operator)
-            rewritten[linear] = operator, list(stored)
+            written[linear] = operator, list(stored)
             tensors.update({stored_name(linear, suffix): tensor for suffix, tensor in stored.items()})
         else:
-            tensors[name] = checkpoint.tensor(name)
+            tensors[name] = block.tensors[name] if name in block.tensors else checkpoint.tensor(name)
     if plan.format is PLAIN:
         tensors = fuse(checkpoint.family, tensors)
     writer.write(tensors)
     for name in tensors:
         if not torch.equal(writer.read(name), tensors[name].cpu()):
             raise VerifyError(f"{name}: what was read back is not what was written; check the disk")
-    for linear, (operator, suffixes) in rewritten.items() if plan.format is not PLAIN else ():
+    for linear, (operator, suffixes) in written.items() if plan.format is not PLAIN else ():
         # Of a tensor that several linears share, the last one's was written.
         parts = {suffix: tensors[stored_name(linear, suffix)] for suffix in suffixes}
         if not identical(from_tensors(plan.format.parts(parts, operator.scheme()), operator.scheme()), operator):

@@ -16,7 +16,7 @@ from ..runtime.formats import PLAIN, Around, Format, choose_format
 from ..runtime.model.checkpoint import Checkpoint
 from ..runtime.model.disk_experts import fuse
 from ..runtime.model.skeleton import Skeleton
-from ..runtime.schemes import Dense, Operator, stored_name
+from ..runtime.schemes import Dense, Operator, rewritten, stored_name
 from .passes.base import Cost, LinearPass, ModelPass, Pass, Survey
 from .recipe import Recipe
 from .resources import available_memory, chain_bytes, flops, room_for_moments, stage_memory
@@ -73,7 +73,8 @@ class Plan:
 
     @cached_property
     def rewritten(self) -> dict[str, Operator]:
-        return {name: plan.operator for name, plan in self.linears.items() if plan.steps}
+        """Disk name → operator, of the linears that are stored in another form than as plain weights."""
+        return rewritten({name: plan.operator for name, plan in self.linears.items()})
 
 
 @dataclass(frozen=True)

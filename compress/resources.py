@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..calibrate.chains import BATCH_TOKENS
+from ..calibrate.stage import parts
 from ..calibrate.statistics import KINDS, paired
-from ..calibrate.walk import parts
 from ..runtime.errors import ResourceError
 from ..runtime.model.skeleton import Skeleton, calibration_dtype
 from .passes.base import BUFFERS

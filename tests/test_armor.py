@@ -9,8 +9,8 @@ import torch
 from test_sparse import is_24, pattern, problem
 from torch import Tensor
 
+from compressor.calibrate.stage import StageWork
 from compressor.calibrate.statistics import Statistics
-from compressor.calibrate.walk import StageWork
 from compressor.compress.events import LayerDone
 from compressor.compress.passes.linear.armor import ArmorPass, fitting_block, largest_block
 from compressor.compress.passes.linear.eora import Eora

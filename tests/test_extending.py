@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compressor.calibrate.walk import StageWork
+from compressor.calibrate.stage import StageWork
 from compressor.cli import main
 from compressor.compress.apply import Job, apply
 from compressor.compress.events import Event

@@ -1,34 +1,56 @@
-"""Scales that move between norms and what reads them leave the function as it is, in every family."""
+"""Scales that move between norms, or linears, and what reads them leave the function as it is, in every family."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from pico import FAMILIES, stock_logits
+from torch import Tensor
 
+from compressor.calibrate.drive import start_chains
+from compressor.calibrate.stage import StageWork
+from compressor.calibrate.statistics import KINDS
+from compressor.calibrate.walk import walk
+from compressor.compress.apply import Job, apply
+from compressor.compress.events import Event
+from compressor.compress.passes.base import LinearPass, Need
+from compressor.compress.recipe import parse_recipe
+from compressor.runtime import load
 from compressor.runtime.model.checkpoint import Checkpoint
-from compressor.runtime.model.folds import folded, norms
+from compressor.runtime.model.folds import folded, seams
 from compressor.runtime.model.skeleton import Skeleton
 from compressor.runtime.model.view import Part, changed
+from compressor.runtime.schemes import Dense, Operator
 
 Pico = Callable[..., Path]
-NOTHING_TO_MOVE = {"olmo2", "exaone4"}  # attention and MLP read the residual stream itself
+# Where attention and MLP read the residual stream itself, no norm feeds them.
+NOT_THERE = {"olmo2": {"norm"}, "exaone4": {"norm"}}
+
+
+def then(first: Any, second: Any) -> Any:
+    return lambda tensor: second(first(tensor))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_fold_changes_nothing(pico: Pico, family: str) -> None:
     skeleton = Skeleton(Checkpoint(pico(family, dtype=torch.float32)))
-    generator, parts = torch.Generator().manual_seed(0), dict[str, Part]()
+    generator, parts, kinds = torch.Generator().manual_seed(0), dict[str, Part](), set[str]()
     for index in range(skeleton.blocks):
-        for norm in norms(skeleton, index):
-            width = skeleton.layers[index].get_submodule(norm).weight.shape[0]
-            parts |= folded(skeleton, index, norm, torch.rand(width, generator=generator) + 0.5)
-    assert bool(parts) == (family not in NOTHING_TO_MOVE)
+        for seam in seams(skeleton, index).values():
+            kinds.add("norm" if seam.norm else "linear")
+            scale = torch.rand(seam.channels, generator=generator) + 0.5
+            assert torch.equal(seam.largest(seam.columns(scale)), scale)
+            made = folded(skeleton, index, seam, scale)
+            moved = Skeleton(changed(skeleton.checkpoint, made))
+            assert all(not torch.equal(moved.checkpoint.tensor(n), skeleton.checkpoint.tensor(n)) for n in made)
+            for name, part in made.items():  # of what two seams meet at, such as an upper projection, both
+                parts[name] = Part((name,), then(parts[name].make, part.make)) if name in parts else part
+    assert kinds == {"norm", "linear"} - NOT_THERE.get(family, set())
     moved = Skeleton(changed(skeleton.checkpoint, parts))
-    assert all(not torch.equal(moved.checkpoint.tensor(n), skeleton.checkpoint.tensor(n)) for n in parts)
     ids = torch.randint(0, 128, (2, 24), generator=generator)
     hidden = moved.embed(ids)
     for index in range(moved.blocks):
@@ -36,3 +58,114 @@ def test_a_fold_changes_nothing(pico: Pico, family: str) -> None:
     torch.testing.assert_close(
         moved.logits(hidden), stock_logits(pico(family, dtype=torch.float32), ids), rtol=1e-4, atol=1e-4
     )
+
+
+SCALED = ["llama", "qwen2", "gemma2", "phi3", "starcoder2", "cohere2", "mixtral", "granitemoe", "deepseek_v3"]
+
+
+def random_scales(work: StageWork, generator: torch.Generator) -> dict[str, Tensor]:
+    """One for each seam of a stage, moved there."""
+    scales = {feeder: torch.rand(seam.channels, generator=generator) + 0.5 for feeder, seam in work.seams.items()}
+    for feeder, scale in scales.items():
+        work.fold(feeder, scale)
+    return scales
+
+
+@pytest.mark.parametrize("room", [None, 1.0])
+@pytest.mark.parametrize("family", SCALED)
+def test_inside_the_walk_statistics_follow_and_both_chains_stay_together(
+    pico: Pico, tmp_path: Path, family: str, room: float | None
+) -> None:
+    skeleton = Skeleton(Checkpoint(pico(family, dtype=torch.float32)))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 128, (4, 32), generator=generator)
+    wanted = {name: tuple(KINDS) for index in range(skeleton.blocks) for name in skeleton.linears(index)}
+    chains = start_chains(skeleton, ids, tmp_path, ("compressed", "reference"))
+    moved = 0
+    for block in walk(skeleton, chains, wanted, room=room):
+        columns: dict[str, Tensor] = {}
+        for work in block.stages():
+            before = dict(work.statistics)
+            for feeder, scale in random_scales(work, generator).items():
+                columns |= dict.fromkeys(work.seams[feeder].linears, work.seams[feeder].columns(scale))
+            moved += len(work.folded)
+            for name, found in work.statistics.items():
+                plain = skeleton.checkpoint.tensor(f"{name}.weight")
+                torch.testing.assert_close(work.originals[name], plain * columns.get(name, 1.0))
+                assert float(found.cross.abs().max()) < 1e-3 * float(found.moment.abs().max())
+                if name in work.folded or found is not before[name]:
+                    torch.testing.assert_close(found.sums["peak"], before[name].sums["peak"] / columns[name])
+        block.advance()
+        after = (chains.read(block.index + 1, chain)[:] for chain in chains.names)
+        torch.testing.assert_close(*after, rtol=1e-4, atol=1e-4)
+    assert moved >= 2 * skeleton.blocks
+
+
+class Mover(LinearPass):
+    """Moves scales wherever it can."""
+
+    kind: str = "mover"
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"compressed", "moment"})
+
+    def planned(self, name: str, operator: Operator, group: Mapping[str, Dense]) -> Operator:
+        return operator
+
+    def apply(self, work: StageWork) -> Iterator[Event]:
+        random_scales(work, torch.Generator().manual_seed(len(work.linears)))
+        yield from ()
+
+
+@pytest.mark.parametrize("family", SCALED)
+def test_a_model_whose_scales_moved_in_the_walk_is_the_same(pico: Pico, tmp_path: Path, family: str) -> None:
+    model = pico(family, dtype=torch.float32)
+    text = "data: {samples: 4, sequence_length: 32}\npasses: [{kind: rtn}]\n"
+    recipe = parse_recipe(text).model_copy(update={"passes": (Mover(targets=("*mlp*", "*attn*", "*moe*")),)})
+    apply(Job(recipe, text, (), model, tmp_path / "out", "x"), lambda event: None)
+    before, after = Checkpoint(model), Checkpoint(tmp_path / "out")
+    assert sum(not torch.equal(before.tensor(name), after.tensor(name)) for name in before.tensors) > 4
+    ids = torch.randint(0, 128, (2, 24), generator=torch.Generator().manual_seed(0))
+    expected = stock_logits(model, ids)
+    torch.testing.assert_close(stock_logits(tmp_path / "out", ids), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize(
+    "passes",
+    [
+        "{kind: rtn, bits: 8}",
+        "{kind: w8a8}",
+        "{kind: sparse24}, {kind: rtn, bits: 8, group_size: 16}",
+        "{kind: armor, iterations: 2}",
+        "{kind: rtn, bits: 8}, {kind: eora, rank: 8}",
+        "{kind: lorc, ratio: 0.75}",
+        "{kind: lorc, ratio: 0.75, latent_bits: 4, targets: '*.[kv]_proj'}, {kind: gptq, bits: 3, targets: '*q_proj'}",
+    ],
+)
+def test_what_feeds_a_stage_follows_in_whatever_form_it_is(
+    pico: Pico, tmp_path: Path, family: str, passes: str
+) -> None:
+    """Scales by powers of two move into a projection that was compressed before: the model it makes is the same."""
+    model = pico(family, dtype=torch.float32)
+    text = f"data: {{samples: 4, sequence_length: 32}}\npasses: [{passes}]\n"
+    recipe, outputs = parse_recipe(text), []
+
+    class Doubler(Mover):
+        @property
+        def needs(self) -> frozenset[Need]:  # so that attention runs again, and not its last linear over kept inputs
+            return frozenset()
+
+        def apply(self, work: StageWork) -> Iterator[Event]:
+            for feeder, seam in work.seams.items():
+                if not seam.norm and all(self.wants(name) for name in seam.linears):
+                    work.fold(feeder, 2.0 ** torch.randint(-1, 2, (seam.channels,)))
+            yield from ()
+
+    narrow = [step.model_copy(update={"ignore": ("*.o_proj", "*.down_proj")}) for step in recipe.passes]
+    for name, steps in {"still": narrow, "moved": [Doubler(targets=("*.o_proj", "*.down_proj")), *narrow]}.items():
+        job = Job(recipe.model_copy(update={"passes": tuple(steps)}), text, (), model, tmp_path / name, "x")
+        apply(job, lambda event: None)
+        outputs.append(load(tmp_path / name, "cpu", torch.float32)(input_ids=torch.arange(1, 40)[None]).logits)
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)

@@ -20,8 +20,9 @@ from torch import Tensor
 from compressor.calibrate.drive import start_chains
 from compressor.calibrate.probes import output_metrics
 from compressor.calibrate.sensitivity import Seen, divergences
+from compressor.calibrate.stage import StageWork
 from compressor.calibrate.statistics import Statistics
-from compressor.calibrate.walk import StageWork, walk
+from compressor.calibrate.walk import walk
 from compressor.compress.apply import Job, apply
 from compressor.compress.events import LayerDone
 from compressor.compress.passes.linear.gptq import Gptq

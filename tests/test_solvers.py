@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from compressor.calibrate.stage import StageWork
 from compressor.calibrate.statistics import Statistics
-from compressor.calibrate.walk import StageWork
 from compressor.compress.passes.linear.calibrated import Shift
 from compressor.compress.passes.linear.gptq import Gptq, Solution
 from compressor.compress.solvers.grid import Grid, range_grid, searched_grid

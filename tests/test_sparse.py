@@ -14,8 +14,8 @@ from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_to_dense_cutlass,
 )
 
+from compressor.calibrate.stage import StageWork
 from compressor.calibrate.statistics import Statistics
-from compressor.calibrate.walk import StageWork
 from compressor.compress.events import Fallback
 from compressor.compress.passes.linear.gptq import Gptq
 from compressor.compress.passes.linear.sparse24 import SparsePass, sparse_operator

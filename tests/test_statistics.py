@@ -75,7 +75,7 @@ def test_what_is_lent_counts_as_much_as_is_missing() -> None:
 
 
 def test_groups_of_a_stage_can_be_rewritten_apart() -> None:
-    from compressor.calibrate.walk import StageWork
+    from compressor.calibrate.stage import StageWork
     from compressor.compress.recipe import parse_recipe
     from compressor.runtime.schemes import Dense
 

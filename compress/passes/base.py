@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from torch import Tensor
 
 from ...calibrate.artefact import RoutingFolder
-from ...calibrate.walk import StageWork
+from ...calibrate.stage import StageWork
 from ...runtime.model.checkpoint import Checkpoint
 from ...runtime.model.skeleton import Skeleton
 from ...runtime.schemes import Dense, Operator, with_factors

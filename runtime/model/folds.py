@@ -1,56 +1,100 @@
-"""Scales moved between a norm and what reads it, without changing what the model computes."""
+"""Scales moved between what feeds linears and these, without changing what the model computes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from .skeleton import Skeleton
 from .view import Part
 
 
-def norms(skeleton: Skeleton, index: int) -> dict[str, list[str]]:
-    """The norms of a block whose outputs nothing but matrices read, and these: routers and what weighs shared experts
-    among them. All are names inside the block, in memory."""
-    experts = skeleton.family.experts
-    found: dict[str, list[str]] = {}
-    beside: set[str] = set()
+@dataclass(frozen=True)
+class Seam:
+    """Where a scale can be moved: what a norm or a linear puts out is multiplied by matrices, and by nothing else.
+
+    Attributes:
+        feeder: the norm, or the linear in whose last rows what is read is linear; a name inside the block, in memory.
+        readers: linears that read it, routers, and what weighs shared experts; names alike.
+        linears: disk names of those of the readers that passes may rewrite.
+        channels: numbers that the feeder puts out for them.
+        heads: of queries, and of keys and values, where each of the latter is read by several; (1, 1) elsewhere.
+        norm: whether the feeder is a norm.
+    """
+
+    feeder: str
+    readers: tuple[str, ...]
+    linears: tuple[str, ...]
+    channels: int
+    heads: tuple[int, int]
+    norm: bool
+
+    def columns(self, scale: Tensor) -> Tensor:
+        """A number for each channel → one for each column of a reader."""
+        queries, kept = self.heads
+        return scale.view(kept, -1).repeat_interleave(queries // kept, 0).flatten()
+
+    def largest(self, columns: Tensor) -> Tensor:
+        """A number for each column of a reader → the largest of those of each channel."""
+        queries, kept = self.heads
+        return columns.view(kept, queries // kept, -1).amax(1).flatten()
+
+
+def seams(skeleton: Skeleton, index: int) -> dict[str, Seam]:
+    """Feeder → the seam behind it, of a block."""
+    family, config = skeleton.family, skeleton.config
     modules = dict(skeleton.layers[index].named_modules())
-    for stage in skeleton.stages(index):
-        for group in stage:
-            if group.reads and not hasattr(modules[group.reads], "in_features"):
-                found.setdefault(group.reads, []).extend(group.linears)
-                if experts.number(group.linears[0]) is not None:
-                    beside.add(group.reads)
-    for norm in beside:
-        found[norm] += [name for name in (experts.router, *experts.gates) if name in modules]
+    readers: dict[str, list[str]] = {}
+    for group in (group for stage in skeleton.stages(index) for group in stage if group.reads):
+        readers.setdefault(group.reads, []).extend(group.linears)
+    found = {}
+    for feeder, names in readers.items():
+        norm, beside = not hasattr(modules[feeder], "in_features"), list[str]()
+        if norm and any(family.experts.number(name) is not None for name in names):
+            beside = [name for name in (family.experts.router, *family.experts.gates) if name in modules]
+        channels, heads = modules[names[0]].in_features, (1, 1)
+        if not norm and names[0].startswith(family.attention + "."):
+            heads = config.num_attention_heads, config.num_key_value_heads
+            channels = channels // heads[0] * heads[1]
+        disk = tuple(skeleton.disk_name(index, name) for name in names)
+        found[feeder] = Seam(feeder, (*names, *beside), disk, channels, heads, norm)
     return found
 
 
-def folded(skeleton: Skeleton, index: int, norm: str, scale: Tensor) -> dict[str, Part]:
-    """The tensors of a block, by disk name, with which a norm puts out `1 / scale` of what it did, and all that read it
-    multiply by `scale`.
+def changes(skeleton: Skeleton, index: int, seam: Seam, scale: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Tensor of a block, by its name in memory → what becomes of it when the feeder puts out `1 / scale` of what it
+    did, and all that read it multiply by `scale`.
 
     Args:
-        norm: one of `norms`.
-        scale: positive, `[hidden_size]`.
+        scale: positive, `[channels]`.
     """
-    divide = partial(_divided, scale=scale, offset=float(skeleton.family.offset_norms))
-    parts = {f"{norm}.weight": divide, f"{norm}.bias": partial(_divided, scale=scale, offset=0.0)}
-    made = {
-        name: make for name, make in parts.items() if skeleton.disk_name(index, name) in skeleton.checkpoint.tensors
-    }
-    for reader in norms(skeleton, index)[norm]:
-        made[f"{reader}.weight"] = partial(_multiplied, scale=scale)
-    names = {skeleton.disk_name(index, name): make for name, make in made.items()}
-    return {name: Part((name,), make) for name, make in names.items()}
+    offset = float(seam.norm and skeleton.family.offset_norms)
+    found: dict[str, Callable[[Tensor], Tensor]] = {}
+    for kind, extra in (("weight", offset), ("bias", 0.0)):
+        name = f"{seam.feeder}.{kind}"
+        if skeleton.disk_name(index, name) in skeleton.checkpoint.tensors:
+            found[name] = partial(_divided, scale=scale, offset=extra)
+    times = partial(multiplied, columns=seam.columns(scale))
+    return found | {f"{reader}.weight": times for reader in seam.readers}
 
 
-def _divided(weight: Tensor, *, scale: Tensor, offset: float) -> Tensor:
-    exact = weight.float() + offset
-    return (exact / scale.to(exact.device) - offset).to(weight.dtype)
+def folded(skeleton: Skeleton, index: int, seam: Seam, scale: Tensor) -> dict[str, Part]:
+    """The same for a view: disk names → what they are there."""
+    made = {skeleton.disk_name(index, name): make for name, make in changes(skeleton, index, seam, scale).items()}
+    return {name: Part((name,), make) for name, make in made.items()}
 
 
-def _multiplied(weight: Tensor, *, scale: Tensor) -> Tensor:
-    return (weight.float() * scale.to(weight.device)).to(weight.dtype)
+def _divided(tensor: Tensor, *, scale: Tensor, offset: float) -> Tensor:
+    """A norm's numbers, or the last rows of a linear's."""
+    exact = tensor.float() + offset
+    factor = torch.cat([torch.ones(len(tensor) - len(scale), device=scale.device), scale]).to(exact.device)
+    return (exact / factor.view(-1, *[1] * (tensor.dim() - 1)) - offset).to(tensor.dtype)
+
+
+def multiplied(weight: Tensor, *, columns: Tensor) -> Tensor:
+    """A reader's weight `[rows, columns]` times the scale of its columns."""
+    return (weight.float() * columns.to(weight.device)).to(weight.dtype)

@@ -29,6 +29,7 @@ class Armor(Composite):
 
     kind: ClassVar[str] = "armor"
     moves_inputs: ClassVar[bool] = True
+    ends: ClassVar[tuple[str, ...]] = ("a",)
     a: Operator
     core: Operator
     b: Operator

@@ -27,10 +27,12 @@ class Operator(ABC):
     Attributes:
         kind: its name in `config.json`.
         moves_inputs: whether an operator inside meets other inputs than this one does.
+        ends: of one made of others, those (by their fields) whose rows are its own, as what comes out last.
     """
 
     kind: ClassVar[str]
     moves_inputs: ClassVar[bool] = False
+    ends: ClassVar[tuple[str, ...]] = ()
 
     @property
     @abstractmethod
@@ -100,6 +102,13 @@ class Operator(ABC):
             scales, zeros, bits, group_size: as of `IntQuantized`, for groups of all columns.
         """
         raise NotImplementedError(f"{self.kind} holds no plain numbers")
+
+    def rows_times(self, scale: Tensor) -> Operator:
+        """This operator, each row times a number of `[out_features]`. Where rows have scales these are rounded again,
+        which powers of two are not subject to."""
+        if not self.ends:
+            raise NotImplementedError(f"{self.kind}: its rows have no scales of their own")
+        return replace(self, **{name: getattr(self, name).rows_times(scale) for name in self.ends})  # type: ignore[type-var]
 
     def cached_bytes(self, itemsize: int) -> int:
         """Bytes that attention caches of a token's key or value, where a number of the model has `itemsize`."""

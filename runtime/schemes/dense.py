@@ -44,6 +44,9 @@ class Dense(Operator):
     def coded(self, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int) -> IntQuantized:
         return IntQuantized(codes, scales, zeros, bits, group_size)
 
+    def rows_times(self, scale: Tensor) -> Dense:
+        return Dense((self.weight.float() * scale[:, None]).to(self.weight.dtype))
+
     def rows(self, rows: slice) -> Dense:
         """Some rows of it."""
         return Dense(self.weight[rows])

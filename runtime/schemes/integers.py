@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -64,6 +64,9 @@ class IntQuantized(Operator):
         """The same where so many columns of the whole weight share a scale; -1 for all."""
         group = "per row" if group_size < 0 else f"g{group_size}"
         return f"int{self.bits} {group}" + ("" if self.zeros is None else " asymmetric")
+
+    def rows_times(self, scale: Tensor) -> IntQuantized:
+        return replace(self, scales=(self.scales.float() * scale[:, None]).to(self.scales.dtype))
 
     def rows(self, rows: slice) -> IntQuantized:
         """Some rows of it, which has no zero points."""

@@ -26,6 +26,7 @@ class LowRank(Operator):
     """
 
     kind: ClassVar[str] = "lowrank"
+    ends: ClassVar[tuple[str, ...]] = ("up",)
     up: Operator
     down: Operator
     groups: int = 1

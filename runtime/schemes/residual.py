@@ -20,6 +20,7 @@ class WithResidual(Composite):
     """`W = base + residual`: what compression left out of `base`, kept at low rank."""
 
     kind: ClassVar[str] = "residual"
+    ends: ClassVar[tuple[str, ...]] = ("base", "residual")
     base: Operator
     residual: LowRank
 

@@ -27,6 +27,7 @@ class Sparse24(Operator):
     """
 
     kind: ClassVar[str] = "sparse24"
+    ends: ClassVar[tuple[str, ...]] = ("values",)
     values: Operator
     indices: Tensor
 

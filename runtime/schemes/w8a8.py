@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -56,6 +56,9 @@ class W8A8(Operator):
     @property
     def description(self) -> str:
         return "w8a8 int8" if self.codes.dtype == torch.int8 else "w8a8 fp8"
+
+    def rows_times(self, scale: Tensor) -> W8A8:
+        return replace(self, scales=(self.scales.float() * scale[:, None]).to(self.scales.dtype))
 
     def to_tensors(self) -> dict[str, Tensor]:
         return {"weight": self.codes, "weight_scale": self.scales}

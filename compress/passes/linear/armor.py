@@ -19,7 +19,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ....calibrate.walk import StageWork
+from ....calibrate.stage import StageWork
 from ....runtime.errors import RecipeError
 from ....runtime.schemes import Armor, Dense, Operator
 from ...events import Event, Fallback, LayerDone

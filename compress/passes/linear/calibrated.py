@@ -11,8 +11,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from ....calibrate.stage import StageWork
 from ....calibrate.statistics import Statistics
-from ....calibrate.walk import StageWork
 from ....kernels.dispatch import cpu_capability, products_dtype
 from ....runtime.errors import RecipeError
 from ....runtime.schemes import Dense, LowRank, Operator

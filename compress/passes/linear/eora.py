@@ -14,7 +14,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ....calibrate.walk import StageWork
+from ....calibrate.stage import StageWork
 from ....runtime.errors import RecipeError
 from ....runtime.schemes import Dense, LowRank, Operator, WithResidual
 from ...events import Event, Fallback, LayerDone

@@ -24,7 +24,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ....calibrate.walk import StageWork
+from ....calibrate.stage import StageWork
 from ....runtime.schemes import Armor, Composite, Operator
 from ...events import Event, Fallback, LayerDone
 from ...solvers.armor_codes import quantize_core

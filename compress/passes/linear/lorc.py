@@ -19,7 +19,7 @@ from torch import Tensor
 from ....calibrate.chains import BATCH_TOKENS
 from ....calibrate.probes import output_metrics
 from ....calibrate.sensitivity import LOGITS, Seen, divergences
-from ....calibrate.walk import StageWork
+from ....calibrate.stage import StageWork
 from ....kernels.layouts import LATENT_SPLIT
 from ....runtime.attention import rope_obstacle, sliding
 from ....runtime.errors import ModelError, RecipeError

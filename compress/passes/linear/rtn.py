@@ -9,8 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ....calibrate.stage import StageWork
 from ....calibrate.statistics import Statistics
-from ....calibrate.walk import StageWork
 from ....runtime.schemes import Composite, Operator, with_factors
 from ...events import Event, LayerDone
 from ...solvers.grid import range_grid, searched_grid

@@ -17,7 +17,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ....calibrate.walk import StageWork
+from ....calibrate.stage import StageWork
 from ....kernels.layouts import compress24
 from ....runtime.errors import RecipeError
 from ....runtime.schemes import Dense, Operator, Sparse24

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from ....calibrate.walk import StageWork
+from ....calibrate.stage import StageWork
 from ....runtime.schemes import W8A8, Dense, Operator, with_factors
 from ...events import Event, LayerDone
 from ...solvers.grid import range_grid, storable
