@@ -10,12 +10,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ..runtime.model.skeleton import Skeleton
+from ..runtime.schemes import Operator
 from .chains import Chains, Spill
 
 
@@ -31,13 +33,24 @@ def carry(chains: Chains, chain: str, generation: int, run: Callable[[slice], Te
     return target
 
 
-def start_chains(skeleton: Skeleton, windows: Tensor, folder: Path, names: tuple[str, ...]) -> Chains:
-    """Generation 0: the embedded calibration windows `[samples, tokens]`, in every chain."""
+def start_chains(
+    skeleton: Skeleton, windows: Tensor, folder: Path, names: tuple[str, ...], embedding: Operator | None = None
+) -> Chains:
+    """Generation 0: the embedded calibration windows `[samples, tokens]`, in every chain.
+
+    Args:
+        embedding: what the compressed chain has in place of the checkpoint's.
+    """
     chains = Chains(folder, names, (*windows.shape, skeleton.config.hidden_size))
     for name in names:
-        carry(chains, name, 0, lambda rows: skeleton.embed(windows[rows]))
+        stored = embedding if name == "compressed" else None
+        carry(chains, name, 0, partial(_embedded, skeleton, windows, stored))
     chains.commit(0)
     return chains
+
+
+def _embedded(skeleton: Skeleton, windows: Tensor, stored: Operator | None, rows: slice) -> Tensor:
+    return skeleton.embed(windows[rows], stored)
 
 
 @dataclass(frozen=True)

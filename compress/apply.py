@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,13 +14,14 @@ from torch import Tensor
 from ..calibrate.artefact import StatisticsFolder
 from ..calibrate.chains import Chains
 from ..calibrate.drive import start_chains
+from ..calibrate.stage import StageWork
 from ..calibrate.statistics import KINDS, UNPAIRED
 from ..calibrate.walk import Block, walk
 from ..runtime.errors import RecipeError, ResourceError, VerifyError
 from ..runtime.formats import PLAIN
 from ..runtime.model.checkpoint import Checkpoint
 from ..runtime.model.disk_experts import fuse
-from ..runtime.schemes import Operator, from_tensors, identical, stored_name
+from ..runtime.schemes import Dense, Operator, from_tensors, identical, stored_name
 from .events import BlockDone, Event, Fallback, LayerDone, Resumed, Starved
 from .fingerprint import make_fingerprint, statistics_source
 from .guards import check_output, source_skeleton
@@ -131,12 +132,15 @@ def _run(
     files, names = writer.finished_by(checkpoint.block_index, skeleton.blocks), checkpoint.block_names()
     done = [entry["block"] for entry in journal.entries if "block" in entry]
     first = max(done) + 1 if done else 0
+    outer: dict[str, Operator] = {}
+    told = [] if done else list(_rewrite_outer(plan, outer, listener))
     if not done:
         writer.start()
     chains: Chains | None = None
     if windows is not None and chain_names(plan.needs) and not (kept is not None and kept.complete):
         if first == 0:
-            chains = start_chains(skeleton, windows, journal.chains, chain_names(plan.needs))
+            embedding = next((operator for name, operator in outer.items() if skeleton.outer()[name]), None)
+            chains = start_chains(skeleton, windows, journal.chains, chain_names(plan.needs), embedding)
         else:
             chains = Chains(journal.chains, chain_names(plan.needs), (*windows.shape, skeleton.config.hidden_size))
             if first < skeleton.blocks and not chains.exists(first):
@@ -145,8 +149,9 @@ def _run(
                     "their place?); put that folder back, or delete the work folder to start over"
                 )
     if not done:
-        writer.write({name: checkpoint.tensor(name) for name in checkpoint.outside_names()})
-        journal.done({"step": "outside", "block": -1, "files": writer.hashes(files[-1])})
+        _store(outer, {}, checkpoint.outside_names(), plan, checkpoint, writer)
+        records, hashes = [event.record() for event in told], writer.hashes(files[-1])
+        journal.done({"step": "outside", "block": -1, "events": records, "files": hashes})
     if done:
         listener(Resumed(first, skeleton.blocks))
     wanting = [(name, step) for name in plan.linears for step in job.recipe.linear_passes.values() if step.wants(name)]
@@ -158,7 +163,7 @@ def _run(
     for block in walk(skeleton, chains, wanted, first, kept, probed, plan.room):
         start = time.monotonic()
         events = list(_rewrite(job.recipe, block, listener))
-        _store(block, names[block.index], plan, checkpoint, writer)
+        _store(block.linears, block.tensors, names[block.index], plan, checkpoint, writer)
         if block.index + 1 < skeleton.blocks:
             block.advance()
         events.append(_block_done(events, block, skeleton.blocks))
@@ -173,6 +178,18 @@ def _run(
         kept.finish(range(skeleton.blocks))
 
 
+def _rewrite_outer(plan: Plan, found: dict[str, Operator], listener: Listener) -> Iterator[Event]:
+    """Fill in what becomes of the embedding and the head, where passes name them."""
+    for name in (name for name in plan.skeleton.outer() if name in plan.linears):
+        weight = plan.skeleton.checkpoint.tensor(f"{name}.weight").to(plan.skeleton.device)
+        work = StageWork({name: Dense(weight)}, {name: weight}, [[name]])
+        for step in plan.recipe.linear_passes.values():
+            for event in step.apply(work) if step.names(name) else ():
+                listener(event)
+                yield event
+        found[name] = work.linears[name]
+
+
 def _rewrite(recipe: Recipe, block: Block, listener: Listener) -> Iterator[Event]:
     for work in block.stages():
         for name, tokens in work.starved.items():
@@ -184,23 +201,32 @@ def _rewrite(recipe: Recipe, block: Block, listener: Listener) -> Iterator[Event
                 yield event
 
 
-def _store(block: Block, names: Sequence[str], plan: Plan, checkpoint: Checkpoint, writer: ShardedWriter) -> None:
-    """Write a block's tensors, read them back and compare what they decode to with what the passes meant.
+def _store(
+    linears: Mapping[str, Operator],
+    changed: Mapping[str, Tensor],
+    names: Sequence[str],
+    plan: Plan,
+    checkpoint: Checkpoint,
+    writer: ShardedWriter,
+) -> None:
+    """Write tensors of a block, or of none; read them back and compare what they decode to with what the passes meant.
 
     Args:
-        names: of the block's tensors in the checkpoint.
+        linears: disk name → what is to be stored in place of the checkpoint's weight.
+        changed: tensors besides that are not as in the checkpoint.
+        names: of all these, and of those that stay, in the checkpoint.
     """
     tensors: dict[str, Tensor] = {}
     written: dict[str, tuple[Operator, list[str]]] = {}  # and the suffixes of its tensors
     for name in names:
         linear = name.removesuffix(".weight")
-        if linear in block.linears:
-            operator = plan.format.as_written(block.linears[linear], checkpoint.tensors[name].dtype)
+        if linear in linears:
+            operator = plan.format.as_written(linears[linear], checkpoint.tensors[name].dtype)
             stored = plan.format.tensors(operator)
             written[linear] = operator, list(stored)
             tensors.update({stored_name(linear, suffix): tensor for suffix, tensor in stored.items()})
         else:
-            tensors[name] = block.tensors[name] if name in block.tensors else checkpoint.tensor(name)
+            tensors[name] = changed[name] if name in changed else checkpoint.tensor(name)
     if plan.format is PLAIN:
         tensors = fuse(checkpoint.family, tensors)
     writer.write(tensors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,10 +17,10 @@ from ..runtime.formats import PLAIN, Around, Format, choose_format
 from ..runtime.model.checkpoint import Checkpoint
 from ..runtime.model.disk_experts import fuse
 from ..runtime.model.skeleton import Skeleton
-from ..runtime.schemes import Dense, Operator, rewritten, stored_name
+from ..runtime.schemes import LOOKUPS, Dense, Operator, rewritten, stored_name
 from .passes.base import Cost, LinearPass, ModelPass, Pass, Survey
 from .recipe import Recipe
-from .resources import available_memory, chain_bytes, flops, room_for_moments, stage_memory
+from .resources import available_memory, chain_bytes, flops, outer_memory, room_for_moments, stage_memory
 
 
 @dataclass(frozen=True)
@@ -111,13 +112,17 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, *, look: bool = False, memory:
     linears: dict[str, LinearPlan] = {}
     matched = dict.fromkeys(recipe.linear_passes, 0)
     for group in input_groups(skeleton):
-        linears |= _plan_group(recipe, checkpoint, group, matched)
+        linears |= _plan_group(recipe.linear_passes, checkpoint, group, matched)
+    for name, looked_up in skeleton.outer().items():
+        named = {number: step for number, step in recipe.linear_passes.items() if step.names(name)}
+        linears |= _plan_outer(named, checkpoint, name, matched, looked_up=looked_up) if named else {}
     for number, count in matched.items():
         if not count:
             step = recipe.linear_passes[number]
             raise RecipeError(
                 f"passes.{number} ({step.kind}) matches no linear of this model: targets {list(step.targets)}, ignore "
-                f"{list(step.ignore)}; names look like {next(iter(linears))}"
+                f"{list(step.ignore)}; names look like {next(iter(linears))}, and outside the blocks are "
+                f"{' and '.join(skeleton.outer())}"
             )
     operators = {name: linear.operator for name, linear in linears.items()}
     around = around_of(skeleton)
@@ -131,7 +136,8 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, *, look: bool = False, memory:
     stages, least = stage_memory(recipe, skeleton, linears, walked)
     room = room_for_moments(stages, memory if memory is not None else available_memory(skeleton.device))
     after = sum(_nbytes(dtype, shape) for dtype, shape in tensors.values())
-    peak = max(survey.memory, *(stage.peak(room) for stage in stages))
+    outer = outer_memory(recipe, skeleton, linears)
+    peak = max(survey.memory, outer, *(stage.peak(room) for stage in stages))
     peak = peak if skeleton.device.type != "cpu" else max(peak, least)
     return Plan(
         recipe, skeleton, linears, tensors, chosen, readers, obstacle, needs, whole.nbytes, after,
@@ -167,7 +173,7 @@ def around_of(skeleton: Skeleton) -> Around:
     """What a format must know of a model beside the form of its linears."""
     family, groups = skeleton.family, input_groups(skeleton)
     experts = frozenset(name for group in groups for name in group if family.expert(name) is not None)
-    return Around(experts, groups, bool(family.experts.fused))
+    return Around(experts, groups, bool(family.experts.fused), skeleton.outer())
 
 
 def input_groups(skeleton: Skeleton) -> list[list[str]]:
@@ -188,13 +194,32 @@ def _original(checkpoint: Checkpoint, name: str) -> Dense:
     return Dense(torch.empty(info.shape, dtype=info.dtype, device="meta"))
 
 
-def _plan_group(
-    recipe: Recipe, checkpoint: Checkpoint, group: list[str], matched: dict[int, int]
+def _plan_outer(
+    steps: Mapping[int, LinearPass], checkpoint: Checkpoint, name: str, matched: dict[int, int], *, looked_up: bool
 ) -> dict[str, LinearPlan]:
-    """Linears that read the same input through all passes that want them; they are counted in `matched`."""
+    """The embedding or the head through the passes that name it."""
+    for number, step in steps.items():
+        if step.needs:
+            raise RecipeError(
+                f"passes.{number}: {step.kind} cannot take {name}, for it solves on what enters a linear, which is "
+                "measured inside blocks; name it in a pass without data, such as rtn"
+            )
+    found = _plan_group(steps, checkpoint, [name], matched)
+    if looked_up and found[name].operator.kind not in {*LOOKUPS, "dense"}:
+        raise RecipeError(
+            f"passes.{max(steps)}: {name} cannot become {found[name].operator.description}, for its rows are looked "
+            "up, and not multiplied; rtn leaves integers, which can be looked up"
+        )
+    return found
+
+
+def _plan_group(
+    steps: Mapping[int, LinearPass], checkpoint: Checkpoint, group: list[str], matched: dict[int, int]
+) -> dict[str, LinearPlan]:
+    """Linears that read the same input through passes, by their numbers; they are counted in `matched`."""
     originals = {name: _original(checkpoint, name) for name in group}
     plans = {name: LinearPlan((), int(original.nbytes), original) for name, original in originals.items()}
-    for number, step in recipe.linear_passes.items():
+    for number, step in steps.items():
         wanted = [name for name in group if step.wants(name)]
         matched[number] += len(wanted)
         # Factors are solved on their own, not beside what reads the same input.
@@ -223,13 +248,13 @@ def rows(plan: Plan) -> list[Row]:
         key = (short, linear.steps, linear.operator.description, linear.operator.shape)
         folded.setdefault(key, []).append((linear.before, linear.operator.nbytes))
         index = plan.skeleton.checkpoint.block_index(name + ".weight")
-        assert index is not None
-        blocks.setdefault(key, set()).add(index)
-        blocks.setdefault(short, set()).add(index)
+        if index is not None:  # else the embedding or the head
+            blocks.setdefault(key, set()).add(index)
+            blocks.setdefault(short, set()).add(index)
     result = []
     for key, sizes in folded.items():
         name, steps, becomes, shape = key
-        if blocks[key] != blocks[name]:
+        if blocks.get(key) != blocks.get(name):
             name = name.replace(".layers.*.", f".layers.{_ranges(blocks[key])}.", 1)
         parameters = len(sizes) * shape[0] * shape[1]
         before, after = (sum(column) for column in zip(*sizes, strict=True))
@@ -273,7 +298,7 @@ def _cache_bytes(checkpoint: Checkpoint, linears: dict[str, LinearPlan]) -> tupl
     before = after = 0
     cached = (checkpoint.family.keys, checkpoint.family.values)
     for name, linear in linears.items():
-        if checkpoint.family.inside(name) in cached:
+        if checkpoint.block_index(f"{name}.weight") is not None and checkpoint.family.inside(name) in cached:
             full = linear.operator.shape[0] * checkpoint.dtype.itemsize
             before += full
             after += linear.operator.cached_bytes(checkpoint.dtype.itemsize)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -91,6 +92,19 @@ def stage_memory(
                 for name in group
             )
     return found, least
+
+
+def outer_memory(recipe: Recipe, skeleton: Skeleton, linears: Linears) -> float:
+    """While the embedding and the head are rewritten, which are whole on the device until they are written."""
+    held = peak = 0.0
+    original = skeleton.checkpoint.dtype.itemsize if skeleton.device.type != "cpu" else 0
+    for name in (name for name in skeleton.outer() if name in linears):
+        operator = linears[name].operator
+        steps = [step for step in recipe.linear_passes.values() if step.names(name)]
+        held += original * math.prod(operator.shape)
+        peak = max(peak, held + max(step.memory([operator]) for step in steps))
+        held += math.prod(operator.shape)  # codes, not packed yet
+    return peak
 
 
 def _working(

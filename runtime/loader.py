@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from .errors import ModelError
 from .formats import NATIVE
 from .model.experts import pack_experts
 from .model.skeleton import Skeleton
-from .schemes import stored_linear
+from .schemes import StoredEmbedding, looked_up, stored_linear
 from .stored import StoredModel, open_model
 
 if TYPE_CHECKING:
@@ -41,14 +42,7 @@ def load(
     model, family = skeleton.model, skeleton.family
     if isinstance(checkpoint, StoredModel):
         for disk_name in checkpoint.schemes:
-            name = family.memory_name(disk_name)
-            parent, _, child = name.rpartition(".")
-            bias = (
-                checkpoint.tensor(disk_name + ".bias").to(target) if disk_name + ".bias" in checkpoint.tensors else None
-            )
-            tensors = {part: tensor.to(target) for part, tensor in checkpoint.parts(disk_name).items()}
-            linear = stored_linear(tensors, checkpoint.schemes[disk_name], bias, kind)
-            setattr(model.get_submodule(parent), child, linear)
+            _put_stored(skeleton, checkpoint, disk_name, target, kind)
     state, beside = {}, skeleton.beside()
     for name, tensor in model.state_dict().items():
         disk_name = beside.get(name) or family.disk_name(name)
@@ -56,9 +50,7 @@ def load(
             stored = checkpoint.tensor(disk_name)
             state[name] = stored.to(target, skeleton.tensor_dtype(name, stored.dtype))
     model.load_state_dict(state, assign=True, strict=False)
-    head = family.disk_name("lm_head.weight") in checkpoint.tensors
-    if not head or torch.equal(model.get_input_embeddings().weight, state["lm_head.weight"]):
-        model.tie_weights()  # a head of its own is kept, whatever the config says, as transformers does
+    _tie(model, state, family.disk_name("lm_head.weight") in checkpoint.tensors)
     model.get_output_embeddings().register_forward_pre_hook(_without_gaps)
     pack_experts(model)
     left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
@@ -72,6 +64,32 @@ def load(
         install_latent_attention(skeleton)
         model.save_pretrained = _cannot_be_saved
     return model.requires_grad_(False).eval()
+
+
+def _put_stored(
+    skeleton: Skeleton, checkpoint: StoredModel, disk_name: str, target: torch.device, kind: torch.dtype
+) -> None:
+    """Put what runs a compressed matrix in its place: a linear's, the embedding's, or that of embedding and head."""
+    model, name = skeleton.model, skeleton.family.memory_name(disk_name)
+    bias = checkpoint.tensor(disk_name + ".bias").to(target) if disk_name + ".bias" in checkpoint.tensors else None
+    tensors = {part: tensor.to(target) for part, tensor in checkpoint.parts(disk_name).items()}
+    scheme = checkpoint.schemes[disk_name]
+    place, old = name, model.get_submodule(name)
+    if isinstance(old, nn.Embedding):
+        model.set_submodule(name, StoredEmbedding(old, looked_up(tensors, scheme), kind))
+        place = "lm_head"
+        if skeleton.family.disk_name("lm_head.weight") in checkpoint.tensors:
+            return
+    model.set_submodule(place, stored_linear(tensors, scheme, bias, kind))
+
+
+def _tie(model: Any, state: Mapping[str, Tensor], own_head: bool) -> None:
+    """Let the head have the embedding's weight, unless it has one of its own, whatever the config says (as transformers
+    does); what is stored otherwise has it already."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    plain = isinstance(head, nn.Linear) and isinstance(embedding, nn.Embedding)
+    if plain and (not own_head or torch.equal(embedding.weight, state["lm_head.weight"])):
+        model.tie_weights()
 
 
 def _without_gaps(head: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:

@@ -77,7 +77,8 @@ def _untouched(plan: Plan, skeleton: Skeleton) -> set[str]:
     beside = {disk: memory for memory, disk in skeleton.beside().items()}
     outside += [beside.get(name) or skeleton.family.memory_name(name) for name in outside]
     names = {name.removesuffix(".weight") for name in outside} | {"lm_head"}
-    return {*dense, *_routers(skeleton), *(name for name in names if not name.endswith("norm"))}
+    changed = {form for name in plan.rewritten for form in (name, skeleton.family.memory_name(name))}
+    return {*dense, *_routers(skeleton), *(name for name in names - changed if not name.endswith("norm"))}
 
 
 def _routers(skeleton: Skeleton) -> list[str]:

@@ -193,13 +193,19 @@ class LinearPass(Pass):
 
     may_grow: ClassVar[bool] = False  # whether weights may take more bytes, for the sake of something else
     targets: Patterns = Field(
-        ("*",), description="linears to work on: globs over names without .weight, or re: patterns"
+        ("*",),
+        description="linears to work on: globs over names without .weight, or re: patterns; the embedding and the "
+        "output head only where they are named in full, as lm_head",
     )
     ignore: Patterns = Field((), description="linears to leave alone, of those that match targets")
 
     def wants(self, name: str) -> bool:
         """Whether a linear, by its disk name without `.weight`, is this pass's to rewrite."""
         return any(matches(p, name) for p in self.targets) and not any(matches(p, name) for p in self.ignore)
+
+    def names(self, name: str) -> bool:
+        """Whether targets say a name in full, as they have to for the embedding and the head."""
+        return name in self.targets and self.wants(name)
 
     def plan(self, name: str, operator: Operator, group: Mapping[str, Dense]) -> Operator:
         """The operator that `apply` will leave, on `meta`; one of factors is rewritten factor by factor.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,11 +26,13 @@ class Around:
         fused: names that some readers put into one matrix (q, k, v; gate, up).
         one_tensor: whether the model as it is published has all experts of a block in one tensor, which transformers
             does not look for in parts.
+        outer: the embedding and the head → whether rows are looked up (`Skeleton.outer`).
     """
 
     experts: frozenset[str] = frozenset()
     fused: Sequence[Sequence[str]] = ()
     one_tensor: bool = False
+    outer: Mapping[str, bool] = field(default_factory=dict)
 
 
 class Format(ABC):

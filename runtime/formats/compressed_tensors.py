@@ -48,6 +48,8 @@ class CompressedTensors(Format):
     def obstacle(self, linears: Mapping[str, Operator], around: Around) -> str:
         stored = rewritten(linears)
         found = _mixture(linears, around)
+        if any(around.outer.get(name) for name in stored):
+            found = found or "an embedding that is stored otherwise"
         if around.one_tensor and any(name in around.experts for name in stored):
             found = found or "experts that lie in one tensor"
         for name, operator in stored.items():
@@ -60,6 +62,8 @@ class CompressedTensors(Format):
         found = {*OURS, "transformers", "vLLM"}.intersection(*(_readers(operator) for operator in stored.values()))
         if any(len({repr(linears[name].scheme()) for name in group}) > 1 for group in around.fused):
             found -= {"vLLM"}
+        if any(name in around.outer for name in stored):
+            found -= {"vLLM"}  # whose schemes are for linears, of which the head is none
         return tuple(sorted(found))
 
     def as_written(self, operator: Operator, dtype: torch.dtype = torch.float32) -> Operator:

@@ -144,7 +144,7 @@ class Family:
     def disk_name(self, name: str) -> str:
         """A tensor or module name of the model in memory → its name in the checkpoint."""
         for memory, disk in self.places.items():
-            if name.startswith(memory + "."):
+            if f"{name}.".startswith(memory + "."):
                 name = disk + name.removeprefix(memory)
                 break
         return ".".join(self.segments.get(segment, segment) for segment in name.split("."))
@@ -156,7 +156,7 @@ class Family:
             padded = padded.replace(f".{disk}.", f".{memory}.")
         name = padded[1:-1]
         for memory, disk in self.places.items():
-            if name.startswith(disk + "."):
+            if f"{name}.".startswith(disk + "."):
                 return memory + name.removeprefix(disk)
         return name
 

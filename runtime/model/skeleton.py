@@ -19,6 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ...kernels.dispatch import cpu_capability, products_dtype
 from ..errors import ModelError
+from ..schemes import Dense, Operator
 from .checkpoint import Checkpoint
 from .experts import unfuse_experts
 from .families import BLOCKS, Group, Stage
@@ -203,6 +204,12 @@ class Skeleton:
             for name in group.linears
         }
 
+    def outer(self) -> dict[str, bool]:
+        """Disk name (without `.weight`) of the embedding and, where it has a matrix of its own, of the output head →
+        whether its rows are looked up, not multiplied."""
+        names = {self._decoder_name("embed_tokens"): True, self.family.disk_name("lm_head"): False}
+        return {name: rows for name, rows in names.items() if f"{name}.weight" in self.checkpoint.tensors}
+
     def stages(self, index: int) -> list[Stage]:
         """The block's groups of linears in execution order, `*` written out, absent ones left out (memory names)."""
         modules = dict(self.layers[index].named_modules())
@@ -302,12 +309,17 @@ class Skeleton:
         return self.forward(runner, hidden)
 
     @torch.no_grad()
-    def embed(self, ids: Tensor) -> Tensor:
-        """Token ids `[batch, tokens]` → what enters block 0, float32 `[batch, tokens, hidden_size]`."""
+    def embed(self, ids: Tensor, stored: Operator | None = None) -> Tensor:
+        """Token ids `[batch, tokens]` → what enters block 0, float32 `[batch, tokens, hidden_size]`.
+
+        Args:
+            stored: the embedding `[vocab_size, hidden_size]`, where it is another than the checkpoint's.
+        """
         found, places = ids.unique(return_inverse=True)
         table = copy.deepcopy(self.decoder.embed_tokens)
         table.padding_idx = None
-        rows = self.checkpoint.tensor(self._decoder_name("embed_tokens.weight"))[found]
+        own = Dense(self.checkpoint.tensor(self._decoder_name("embed_tokens.weight")))
+        rows = (stored or own).rows(found).dense()
         table.weight = nn.Parameter(rows.to(self.device, torch.float32), requires_grad=False)
         decoder = self._decoder_of([])
         decoder.embed_tokens = table

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from .armor import Armor, ArmorLinear
 from .base import (
+    LOOKUPS,
     Composite,
     Operator,
     Problem,
     bits_per_weight,
     from_tensors,
     identical,
+    looked_up,
     rewritten,
     shared_prefixes,
     stored_linear,
@@ -22,15 +24,44 @@ from .base import (
 )
 from .dense import Dense, DenseLinear
 from .integers import IntLinear, IntQuantized
-from .linear import RowsLinear, StoredLinear
+from .linear import RowsLinear, StoredEmbedding, StoredLinear
 from .lowrank import Latent, LatentLinear, LowRank, LowRankLinear, cached_bytes
 from .residual import ResidualLinear, WithResidual
 from .sparse24 import Sparse24, Sparse24Linear
 from .w8a8 import W8A8, W8A8Linear
 
 __all__ = [
-    "W8A8", "Armor", "ArmorLinear", "Composite", "Dense", "DenseLinear", "IntLinear", "IntQuantized", "Latent",
-    "LatentLinear", "LowRank", "LowRankLinear", "Operator", "Problem", "ResidualLinear", "RowsLinear", "Sparse24",
-    "Sparse24Linear", "StoredLinear", "W8A8Linear", "WithResidual", "bits_per_weight", "cached_bytes", "from_tensors",
-    "identical", "rewritten", "shared_prefixes", "stored_linear", "stored_name", "with_factors",
+    "LOOKUPS",
+    "W8A8",
+    "Armor",
+    "ArmorLinear",
+    "Composite",
+    "Dense",
+    "DenseLinear",
+    "IntLinear",
+    "IntQuantized",
+    "Latent",
+    "LatentLinear",
+    "LowRank",
+    "LowRankLinear",
+    "Operator",
+    "Problem",
+    "ResidualLinear",
+    "RowsLinear",
+    "Sparse24",
+    "Sparse24Linear",
+    "StoredEmbedding",
+    "StoredLinear",
+    "W8A8Linear",
+    "WithResidual",
+    "bits_per_weight",
+    "cached_bytes",
+    "from_tensors",
+    "identical",
+    "looked_up",
+    "rewritten",
+    "shared_prefixes",
+    "stored_linear",
+    "stored_name",
+    "with_factors",
 ]  # fmt: skip

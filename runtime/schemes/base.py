@@ -48,6 +48,10 @@ class Operator(ABC):
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight `[out_features, in_features]` this operator stands for."""
 
+    def rows(self, which: Tensor | slice) -> Operator:
+        """Some rows of it, in the same form; of kinds that embeddings may have."""
+        raise NotImplementedError(f"{self.kind}: its rows are not taken apart")
+
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """What it makes of `[..., in_features]`."""
@@ -187,11 +191,19 @@ class Composite(Operator):
 
 
 KINDS: dict[str, tuple[type[Operator], Any]] = {}  # kind → operator, and the class of the module that runs it
+LOOKUPS: dict[str, Any] = {}  # kind → the class of the module that looks rows up, where embeddings may be stored so
 
 
-def register(operator: type[Operator], module: Any) -> None:
-    """Let folders hold an operator; `module(tensors, scheme, dtype)` runs it as a `StoredLinear`."""
+def register(operator: type[Operator], module: Any, rows: Any = None) -> None:
+    """Let folders hold an operator.
+
+    Args:
+        module: `module(tensors, scheme, dtype)` runs it as a `StoredLinear`.
+        rows: `rows(tensors, scheme)(numbers, dtype)` are some rows of it, for an embedding.
+    """
     KINDS[operator.kind] = operator, module
+    if rows is not None:
+        LOOKUPS[operator.kind] = rows
 
 
 def from_tensors(tensors: Mapping[str, Tensor], scheme: Mapping[str, Any]) -> Operator:
@@ -218,6 +230,11 @@ def stored_linear(
     module = build(tensors, scheme, dtype)
     module.bias = None if bias is None else bias.to(dtype)
     return module
+
+
+def looked_up(tensors: Mapping[str, Tensor], scheme: Mapping[str, Any]) -> Any:
+    """The module that looks up rows of an operator (`register`)."""
+    return LOOKUPS[scheme["kind"]](tensors, scheme)
 
 
 def rewritten(operators: Mapping[str, Operator]) -> dict[str, Operator]:

@@ -47,9 +47,8 @@ class Dense(Operator):
     def rows_times(self, scale: Tensor) -> Dense:
         return Dense((self.weight.float() * scale[:, None]).to(self.weight.dtype))
 
-    def rows(self, rows: slice) -> Dense:
-        """Some rows of it."""
-        return Dense(self.weight[rows])
+    def rows(self, which: Tensor | slice) -> Dense:
+        return Dense(self.weight[which])
 
     def to_tensors(self) -> dict[str, Tensor]:
         return {"weight": self.weight}

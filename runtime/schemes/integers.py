@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...kernels import cpu, dispatch, layouts, ops, reference
 from .base import Operator, register
@@ -68,10 +68,9 @@ class IntQuantized(Operator):
     def rows_times(self, scale: Tensor) -> IntQuantized:
         return replace(self, scales=(self.scales.float() * scale[:, None]).to(self.scales.dtype))
 
-    def rows(self, rows: slice) -> IntQuantized:
-        """Some rows of it, which has no zero points."""
-        assert self.zeros is None
-        return IntQuantized(self.codes[rows], self.scales[rows], None, self.bits, self.group_size)
+    def rows(self, which: Tensor | slice) -> IntQuantized:
+        zeros = None if self.zeros is None else self.zeros[which]
+        return replace(self, codes=self.codes[which], scales=self.scales[which], zeros=zeros)
 
     def to_tensors(self) -> dict[str, Tensor]:
         tensors = {
@@ -153,4 +152,26 @@ class IntLinear(RowsLinear):
         return f"{super().extra_repr()}, int{self.bits}, group_size={self.group_size}"
 
 
-register(IntQuantized, IntLinear)
+class IntRows(nn.Module):
+    """Rows of group-quantized integers, kept packed as on disk (zero points unpacked)."""
+
+    packed: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+
+    def __init__(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any]) -> None:
+        super().__init__()
+        operator = IntQuantized.from_tensors(tensors, scheme)
+        self.bits, self.span, self.columns = operator.bits, operator.span, operator.shape[1]
+        self.register_buffer("packed", tensors["weight_packed"], persistent=False)
+        self.register_buffer("scales", operator.scales, persistent=False)
+        self.register_buffer("zeros", operator.zeros, persistent=False)
+
+    def forward(self, numbers: Tensor, dtype: torch.dtype) -> Tensor:
+        """The rows `[rows, in_features]` of these numbers `[rows]`."""
+        codes = layouts.unpack_codes(self.packed[numbers], self.bits, self.columns)
+        zeros = None if self.zeros is None else self.zeros[numbers]
+        return reference.dequantize_int(codes, self.scales[numbers], zeros, self.span, dtype)
+
+
+register(IntQuantized, IntLinear, IntRows)

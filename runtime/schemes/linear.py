@@ -49,6 +49,28 @@ class StoredLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}"
 
 
+class StoredEmbedding(nn.Module):
+    """An embedding whose rows are decoded when they are looked up.
+
+    Attributes:
+        plain: the model's own module, which is given the rows that are asked for; it may scale them.
+        rows: as `schemes.looked_up` makes it.
+        dtype: of the rows.
+    """
+
+    def __init__(self, plain: nn.Embedding, rows: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        plain.padding_idx = None  # which counts rows of the whole
+        plain.weight = nn.Parameter(torch.empty(0, plain.embedding_dim, dtype=dtype), requires_grad=False)
+        self.plain, self.rows, self.dtype = plain, rows, dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        found = self.rows(ids.flatten(), self.dtype)
+        places = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
+        result: Tensor = torch.func.functional_call(self.plain, {"weight": found}, (places,))
+        return result
+
+
 class RowsLinear(StoredLinear):
     """One whose rows can be decoded on their own, so that products are made a tile of rows at a time; or, on a GPU, one
     that a kernel runs as it is.

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ....calibrate.stage import StageWork
 from ....calibrate.statistics import Statistics
-from ....runtime.schemes import Composite, Operator, with_factors
+from ....runtime.schemes import Composite, Dense, Operator, with_factors
 from ...events import Event, LayerDone
-from ...solvers.grid import range_grid, searched_grid
+from ...solvers.grid import Grid, range_grid, searched_grid
 from ..base import Need
+from .calibrated import ROWS
 from .quantizer import Quantizer, quantized
 
 
@@ -34,7 +35,11 @@ class Rtn(Quantizer):
         return (600.0 if self.search else 10.0) * rows * columns
 
     def memory(self, operators: Sequence[Operator]) -> float:
-        return max(22.0 * rows * columns for rows, columns in (operator.shape for operator in operators))
+        return max(
+            22.0 * min(rows, ROWS) * columns + (1.0 if operator.kind == "int" else 5.0) * max(0, rows - ROWS) * columns
+            for operator in operators
+            for rows, columns in [operator.shape]
+        )
 
     def apply(self, work: StageWork) -> Iterator[Event]:
         for name, operator in list(work.linears.items()):
@@ -62,19 +67,24 @@ class Rtn(Quantizer):
                 statistics = _seen(statistics, operator.seen)
             inner, error = self._rounded(operator.inner, statistics, stored)
             return operator.with_inner(inner), error
-        weight = operator.dense()
+        weight = operator.weight if isinstance(operator, Dense) else operator.dense()
         options = (self.bits, self.group_for(weight.shape[1]), self.symmetric, stored)
         importance = torch.ones(weight.shape[1], device=weight.device)
-        if statistics is not None and statistics.informed:
+        informed = statistics is not None and statistics.informed
+        if statistics is not None and informed:
             importance = statistics.moment.diagonal().clone()
-            grid = searched_grid(weight, importance, *options) if self.search else range_grid(weight, *options)
-        else:
-            grid = range_grid(weight, *options)
-        codes = grid.codes(weight)
-        lost = (grid.values(codes) - weight).square().mul_(importance).sum() / (
-            weight.square().mul_(importance).sum().clamp(min=torch.finfo(torch.float32).tiny)
-        )
-        return quantized(codes, grid, operator), float(lost)
+        grids, codes, lost, scale = [], [], 0.0, 0.0
+        for rows in weight.split(ROWS):
+            exact = rows.float()
+            searched = informed and self.search
+            grid = searched_grid(exact, importance, *options) if searched else range_grid(exact, *options)
+            nearest = grid.codes(exact)
+            lost += float((grid.values(nearest) - exact).square().mul_(importance).sum())
+            scale += float(exact.square().mul_(importance).sum())
+            grids.append(grid)
+            codes.append(nearest.to(torch.int8))
+        relative = lost / max(scale, torch.finfo(torch.float32).tiny)
+        return quantized(torch.cat(codes), Grid.stacked(grids), operator), relative
 
 
 def _seen(statistics: Statistics, moved: Callable[[Tensor], Tensor]) -> Statistics:

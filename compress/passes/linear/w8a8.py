@@ -7,13 +7,14 @@ from typing import Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from ....calibrate.stage import StageWork
 from ....runtime.schemes import W8A8, Dense, Operator, with_factors
 from ...events import Event, LayerDone
 from ...solvers.grid import range_grid, storable
 from ..base import LinearPass
-from .calibrated import plain_floats
+from .calibrated import ROWS, plain_floats
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
@@ -41,7 +42,8 @@ class W8A8Pass(LinearPass):
         return 10.0 * rows * columns
 
     def memory(self, operators: Sequence[Operator]) -> float:
-        return max(15.0 * rows * columns for rows, columns in (operator.shape for operator in operators))
+        shapes = [operator.shape for operator in operators]
+        return max(15.0 * min(rows, ROWS) * columns + 1.0 * max(0, rows - ROWS) * columns for rows, columns in shapes)
 
     def apply(self, work: StageWork) -> Iterator[Event]:
         for name, operator in list(work.linears.items()):
@@ -56,13 +58,19 @@ class W8A8Pass(LinearPass):
             parts = {part: self._rounded(getattr(operator, part), stored) for part in operator.factors}
             whole = with_factors(operator, **{part: result for part, (result, _) in parts.items()})
             return whole, max(error for _, error in parts.values())
-        weight = operator.dense()
+        assert isinstance(operator, Dense)
+        pieces, lost, scale = list[W8A8](), 0.0, 0.0
+        for rows in operator.weight.split(ROWS):
+            exact = rows.float()
+            pieces.append(part := self._nearest(exact, stored))
+            lost += float((part.dense() - exact).square().sum())
+            scale += float(exact.square().sum())
+        codes, scales = torch.cat([piece.codes for piece in pieces]), torch.cat([piece.scales for piece in pieces])
+        return W8A8(codes, scales), lost / max(scale, 1e-30)
+
+    def _nearest(self, weight: Tensor, stored: torch.dtype) -> W8A8:
         if self.type == "int":
             grid = range_grid(weight, 8, -1, True, stored)
-            result = W8A8(grid.codes(weight).to(torch.int8), grid.scales.to(stored))
-        else:
-            scales = storable(weight.abs().amax(1, keepdim=True) / LARGEST, stored)
-            codes = (weight / scales).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
-            result = W8A8(codes, scales.to(stored))
-        lost = (result.dense() - weight).square().sum() / weight.square().sum().clamp(min=1e-30)
-        return result, float(lost)
+            return W8A8(grid.codes(weight).to(torch.int8), grid.scales.to(stored))
+        scales = storable(weight.abs().amax(1, keepdim=True) / LARGEST, stored)
+        return W8A8((weight / scales).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scales.to(stored))
