@@ -1,4 +1,5 @@
-"""`compressor`: the commands. Every import of torch is inside a command, so that `--help` answers at once."""
+"""`compressor`: the commands. torch is imported inside them, once recipe and model are found, so that help and errors
+come at once."""
 
 from __future__ import annotations
 
@@ -79,6 +80,10 @@ def apply(
     if dry_run:
         plan(recipe, model, edits, memory, device, revision, as_json)
         return
+    text, parsed = read(recipe, edits)
+    folder, commit = _model(model, revision)
+    allowed = _bytes(memory)
+
     from ..calibrate.corpus import has_tokenizer
     from ..compress.apply import Job
     from ..compress.apply import apply as run_job
@@ -87,8 +92,6 @@ def apply(
     from ..compress.plan import rows
     from ..runtime.model.checkpoint import Checkpoint
 
-    text, parsed = read(recipe, edits)
-    folder, commit = _model(model, revision)
     checkpoint = Checkpoint(folder)
     blocks = len(checkpoint.block_names())
     if parsed.data.source == "builtin" and checkpoint.parameters > LARGE_MODEL:
@@ -108,8 +111,7 @@ def apply(
                     raise KeyboardInterrupt
 
             done = run_job(
-                job, listener, resume=resume, overwrite=overwrite, statistics=statistics, memory=_bytes(memory),
-                device=device,
+                job, listener, resume=resume, overwrite=overwrite, statistics=statistics, memory=allowed, device=device
             )  # fmt: skip
     except KeyboardInterrupt:
         words = ["compressor", "apply", recipe, model, str(out)]
@@ -148,13 +150,15 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Print what RECIPE would do to MODEL; reads headers, and weights where ranks depend on them alone."""
+    _, parsed = read(recipe, edits)
+    folder, _ = _model(model, revision)
+    allowed = _bytes(memory)
+
     from ..compress.guards import source_skeleton
     from ..compress.plan import make_plan, rows
     from ..compress.resources import estimated_seconds
 
-    _, parsed = read(recipe, edits)
-    skeleton = source_skeleton(_model(model, revision)[0], device)
-    result = make_plan(parsed, skeleton, look=True, memory=_bytes(memory))
+    result = make_plan(parsed, source_skeleton(folder, device), look=True, memory=allowed)
     seconds, free = estimated_seconds(result), shutil.disk_usage(Path.cwd()).free
     if as_json:
         render.document(_plan_record(result) | {"seconds": seconds, "disk_free": free})
@@ -182,9 +186,11 @@ def inspect(
     import fnmatch
 
     from ..runtime.errors import ModelError
-    from ..runtime.stored import StoredModel, open_model
 
     folder, _ = _model(model, None)
+
+    from ..runtime.stored import StoredModel, open_model
+
     opened = open_model(folder)
     record: dict[str, Any] = {
         "model_type": opened.config.get("model_type"),
@@ -236,7 +242,6 @@ def evaluate_command(
     as_json: JsonOption = False,
 ) -> None:
     """Perplexity of MODEL, in float32 and as it runs, and how far it is from another model."""
-    from ..compress.evaluate import EvaluationJob, run_evaluation
     from ..runtime.errors import RecipeError, ResourceError
 
     if max_ppl_ratio is not None and against is None:
@@ -245,6 +250,9 @@ def evaluate_command(
         raise ResourceError(f"--out {out}: is no file in a folder that is there; name one")
     folder, _ = _model(model, None)
     other = None if against is None else _model(against, None)[0]
+
+    from ..compress.evaluate import EvaluationJob, run_evaluation
+
     job = EvaluationJob(folder, other, data, samples, sequence_length, long)
     found = run_evaluation(job, lambda windows: render.reading(windows, sequence_length, long))
     record = {"model": model, "base": against, **found.record()}
@@ -307,13 +315,14 @@ def run(
     seed: Annotated[int, typer.Option(help="number that decides what is sampled")] = 0,
 ) -> None:
     """Generate text."""
+    folder, _ = _model(model, None)
+
     import torch
 
     from ..calibrate.corpus import load_tokenizer
     from ..runtime.errors import RecipeError
     from ..runtime.loader import load
 
-    folder, _ = _model(model, None)
     tokenizer = load_tokenizer(folder)
     loaded: Any = load(folder)
     torch.manual_seed(seed)
@@ -382,6 +391,18 @@ def _print_notes(result: Any) -> None:
         )
 
 
+def _full_memory(error: Exception) -> str:
+    """What to do about an error by which a device's memory is full; empty for others."""
+    kind = getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError)
+    if not isinstance(error, (kind, MemoryError)) and "can't allocate memory" not in str(error):
+        return ""
+    reason = ". ".join(str(error).splitlines()[0].split(". ")[:2]) if str(error) else "no room for more"
+    return (
+        f"the memory is full ({reason}); end other programs that use it, or ask for less at a time: windows of fewer "
+        "tokens, a shorter prompt"
+    )
+
+
 def _interrupt(number: int, frame: object) -> None:
     _state["interrupted"] = True
     raise KeyboardInterrupt
@@ -403,6 +424,8 @@ def main() -> None:
             traceback.print_exc()
         elif isinstance(error, CompressorError):
             print(f"error: {error}", file=sys.stderr)
+        elif full := _full_memory(error):
+            print(f"error: {full}", file=sys.stderr)
         else:
             print(f"internal error: {error!r}; `compressor --debug ...` shows where, please report it", file=sys.stderr)
         sys.exit(2)

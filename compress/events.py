@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..runtime.schemes import Operator, bits_per_weight
+if TYPE_CHECKING:
+    from ..runtime.schemes import Operator
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class LayerDone(Event):
     @classmethod
     def of(cls, name: str, step: str, error: float, result: Operator, tokens: int) -> LayerDone:
         """The event of a linear that became `result`."""
+        from ..runtime.schemes import bits_per_weight
+
         rows, columns = result.shape
         return cls(name, step, error, bits_per_weight(result), rows * columns, tokens)
 

@@ -188,7 +188,6 @@ def _loading_info(folder: Path) -> dict[str, Any]:
     return {"missing_keys": set(), "unexpected_keys": unexpected, "mismatched_keys": set(), "error_msgs": []}
 
 
-def register() -> None:
-    """Make `AutoModelForCausalLM.from_pretrained` understand native folders; importing `compressor.runtime` does it."""
-    AutoConfig.register(NATIVE.name, CompressorConfig, exist_ok=True)
-    AutoModelForCausalLM.register(CompressorConfig, CompressorForCausalLM, exist_ok=True)
+# `AutoModelForCausalLM.from_pretrained` then understands native folders.
+AutoConfig.register(NATIVE.name, CompressorConfig, exist_ok=True)
+AutoModelForCausalLM.register(CompressorConfig, CompressorForCausalLM, exist_ok=True)

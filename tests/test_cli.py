@@ -18,13 +18,50 @@ ROOT = Path(__file__).resolve().parent.parent
 Pico = Callable[..., Path]
 
 
-def test_help_answers_without_torch(tmp_path: Path) -> None:
-    code = (
-        "import sys\nfrom compressor.cli import main\nsys.argv = ['compressor', 'apply', '--help']\n"
-        "try:\n    main.main()\nexcept SystemExit as end:\n    assert not end.code\n"
-        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), 'a heavy import'\n"
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ("apply --help", 0),
+        ("recipes validate everything-moe w4a16-gptq", 0),
+        ("recipes show latents-50", 0),
+        ("recipes schema", 0),
+        ("apply w4a16-gptw model out", 2),
+        ("plan w4a16-gptq nothere", 2),
+        ("plan w4a16-gptq . --memory 16", 2),
+        ("apply w4a16-gptq . out --set passes.0.bit=3", 2),
+        ("eval nothere", 2),
+        ("run nothere -p x", 2),
+    ],
+)
+def test_help_recipes_and_errors_answer_without_torch(tmp_path: Path, words: str, code: int) -> None:
+    script = (
+        f"import sys\nfrom compressor.cli import main\nsys.argv = ['compressor', *{words.split()!r}]\n"
+        f"try:\n    main.main()\nexcept SystemExit as end:\n    assert (end.code or 0) == {code}, end.code\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'scipy', 'safetensors'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, capture_output=True)
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        "torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of ...')",
+        "RuntimeError('DefaultCPUAllocator: can\\'t allocate memory: you tried to allocate 80 bytes')",
+        "MemoryError()",
+    ],
+)
+def test_a_full_memory_is_told_in_one_line(pico: Pico, tmp_path: Path, error: str) -> None:
+    script = (
+        "import sys, torch\nfrom compressor.cli import main\nimport compressor.compress.evaluate as module\n"
+        f"def full(*args):\n    raise {error}\n"
+        f"module.run_evaluation = full\nsys.argv = ['compressor', 'eval', {str(pico())!r}]\nmain.main()\n"
+    )
+    found = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert found.returncode == 2
+    assert found.stderr.startswith("error: the memory is full (")
+    assert found.stderr.count("\n") == 1
+    assert "windows of fewer tokens" in found.stderr
 
 
 def test_the_main_job_by_hand(pico: Pico, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from compressor.calibrate.walk import walk
 from compressor.compress.apply import Job, apply
 from compressor.compress.events import LayerDone
 from compressor.compress.passes.linear.gptq import Gptq
+from compressor.compress.passes.linear.groups import groups_of
 from compressor.compress.passes.linear.lorc import Lorc
 from compressor.compress.passes.linear.rtn import Rtn
 from compressor.compress.plan import make_plan
@@ -248,7 +249,7 @@ def test_the_up_factor_makes_up_for_the_down_factor() -> None:
     [name] = stage.linears
     seen = {}
     step = Gptq(kind="gptq", bits=3, group_size=16, damping=1e-6)
-    for group in step.groups(stage, products=torch.float32):
+    for group in groups_of(step, stage, products=torch.float32):
         if group.names == [f"{name}.down"]:
             stage.linears[group.names[0]] = Dense(group.originals[0] + 0.05)
         else:

@@ -45,6 +45,26 @@ def test_importing_it_brings_in_no_more_than_torch_and_transformers(tmp_path: Pa
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
 
 
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import compressor.runtime\nimport transformers",
+        "import transformers\nimport compressor.runtime",
+        "from compressor.runtime import load",
+        "from compressor.runtime.loader import load",
+        "import compressor.runtime\nfrom transformers import AutoModelForCausalLM",
+    ],
+)
+def test_transformers_knows_of_native_folders_in_whatever_order_the_two_come(tmp_path: Path, imports: str) -> None:
+    code = (
+        f"{imports}\nfrom transformers.models.auto.configuration_auto import CONFIG_MAPPING\n"
+        "assert 'compressor' in CONFIG_MAPPING\n"
+        "import sys, transformers\nassert 'compressor' not in type(transformers.__spec__.loader).__module__\n"
+        "assert not [finder for finder in sys.meta_path if 'compressor.runtime' in type(finder).__module__]\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_plain_folders_load_to_the_same_logits(pico: Pico, family: str) -> None:
     ids = torch.arange(30)[None]

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from compressor.calibrate.stage import StageWork
 from compressor.calibrate.statistics import Statistics
-from compressor.compress.passes.linear.calibrated import Shift
 from compressor.compress.passes.linear.gptq import Gptq, Solution
+from compressor.compress.passes.linear.groups import Shift, groups_of
 from compressor.compress.solvers.grid import Grid, range_grid, searched_grid
 from compressor.compress.solvers.refine import best_scale, differences, refine, row_losses
 from compressor.compress.solvers.sweep import best_sweep, column_sweep, gptq_codes
@@ -32,7 +32,7 @@ def problem(rows: int = 12, columns: int = 40, tokens: int = 200, seed: int = 0)
 def solved(step: Gptq, weight: Tensor, statistics: Statistics) -> tuple[Solution, str]:
     """What the pass makes of one linear."""
     work = StageWork({"x": Dense(weight)}, {"x": weight}, [["x"]], {"x": statistics})
-    (group,) = step.groups(work, act_order=step.act_order)
+    (group,) = groups_of(step, work, act_order=step.act_order)
     (target,) = group.targets()
     return step._solve(weight, target, None, group)
 

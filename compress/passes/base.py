@@ -14,17 +14,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
-from torch import Tensor
 
-from ...calibrate.artefact import RoutingFolder
-from ...calibrate.stage import StageWork
-from ...runtime.model.checkpoint import Checkpoint
-from ...runtime.model.skeleton import Skeleton
-from ...runtime.schemes import Dense, Operator, with_factors
 from ..events import Event, Surveyed
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from typing_extensions import Self
+
+    from ...calibrate.artefact import RoutingFolder
+    from ...calibrate.stage import StageWork
+    from ...runtime.model.checkpoint import Checkpoint
+    from ...runtime.model.skeleton import Skeleton
+    from ...runtime.schemes import Dense, Operator
 
 BUFFERS = 48e6  # bytes: compiled kernels and scratch of the matrix library
 # A chain that is run over the text; kinds of `calibrate.statistics`; and what only surveys and some passes ask for.
@@ -79,7 +80,7 @@ class Pass(BaseModel):
         kind: the name under which recipes ask for the pass.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)  # recipes build one schema of all passes
 
     kind: str
 
@@ -151,6 +152,8 @@ class ModelPass(Pass):
 
     def view(self, skeleton: Skeleton) -> Skeleton:
         """The model of `rewritten`."""
+        from ...runtime.model.skeleton import Skeleton
+
         checkpoint = self.rewritten(skeleton.checkpoint, skeleton)
         unchanged = checkpoint is skeleton.checkpoint
         return skeleton if unchanged else Skeleton(checkpoint, skeleton.dtype, skeleton.device)
@@ -219,6 +222,8 @@ class LinearPass(Pass):
         Raises:
             RecipeError: this pass cannot follow what was done to the linear before.
         """
+        from ...runtime.schemes import Dense, with_factors
+
         if not operator.factors:
             return self.planned(name, operator, group)
         parts: dict[str, Any] = {}

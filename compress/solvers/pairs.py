@@ -12,7 +12,6 @@ from .metric import Metric, settle, times_blocks
 from .sweep import LEAF, column_sweep, halves
 from .system import System
 
-SWEEPS = 10  # rounds that are enough
 _RELAXATION = 1.5
 CHUNK = 128  # columns whose gradient is computed in one GEMM
 _PAIRS = torch.combinations(torch.arange(4), 2)  # the six ways to keep two of four

@@ -13,23 +13,24 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
-from ....calibrate.stage import StageWork
 from ....runtime.errors import RecipeError
-from ....runtime.schemes import Armor, Dense, Operator
 from ...events import Event, Fallback, LayerDone
-from ...solvers.armor import Factors, alternate, pair_step, total_loss, weighed
-from ...solvers.armor_adam import RATE, adam
-from ...solvers.armor_codes import store_wrappers
-from ...solvers.factors import Stored, as_blocks, stored_blocks, stored_rows
-from ...solvers.pairs import CHUNK, SWEEPS, nowag_scales, swept
-from .calibrated import ROWS, Calibrated, Group, plain_floats
+from .calibrated import ROWS, SWEEPS, Calibrated, plain_floats
 from .sparse24 import sparse_operator, sparse_plan
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ....calibrate.stage import StageWork
+    from ....runtime.schemes import Armor, Dense, Operator
+    from ...solvers.armor import Factors
+    from ...solvers.factors import Stored
+    from .groups import Group
 
 LARGEST = 128  # block that `auto` takes, which is the published one
 
@@ -108,6 +109,11 @@ class ArmorPass(Calibrated):
         return result
 
     def _outline(self, name: str, dense: Dense, block_size: int, group: Mapping[str, Dense]) -> Armor:
+        import torch
+
+        from ....runtime.schemes import Armor
+        from ...solvers.factors import stored_rows
+
         core = sparse_plan(self.kind, name, dense)
         rows, columns = dense.shape
         dtype = dense.weight.dtype
@@ -153,7 +159,11 @@ class ArmorPass(Calibrated):
         return max(24.0 * columns**2, 8.0 * columns**2 + 4.0 * rows * columns + 4.0 * copies * largest * columns)
 
     def apply(self, work: StageWork) -> Iterator[Event]:
-        for group in self.groups(work, act_order=True, together=4, products=torch.float32, pruned=True):
+        import torch
+
+        from .groups import groups_of
+
+        for group in groups_of(self, work, act_order=True, together=4, products=torch.float32, pruned=True):
             targets = group.targets()
             numbers = range(len(group.names))
             for which in [list(numbers)] if self.share else [[n] for n in numbers]:
@@ -163,6 +173,10 @@ class ArmorPass(Calibrated):
         self, work: StageWork, group: Group, which: list[int], targets: list[Tensor]
     ) -> Iterator[Event]:
         """Linears that are to have the same B."""
+        import torch
+
+        from ....runtime.schemes import Armor
+
         names, dtype = [group.names[n] for n in which], group.originals[which[0]].dtype
         sizes = [len(target) for target in targets]
         moment = group.system.moment if group.system else group.energy
@@ -193,6 +207,14 @@ class ArmorPass(Calibrated):
         stored has no larger loss than that of NoWag-P, or of SparseGPT with sweeps: else these are stored. To start
         from the latter ends higher, for its pairs have settled for values without factors around them.
         """
+        import torch
+
+        from ...solvers.armor import Factors, alternate, pair_step, total_loss
+        from ...solvers.armor_adam import RATE, adam
+        from ...solvers.armor_codes import store_wrappers
+        from ...solvers.factors import as_blocks, stored_blocks
+        from ...solvers.pairs import CHUNK, nowag_scales, swept
+
         inputs, outputs = torch.ones_like(goal[:, :1]), torch.ones_like(goal[0])
         energy, loss = group.energy, group.energy
         if self.objective == "proxy":
@@ -244,6 +266,8 @@ class Solved:
 
 def shrunk(moment: Tensor, share: float) -> Tensor:
     """`(1 - share) H + share diag(H)`."""
+    import torch
+
     if not share:
         return moment
     return torch.lerp(moment, torch.diag(moment.diagonal()), share)
@@ -275,5 +299,9 @@ def fitting_block(sizes: Sequence[int], asked: int) -> int:
 
 
 def _losses(goal: Tensor, product: Tensor, moment: Tensor) -> Tensor:
+    import torch
+
+    from ...solvers.armor import weighed
+
     error = goal - product
     return torch.linalg.vecdot(weighed(moment, error), error, dim=0)

@@ -2,103 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
-from ....calibrate.stage import StageWork
-from ....calibrate.statistics import Statistics
-from ....kernels.dispatch import cpu_capability, products_dtype
 from ....runtime.errors import RecipeError
-from ....runtime.schemes import Dense, LowRank, Operator
-from ...solvers.lowrank import refit_up
-from ...solvers.system import NotSolvable, System, damped_system
 from ..base import LinearPass, Need
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from typing_extensions import Self
 
+    from ....runtime.schemes import Dense, Operator
+
+SWEEPS = 10  # rounds over all groups of four that are enough
 ROWS = 4096  # solved at a time: memory is bounded, and GEMMs are large enough
-
-
-@dataclass(frozen=True)
-class Shift:
-    """What corrects a target for the errors before it: `W → W + α W C H⁻¹`, C the cross moment `[columns, columns]`.
-
-    Attributes:
-        matrix: `C H⁻¹`, or C where the rows are few and it is cheaper to multiply them first.
-        system: of H in the latter case.
-    """
-
-    matrix: Tensor
-    system: System | None
-
-    @classmethod
-    def of(cls, cross: Tensor, system: System, rows: int) -> Shift:
-        if rows < cross.shape[0]:
-            return cls(cross.to(system.factor.dtype), system)
-        return cls(system.solve_right(cross), None)
-
-    def corrected(self, weight: Tensor, alpha: float) -> Tensor:
-        """The target of `[rows, columns]`."""
-        moved = weight.to(self.matrix.dtype) @ self.matrix
-        if self.system is not None:
-            moved = self.system.solve_right(moved)
-        return torch.add(weight, moved, alpha=alpha)
-
-
-@dataclass(frozen=True)
-class Group:
-    """Linears that read the same input, and what is known of it.
-
-    Attributes:
-        names, operators, originals: of each linear; originals as the checkpoint stores them.
-        tokens: rows that its statistics have seen.
-        system: its second moment, damped and factored, or None where `reason` says why there is none.
-        energy: float32 `[columns]`, the diagonal of the moment as it was measured (ones without a system).
-        shift: the correction for the errors of earlier layers, or None.
-        alpha: how much of it is wanted.
-        pruned: whether columns compete for what is kept, so that those without input are to be nothing.
-    """
-
-    names: list[str]
-    operators: list[Operator]
-    originals: list[Tensor]
-    tokens: int
-    system: System | None
-    energy: Tensor
-    reason: str
-    shift: Shift | None
-    alpha: float
-    pruned: bool = False
-
-    def part(self, numbers: Sequence[int]) -> Group:
-        """Some of its linears."""
-        return replace(
-            self,
-            names=[self.names[n] for n in numbers],
-            operators=[self.operators[n] for n in numbers],
-            originals=[self.originals[n] for n in numbers],
-        )
-
-    def alive(self, weight: Tensor) -> Tensor:
-        """A weight `[rows, columns]` without the columns whose inputs were never anything but zero."""
-        return weight * (self.energy > 0)
-
-    def targets(self) -> list[Tensor]:
-        """float32 weights to aim at, `[rows, columns]` each."""
-        exact = [original.float() for original in self.originals]
-        if self.pruned:
-            exact = [self.alive(weight) for weight in exact]
-        if self.shift is None:
-            return exact
-        parts = (self.shift.corrected(part, self.alpha) for part in torch.cat(exact).split(ROWS))
-        return list(torch.cat(list(parts)).split([len(weight) for weight in exact]))
 
 
 class Calibrated(LinearPass):
@@ -135,110 +53,6 @@ class Calibrated(LinearPass):
             return frozenset({"reference", "moment"})
         return frozenset({"compressed", "moment", "cross"} if self.correction else {"compressed", "moment"})
 
-    def groups(
-        self,
-        work: StageWork,
-        *,
-        act_order: bool = False,
-        together: int = 1,
-        products: torch.dtype | None = None,
-        pruned: bool = False,
-    ) -> Iterator[Group]:
-        """The stage's wanted linears by the input they read.
-
-        Args:
-            act_order, together: as of `damped_system`.
-            pruned: as of `Group`.
-            products: what the system is held and multiplied in; default: bfloat16 where the processor is fast at it.
-        """
-        products = products or products_dtype(cpu_capability())
-        system_of = partial(damped_system, damping=self.damping, act_order=act_order, together=together)
-        for members in work.groups:
-            names = [name for name in members if self.wants(name)]
-            if not names:
-                continue
-            group = replace(self._group(work, names, system_of, products), pruned=pruned)
-            whole = [number for number, name in enumerate(names) if not work.linears[name].factors]
-            if whole:
-                yield group.part(whole)
-            for number in (n for n in range(len(names)) if n not in whole):
-                yield from self._factors(work, group.part([number]), system_of, products)
-
-    def _factors(
-        self, work: StageWork, group: Group, system_of: Callable[[Tensor], System], products: torch.dtype
-    ) -> Iterator[Group]:
-        """A low-rank linear's factors in the order in which they run, each a group of its own whose results, set in
-        `work.linears` under the factor's name, are gathered again.
-
-        `down` sees the linear's inputs; its errors count as they come out of `up`, whose columns are orthonormal. `up`
-        sees `D x` and aims at the linear's own target.
-        """
-        [name], [target] = group.names, group.targets()
-        operator, dtype = work.linears[name], group.originals[0].dtype
-        assert isinstance(operator, LowRank)
-        below, above = f"{name}.down", f"{name}.up"
-        work.linears[below] = operator.down
-        weight = operator.down.dense(dtype)
-        yield replace(group, names=[below], operators=[operator.down], originals=[weight], shift=None)
-        operator = replace(operator, down=work.linears.pop(below))
-        if "up" in operator.factors:
-            plain = isinstance(operator.up, Dense)  # a pattern that is there already would not survive being refitted
-            weight, statistics = operator.up.dense(), None
-            if group.system is not None:
-                moment = group.system.moment.float()
-                if plain:
-                    weight = refit_up(target, moment, operator.down.dense(), weight)
-                statistics = Statistics(group.tokens, {"moment": operator.between(moment)})
-            known = _known(statistics, system_of, weight, products, group.reason)
-            work.linears[above] = Dense(weight.to(dtype)) if plain else operator.up
-            yield replace(
-                group, names=[above], operators=[work.linears[above]], originals=[weight.to(dtype)], shift=None, **known
-            )
-            operator = replace(operator, up=work.linears.pop(above))
-        work.linears[name] = operator
-
-    def _group(
-        self,
-        work: StageWork,
-        names: list[str],
-        system_of: Callable[[Tensor], System],
-        products: torch.dtype,
-    ) -> Group:
-        operators, originals = [work.linears[n] for n in names], [work.originals[n] for n in names]
-        statistics = work.statistics.get(names[0])
-        known = _known(statistics, system_of, originals[0], products)
-        shift, system = None, known["system"]
-        if self.correction and system is not None and statistics is not None and statistics.cross is not None:
-            shift = Shift.of(statistics.cross, system, sum(len(original) for original in originals))
-        return Group(names, operators, originals, shift=shift, alpha=self.correction, **known)
-
-
-def _known(
-    statistics: Statistics | None,
-    system_of: Callable[[Tensor], System],
-    weight: Tensor,
-    products: torch.dtype,
-    reason: str = "no calibration token came by (more data.samples?)",
-) -> dict[str, Any]:
-    """What a group knows of its inputs: tokens, system, energy, and the reason where there is no system.
-
-    Args:
-        weight: `[rows, columns]` of one of its linears, on the device where it is solved.
-    """
-    tokens = 0 if statistics is None else statistics.tokens
-    if statistics is not None and statistics.informed:
-        if not statistics.moment.diagonal().any():
-            reason = "its inputs were all zero"
-        else:
-            try:
-                system = system_of(statistics.moment).to(products)
-                energy = statistics.moment.diagonal().clone()
-                return {"tokens": tokens, "system": system, "energy": energy, "reason": ""}
-            except NotSolvable as error:
-                reason = str(error)
-    energy = torch.ones(weight.shape[1], device=weight.device)
-    return {"tokens": tokens, "system": None, "energy": energy, "reason": reason}
-
 
 def plain_floats(step: str, name: str, operator: Operator) -> Dense:
     """The operator of a linear that nothing has compressed, stored as plain floats.
@@ -246,6 +60,10 @@ def plain_floats(step: str, name: str, operator: Operator) -> Dense:
     Raises:
         RecipeError: it is not.
     """
+    import torch
+
+    from ....runtime.schemes import Dense
+
     if not isinstance(operator, Dense):
         raise RecipeError(
             f"{step} cannot take {name}, which an earlier pass has compressed: let one of the two ignore it; which "

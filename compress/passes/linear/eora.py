@@ -8,21 +8,23 @@ eigenvectors; the result is the same, and exact.)
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
-from ....calibrate.stage import StageWork
 from ....runtime.errors import RecipeError
-from ....runtime.schemes import Dense, LowRank, Operator, WithResidual
 from ...events import Event, Fallback, LayerDone
-from ...solvers.factors import stored_rows
-from ...solvers.lowrank import best_low_rank, refit_up
-from .calibrated import Calibrated, Group
+from .calibrated import Calibrated
 
-_NOT_TAKEN: dict[type[Operator], str] = {Dense: "nothing has compressed", WithResidual: "has a residual already"}
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ....calibrate.stage import StageWork
+    from ....runtime.schemes import Dense, Operator, WithResidual
+    from .groups import Group
+
+_NOT_TAKEN = {"dense": "nothing has compressed", "residual": "has a residual already"}  # by kind
 
 
 class Eora(Calibrated):
@@ -67,7 +69,7 @@ class Eora(Calibrated):
             RecipeError: nothing was compressed, the budget is less than one rank, or the result is larger than the
                 weight was.
         """
-        if why := _NOT_TAKEN.get(type(operator)):
+        if why := _NOT_TAKEN.get(operator.kind):
             raise RecipeError(f"{self.kind} cannot take {name}, which {why}: put it after one other pass, once")
         if operator.factors:
             raise RecipeError(f"{self.kind} cannot take {name}, whose latents are to be cached; let it ignore it")
@@ -88,11 +90,17 @@ class Eora(Calibrated):
         return result
 
     def _outline(self, operator: Operator, rank: int, dtype: torch.dtype) -> WithResidual:
+        import torch
+
+        from ....runtime.schemes import LowRank, WithResidual
+
         up = torch.empty(operator.shape[0], rank, dtype=dtype, device="meta")
         down = torch.empty(rank, operator.shape[1], dtype=dtype, device="meta")
         return WithResidual(operator, LowRank(self._stored(up), self._stored(down)))
 
     def _stored(self, part: Tensor) -> Operator:
+        from ...solvers.factors import stored_rows
+
         return stored_rows(part, part.dtype, self.factor_bits)
 
     def flops(self, rows: int, columns: int) -> float:
@@ -108,11 +116,20 @@ class Eora(Calibrated):
         return max(24.0 * columns**2, 8.0 * columns**2 + solving)
 
     def apply(self, work: StageWork) -> Iterator[Event]:
-        for group in self.groups(work, products=torch.float32, pruned=True):
+        import torch
+
+        from .groups import groups_of
+
+        for group in groups_of(self, work, products=torch.float32, pruned=True):
             for number, target in enumerate(group.targets()):
                 yield from self._apply_one(work, group, number, target)
 
     def _apply_one(self, work: StageWork, group: Group, number: int, target: Tensor) -> Iterator[Event]:
+        import torch
+
+        from ....runtime.schemes import LowRank, WithResidual
+        from ...solvers.lowrank import best_low_rank, refit_up
+
         name, operator, dtype = group.names[number], group.operators[number], group.originals[number].dtype
         rows, columns = operator.shape
         moment = group.system.moment.float() if group.system else torch.eye(columns, device=target.device)

@@ -18,22 +18,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
-from ....calibrate.stage import StageWork
-from ....runtime.schemes import Armor, Composite, Operator
 from ...events import Event, Fallback, LayerDone
-from ...solvers.armor_codes import quantize_core
-from ...solvers.grid import Grid, range_grid
-from ...solvers.refine import differences, refine, row_losses
-from ...solvers.sweep import best_sweep
-from ...solvers.system import System
-from .calibrated import ROWS, Calibrated, Group, relative
+from .calibrated import ROWS, Calibrated, relative
 from .quantizer import Quantizer, quantized
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ....calibrate.stage import StageWork
+    from ....runtime.schemes import Operator
+    from ...solvers.grid import Grid
+    from ...solvers.system import System
+    from .groups import Group
 
 _SHRINKS = (1.0, 0.95, 0.9, 0.85)  # of a group's range: cutting off the extremes makes every step smaller
 
@@ -64,10 +65,14 @@ class Gptq(Quantizer, Calibrated):
         return max(24.0 * columns**2, 8.0 * columns**2 + 4.0 * rows * columns + 24.0 * min(rows, ROWS) * columns)
 
     def apply(self, work: StageWork) -> Iterator[Event]:
+        import torch
+
+        from .groups import groups_of
+
         # Codes stay on their grid whatever a rounded moment says of directions without energy; wrappers follow it.
         wrapped = any(_wrapped(operator) for operator in work.linears.values())
         products = torch.float32 if wrapped else None
-        for group in self.groups(work, act_order=self.act_order, products=products, pruned=wrapped):
+        for group in groups_of(self, work, act_order=self.act_order, products=products, pruned=wrapped):
             targets = group.targets()
             aims = [_aim(operator, target) for operator, target in zip(group.operators, targets, strict=True)]
             alone = [number for number, (base, _) in enumerate(aims) if base.moves_inputs and group.system]
@@ -92,6 +97,8 @@ class Gptq(Quantizer, Calibrated):
         self, work: StageWork, group: Group, which: list[int], aims: list[tuple[Operator, Tensor]]
     ) -> Iterator[Event]:
         """Linears that are all 2:4, or none of them, their rows stacked."""
+        import torch
+
         leaves = [_leaf(base) for base, _ in aims]
         weight = torch.cat([leaf.dense(group.originals[0].dtype) for leaf in leaves])
         kept = [leaf.keep for leaf in leaves if leaf.keep is not None]
@@ -109,6 +116,9 @@ class Gptq(Quantizer, Calibrated):
     def _apply_armor(
         self, work: StageWork, group: Group, number: int, base: Operator, target: Tensor
     ) -> Iterator[Event]:
+        from ....runtime.schemes import Armor
+        from ...solvers.armor_codes import quantize_core
+
         system = group.system
         assert isinstance(base, Armor)
         assert system is not None
@@ -126,10 +136,14 @@ class Gptq(Quantizer, Calibrated):
         return _SHRINKS if self.search else _SHRINKS[:1]
 
     def _grid(self, weight: Tensor, stored: torch.dtype, shrink: float = 1.0) -> Grid:
+        from ...solvers.grid import range_grid
+
         return range_grid(weight, self.bits, self.group_for(weight.shape[1]), self.symmetric, stored, shrink)
 
     def _rounded(self, weight: Tensor) -> Solution:
         """The nearest codes; losses are squared errors of the weight."""
+        import torch
+
         exact = weight.float()
         grid = self._grid(exact, weight.dtype)
         codes = grid.codes(exact)
@@ -156,6 +170,11 @@ class Gptq(Quantizer, Calibrated):
         return solution, "rounded to nearest, which had the lower loss" if solution.simple.all() else ""
 
     def _solve_rows(self, weight: Tensor, target: Tensor, keep: Tensor | None, system: System) -> Solution:
+        import torch
+
+        from ...solvers.refine import differences, refine, row_losses
+        from ...solvers.sweep import best_sweep
+
         exact = weight.float()
         # What is sparse was solved for already, values and pattern together: the sweep starts from that.
         start = target if keep is None else exact
@@ -188,6 +207,8 @@ def _wrapped(operator: Operator) -> bool:
 
 def _aim(operator: Operator, target: Tensor) -> tuple[Operator, Tensor]:
     """The part of an operator that meets its inputs as they come and is to be quantized, and what that aims at."""
+    from ....runtime.schemes import Composite
+
     while isinstance(operator, Composite) and not operator.moves_inputs:
         target, operator = operator.aim(target), operator.inner
     return operator, target
@@ -195,6 +216,8 @@ def _aim(operator: Operator, target: Tensor) -> tuple[Operator, Tensor]:
 
 def _leaf(operator: Operator) -> Operator:
     """What holds the numbers."""
+    from ....runtime.schemes import Composite
+
     while isinstance(operator, Composite):
         operator = operator.inner
     return operator
@@ -202,6 +225,8 @@ def _leaf(operator: Operator) -> Operator:
 
 def _replaced(operator: Operator, part: Operator, other: Operator) -> Operator:
     """An operator with another in place of one inside it."""
+    from ....runtime.schemes import Composite
+
     if operator is part:
         return other
     assert isinstance(operator, Composite)
@@ -222,5 +247,9 @@ class Solution:
     @classmethod
     def joined(cls, parts: Sequence[Solution]) -> Solution:
         """One solution of all rows."""
+        import torch
+
+        from ...solvers.grid import Grid
+
         columns = zip(*((part.codes, part.losses, part.scale, part.simple) for part in parts), strict=True)
         return cls(Grid.stacked([part.grid for part in parts]), *map(torch.cat, columns))

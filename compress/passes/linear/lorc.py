@@ -10,26 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-import torch
 from pydantic import Field, PrivateAttr, model_validator
-from torch import Tensor
 
-from ....calibrate.chains import BATCH_TOKENS
-from ....calibrate.probes import output_metrics
-from ....calibrate.sensitivity import LOGITS, Seen, divergences
-from ....calibrate.stage import StageWork
-from ....kernels.layouts import LATENT_SPLIT
-from ....runtime.attention import rope_obstacle, sliding
 from ....runtime.errors import ModelError, RecipeError
-from ....runtime.model.skeleton import HEAD_ROWS, Skeleton
-from ....runtime.schemes import Dense, Latent, LowRank, Operator, cached_bytes
 from ...events import Event, Fallback, LayerDone
-from ...solvers.lowrank import Components, rotation
-from ...solvers.ranks import bisected, greedy, log_condition, progressive, rounded
 from ..base import BUFFERS, Cost, Need, Survey
 from .calibrated import Calibrated, plain_floats
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ....calibrate.sensitivity import Seen
+    from ....calibrate.stage import StageWork
+    from ....runtime.model.skeleton import Skeleton
+    from ....runtime.schemes import Dense, Latent, Operator
 
 _SPREAD = 1.25  # of the highest share over the mean, where only the mean is given
 
@@ -146,6 +142,8 @@ class Lorc(Calibrated):
         Raises:
             RecipeError: no projection is to be cached, or keys could not be rotated again from the cache.
         """
+        from ....runtime.attention import rope_obstacle, sliding
+
         if why := rope_obstacle(skeleton.config):
             raise RecipeError(f"{self.kind}: latents cannot be cached for this model: {why}")
         config = skeleton.config
@@ -204,6 +202,8 @@ class Lorc(Calibrated):
 
     def _cost(self, rank: int) -> int:
         """Bytes of a token's latent in the cache."""
+        from ....runtime.schemes import cached_bytes
+
         return cached_bytes(rank, self.latent_bits, self._checkpoint.dtype.itemsize)
 
     def _budget(self, share: float) -> float:
@@ -212,6 +212,10 @@ class Lorc(Calibrated):
 
     def _rounded(self, shares: Mapping[str, float], mean: float) -> dict[str, int]:
         """Ranks from shares of the bytes."""
+        from ....kernels.layouts import LATENT_SPLIT
+        from ....runtime.schemes import cached_bytes
+        from ...solvers.ranks import rounded
+
         full = self._checkpoint.dtype.itemsize
         channels = LATENT_SPLIT * full / cached_bytes(LATENT_SPLIT, self.latent_bits, full)  # that fit in one's bytes
         widths = {name: shape.width for name, shape in self._shapes.items()}
@@ -228,6 +232,15 @@ class Lorc(Calibrated):
 
     def survey(self, skeleton: Skeleton, survey: Survey) -> Lorc:
         """With the ranks that the weights, or cutting each projection on its own, call for."""
+        import torch
+
+        from ....calibrate.probes import output_metrics
+        from ....calibrate.sensitivity import divergences
+        from ....runtime.model.skeleton import Skeleton
+        from ....runtime.schemes import Dense, LowRank
+        from ...solvers.lowrank import Components
+        from ...solvers.ranks import greedy
+
         if not self._nominal:
             return self
         if not self.calibrated:
@@ -266,6 +279,10 @@ class Lorc(Calibrated):
 
     def survey_cost(self, skeleton: Skeleton, samples: int, sequence_length: int) -> Cost:
         """Of cutting every projection once, where ranks are found on data."""
+        from ....calibrate.chains import BATCH_TOKENS
+        from ....calibrate.sensitivity import LOGITS
+        from ....runtime.model.skeleton import HEAD_ROWS
+
         if not (self._nominal and self.calibrated):
             return Cost()
         tokens = min(samples * sequence_length, BATCH_TOKENS)
@@ -288,6 +305,10 @@ class Lorc(Calibrated):
 
     def _progressive(self, skeleton: Skeleton) -> dict[str, int]:
         """Ranks by LoRC's rule, one weight in memory at a time."""
+        import torch
+
+        from ...solvers.ranks import bisected, log_condition, progressive
+
         blocks = sorted({shape.block for shape in self._shapes.values()})
         conditions = dict.fromkeys(blocks, 0.0)
         for name, shape in self._shapes.items():
@@ -315,6 +336,10 @@ class Lorc(Calibrated):
         return self.planned(name, operator, group)  # factors of another lorc are no place for latents
 
     def planned(self, name: str, operator: Operator, group: Mapping[str, Dense]) -> Latent:
+        import torch
+
+        from ....runtime.schemes import Dense, Latent
+
         dense = plain_floats(self.kind, name, operator)
         rows, columns = dense.shape
         rank, groups = self._ranks[name], self._shapes[name].groups
@@ -328,11 +353,15 @@ class Lorc(Calibrated):
         return Latent(Dense(up), Dense(down), groups, self.latent_bits)
 
     def apply(self, work: StageWork) -> Iterator[Event]:
+        import torch
+
+        from .groups import groups_of
+
         if not self.calibrated:
             for name in (name for name in work.linears if self.wants(name)):
                 yield from self._rewrite(work, name, work.originals[name].float(), None, 0)
             return
-        for group in self.groups(work, products=torch.float32):
+        for group in groups_of(self, work, products=torch.float32):
             moment = None if group.system is None else group.system.moment
             for name, target in zip(group.names, group.targets(), strict=True):
                 if group.reason:
@@ -342,6 +371,10 @@ class Lorc(Calibrated):
     def _rewrite(
         self, work: StageWork, name: str, target: Tensor, moment: Tensor | None, tokens: int
     ) -> Iterator[Event]:
+        from ....kernels.layouts import LATENT_SPLIT
+        from ....runtime.schemes import Dense, Latent
+        from ...solvers.lowrank import Components, rotation
+
         rank, groups = self._ranks[name], self._shapes[name].groups
         metric = work.metrics.get(name) if self.objective == "block" and self.calibrated else None
         components = Components.of(target, moment, metric, groups)

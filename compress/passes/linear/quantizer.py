@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import Field, field_validator
-from torch import Tensor
 
-from ....runtime.schemes import Composite, Dense, Operator
-from ...solvers.grid import Grid
 from ..base import LinearPass
 from .calibrated import plain_floats
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ....runtime.schemes import Dense, Operator
+    from ...solvers.grid import Grid
 
 
 class Quantizer(LinearPass):
@@ -35,6 +37,11 @@ class Quantizer(LinearPass):
 
     def planned(self, name: str, operator: Operator, group: Mapping[str, Dense]) -> Operator:
         """Codes, scales and zero points on `meta`, in the place of the plain floats of whatever holds them."""
+        import torch
+
+        from ....runtime.schemes import Composite
+        from ...solvers.grid import Grid
+
         if isinstance(operator, Composite):
             return operator.with_inner(self.planned(name, operator.inner, group))
         dtype = plain_floats(self.kind, name, operator.numbers).weight.dtype
@@ -48,5 +55,7 @@ class Quantizer(LinearPass):
 
 def quantized(codes: Tensor, grid: Grid, leaf: Operator) -> Operator:
     """An operator of plain numbers with codes `[rows, columns]` on a grid in their place."""
+    import torch
+
     zeros = None if grid.zeros is None else grid.zeros.to(torch.int8)
     return leaf.coded(codes.to(torch.int8), grid.scales.to(grid.stored), zeros, grid.bits, grid.group_size)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
-from ....calibrate.stage import StageWork
-from ....calibrate.statistics import Statistics
-from ....runtime.schemes import Composite, Dense, Operator, with_factors
 from ...events import Event, LayerDone
-from ...solvers.grid import Grid, range_grid, searched_grid
 from ..base import Need
 from .calibrated import ROWS
 from .quantizer import Quantizer, quantized
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ....calibrate.stage import StageWork
+    from ....calibrate.statistics import Statistics
+    from ....runtime.schemes import Operator
 
 
 class Rtn(Quantizer):
@@ -54,6 +56,11 @@ class Rtn(Quantizer):
         self, operator: Operator, statistics: Statistics | None, stored: torch.dtype
     ) -> tuple[Operator, float]:
         """The operator, its floats rounded, and their relative error weighted by what they meet where that is known."""
+        import torch
+
+        from ....runtime.schemes import Composite, Dense, with_factors
+        from ...solvers.grid import Grid, range_grid, searched_grid
+
         if operator.factors:
             most = 0.0
             for number, part in enumerate(operator.factors):
@@ -89,4 +96,6 @@ class Rtn(Quantizer):
 
 def _seen(statistics: Statistics, moved: Callable[[Tensor], Tensor]) -> Statistics:
     """Statistics of what a part of an operator meets."""
+    from ....calibrate.statistics import Statistics
+
     return Statistics(statistics.tokens, {"moment": moved(statistics.moment)}, statistics.lent)

@@ -11,21 +11,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
-from ....calibrate.stage import StageWork
-from ....kernels.layouts import compress24
 from ....runtime.errors import RecipeError
-from ....runtime.schemes import Dense, Operator, Sparse24
 from ...events import Event, Fallback, LayerDone
-from ...solvers.pairs import SWEEPS, nowag_scales, swept, top_pairs
-from ...solvers.refine import row_losses
 from ..base import Need
-from .calibrated import ROWS, Calibrated, Group, plain_floats, relative
+from .calibrated import ROWS, SWEEPS, Calibrated, plain_floats, relative
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ....calibrate.stage import StageWork
+    from ....runtime.schemes import Dense, Operator, Sparse24
+    from .groups import Group
 
 Method = Literal["magnitude", "wanda", "nowag", "sparsegpt", "sparsegpt_sweep"]
 
@@ -75,7 +75,9 @@ class SparsePass(Calibrated):
         return max(24.0 * columns**2, 8.0 * columns**2 + 8.0 * rows * columns + 24.0 * min(rows, ROWS) * columns)
 
     def apply(self, work: StageWork) -> Iterator[Event]:
-        for group in self.groups(work, act_order=True, together=4, pruned=True):
+        from .groups import groups_of
+
+        for group in groups_of(self, work, act_order=True, together=4, pruned=True):
             corrected = self.method.startswith("sparsegpt")
             weights = [group.alive(original.float()) for original in group.originals]
             targets = group.targets() if corrected else weights
@@ -90,6 +92,11 @@ class SparsePass(Calibrated):
 
     def _pruned(self, weight: Tensor, target: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
         """The sparse weight for a stored one and its target, all `[columns, rows]`; losses and their scale by row."""
+        import torch
+
+        from ...solvers.pairs import nowag_scales, swept, top_pairs
+        from ...solvers.refine import row_losses
+
         system = group.system
         if system is None or self.method == "magnitude":
             sparse = weight * top_pairs(weight.abs())
@@ -118,6 +125,11 @@ def sparse_plan(step: str, name: str, dense: Dense) -> Sparse24:
     Raises:
         RecipeError: its columns are not a multiple of four.
     """
+    import torch
+
+    from ....kernels.layouts import compress24
+    from ....runtime.schemes import Dense, Sparse24
+
     rows, columns = dense.shape
     if columns % 4:
         raise RecipeError(f"{step} cannot take {name}: its {columns} columns are not groups of four; ignore it")
@@ -132,6 +144,12 @@ def sparse_operator(weight: Tensor, nonzero: Tensor) -> Sparse24:
     Raises:
         ValueError: there are more.
     """
+    import torch
+
+    from ....kernels.layouts import compress24
+    from ....runtime.schemes import Dense, Sparse24
+    from ...solvers.pairs import top_pairs
+
     if bool((nonzero.reshape(len(weight), -1, 4).sum(2) > 2).any()):
         raise ValueError("a group of four has more than two non-zeros")
     values, indices = compress24(weight, top_pairs(nonzero.T.to(torch.uint8)).T)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
-from ....calibrate.stage import StageWork
-from ....runtime.schemes import W8A8, Dense, Operator, with_factors
 from ...events import Event, LayerDone
-from ...solvers.grid import range_grid, storable
 from ..base import LinearPass
 from .calibrated import ROWS, plain_floats
 
-LARGEST = torch.finfo(torch.float8_e4m3fn).max
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ....calibrate.stage import StageWork
+    from ....runtime.schemes import W8A8, Dense, Operator
+
+LARGEST = 448.0  # of float8_e4m3fn
 
 
 class W8A8Pass(LinearPass):
@@ -30,12 +32,18 @@ class W8A8Pass(LinearPass):
     )
 
     def planned(self, name: str, operator: Operator, group: Mapping[str, Dense]) -> Operator:
+        import torch
+
+        from ....runtime.schemes import W8A8
+
         weight = plain_floats(self.kind, name, operator).weight
         codes = torch.empty(weight.shape, dtype=self._codes, device="meta")
         return W8A8(codes, torch.empty(len(weight), 1, dtype=weight.dtype, device="meta"))
 
     @property
     def _codes(self) -> torch.dtype:
+        import torch
+
         return torch.int8 if self.type == "int" else torch.float8_e4m3fn
 
     def flops(self, rows: int, columns: int) -> float:
@@ -54,6 +62,10 @@ class W8A8Pass(LinearPass):
 
     def _rounded(self, operator: Operator, stored: torch.dtype) -> tuple[Operator, float]:
         """The operator, its floats rounded, and the share of their squares that is lost."""
+        import torch
+
+        from ....runtime.schemes import W8A8, Dense, with_factors
+
         if operator.factors:
             parts = {part: self._rounded(getattr(operator, part), stored) for part in operator.factors}
             whole = with_factors(operator, **{part: result for part, (result, _) in parts.items()})
@@ -69,6 +81,11 @@ class W8A8Pass(LinearPass):
         return W8A8(codes, scales), lost / max(scale, 1e-30)
 
     def _nearest(self, weight: Tensor, stored: torch.dtype) -> W8A8:
+        import torch
+
+        from ....runtime.schemes import W8A8
+        from ...solvers.grid import range_grid, storable
+
         if self.type == "int":
             grid = range_grid(weight, 8, -1, True, stored)
             return W8A8(grid.codes(weight).to(torch.int8), grid.scales.to(stored))

@@ -15,22 +15,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from pydantic import Field, PrivateAttr, model_validator
-from torch import Tensor
 
-from ....calibrate.refit import fit
-from ....calibrate.routing import Routing, chosen, expert_output, expert_outputs, experts_of
 from ....runtime.errors import RecipeError
-from ....runtime.model.checkpoint import Checkpoint
-from ....runtime.model.families import ExpertGroups
-from ....runtime.model.skeleton import Skeleton
-from ....runtime.model.view import fewer_experts
 from ...events import ExpertsKept
-from ...solvers.merge import Neurons, averaged, clusters, redistributed
-from ...solvers.subsets import best_subset, few_enough, mixed, subset_losses
 from ..base import Cost, ModelPass, Need, Survey
 from .experts import (
     Look,
@@ -43,6 +33,15 @@ from .experts import (
     save_made,
     walk_cost,
 )  # fmt: skip
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ....calibrate.routing import Routing
+    from ....runtime.model.checkpoint import Checkpoint
+    from ....runtime.model.families import ExpertGroups
+    from ....runtime.model.skeleton import Skeleton
+    from ...solvers.merge import Neurons
 
 Criterion = Literal["reap", "frequency", "router_weight", "ean", "reconstruction", "random"]
 
@@ -161,6 +160,8 @@ class ExpertPrune(ModelPass):
         Raises:
             RecipeError: the model has no experts, or so many cannot go.
         """
+        from ...solvers.subsets import few_enough
+
         blocks = expert_counts(self.kind, skeleton)
         [count] = set(blocks.values())
         grouped = skeleton.family.experts.groups(skeleton.config)
@@ -188,6 +189,8 @@ class ExpertPrune(ModelPass):
         return result
 
     def rewritten(self, checkpoint: Checkpoint, skeleton: Skeleton) -> Checkpoint:
+        from ....runtime.model.view import fewer_experts
+
         assert self.kept is not None
         return fewer_experts(checkpoint, self.kept, self.made) if self._drops else checkpoint
 
@@ -216,6 +219,8 @@ class ExpertPrune(ModelPass):
         return result
 
     def _make(self, name: str, look: Look, survey: Survey, folder: Path) -> None:
+        from ....calibrate.refit import fit
+
         if name == "merged":
             self._merge(look, folder)
         elif name == "corrected":
@@ -232,6 +237,8 @@ class ExpertPrune(ModelPass):
 
     def _choice(self, look: Look, index: int) -> Choice:
         """The experts of a block that stay, and every expert's score."""
+        import torch
+
         if self.criterion == "random":
             generator = torch.Generator().manual_seed(1000 * self.seed + index)
             scores = torch.rand(self._blocks[index], generator=generator, dtype=torch.float64)
@@ -247,6 +254,11 @@ class ExpertPrune(ModelPass):
 
     def _clusters(self, look: Look, index: int) -> list[list[int]]:
         """As many clusters of a block's experts as are kept, in each group; protected ones stay alone."""
+        import torch
+
+        from ....calibrate.routing import expert_output
+        from ...solvers.merge import clusters
+
         sample = look.sample(index)
         outputs = torch.stack([expert_output(expert, sample).mean(0) for expert in look.experts(index)])
         size, keep, found = len(outputs) // self._groups, self._keep // self._groups, list[list[int]]()
@@ -260,6 +272,9 @@ class ExpertPrune(ModelPass):
 
     def _search(self, look: Look, index: int) -> Choice:
         """A block's best subset on a sample of its tokens, and the loss without each expert alone."""
+        from ....calibrate.routing import chosen, expert_outputs
+        from ...solvers.subsets import best_subset, subset_losses
+
         sample = look.sample(index)
         outputs = expert_outputs(look.experts(index), sample)
 
@@ -273,6 +288,8 @@ class ExpertPrune(ModelPass):
 
     def _merge(self, look: Look, folder: Path) -> None:
         """Put what is dropped into what is kept."""
+        from ...solvers.merge import averaged, redistributed
+
         assert self.kept is not None
         view = self.view(look.skeleton)
         for index, kept in self.kept.items():
@@ -335,11 +352,16 @@ def saliency(seen: Routing, criterion: str) -> Tensor:
 
 
 def _neurons(expert: Any) -> Neurons:
+    from ...solvers.merge import Neurons
+
     return Neurons(expert.gate_proj.weight.float(), expert.up_proj.weight.float(), expert.down_proj.weight.float().T)
 
 
 def _routed(skeleton: Skeleton, layer: Any, sample: Tensor) -> Tensor:
     """What the routed experts of a block put out for tokens `[tokens, hidden_size]`, float64."""
+    from ....calibrate.routing import chosen, expert_outputs, experts_of
+    from ...solvers.subsets import mixed
+
     routed = chosen(layer.get_submodule(skeleton.family.experts.router), sample)
     outputs = expert_outputs(experts_of(skeleton, layer) or (), sample)
     return mixed(lambda _: routed, outputs, range(len(outputs))).double()
@@ -347,6 +369,8 @@ def _routed(skeleton: Skeleton, layer: Any, sample: Tensor) -> Tensor:
 
 def highest(scores: Tensor, keep: int, groups: int, protected: tuple[int, ...] = ()) -> tuple[int, ...]:
     """The numbers of the highest scores, the same number in each group, rising; protected ones among them first."""
+    import torch
+
     raised = scores.clone()
     if protected:
         raised[list(protected)] += float(scores.max() - scores.min()) + 1
@@ -356,6 +380,8 @@ def highest(scores: Tensor, keep: int, groups: int, protected: tuple[int, ...] =
 
 
 def _first(count: int, keep: int, groups: int) -> tuple[int, ...]:
+    import torch
+
     return highest(-torch.arange(count, dtype=torch.float64), keep, groups)
 
 

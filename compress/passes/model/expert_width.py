@@ -10,19 +10,18 @@ covariance of gradients). All down projections are then fitted to what the origi
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
-from torch import nn
 
-from ....calibrate.refit import Member, Routed, fit, normal_equations
 from ....runtime.errors import RecipeError
-from ....runtime.model.checkpoint import Checkpoint
-from ....runtime.model.skeleton import Skeleton
-from ....runtime.model.view import narrower_experts
-from ...solvers.neurons import eliminated, strongest
 from ..base import Cost, ModelPass, Need, Survey
 from .experts import change_experts, check_samples, expert_counts, refit_cost
+
+if TYPE_CHECKING:
+    from ....calibrate.refit import Member, Routed
+    from ....runtime.model.checkpoint import Checkpoint
+    from ....runtime.model.skeleton import Skeleton
 
 _PARTS = ("gate_proj", "up_proj", "down_proj")
 
@@ -99,6 +98,8 @@ class ExpertWidth(ModelPass):
         return result
 
     def rewritten(self, checkpoint: Checkpoint, skeleton: Skeleton) -> Checkpoint:
+        from ....runtime.model.view import narrower_experts
+
         return narrower_experts(checkpoint, self._after, self.made) if self._narrows else checkpoint
 
     def survey(self, skeleton: Skeleton, survey: Survey) -> ExpertWidth:
@@ -112,6 +113,11 @@ class ExpertWidth(ModelPass):
 
     def _change(self, routed: Routed, members: list[Member]) -> None:
         """Narrow the experts of a block, and fit what is left."""
+        from torch import nn
+
+        from ....calibrate.refit import fit, normal_equations
+        from ...solvers.neurons import eliminated, strongest
+
         normal = normal_equations(routed, members)
         ridge = self.damping * normal.mean
         for member, moment in zip(members, normal.moments, strict=True):

@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
-from ....calibrate.artefact import RoutingFolder
-from ....calibrate.chains import BATCH_TOKENS
-from ....calibrate.refit import ITERATIONS, Member, Routed, members_of, refit_blocks
-from ....calibrate.routing import SAMPLE_TOKENS, Routing, experts_of, observe_routing
 from ....runtime.errors import RecipeError
-from ....runtime.files import save_synced
-from ....runtime.model.skeleton import Skeleton
 from ...events import ExpertsChanged
 from ..base import BUFFERS, Cost, Survey
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ....calibrate.artefact import RoutingFolder
+    from ....calibrate.refit import Member, Routed
+    from ....calibrate.routing import Routing
+    from ....runtime.model.skeleton import Skeleton
 
 
 def expert_counts(step: str, skeleton: Skeleton) -> dict[int, int]:
@@ -27,6 +26,8 @@ def expert_counts(step: str, skeleton: Skeleton) -> dict[int, int]:
     Raises:
         RecipeError: none has.
     """
+    from ....calibrate.routing import experts_of
+
     found = {}
     for index, layer in enumerate(skeleton.layers):
         if (experts := experts_of(skeleton, layer)) is not None:
@@ -54,6 +55,9 @@ class Look:
     @classmethod
     def at(cls, skeleton: Skeleton, survey: Survey, blocks: Iterable[int], *, protect: bool) -> Look:
         """At some blocks; the model is run unless another run left what is needed."""
+        from ....calibrate.artefact import RoutingFolder
+        from ....calibrate.routing import observe_routing
+
         if not (wanted := list(blocks)):
             return cls(skeleton, {}, {}, None)
         folder = survey.routing or RoutingFolder(survey.folder / "routing", {})
@@ -71,12 +75,16 @@ class Look:
 
     def experts(self, index: int) -> Sequence[Any]:
         """The experts of a block, with their weights."""
+        from ....calibrate.routing import experts_of
+
         return list(experts_of(self.skeleton, self.skeleton.block(index)) or ())
 
 
 def super_experts(seen: Mapping[int, Routing], blocks: int) -> dict[int, tuple[int, ...]]:
     """Block → experts whose peak is beyond the 99.5th percentile and a tenth of the model's, in the first three
     quarters of the blocks: few, and the model does not survive without them."""
+    import torch
+
     if not seen:
         return {}
     peaks = torch.cat([routing.peak for routing in seen.values()])
@@ -87,6 +95,8 @@ def super_experts(seen: Mapping[int, Routing], blocks: int) -> dict[int, tuple[i
 
 def save_made(view: Skeleton, index: int, tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Leave new weights (names inside a block, in memory) in the dtype that the checkpoint has them in."""
+    from ....runtime.files import save_synced
+
     named = {view.disk_name(index, name): tensor for name, tensor in tensors.items()}
     stored = {name: tensor.to(view.checkpoint.tensors[name].dtype) for name, tensor in named.items()}
     if stored:
@@ -104,6 +114,8 @@ def change_experts(
 ) -> None:
     """Walk over a model and its changed form, let `change` rewrite the experts of each block, and keep some parts of
     them in a folder as `final` has them."""
+    from ....calibrate.refit import members_of, refit_blocks
+
     assert survey.windows is not None
 
     def rewrite(index: int, layer: nn.Module, routed: Routed) -> None:
@@ -122,6 +134,9 @@ def change_experts(
 
 def walk_cost(skeleton: Skeleton, samples: int, sequence_length: int) -> Cost:
     """Of running the model once over calibration text, block by block."""
+    from ....calibrate.chains import BATCH_TOKENS
+    from ....calibrate.routing import SAMPLE_TOKENS
+
     tokens, hidden, item = samples * sequence_length, skeleton.config.hidden_size, skeleton.dtype.itemsize
     shapes = [[(w.out_features, w.in_features) for w in skeleton.linears(n).values()] for n in range(skeleton.blocks)]
     block = max(sum(rows * columns for rows, columns in block) for block in shapes)
@@ -136,6 +151,8 @@ def walk_cost(skeleton: Skeleton, samples: int, sequence_length: int) -> Cost:
 
 def sample_cost(skeleton: Skeleton, *, corrected: bool) -> Cost:
     """Of giving a sample of tokens to every expert of a block; of a correction, to those that stay too."""
+    from ....calibrate.routing import SAMPLE_TOKENS
+
     count, hidden, width = _sizes(skeleton)
     held = _converted(skeleton) + 12.0 * hidden * width + 8.0 * (1 + corrected) * count * SAMPLE_TOKENS * hidden
     left = skeleton.blocks * count * hidden * width * skeleton.checkpoint.dtype.itemsize if corrected else 0
@@ -170,6 +187,9 @@ def check_samples(step: str, samples: int) -> None:
 def refit_cost(changed: Skeleton, samples: int, sequence_length: int, parts: int = 1) -> Cost:
     """Of `change_experts`: two blocks, five sets of down projections, a moment for each expert; `parts` of experts on
     disk."""
+    from ....calibrate.chains import BATCH_TOKENS
+    from ....calibrate.refit import ITERATIONS
+
     count, hidden, width = _sizes(changed)
     walk = walk_cost(changed, samples, sequence_length)
     tokens, top_k = samples * sequence_length, changed.experts_per_token
@@ -183,6 +203,8 @@ def refit_cost(changed: Skeleton, samples: int, sequence_length: int, parts: int
 
 def _sizes(skeleton: Skeleton) -> tuple[int, int, int]:
     """Experts of a block, their input width, their neurons."""
+    from ....calibrate.routing import experts_of
+
     blocks = skeleton.layers
     experts = next(found for layer in blocks if (found := experts_of(skeleton, layer)) is not None)
     first: Any = next(iter(experts))
