@@ -1,7 +1,7 @@
 """Load and run model folders: `from compressor.runtime import load`.
 
-Importing this package lets transformers open native folders, as importing `loader` does: at once where transformers is
-there already, else as soon as it is imported, for which errors and recipes need not wait: it takes seconds.
+Importing this package lets transformers open native folders (`auto.py`): at once where transformers is there already,
+else as soon as it is imported, for which errors and recipes need not wait: it takes seconds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .loader import CompressorConfig, CompressorForCausalLM, load
+    from .auto import CompressorConfig, CompressorForCausalLM
+    from .loader import load
 
 __all__ = ["CompressorConfig", "CompressorForCausalLM", "load"]
 _READER = "transformers"
@@ -24,11 +25,11 @@ _READER = "transformers"
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(".loader", __name__), name)
+    return getattr(import_module(".loader" if name == "load" else ".auto", __name__), name)
 
 
 class _Registering(Loader):
-    """Loads a module as another loader does, and then ours."""
+    """Loads a module as another loader does, and then `auto`."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
@@ -40,7 +41,7 @@ class _Registering(Loader):
         assert module.__spec__ is not None
         module.__loader__ = module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        import_module(".loader", __name__)
+        import_module(".auto", __name__)
 
 
 class _Waiting(MetaPathFinder):
@@ -57,6 +58,6 @@ class _Waiting(MetaPathFinder):
 
 
 if _READER in sys.modules:
-    import_module(".loader", __name__)
+    import_module(".auto", __name__)
 else:
     sys.meta_path.insert(0, _Waiting())

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -284,8 +283,8 @@ def test_signals_leave_a_resumable_run(job: Job, pico: Pico, tmp_path: Path, num
     slow = [sys.executable, "-c", SLOW, *words]  # for the signal to come in time
     process = subprocess.Popen(slow, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
     assert process.stderr is not None
-    while not process.stderr.readline().startswith("block"):
-        time.sleep(0)
+    while not (line := process.stderr.readline()).startswith("block"):
+        assert line, "the run ended before its first block"
     process.send_signal(number)
     _, message = process.communicate(timeout=60)
     assert process.returncode == 130

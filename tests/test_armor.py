@@ -13,6 +13,7 @@ from compressor.calibrate.stage import StageWork
 from compressor.calibrate.statistics import Statistics
 from compressor.compress.events import LayerDone
 from compressor.compress.passes.linear.armor import ArmorPass, fitting_block, largest_block
+from compressor.compress.passes.linear.calibrated import SWEEPS
 from compressor.compress.passes.linear.eora import Eora
 from compressor.compress.passes.linear.gptq import Gptq
 from compressor.compress.passes.linear.sparse24 import SparsePass
@@ -20,7 +21,7 @@ from compressor.compress.solvers.armor import Factors, alternate, pair_step, rou
 from compressor.compress.solvers.armor_adam import adam, gradients, sampled_groups
 from compressor.compress.solvers.armor_codes import store_wrappers
 from compressor.compress.solvers.factors import stored_blocks
-from compressor.compress.solvers.pairs import SWEEPS, nowag_scales, swept, top_pairs
+from compressor.compress.solvers.pairs import nowag_scales, swept, top_pairs
 from compressor.compress.solvers.system import damped_system
 from compressor.runtime.errors import RecipeError
 from compressor.runtime.schemes import (

@@ -51,8 +51,9 @@ def test_importing_it_brings_in_no_more_than_torch_and_transformers(tmp_path: Pa
         "import compressor.runtime\nimport transformers",
         "import transformers\nimport compressor.runtime",
         "from compressor.runtime import load",
-        "from compressor.runtime.loader import load",
-        "import compressor.runtime\nfrom transformers import AutoModelForCausalLM",
+        "import compressor.runtime.model.skeleton",
+        "import compressor.runtime.attention",
+        "from compressor.compress.apply import apply",
     ],
 )
 def test_transformers_knows_of_native_folders_in_whatever_order_the_two_come(tmp_path: Path, imports: str) -> None:
