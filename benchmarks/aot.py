@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from compressor.kernels import dispatch
-from compressor.kernels.triton import activations, common, grouped, latent_attention, sparse24, w4a16
+from compressor.kernels.triton import common, grouped, int_linear, latent_attention, sparse24, w8a8
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -135,17 +135,17 @@ def int_cases(target: str, bits: int, group: int, dtype: torch.dtype) -> Iterato
     for tile in dict.fromkeys(dispatch.tiles("int_linear", device).values()):
         sizes = {"BM": tile.tokens, "BN": tile.rows}
         for split in (True, False):
-            types = _typed(w4a16.gemm_kernel, {**words, "OUT": "*fp32"} if split else words, dtype)
+            types = _typed(int_linear.gemm_kernel, {**words, "OUT": "*fp32"} if split else words, dtype)
             ends = plain if split else {"HAS_BIAS": True, "HAS_RESIDUAL": True}
             name = f"int_linear {what} tile {tile.tokens}x{tile.rows}{' split' if split else ''}"
-            yield Case(name, w4a16.gemm_kernel, types, {**shared, **ends, **sizes, "SPLIT": split}, *tile[2:])
+            yield Case(name, int_linear.gemm_kernel, types, {**shared, **ends, **sizes, "SPLIT": split}, *tile[2:])
     tile = dispatch.GEMV
-    types = _typed(w4a16.gemv_kernel, {**words, "OUT": "*fp32"}, dtype)
+    types = _typed(int_linear.gemv_kernel, {**words, "OUT": "*fp32"}, dtype)
     sizes = {"BN": tile.rows, "STAGES": tile.stages}
-    yield Case(f"int_linear {what} gemv", w4a16.gemv_kernel, types, {**shared, **sizes}, *tile[2:], matrix=False)
+    yield Case(f"int_linear {what} gemv", int_linear.gemv_kernel, types, {**shared, **sizes}, *tile[2:], matrix=False)
     without = {key: shared[key] for key in ("BITS", "GROUP", "ASM")}
-    types = _typed(w4a16.expand_kernel, words, dtype)
-    yield Case(f"int_linear {what} expand", w4a16.expand_kernel, types, {**without, "BN": 64}, 4, 2, matrix=False)
+    types = _typed(int_linear.expand_kernel, words, dtype)
+    yield Case(f"int_linear {what} expand", int_linear.expand_kernel, types, {**without, "BN": 64}, 4, 2, matrix=False)
     for tile in dict.fromkeys(dispatch.tiles("experts", device).values()):
         slots = {**words, "SLOTS": "*i32", "OWNERS": "*i32"}
         sizes = {"BM": tile.tokens, "BN": tile.rows}
@@ -211,13 +211,13 @@ def ending_cases(target: str, dtype: torch.dtype) -> Iterator[Case]:
         yield Case(f"combine {splits}", latent_attention.combine_kernel, types, constants, 4, 2, matrix=False)
     for number, kind, largest in ((torch.int8, "*i8", 127.0), (torch.float8_e4m3fn, "*fp8e4nv", 448.0)):
         if dispatch.has_w8a8(number, dtype, 64, 64, gpu(target)):
-            types = _typed(activations.quantize_kernel, {"CODES": kind, "SCALES": "*fp32"}, dtype)
+            types = _typed(w8a8.quantize_kernel, {"CODES": kind, "SCALES": "*fp32"}, dtype)
             constants = {"LARGEST": largest, "BK": 1024}
-            yield Case(f"rows to {kind[1:]}", activations.quantize_kernel, types, constants, 4, 2, matrix=False)
+            yield Case(f"rows to {kind[1:]}", w8a8.quantize_kernel, types, constants, 4, 2, matrix=False)
     given = {"SUMS": "*i32", "ROW_SCALES": "*fp32", "COLUMN_SCALES": "*fp32"}
-    types = _typed(activations.rescale_kernel, given, dtype)
+    types = _typed(w8a8.rescale_kernel, given, dtype)
     constants = {"HAS_BIAS": True, "BN": 1024}
-    yield Case("rescale", activations.rescale_kernel, types, constants, 4, 2, matrix=False)
+    yield Case("rescale", w8a8.rescale_kernel, types, constants, 4, 2, matrix=False)
 
 
 def check(case: Case, target: str) -> Resources:

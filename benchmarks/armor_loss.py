@@ -20,7 +20,7 @@ from compressor.calibrate.walk import walk
 from compressor.compress.passes.linear.armor import fitting_block
 from compressor.compress.solvers.armor import Factors, alternate, total_loss
 from compressor.compress.solvers.armor_adam import adam
-from compressor.compress.solvers.pairs import nowag_scales
+from compressor.compress.solvers.sparse24 import nowag_scales
 from compressor.runtime.model.checkpoint import Checkpoint
 from compressor.runtime.model.skeleton import Skeleton
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from compressor.compress.solvers.armor import Factors, alternate
 from compressor.compress.solvers.armor_adam import adam
 from compressor.compress.solvers.lowrank import best_low_rank
-from compressor.compress.solvers.pairs import sparsegpt, sweep_pairs
+from compressor.compress.solvers.sparse24 import sparsegpt, sweep_pairs
 from compressor.compress.solvers.system import damped_system
 from compressor.kernels.dispatch import cpu_capability, products_dtype
 

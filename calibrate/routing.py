@@ -16,7 +16,7 @@ from ..runtime.model.skeleton import Skeleton
 from .drive import drive
 
 if TYPE_CHECKING:
-    from .artefact import RoutingFolder
+    from .folders import RoutingFolder
 
 SAMPLE_TOKENS = 2048  # that are given to every expert
 

@@ -80,7 +80,7 @@ class StageWork:
         return {name: found.tokens for name, found in self.statistics.items() if found.lent}
 
 
-def parts(items: Sequence[T], sizes: Sequence[float], room: float | None) -> list[list[T]]:
+def split_to_fit(items: Sequence[T], sizes: Sequence[float], room: float | None) -> list[list[T]]:
     """Neighbours together, as long as their sizes add up to no more than `room`; one at least."""
     found: list[list[T]] = []
     left = 0.0

@@ -20,13 +20,13 @@ from ..runtime.model.families import Group, Stage
 from ..runtime.model.folds import changes, seams
 from ..runtime.model.skeleton import Skeleton
 from ..runtime.schemes import Dense, Operator
-from .artefact import StatisticsFolder
 from .capture import Capture, Replay, RoutedAs, beyond_weight
 from .chains import Chains, Spill
 from .drive import carry
+from .folders import StatisticsFolder
 from .probes import output_metrics
 from .routing import experts_of
-from .stage import StageWork, parts
+from .stage import StageWork, split_to_fit
 from .statistics import ENOUGH, KINDS, UNPAIRED, Statistics
 
 
@@ -43,10 +43,10 @@ class Block:
         chains: Chains | None,
         wanted: Mapping[str, Collection[str]],
         probed: Collection[str],
-        kept: StatisticsFolder | None,
+        folder: StatisticsFolder | None,
         room: float | None,
     ) -> None:
-        self.skeleton, self.index, self.chains, self.kept, self._room = skeleton, index, chains, kept, room
+        self.skeleton, self.index, self.chains, self.folder, self._room = skeleton, index, chains, folder, room
         self._wanted, self._probed = wanted, probed
         self.linears: dict[str, Operator] = {}
         self.tensors: dict[str, Tensor] = {}  # by disk name: what is no longer as the checkpoint has it, linears aside
@@ -64,8 +64,8 @@ class Block:
         known: dict[str, Statistics] = {}
         at_once = True
         metrics: dict[str, Tensor] = {}
-        if self.kept is not None and self.kept.complete:
-            known = self.kept.load(self.index)
+        if self.folder is not None and self.folder.complete:
+            known = self.folder.load(self.index)
         elif self.chains is not None:
             original = self.skeleton.block(self.index)
             if "compressed" in self.chains.names:
@@ -76,7 +76,7 @@ class Block:
                 self._runners["reference"] = self.skeleton.runner(self.index, original)
             metrics = self._probe()
             every = [group for stage in self.skeleton.stages(self.index) for group in stage]
-            at_once = not sequential and (self.kept is not None or self._fits(every))
+            at_once = not sequential and (self.folder is not None or self._fits(every))
             if at_once:
                 known = self._collect_reference()
         for whole in self.skeleton.stages(self.index):
@@ -158,7 +158,7 @@ class Block:
 
     def _parts(self, stage: Stage) -> list[Stage]:
         """A stage in as many parts as there is room for; they are independent of each other."""
-        return [tuple(part) for part in parts(stage, self._sizes(stage), self._room)]
+        return [tuple(part) for part in split_to_fit(stage, self._sizes(stage), self._room)]
 
     def _probe(self) -> dict[str, Tensor]:
         """Metrics of the linears for which they are wanted, from one micro-batch of what now enters the block."""
@@ -277,7 +277,7 @@ class Block:
             self._experts()[0].everyone = number
             with self._captures([group]) as captures:
                 x, _, reference = self._inputs(first, captures)[group]
-            lent = Statistics.empty(x.shape[-1], UNPAIRED if self.kept else self._kinds(group), x.device)
+            lent = Statistics.empty(x.shape[-1], UNPAIRED if self.folder else self._kinds(group), x.device)
             lent.add(x, None, reference)
             sums[group] = lent.lent_to(own)
             self._experts()[0].everyone = None
@@ -286,7 +286,7 @@ class Block:
         """Statistics of all stages in one pass over the original block, which also carries the chain on."""
         assert self.chains is not None
         groups = [group for stage in self.skeleton.stages(self.index) for group in stage]
-        if self.kept is None:
+        if self.folder is None:
             groups = [group for group in groups if self._kinds(group)]
         capture = Capture(self._runners["reference"].layers[0], groups, self.skeleton.dtype, stop=False)
         sums: dict[Group, Statistics] = {}
@@ -294,7 +294,7 @@ class Block:
         def run(rows: slice) -> Tensor:
             for group, (x, weights) in self._forward("reference", rows, capture).items():
                 if group not in sums:
-                    kinds = UNPAIRED if self.kept is not None else self._kinds(group)
+                    kinds = UNPAIRED if self.folder is not None else self._kinds(group)
                     sums[group] = Statistics.empty(x.shape[-1], kinds, x.device)
                 sums[group].add(x, weights)
             assert capture.output is not None
@@ -306,8 +306,8 @@ class Block:
         self._runners.clear()
         self._seen = {}
         found = {self._disk(name): sums[group] for group in groups if group in sums for name in group.linears}
-        if self.kept is not None:
-            self.kept.save(self.index, found)
+        if self.folder is not None:
+            self.folder.save(self.index, found)
         return found
 
     def advance(self) -> None:
@@ -325,7 +325,7 @@ def walk(
     chains: Chains | None,
     wanted: Mapping[str, Collection[str]],
     first: int = 0,
-    kept: StatisticsFolder | None = None,
+    folder: StatisticsFolder | None = None,
     probed: Collection[str] = (),
     room: float | None = None,
 ) -> Iterator[Block]:
@@ -334,9 +334,9 @@ def walk(
     Args:
         chains: the calibration activations, or None when no pass needs data.
         wanted: disk name → kinds of statistics (`statistics.KINDS`) that are collected of what enters the linear.
-        kept: where statistics of the reference chain are read from, or kept if it is not complete yet.
+        folder: where statistics of the reference chain are read from, or kept if it is not complete yet.
         probed: disk names of the linears whose metrics are wanted.
         room: bytes of statistics at a time; stages that have more come in parts. Default: no limit.
     """
     for index in range(first, skeleton.blocks):
-        yield Block(skeleton, index, chains, wanted, probed, kept, room)
+        yield Block(skeleton, index, chains, wanted, probed, folder, room)

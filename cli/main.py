@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..runtime.errors import human_size
 from . import render
 from .arguments import (
     DeviceOption,
@@ -132,7 +133,7 @@ def apply(
     render.out.print(render.plan_table(rows(done)))
     ratio = done.bytes_before / done.bytes_after
     render.out.print(
-        f"\n{out}: {render.size(done.bytes_before)} → {render.size(done.bytes_after)}, {ratio:.2f} × smaller; "
+        f"\n{out}: {human_size(done.bytes_before)} → {human_size(done.bytes_after)}, {ratio:.2f} × smaller; "
         f"format {done.format.name}, read by {render.readers(done)}"
     )
     _print_notes(done)
@@ -165,10 +166,10 @@ def plan(
         return
     render.out.print(render.plan_table(rows(result)))
     render.out.print(
-        f"\nweights {render.size(result.bytes_before)} → {render.size(result.bytes_after)} "
+        f"\nweights {human_size(result.bytes_before)} → {human_size(result.bytes_after)} "
         f"({result.bytes_before / result.bytes_after:.2f} × smaller), format {result.format.name}, read by "
-        f"{render.readers(result)}\nmemory {render.size(result.memory)} beyond the imports (on {device}), disk "
-        f"{render.size(result.disk)} of {render.size(free)} free here (activations in it are deleted at the end), "
+        f"{render.readers(result)}\nmemory {human_size(result.memory)} beyond the imports (on {device}), disk "
+        f"{human_size(result.disk)} of {human_size(free)} free here (activations in it are deleted at the end), "
         f"roughly {seconds:.0f} s"
     )
     _print_notes(result)
@@ -303,7 +304,7 @@ def export(
     if as_json:
         render.document({"out": str(out), "format": form, "bytes": size})
     else:
-        render.out.print(f"{out}: a plain model folder, {render.size(size)}")
+        render.out.print(f"{out}: a plain model folder, {human_size(size)}")
 
 
 @app.command()

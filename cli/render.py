@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ..runtime.errors import human_size
+
 if TYPE_CHECKING:
     from ..compress.evaluate import Findings
     from ..compress.evaluate.long_context import LongEvaluation
@@ -46,15 +48,6 @@ def _without_nan(content: Any) -> Any:
     return None if isinstance(content, float) and math.isnan(content) else content
 
 
-def size(count: float) -> str:
-    """Bytes for people."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
-
-
 def plan_table(rows: list[Row]) -> Table:
     table = Table("linears", "count", "parameters", "passes", "stored as", "bits/weight", "before", "after", box=None)
     table.columns[0].no_wrap = table.columns[4].no_wrap = True
@@ -63,7 +56,7 @@ def plan_table(rows: list[Row]) -> Table:
     for row in rows:
         table.add_row(
             row.name.removeprefix("model."), str(row.count), f"{row.parameters:,}", " → ".join(row.steps) or "–",
-            row.becomes, f"{row.bits:.3f}", size(row.before), size(row.after),
+            row.becomes, f"{row.bits:.3f}", human_size(row.before), human_size(row.after),
         )  # fmt: skip
     return table
 

@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..calibrate.artefact import StatisticsFolder
 from ..calibrate.chains import Chains
 from ..calibrate.drive import start_chains
+from ..calibrate.folders import StatisticsFolder
 from ..calibrate.stage import StageWork
 from ..calibrate.statistics import KINDS, UNPAIRED
 from ..calibrate.walk import Block, walk
-from ..runtime.errors import RecipeError, ResourceError, VerifyError
+from ..runtime.errors import RecipeError, ResourceError, VerifyError, human_size
 from ..runtime.formats import PLAIN
 from ..runtime.model.checkpoint import Checkpoint
 from ..runtime.model.disk_experts import fuse
@@ -82,17 +82,17 @@ def apply(
         texts = survey_windows(plan.recipe, checkpoint)
         fingerprint = make_fingerprint(job, skeleton, corpus, windows, statistics)
         fingerprint["texts"] = {s: {"name": found.name, "sha256": found.sha256} for s, (found, _) in texts.items()}
-        kept = None
+        folder = None
         if statistics is not None and of_linears:
-            kept = StatisticsFolder(statistics, statistics_source(fingerprint))
+            folder = StatisticsFolder(statistics, statistics_source(fingerprint))
         routing = None if statistics is None or of_linears else routing_folder(statistics, plan.recipe, fingerprint)
         journal.open(fingerprint, resume=resume)
         recipe = surveyed(job.recipe, skeleton, windows, texts, routing, journal, listener)
         if recipe != plan.recipe:
-            plan = make_plan(recipe, skeleton, memory=float("inf") if kept is not None else memory)
+            plan = make_plan(recipe, skeleton, memory=float("inf") if folder is not None else memory)
         job = replace(job, recipe=plan.recipe)
         if not any(entry.get("step") == "finished" for entry in journal.entries):
-            _run(job, plan, windows, kept, journal, listener)
+            _run(job, plan, windows, folder, journal, listener)
             finish_folder(journal.result, job, plan, plan.skeleton, fingerprint, journal.entries)
             journal.done({"step": "finished"})
         journal.publish(overwrite=overwrite)
@@ -100,8 +100,8 @@ def apply(
         reason = ". ".join(str(error).splitlines()[0].split(". ")[:2])
         raise ResourceError(
             f"--device {device}: its memory is full ({reason}); end other programs on it, or set --memory lower than "
-            f"{plan.memory / 1e9:.2f}GB, and run the same command with --resume; else start over with a smaller "
-            "data.sequence_length"
+            f"{human_size(plan.memory).replace(' ', '')}, and run the same command with --resume; else start over with "
+            "a smaller data.sequence_length"
         ) from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -122,7 +122,7 @@ def _run(
     job: Job,
     plan: Plan,
     windows: Tensor | None,
-    kept: StatisticsFolder | None,
+    folder: StatisticsFolder | None,
     journal: Journal,
     listener: Listener,
 ) -> None:
@@ -137,7 +137,7 @@ def _run(
     if not done:
         writer.start()
     chains: Chains | None = None
-    if windows is not None and chain_names(plan.needs) and not (kept is not None and kept.complete):
+    if windows is not None and chain_names(plan.needs) and not (folder is not None and folder.complete):
         if first == 0:
             embedding = next((operator for name, operator in outer.items() if skeleton.outer()[name]), None)
             chains = start_chains(skeleton, windows, journal.chains, chain_names(plan.needs), embedding)
@@ -160,7 +160,7 @@ def _run(
         if kinds := step.needs & KINDS.keys():
             wanted.setdefault(name, set()).update(kinds)
     probed = {name for name, step in wanting if "metric" in step.needs}
-    for block in walk(skeleton, chains, wanted, first, kept, probed, plan.room):
+    for block in walk(skeleton, chains, wanted, first, folder, probed, plan.room):
         start = time.monotonic()
         events = list(_rewrite(job.recipe, block, listener))
         _store(block.linears, block.tensors, names[block.index], plan, checkpoint, writer)
@@ -174,8 +174,8 @@ def _run(
             chains.drop(block.index)
         checkpoint.release()
         listener(events[-1])
-    if kept is not None and not kept.complete:
-        kept.finish(range(skeleton.blocks))
+    if folder is not None and not folder.complete:
+        folder.finish(range(skeleton.blocks))
 
 
 def _rewrite_outer(plan: Plan, found: dict[str, Operator], listener: Listener) -> Iterator[Event]:
@@ -236,7 +236,9 @@ def _store(
     for linear, (operator, suffixes) in written.items() if plan.format is not PLAIN else ():
         # Of a tensor that several linears share, the last one's was written.
         parts = {suffix: tensors[stored_name(linear, suffix)] for suffix in suffixes}
-        if not identical(from_tensors(plan.format.parts(parts, operator.scheme()), operator.scheme()), operator):
+        if not identical(
+            from_tensors(plan.format.operator_tensors(parts, operator.scheme()), operator.scheme()), operator
+        ):
             raise VerifyError(f"{linear}: decodes to other weights than were meant; this is a bug, please report it")
 
 

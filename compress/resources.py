@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..calibrate.chains import BATCH_TOKENS
-from ..calibrate.stage import parts
+from ..calibrate.stage import split_to_fit
 from ..calibrate.statistics import KINDS, paired
-from ..runtime.errors import ResourceError
+from ..runtime.errors import ResourceError, human_size
 from ..runtime.model.skeleton import Skeleton, calibration_dtype
 from .passes.base import BUFFERS
 from .recipe import Recipe
@@ -51,7 +51,7 @@ class StageMemory:
         together = self.block if self.block and (room is None or sum(self.block) <= room) else self.moments
         if together is self.block:
             return self.rest + sum(self.block)
-        return self.rest + max((sum(part) for part in parts(self.moments, self.moments, room)), default=0.0)
+        return self.rest + max((sum(part) for part in split_to_fit(self.moments, self.moments, room)), default=0.0)
 
 
 def stage_memory(
@@ -184,14 +184,14 @@ def check_memory(plan: Plan, limit: float | None) -> None:
     device = plan.skeleton.device
     if limit is not None and limit < plan.memory:
         raise ResourceError(
-            f"about {plan.memory / 1e9:.2f} GB of memory are needed, --memory allows {limit / 1e9:.2f} GB; allow more, "
+            f"about {human_size(plan.memory)} of memory are needed, --memory allows {human_size(limit)}; allow more, "
             "or take a cheaper pass"
         )
     for place, needed in {device: plan.memory, HOST: plan.host}.items():
         free, where = available_memory(place), "memory" if place == HOST else f"memory of {place}"
         if free is not None and free < needed:
             raise ResourceError(
-                f"about {needed / 1e9:.2f} GB of {where} are needed and {free / 1e9:.2f} GB are available; close other "
+                f"about {human_size(needed)} of {where} are needed and {human_size(free)} are available; close other "
                 "programs, or run on a larger machine"
             )
 
@@ -214,6 +214,6 @@ def check_disk(plan: Plan, out: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < plan.disk:
         raise ResourceError(
-            f"{folder}: {free / 1e9:.2f} GB free, {plan.disk / 1e9:.2f} GB needed (weights and calibration "
+            f"{folder}: {human_size(free)} free, {human_size(plan.disk)} needed (weights and calibration "
             "activations); free some space or write elsewhere"
         )

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..calibrate.artefact import RoutingFolder
 from ..calibrate.corpus import Corpus, builtin_corpus, file_corpus, load_tokenizer, token_windows
+from ..calibrate.folders import RoutingFolder
 from ..runtime.errors import ModelError, RecipeError
 from ..runtime.model.checkpoint import Checkpoint
 from ..runtime.model.skeleton import Skeleton

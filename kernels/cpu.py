@@ -143,27 +143,27 @@ def bytes_linear(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     return linear_int8(x, packed, scales)
 
 
-Room = dict[str, Tensor]  # memory to decode into, tile after tile: fresh pages would cost more than the decoding
+Scratch = dict[str, Tensor]  # memory to decode into, tile after tile: fresh pages would cost more than the decoding
 
 
-def _taken(room: Room | None, name: str, count: int, dtype: torch.dtype) -> Tensor:
-    """`count` numbers of the room, or of its own memory."""
-    if room is None:
+def _taken(scratch: Scratch | None, name: str, count: int, dtype: torch.dtype) -> Tensor:
+    """`count` numbers of the scratch, or of its own memory."""
+    if scratch is None:
         return torch.empty(count, dtype=dtype)
-    if name not in room or len(room[name]) < count:
-        room[name] = torch.empty(count, dtype=dtype)
-    return room[name][:count]
+    if name not in scratch or len(scratch[name]) < count:
+        scratch[name] = torch.empty(count, dtype=dtype)
+    return scratch[name][:count]
 
 
 def decode_packed(
     packed: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, columns: int, group_size: int, dtype: torch.dtype,
-    room: Room | None = None,
+    scratch: Scratch | None = None,
 ) -> Tensor:  # fmt: skip
     """Words of the packed layout → weight `[rows, columns]` in `dtype`, rounded once.
 
     Args:
         packed: int32 `[rows, words]`; scales `[rows, groups]`; zeros int8 alike or None.
-        room: what the result may lie in.
+        scratch: what the result may lie in.
     """
     # A code less its zero point, and a bf16 scale, are exact in bf16: the product is rounded once without float32.
     # The tables, and the room, are of the CPU.
@@ -176,14 +176,14 @@ def decode_packed(
         weight = (packed.view(torch.uint8) ^ 128).view(torch.int8).to(dtype)
     else:
         count = rows * columns // 4
-        places = _taken(room, "places", count if bits == 3 else 2 * packed.numel(), torch.int32)
+        places = _taken(scratch, "places", count if bits == 3 else 2 * packed.numel(), torch.int32)
         if bits == 3:  # three bytes are two words of 12 bits
             first, middle, last = packed.view(torch.uint8).view(-1, 3).to(torch.int32).unbind(1)
             places.view(-1, 2)[:, 0] = first | (middle & 15) << 8
             places.view(-1, 2)[:, 1] = middle >> 4 | last << 4
         else:
             places.copy_(packed.view(torch.uint16).view(-1))
-        wide = _taken(room, "codes", count, torch.int64)
+        wide = _taken(scratch, "codes", count, torch.int64)
         wide = wide.view(-1, 2) if bits == 2 else wide  # a table of single numbers is read faster
         weight = torch.index_select(_codes_of_words(bits), 0, places, out=wide)
     weight = weight.view(dtype).view(rows, -1, group_size)
@@ -192,24 +192,24 @@ def decode_packed(
     return weight.mul_(scales[:, :, None]).view(rows, columns)
 
 
-def decode_fp8(codes: Tensor, dtype: torch.dtype, room: Room | None = None) -> Tensor:
+def decode_fp8(codes: Tensor, dtype: torch.dtype, scratch: Scratch | None = None) -> Tensor:
     """float8_e4m3fn `[rows, columns]` in another dtype, exactly; torch's own conversion takes several times as long."""
     if dtype != torch.bfloat16 or codes.numel() % 2 or codes.device.type != "cpu":
         return codes.to(dtype)
     count = codes.numel() // 2
-    places = _taken(room, "places", count, torch.int32).copy_(codes.view(torch.uint8).view(-1).view(torch.uint16))
-    pairs = torch.index_select(_pairs_of_fp8(), 0, places, out=_taken(room, "pairs", count, torch.int32))
+    places = _taken(scratch, "places", count, torch.int32).copy_(codes.view(torch.uint8).view(-1).view(torch.uint16))
+    pairs = torch.index_select(_pairs_of_fp8(), 0, places, out=_taken(scratch, "pairs", count, torch.int32))
     return pairs.view(dtype).view(codes.shape)
 
 
-def linear_tiles(x: Tensor, decode: Callable[[slice, Room], Tensor], rows: int) -> Tensor:
+def linear_tiles(x: Tensor, decode: Callable[[slice, Scratch], Tensor], rows: int) -> Tensor:
     """`x @ W.T` for x `[..., columns]`; `decode` gives some rows of W, asked for a tile at a time."""
     flat = x.reshape(-1, x.shape[-1])
-    room: Room = {}
+    scratch: Scratch = {}
     result = flat.new_empty(len(flat), rows)
     for start in range(0, rows, TILE_ROWS):
         part = slice(start, min(start + TILE_ROWS, rows))
-        result[:, part] = F.linear(flat, decode(part, room))
+        result[:, part] = F.linear(flat, decode(part, scratch))
     return result.view(*x.shape[:-1], rows)
 
 
@@ -235,9 +235,9 @@ def packed_linear(
             native = _native_int4[packed] = pack_int4(codes, scales, zeros, group_size)
         return linear_int4(x, native)
 
-    def decode(rows: slice, room: Room) -> Tensor:
+    def decode(rows: slice, scratch: Scratch) -> Tensor:
         some_zeros = None if zeros is None else zeros[rows]
-        return decode_packed(packed[rows], scales[rows], some_zeros, bits, columns, group_size, x.dtype, room)
+        return decode_packed(packed[rows], scales[rows], some_zeros, bits, columns, group_size, x.dtype, scratch)
 
     return linear_tiles(x, decode, len(packed))
 

@@ -108,7 +108,7 @@ def run_int_linear(
         rows: of the weight, without its padding.
         bias: `[rows]`; up: `[rows, rank]`; down: `[tokens, rank]`; each may be missing.
     """
-    kernels = _kernels("w4a16")
+    kernels = _kernels("int_linear")
     (tokens, columns), tile = x.shape, launch.tile
     common = {
         "WORDS": weight.words, "HIGH": weight.words if weight.high is None else weight.high, "PAIRS": weight.pairs,
@@ -443,7 +443,7 @@ def _quantized_rows_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tenso
     Args:
         x: `[..., columns]`; codes: int8 or fp8 `[rows, columns]`; scales: float32 `[rows]`; bias: `[rows]`.
     """
-    kernels = _kernels("activations")
+    kernels = _kernels("w8a8")
     flat = _flat(x)
     tokens, columns = flat.shape
     rows, whole = len(codes), codes.dtype == torch.int8

@@ -21,3 +21,12 @@ class ResourceError(CompressorError):
 
 class VerifyError(CompressorError):
     """An output is not what its manifest says."""
+
+
+def human_size(count: float) -> str:
+    """Bytes for people: `2.41 GB`, `950.00 kB`."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"

@@ -70,7 +70,7 @@ def _put_stored(
     """Put what runs a compressed matrix in its place: a linear's, the embedding's, or that of embedding and head."""
     model, name = skeleton.model, skeleton.family.memory_name(disk_name)
     bias = checkpoint.tensor(disk_name + ".bias").to(target) if disk_name + ".bias" in checkpoint.tensors else None
-    tensors = {part: tensor.to(target) for part, tensor in checkpoint.parts(disk_name).items()}
+    tensors = {part: tensor.to(target) for part, tensor in checkpoint.operator_tensors(disk_name).items()}
     scheme = checkpoint.schemes[disk_name]
     place, old = name, model.get_submodule(name)
     if isinstance(old, nn.Embedding):

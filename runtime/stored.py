@@ -64,7 +64,7 @@ class StoredModel(Checkpoint):
             if suffix.endswith("weight_shape"):  # the one tensor whose values are a shape
                 parts[suffix] = self.stored_tensor(stored_name(name, suffix))
         try:
-            operator = from_tensors(self.format.parts(parts, self.schemes[name]), self.schemes[name])
+            operator = from_tensors(self.format.operator_tensors(parts, self.schemes[name]), self.schemes[name])
             assert operator.shape
             return operator
         except (KeyError, IndexError, RuntimeError, ValueError) as error:
@@ -79,12 +79,12 @@ class StoredModel(Checkpoint):
         """The linear `name` (without `.weight`) as it is stored."""
         if name not in self.schemes:
             return Dense(self.stored_tensor(name + ".weight"))
-        return from_tensors(self.parts(name), self.schemes[name])
+        return from_tensors(self.operator_tensors(name), self.schemes[name])
 
-    def parts(self, name: str) -> dict[str, Tensor]:
+    def operator_tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of a compressed linear as its operator has them, by suffix."""
         stored = {suffix: self.stored_tensor(stored_name(name, suffix)) for suffix in self._suffixes[name]}
-        return self.format.parts(stored, self.schemes[name])
+        return self.format.operator_tensors(stored, self.schemes[name])
 
     def tensor(self, name: str) -> Tensor:
         """A tensor by its original name, decoded where it is compressed."""

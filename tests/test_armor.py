@@ -20,8 +20,8 @@ from compressor.compress.passes.linear.sparse24 import SparsePass
 from compressor.compress.solvers.armor import Factors, alternate, pair_step, round_of_chunks, step_a, total_loss
 from compressor.compress.solvers.armor_adam import adam, gradients, sampled_groups
 from compressor.compress.solvers.armor_codes import store_wrappers
-from compressor.compress.solvers.factors import stored_blocks
-from compressor.compress.solvers.pairs import nowag_scales, swept, top_pairs
+from compressor.compress.solvers.sparse24 import nowag_scales, swept, top_pairs
+from compressor.compress.solvers.stored_factors import stored_blocks
 from compressor.compress.solvers.system import damped_system
 from compressor.runtime.errors import RecipeError
 from compressor.runtime.schemes import (

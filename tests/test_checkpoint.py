@@ -21,7 +21,7 @@ from compressor.runtime.hub import resolve_model
 from compressor.runtime.model import checkpoint as checkpoint_module
 from compressor.runtime.model.checkpoint import Checkpoint, non_finite
 from compressor.runtime.model.skeleton import Skeleton
-from compressor.runtime.model.view import Part, changed
+from compressor.runtime.model.view import Derived, changed
 
 Pico = Callable[..., Path]
 
@@ -214,7 +214,7 @@ def test_tensors_of_a_view_are_made_when_they_are_read(pico: Pico) -> None:
         calls.append(weight.device.type)
         return (weight * scales).float()
 
-    view = changed(source, {matrix: Part((matrix, norm), scaled)})
+    view = changed(source, {matrix: Derived((matrix, norm), scaled)})
     assert calls == ["meta"]
     assert view.tensors[matrix].dtype == torch.float32
     assert view.tensors[matrix].shape == source.tensors[matrix].shape

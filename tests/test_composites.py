@@ -13,8 +13,8 @@ from compressor.compress.passes.linear.eora import Eora
 from compressor.compress.passes.linear.gptq import Gptq
 from compressor.compress.passes.linear.rtn import Rtn
 from compressor.compress.passes.linear.sparse24 import SparsePass, sparse_operator
-from compressor.compress.solvers.factors import stored_blocks
 from compressor.compress.solvers.lowrank import best_low_rank, refit_up
+from compressor.compress.solvers.stored_factors import stored_blocks
 from compressor.runtime.schemes import (
     Armor,
     Dense,

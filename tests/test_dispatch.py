@@ -132,6 +132,6 @@ def test_importing_the_kernels_touches_no_driver() -> None:
         "torch.cuda.init = torch.cuda._lazy_init = torch.cuda.get_device_properties = refuse\n"
         "from compressor.kernels import cpu, dispatch, layouts, ops, reference\n"
         "import sys; assert 'triton' not in sys.modules\n"
-        "from compressor.kernels.triton import activations, grouped, latent_attention, sparse24, w4a16\n"
+        "from compressor.kernels.triton import grouped, int_linear, latent_attention, sparse24, w8a8\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

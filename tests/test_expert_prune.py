@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from compressor.calibrate.artefact import RoutingFolder
+from compressor.calibrate.folders import RoutingFolder
 from compressor.calibrate.routing import Routing, chosen, observe_routing
 from compressor.compress.apply import Job, apply
 from compressor.compress.events import Event, ExpertsKept
@@ -26,7 +26,7 @@ from compressor.compress.passes.model.expert_prune import ExpertPrune, highest, 
 from compressor.compress.passes.model.experts import expert_counts, super_experts
 from compressor.compress.plan import make_plan
 from compressor.compress.recipe import parse_recipe
-from compressor.compress.solvers.subsets import best_subset, few_enough, subset_losses
+from compressor.compress.solvers.expert_subsets import best_subset, few_enough, subset_losses
 from compressor.compress.surveys import calibration_windows
 from compressor.runtime import load
 from compressor.runtime.errors import RecipeError

@@ -15,16 +15,16 @@ from test_expert_prune import FLOAT, ONE, logits, run, stock, windows
 from torch import Tensor, nn
 
 from compressor.calibrate import refit
-from compressor.calibrate.artefact import RoutingFolder
 from compressor.calibrate.chains import Chains
+from compressor.calibrate.folders import RoutingFolder
 from compressor.calibrate.refit import Member, Routed, fit
 from compressor.calibrate.routing import Routing
 from compressor.compress.apply import Job, apply
 from compressor.compress.events import Event, ExpertsChanged, ExpertsKept
 from compressor.compress.plan import make_plan
 from compressor.compress.recipe import parse_recipe
-from compressor.compress.solvers.merge import Neurons, aligned, averaged, clusters, redistributed
-from compressor.compress.solvers.neurons import eliminated, strongest
+from compressor.compress.solvers.expert_merge import Neurons, aligned, averaged, clusters, redistributed
+from compressor.compress.solvers.expert_neurons import eliminated, strongest
 from compressor.compress.surveys import calibration_windows
 from compressor.runtime import load
 from compressor.runtime.errors import RecipeError, ResourceError

@@ -23,7 +23,7 @@ from compressor.runtime import load
 from compressor.runtime.model.checkpoint import Checkpoint
 from compressor.runtime.model.folds import folded, seams
 from compressor.runtime.model.skeleton import Skeleton
-from compressor.runtime.model.view import Part, changed
+from compressor.runtime.model.view import Derived, changed
 from compressor.runtime.schemes import Dense, Operator
 
 Pico = Callable[..., Path]
@@ -38,7 +38,7 @@ def then(first: Any, second: Any) -> Any:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_fold_changes_nothing(pico: Pico, family: str) -> None:
     skeleton = Skeleton(Checkpoint(pico(family, dtype=torch.float32)))
-    generator, parts, kinds = torch.Generator().manual_seed(0), dict[str, Part](), set[str]()
+    generator, parts, kinds = torch.Generator().manual_seed(0), dict[str, Derived](), set[str]()
     for index in range(skeleton.blocks):
         for seam in seams(skeleton, index).values():
             kinds.add("norm" if seam.norm else "linear")
@@ -48,7 +48,7 @@ def test_a_fold_changes_nothing(pico: Pico, family: str) -> None:
             moved = Skeleton(changed(skeleton.checkpoint, made))
             assert all(not torch.equal(moved.checkpoint.tensor(n), skeleton.checkpoint.tensor(n)) for n in made)
             for name, part in made.items():  # of what two seams meet at, such as an upper projection, both
-                parts[name] = Part((name,), then(parts[name].make, part.make)) if name in parts else part
+                parts[name] = Derived((name,), then(parts[name].make, part.make)) if name in parts else part
     assert kinds == {"norm", "linear"} - NOT_THERE.get(family, set())
     moved = Skeleton(changed(skeleton.checkpoint, parts))
     ids = torch.randint(0, 128, (2, 24), generator=generator)

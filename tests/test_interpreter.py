@@ -27,7 +27,7 @@ def interpreted(*command: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("names", [("w4a16", "sparse24"), ("latent_attention", "grouped", "activations")])
+@pytest.mark.parametrize("names", [("int_linear", "sparse24"), ("latent_attention", "grouped", "w8a8")])
 def test_kernels_do_what_their_twins_do(names: tuple[str, ...]) -> None:
     options = ["-q", "-p", "no:cacheprovider", "--confcutdir", "tests/kernels"]
     assert " passed" in interpreted("-m", "pytest", *options, *(f"tests/kernels/test_{name}.py" for name in names))

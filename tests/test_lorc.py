@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from test_sparse import problem
 from torch import Tensor
 
+from compressor.calibrate.divergences import Seen, divergences
 from compressor.calibrate.drive import start_chains
 from compressor.calibrate.probes import output_metrics
-from compressor.calibrate.sensitivity import Seen, divergences
 from compressor.calibrate.stage import StageWork
 from compressor.calibrate.statistics import Statistics
 from compressor.calibrate.walk import walk

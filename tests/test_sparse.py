@@ -19,8 +19,8 @@ from compressor.calibrate.statistics import Statistics
 from compressor.compress.events import Fallback
 from compressor.compress.passes.linear.gptq import Gptq
 from compressor.compress.passes.linear.sparse24 import SparsePass, sparse_operator
-from compressor.compress.solvers.metric import Metric
-from compressor.compress.solvers.pairs import descend_pairs, sparsegpt, sweep_pairs, top_pairs
+from compressor.compress.solvers.row_metric import Metric
+from compressor.compress.solvers.sparse24 import descend_pairs, sparsegpt, sweep_pairs, top_pairs
 from compressor.compress.solvers.system import damped_system
 from compressor.kernels import layouts
 from compressor.runtime.schemes import Dense, IntQuantized, Sparse24

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from typing_extensions import Self
 
-    from ...calibrate.artefact import RoutingFolder
+    from ...calibrate.folders import RoutingFolder
     from ...calibrate.stage import StageWork
     from ...runtime.model.checkpoint import Checkpoint
     from ...runtime.model.skeleton import Skeleton

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .metric import Metric, blocks_times, times_blocks
-from .pairs import CHUNK, descend_pairs, top_pairs
+from .row_metric import Metric, blocks_times, times_blocks
+from .sparse24 import CHUNK, descend_pairs, top_pairs
 
 # A diagonal moment leaves the rows of a block strongly coupled and the choice of pairs rugged: large steps find better
 # pairs. With a full one the factors are the slow part, and steps that large only slow them down.

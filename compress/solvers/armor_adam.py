@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .armor import Factors, total_loss, weighed
-from .metric import blocks_times, times_blocks
-from .pairs import best_pairs_each
+from .row_metric import blocks_times, times_blocks
+from .sparse24 import best_pairs_each
 
 RATE = 1e-4
 _PATIENCE, _GAIN = 100, 1e-6  # give up after so many iterations that did not lower the loss by this share

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ...runtime.schemes import Armor, Operator
 from .armor import CoreStep, Factors, round_of_chunks, step_a, total_loss
-from .factors import Stored, as_blocks, stored_blocks
 from .grid import Grid, group_span
-from .metric import Metric
 from .refine import refine_chunk
+from .row_metric import Metric
+from .stored_factors import Stored, as_blocks, stored_blocks
 from .sweep import best_sweep
 from .system import damped_system
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .grid import Grid, group_span, round_to_grid, storable
-from .metric import Metric, settle, times_blocks
+from .row_metric import Metric, settle, times_blocks
 from .sweep import LEAF, halves
 
 _BLOCK = 128  # columns whose gradient is computed in one GEMM, if a group is not wider

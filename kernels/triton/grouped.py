@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .common import TILE
-from .w4a16 import accumulate
+from .int_linear import accumulate
 
 
 @triton.jit

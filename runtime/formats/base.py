@@ -14,6 +14,7 @@ from torch import Tensor
 from ..schemes import Operator
 
 OURS = ("compressor",)
+VLLM_CPU, VLLM_GPU = "vLLM on CPUs", "vLLM on GPUs"
 Schemes = dict[str, dict[str, Any]]  # name of a compressed linear → its scheme, as `schemes.from_tensors` takes it
 
 
@@ -66,7 +67,7 @@ class Format(ABC):
         """The stored tensors of a linear by suffix (`schemes.stored_name`)."""
         return operator.to_tensors()
 
-    def parts(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any]) -> dict[str, Tensor]:
+    def operator_tensors(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any]) -> dict[str, Tensor]:
         """The inverse: tensors of a linear as its operator has them, of those that are stored; also on `meta`.
 
         Raises:

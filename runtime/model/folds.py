@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .skeleton import Skeleton
-from .view import Part
+from .view import Derived
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,10 @@ def changes(skeleton: Skeleton, index: int, seam: Seam, scale: Tensor) -> dict[s
     return found | {f"{reader}.weight": times for reader in seam.readers}
 
 
-def folded(skeleton: Skeleton, index: int, seam: Seam, scale: Tensor) -> dict[str, Part]:
+def folded(skeleton: Skeleton, index: int, seam: Seam, scale: Tensor) -> dict[str, Derived]:
     """The same for a view: disk names → what they are there."""
     made = {skeleton.disk_name(index, name): make for name, make in changes(skeleton, index, seam, scale).items()}
-    return {name: Part((name,), make) for name, make in made.items()}
+    return {name: Derived((name,), make) for name, make in made.items()}
 
 
 def _divided(tensor: Tensor, *, scale: Tensor, offset: float) -> Tensor:

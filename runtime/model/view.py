@@ -19,7 +19,7 @@ from .families import with_text
 
 
 @dataclass(frozen=True)
-class Part:
+class Derived:
     """A tensor of a view.
 
     Attributes:
@@ -45,7 +45,7 @@ class View(Checkpoint):
         self,
         source: Checkpoint,
         config: Mapping[str, Any],
-        parts: Mapping[str, Part],
+        parts: Mapping[str, Derived],
         made: Sequence[Path] = (),
     ) -> None:
         self._source, self.path, self.stored = source, source.path, source.stored
@@ -57,7 +57,7 @@ class View(Checkpoint):
             with safe_open(path, framework="pt") as file:
                 self._made |= dict.fromkeys(file.keys(), path)
 
-    def _info(self, part: Part) -> TensorInfo:
+    def _info(self, part: Derived) -> TensorInfo:
         infos = [self._source.tensors[name] for name in part.sources]
         if part.make is None:
             return infos[0]
@@ -87,9 +87,9 @@ class View(Checkpoint):
         self._source.release()
 
 
-def changed(source: Checkpoint, parts: Mapping[str, Part], made: Sequence[Path] = ()) -> View:
+def changed(source: Checkpoint, parts: Mapping[str, Derived], made: Sequence[Path] = ()) -> View:
     """The same model with some tensors made otherwise."""
-    return View(source, source.config, {name: Part((name,)) for name in source.tensors} | dict(parts), made)
+    return View(source, source.config, {name: Derived((name,)) for name in source.tensors} | dict(parts), made)
 
 
 def fewer_experts(source: Checkpoint, kept: Mapping[int, Sequence[int]], made: Sequence[Path] = ()) -> View:
@@ -103,23 +103,23 @@ def fewer_experts(source: Checkpoint, kept: Mapping[int, Sequence[int]], made: S
     """
     family = source.family
     experts, blocks = family.experts, source.text_config.get("num_hidden_layers")
-    parts: dict[str, Part] = {}
+    parts: dict[str, Derived] = {}
     for name in source.tensors:
         index = source.block_index(name)
         if index is not None and blocks is not None and index >= blocks:
             continue
         if index is None or index not in kept:
-            parts[name] = Part((name,))
+            parts[name] = Derived((name,))
             continue
         inside = family.inside(name)
         number = experts.number(inside)
         if number is None:
             cut = partial(_rows, numbers=tuple(kept[index])) if inside.startswith(experts.router + ".") else None
-            parts[name] = Part((name,), cut)
+            parts[name] = Derived((name,), cut)
         elif number in kept[index]:
             rest = inside.removeprefix(f"{experts.where}.{number}.")
             place = f"{experts.where}.{list(kept[index]).index(number)}.{rest}"
-            parts[family.disk_name(f"{family.memory_name(name).removesuffix(inside)}{place}")] = Part((name,))
+            parts[family.disk_name(f"{family.memory_name(name).removesuffix(inside)}{place}")] = Derived((name,))
     return View(source, pruned_config(source, {len(numbers) for numbers in kept.values()}), parts, made)
 
 
@@ -133,7 +133,7 @@ def narrower_experts(source: Checkpoint, width: int, made: Sequence[Path] = ()) 
     family, blocks = source.family, source.text_config.get("num_hidden_layers")
     experts = family.experts
     before = source.text_config[experts.width]
-    parts: dict[str, Part] = {}
+    parts: dict[str, Derived] = {}
     for name, info in source.tensors.items():
         index = source.block_index(name)
         inside = family.inside(name) if index is not None else ""
@@ -143,7 +143,7 @@ def narrower_experts(source: Checkpoint, width: int, made: Sequence[Path] = ()) 
             stays = info.shape[1 if columns else 0] // before * width
             cut = partial(_first, count=stays, columns=columns)
         if index is None or blocks is None or index < blocks:
-            parts[name] = Part((name,), cut)
+            parts[name] = Derived((name,), cut)
     return View(source, _without_further_layers(source, {experts.width: width}), parts, made)
 
 

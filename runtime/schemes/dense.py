@@ -71,7 +71,7 @@ class DenseLinear(RowsLinear):
         super().__init__(rows, columns)
         self.register_buffer("matrix", tensors["weight"].to(dtype), persistent=False)
 
-    def decode(self, rows: slice, dtype: torch.dtype, room: cpu.Room | None = None) -> Tensor:
+    def decode(self, rows: slice, dtype: torch.dtype, scratch: cpu.Scratch | None = None) -> Tensor:
         return self.matrix[rows].to(dtype)
 
     def tiled(self, x: Tensor) -> Tensor:

@@ -138,10 +138,10 @@ class IntLinear(RowsLinear):
         result: Tensor = ops.int_linear(x, self.words, self.high, self.pairs, self.out_features, *self.layout, *ends)
         return result
 
-    def decode(self, rows: slice, dtype: torch.dtype, room: cpu.Room | None = None) -> Tensor:
+    def decode(self, rows: slice, dtype: torch.dtype, scratch: cpu.Scratch | None = None) -> Tensor:
         zeros = None if self.zeros is None else self.zeros[rows]
         packed, scales = self.packed[rows], self.scales[rows]
-        return cpu.decode_packed(packed, scales, zeros, self.bits, self.in_features, self.span, dtype, room)
+        return cpu.decode_packed(packed, scales, zeros, self.bits, self.in_features, self.span, dtype, scratch)
 
     def tiled(self, x: Tensor) -> Tensor:
         if self.bits > 4 or x.dtype != torch.bfloat16 or x.device.type != "cpu":

@@ -82,8 +82,8 @@ class RowsLinear(StoredLinear):
     device_layout = False
     dtype: torch.dtype
 
-    def decode(self, rows: slice, dtype: torch.dtype, room: cpu.Room | None = None) -> Tensor:
-        """Some rows of the weight, without a device layout; they may lie in `room`."""
+    def decode(self, rows: slice, dtype: torch.dtype, scratch: cpu.Scratch | None = None) -> Tensor:
+        """Some rows of the weight, without a device layout; they may lie in `scratch`."""
         raise NotImplementedError
 
     def fused(self, x: Tensor, *ends: Tensor | None) -> Tensor:
@@ -92,7 +92,7 @@ class RowsLinear(StoredLinear):
 
     def tiled(self, x: Tensor) -> Tensor:
         """The product a tile of rows at a time."""
-        return cpu.linear_tiles(x, lambda rows, room: self.decode(rows, x.dtype, room), self.out_features)
+        return cpu.linear_tiles(x, lambda rows, scratch: self.decode(rows, x.dtype, scratch), self.out_features)
 
     def whole(self, dtype: torch.dtype) -> Tensor:
         return super().whole(dtype) if self.device_layout else self.decode(_ALL, dtype)

@@ -127,10 +127,10 @@ class Sparse24Linear(RowsLinear):
     def fused(self, x: Tensor, *ends: Tensor | None) -> Tensor:
         return self.between(x, (None, None), (None, None), *ends)
 
-    def decode(self, rows: slice, dtype: torch.dtype, room: cpu.Room | None = None) -> Tensor:
+    def decode(self, rows: slice, dtype: torch.dtype, scratch: cpu.Scratch | None = None) -> Tensor:
         indices = layouts.unpack_indices(self.indices[rows], self.in_features // 4)
         values = self.values
-        kept = values.whole(dtype)[rows] if values.device_layout else values.decode(rows, dtype, room)
+        kept = values.whole(dtype)[rows] if values.device_layout else values.decode(rows, dtype, scratch)
         return layouts.expand24(kept, indices)
 
 

@@ -111,9 +111,9 @@ class W8A8Linear(RowsLinear):
         for name, dtype in dtypes.items():
             setattr(self, name, getattr(self, name).view(dtype))
 
-    def decode(self, rows: slice, dtype: torch.dtype, room: cpu.Room | None = None) -> Tensor:
+    def decode(self, rows: slice, dtype: torch.dtype, scratch: cpu.Scratch | None = None) -> Tensor:
         # Codes are exact in every dtype; scales, in that of the model.
-        codes = cpu.decode_fp8(self.codes[rows], dtype, room) if self.codes.is_floating_point() else self.codes[rows]
+        codes = cpu.decode_fp8(self.codes[rows], dtype, scratch) if self.codes.is_floating_point() else self.codes[rows]
         return codes.to(dtype) * self.scales[rows, None].to(dtype)
 
     def whole(self, dtype: torch.dtype) -> Tensor:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ....calibrate.stage import StageWork
     from ....runtime.schemes import Armor, Dense, Operator
     from ...solvers.armor import Factors
-    from ...solvers.factors import Stored
+    from ...solvers.stored_factors import Stored
     from .groups import Group
 
 LARGEST = 128  # block that `auto` takes, which is the published one
@@ -112,7 +112,7 @@ class ArmorPass(Calibrated):
         import torch
 
         from ....runtime.schemes import Armor
-        from ...solvers.factors import stored_rows
+        from ...solvers.stored_factors import stored_rows
 
         core = sparse_plan(self.kind, name, dense)
         rows, columns = dense.shape
@@ -212,8 +212,8 @@ class ArmorPass(Calibrated):
         from ...solvers.armor import Factors, alternate, pair_step, total_loss
         from ...solvers.armor_adam import RATE, adam
         from ...solvers.armor_codes import store_wrappers
-        from ...solvers.factors import as_blocks, stored_blocks
-        from ...solvers.pairs import CHUNK, nowag_scales, swept
+        from ...solvers.sparse24 import CHUNK, nowag_scales, swept
+        from ...solvers.stored_factors import as_blocks, stored_blocks
 
         inputs, outputs = torch.ones_like(goal[:, :1]), torch.ones_like(goal[0])
         energy, loss = group.energy, group.energy

@@ -99,7 +99,7 @@ class Eora(Calibrated):
         return WithResidual(operator, LowRank(self._stored(up), self._stored(down)))
 
     def _stored(self, part: Tensor) -> Operator:
-        from ...solvers.factors import stored_rows
+        from ...solvers.stored_factors import stored_rows
 
         return stored_rows(part, part.dtype, self.factor_bits)
 

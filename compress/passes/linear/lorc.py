@@ -22,7 +22,7 @@ from .calibrated import Calibrated, plain_floats
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ....calibrate.sensitivity import Seen
+    from ....calibrate.divergences import Seen
     from ....calibrate.stage import StageWork
     from ....runtime.model.skeleton import Skeleton
     from ....runtime.schemes import Dense, Latent, Operator
@@ -234,8 +234,8 @@ class Lorc(Calibrated):
         """With the ranks that the weights, or cutting each projection on its own, call for."""
         import torch
 
+        from ....calibrate.divergences import divergences
         from ....calibrate.probes import output_metrics
-        from ....calibrate.sensitivity import divergences
         from ....runtime.model.skeleton import Skeleton
         from ....runtime.schemes import Dense, LowRank
         from ...solvers.lowrank import Components
@@ -280,7 +280,7 @@ class Lorc(Calibrated):
     def survey_cost(self, skeleton: Skeleton, samples: int, sequence_length: int) -> Cost:
         """Of cutting every projection once, where ranks are found on data."""
         from ....calibrate.chains import BATCH_TOKENS
-        from ....calibrate.sensitivity import LOGITS
+        from ....calibrate.divergences import LOGITS
         from ....runtime.model.skeleton import HEAD_ROWS
 
         if not (self._nominal and self.calibrated):

@@ -94,8 +94,8 @@ class SparsePass(Calibrated):
         """The sparse weight for a stored one and its target, all `[columns, rows]`; losses and their scale by row."""
         import torch
 
-        from ...solvers.pairs import nowag_scales, swept, top_pairs
         from ...solvers.refine import row_losses
+        from ...solvers.sparse24 import nowag_scales, swept, top_pairs
 
         system = group.system
         if system is None or self.method == "magnitude":
@@ -148,7 +148,7 @@ def sparse_operator(weight: Tensor, nonzero: Tensor) -> Sparse24:
 
     from ....kernels.layouts import compress24
     from ....runtime.schemes import Dense, Sparse24
-    from ...solvers.pairs import top_pairs
+    from ...solvers.sparse24 import top_pairs
 
     if bool((nonzero.reshape(len(weight), -1, 4).sum(2) > 2).any()):
         raise ValueError("a group of four has more than two non-zeros")

@@ -6,7 +6,7 @@
   where these are few, else found by leaving out one after the other (NAEE, arXiv:2402.14800).
 - `frequency`: how many tokens; `router_weight`: `Σ g`; `ean`: `Σ ‖f‖`; `random`: for comparison.
 
-What the dropped ones knew need not all be lost: `merge` puts their weights into others (`solvers/merge.py`), and
+What the dropped ones knew need not all be lost: `merge` puts their weights into others (`solvers/expert_merge.py`), and
 `refit` fits the down projections that stay to what the original block put out (`calibrate/refit.py`).
 """
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from ....runtime.model.checkpoint import Checkpoint
     from ....runtime.model.families import ExpertGroups
     from ....runtime.model.skeleton import Skeleton
-    from ...solvers.merge import Neurons
+    from ...solvers.expert_merge import Neurons
 
 Criterion = Literal["reap", "frequency", "router_weight", "ean", "reconstruction", "random"]
 
@@ -160,7 +160,7 @@ class ExpertPrune(ModelPass):
         Raises:
             RecipeError: the model has no experts, or so many cannot go.
         """
-        from ...solvers.subsets import few_enough
+        from ...solvers.expert_subsets import few_enough
 
         blocks = expert_counts(self.kind, skeleton)
         [count] = set(blocks.values())
@@ -257,7 +257,7 @@ class ExpertPrune(ModelPass):
         import torch
 
         from ....calibrate.routing import expert_output
-        from ...solvers.merge import clusters
+        from ...solvers.expert_merge import clusters
 
         sample = look.sample(index)
         outputs = torch.stack([expert_output(expert, sample).mean(0) for expert in look.experts(index)])
@@ -273,7 +273,7 @@ class ExpertPrune(ModelPass):
     def _search(self, look: Look, index: int) -> Choice:
         """A block's best subset on a sample of its tokens, and the loss without each expert alone."""
         from ....calibrate.routing import chosen, expert_outputs
-        from ...solvers.subsets import best_subset, subset_losses
+        from ...solvers.expert_subsets import best_subset, subset_losses
 
         sample = look.sample(index)
         outputs = expert_outputs(look.experts(index), sample)
@@ -288,7 +288,7 @@ class ExpertPrune(ModelPass):
 
     def _merge(self, look: Look, folder: Path) -> None:
         """Put what is dropped into what is kept."""
-        from ...solvers.merge import averaged, redistributed
+        from ...solvers.expert_merge import averaged, redistributed
 
         assert self.kept is not None
         view = self.view(look.skeleton)
@@ -352,7 +352,7 @@ def saliency(seen: Routing, criterion: str) -> Tensor:
 
 
 def _neurons(expert: Any) -> Neurons:
-    from ...solvers.merge import Neurons
+    from ...solvers.expert_merge import Neurons
 
     return Neurons(expert.gate_proj.weight.float(), expert.up_proj.weight.float(), expert.down_proj.weight.float().T)
 
@@ -360,7 +360,7 @@ def _neurons(expert: Any) -> Neurons:
 def _routed(skeleton: Skeleton, layer: Any, sample: Tensor) -> Tensor:
     """What the routed experts of a block put out for tokens `[tokens, hidden_size]`, float64."""
     from ....calibrate.routing import chosen, expert_outputs, experts_of
-    from ...solvers.subsets import mixed
+    from ...solvers.expert_subsets import mixed
 
     routed = chosen(layer.get_submodule(skeleton.family.experts.router), sample)
     outputs = expert_outputs(experts_of(skeleton, layer) or (), sample)

@@ -116,7 +116,7 @@ class ExpertWidth(ModelPass):
         from torch import nn
 
         from ....calibrate.refit import fit, normal_equations
-        from ...solvers.neurons import eliminated, strongest
+        from ...solvers.expert_neurons import eliminated, strongest
 
         normal = normal_equations(routed, members)
         ridge = self.damping * normal.mean

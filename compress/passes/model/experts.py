@@ -14,7 +14,7 @@ from ..base import BUFFERS, Cost, Survey
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ....calibrate.artefact import RoutingFolder
+    from ....calibrate.folders import RoutingFolder
     from ....calibrate.refit import Member, Routed
     from ....calibrate.routing import Routing
     from ....runtime.model.skeleton import Skeleton
@@ -55,7 +55,7 @@ class Look:
     @classmethod
     def at(cls, skeleton: Skeleton, survey: Survey, blocks: Iterable[int], *, protect: bool) -> Look:
         """At some blocks; the model is run unless another run left what is needed."""
-        from ....calibrate.artefact import RoutingFolder
+        from ....calibrate.folders import RoutingFolder
         from ....calibrate.routing import observe_routing
 
         if not (wanted := list(blocks)):

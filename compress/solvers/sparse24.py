@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .metric import Metric, settle, times_blocks
+from .row_metric import Metric, settle, times_blocks
 from .sweep import LEAF, column_sweep, halves
 from .system import System
 
