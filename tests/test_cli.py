@@ -70,7 +70,10 @@ def test_the_main_job_by_hand(pico: Pico, tmp_path: Path) -> None:
     edit = ("--set", "passes.0.group_size=32")
     plan = json.loads(run("plan", recipe, pico(), *edit, "--json", cwd=tmp_path).stdout)
     done = run("apply", recipe, pico(), "out", *edit, cwd=tmp_path)
-    assert "× smaller; format compressed-tensors, read by compressor, transformers, vLLM" in done.stdout
+    assert (
+        "× smaller; format compressed-tensors, read by compressor, transformers, vLLM on CPUs, vLLM on GPUs"
+        in done.stdout
+    )
     assert done.stderr.count("block ") == 2
     assert json.loads((tmp_path / "out" / "compressor.json").read_text())["bytes"]["after"] == plan["bytes_after"]
     assert "as they should be" in run("verify", "out", cwd=tmp_path).stdout

@@ -257,11 +257,11 @@ def test_readers_are_those_of_every_tensor() -> None:
     operators = {
         str(bits): IntQuantized(codes, torch.ones(16, 2, dtype=torch.bfloat16), None, bits, 32) for bits in (4, 8, 3)
     }
-    assert choose_format("auto", {"4": operators["4"], "8": operators["8"]})[1] == (
-        "compressor",
-        "transformers",
-        "vLLM",
-    )
+    four, eight = {"4": operators["4"]}, {"8": operators["8"]}
+    assert choose_format("auto", four)[1] == ("compressor", "transformers", "vLLM on CPUs", "vLLM on GPUs")
+    assert choose_format("auto", four | eight)[1] == ("compressor", "transformers", "vLLM on GPUs")
+    by_row = {"4": IntQuantized(codes, torch.ones(16, 1, dtype=torch.bfloat16), None, 4, -1)}  # of 64 columns
+    assert choose_format("auto", by_row)[1] == ("compressor", "transformers", "vLLM on GPUs")
     assert choose_format("auto", operators)[1] == ("compressor", "transformers")
     assert choose_format("compressor", operators) == (NATIVE, ("compressor",), "")
 
@@ -317,8 +317,8 @@ def test_readers_that_fuse_linears_need_one_scheme_for_them() -> None:
         bits: IntQuantized(torch.zeros(16, 64, dtype=torch.int8), torch.ones(16, 1), None, bits, 64) for bits in (4, 8)
     }
     linears = {"q": make[4], "k": make[8]}
-    assert "vLLM" in choose_format("auto", linears, Around(fused=[["q"], ["k"]]))[1]
-    assert "vLLM" not in choose_format("auto", linears, Around(fused=[["q", "k"]]))[1]
+    assert "vLLM on GPUs" in choose_format("auto", linears, Around(fused=[["q"], ["k"]]))[1]
+    assert choose_format("auto", linears, Around(fused=[["q", "k"]]))[1] == ("compressor", "transformers")
     odd = {"q": IntQuantized(torch.zeros(16, 64, dtype=torch.int8), torch.ones(16, 4), None, 4, 16)}
     assert choose_format("auto", odd)[1] == ("compressor", "transformers")
 

@@ -13,9 +13,10 @@ import torch
 from ...kernels.layouts import expand24
 from ..errors import ModelError
 from ..schemes import W8A8, IntQuantized, Operator, Sparse24, rewritten, stored_name
-from .base import OURS, Around, Format, Schemes, targets
+from .base import OURS, VLLM_CPU, VLLM_GPU, Around, Format, Schemes, targets
 
 # Formats of compressed-tensors that are read, and the tensor by which a compressed linear is known.
+_EVERYONE = (*OURS, "transformers", VLLM_CPU, VLLM_GPU)
 _MARKS = {"pack-quantized": ".weight_packed", "int-quantized": ".weight_scale", "float-quantized": ".weight_scale"}
 
 _ANY = object()  # a value that is read here, or of no consequence for what a folder decodes to
@@ -59,11 +60,11 @@ class CompressedTensors(Format):
 
     def readers(self, linears: Mapping[str, Operator], around: Around) -> tuple[str, ...]:
         stored = rewritten(linears)
-        found = {*OURS, "transformers", "vLLM"}.intersection(*(_readers(operator) for operator in stored.values()))
+        found = set(_EVERYONE).intersection(*(_readers(operator) for operator in stored.values()))
         if any(len({repr(linears[name].scheme()) for name in group}) > 1 for group in around.fused):
-            found -= {"vLLM"}
+            found -= {VLLM_CPU, VLLM_GPU}
         if any(name in around.outer for name in stored):
-            found -= {"vLLM"}  # whose schemes are for linears, of which the head is none
+            found -= {VLLM_CPU, VLLM_GPU}  # whose schemes are for linears, of which the head is none
         return tuple(sorted(found))
 
     def as_written(self, operator: Operator, dtype: torch.dtype = torch.float32) -> Operator:
@@ -141,16 +142,21 @@ def _readers(operator: Operator) -> tuple[str, ...]:
     """Who reads an operator in this format; nobody where none takes it."""
     scheme, columns = operator.scheme(), operator.shape[1]
     if scheme["kind"] == W8A8.kind:
-        return *OURS, "transformers", "vLLM"  # tests/test_w8a8.py; vLLM's W8A8 int8 / FP8 schemes
+        # tests/test_w8a8.py; vLLM 0.32 on a CPU ran int8, and did not come to an end with fp8.
+        return _EVERYONE if scheme["type"] == "int" else tuple(name for name in _EVERYONE if name != VLLM_CPU)
     if scheme["kind"] != IntQuantized.kind or columns % max(scheme["group_size"], 1):
         return ()  # compressed-tensors refuses rows that the group does not divide
     if not scheme["symmetric"]:
         # transformers 5.23 with compressed-tensors 0.19 or 0.20 expects zero points unpacked and refuses packed ones;
         # asymmetric experts fail in any case (huggingface/transformers#47430).
         return ()
+    found = [*OURS, "transformers"]  # tests/test_formats.py
     if scheme["bits"] in (4, 8) and scheme["group_size"] in (-1, 32, 64, 128):
-        return *OURS, "transformers", "vLLM"  # tests/test_formats.py; vLLM's W4A16 / W8A16 schemes
-    return *OURS, "transformers"  # tests/test_formats.py
+        found.append(VLLM_GPU)  # by the kernels that its source names (Machete, Marlin)
+        # vLLM 0.32 ran these; it refuses 8 bits, and rows that it cannot cut into groups of 128 of its own.
+        if scheme["bits"] == 4 and (scheme["group_size"] > 0 or not columns % 128):
+            found.append(VLLM_CPU)
+    return tuple(found)
 
 
 def _layout(scheme: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..schemes import Dense, Operator, rewritten
-from .base import Around, Format
+from .base import OURS, VLLM_CPU, VLLM_GPU, Around, Format
 
 
 class Plain(Format):
@@ -20,7 +20,7 @@ class Plain(Format):
         return next(iter(rewritten(linears)), "")
 
     def readers(self, linears: Mapping[str, Operator], around: Around) -> tuple[str, ...]:
-        return "compressor", "transformers", "vLLM"
+        return *OURS, "transformers", VLLM_CPU, VLLM_GPU
 
     def as_written(self, operator: Operator, dtype: torch.dtype = torch.float32) -> Operator:
         """The weight that an operator decodes to."""
