@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-second lint crash clean
+.PHONY: demo test test-long lint crash clean
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -13,11 +13,11 @@ demo: .venv/installed
 	$(BIN)/python examples/demo.py
 
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal -m "not second"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal -m "not long"
 
-# What `make test` leaves to CI: recipes on a second model each.
-test-second: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal -m second
+# What `make test` leaves to CI for its minutes: most recipes' baselines, the memory of large models.
+test-long: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal -m long
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -8,7 +8,14 @@ from pico import benchmark
 memory = benchmark("memory")
 
 
-@pytest.mark.parametrize("case", ["hidden 512", "32 experts", "hidden 1024, rtn", "hidden 1024, lorc"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "hidden 512",
+        "hidden 1024, rtn",
+        *(pytest.param(case, marks=pytest.mark.long) for case in ("32 experts", "hidden 1024, lorc")),
+    ],
+)
 def test_peak_memory_is_within_a_tenth_of_the_plan(case: str) -> None:
     predicted, measured, base, _ = memory.measure(case)
     assert predicted + base == pytest.approx(measured + base, rel=0.1)

@@ -34,6 +34,7 @@ SMALL = {
     "sparsegpt-24": ("passes.0.sweeps=3",),
     "sparsegpt-24-w4": ("passes.0.sweeps=3",),
 }
+QUICK = ("w4a16-rtn", "w4a16-gptq", "w8a8-int8", "lorc-50", "moe-reap-25")
 MODELS = ("tiny-llama", "tiny-moe")
 CASES = [(recipe, name) for recipe in shipped() for name in MODELS if name == "tiny-moe" or "moe" not in recipe]
 
@@ -68,9 +69,10 @@ def measure(recipe: str, name: str, out: Path) -> dict[str, Any]:
 
 
 def _cases() -> list[Any]:
-    """Each recipe on one model; marked, on the other that it is for."""
+    """One recipe of a kind on one model; marked, all others."""
     first = dict(reversed(CASES))
-    return [pytest.param(*case, marks=() if first[case[0]] == case[1] else pytest.mark.second) for case in CASES]
+    quick = [(recipe, first[recipe]) for recipe in QUICK]
+    return [pytest.param(*case, marks=() if case in quick else pytest.mark.long) for case in CASES]
 
 
 @pytest.mark.parametrize(("recipe", "name"), _cases())

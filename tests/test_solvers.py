@@ -308,14 +308,14 @@ def test_no_row_is_worse_than_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
         losses[::3] = row_losses(-target[:, ::3], system.moment)
         return chosen, codes, losses
 
-    monkeypatch.setattr("compressor.compress.passes.linear.gptq.best_sweep", spoilt)
+    monkeypatch.setattr("compressor.compress.solvers.sweep.best_sweep", spoilt)
     solution, reason = solved(step, weight.float(), statistics)
     assert solution.simple[::3].all()
     assert not solution.simple.all()
     assert torch.equal(solution.codes[::3].float(), rounded[::3])
     assert torch.equal(solution.grid.scales[::3], grid.scales[::3])
     assert not reason
-    sweep = "compressor.compress.passes.linear.gptq.best_sweep"
+    sweep = "compressor.compress.solvers.sweep.best_sweep"
     monkeypatch.setattr(sweep, lambda t, g, *_: (g[0], 0 * t, 1e30 + 0 * t[0]))
     solution, reason = solved(step, weight.float(), statistics)
     assert torch.equal(solution.codes.float(), rounded)
@@ -348,7 +348,7 @@ def test_bfloat16_products_cost_next_to_nothing(monkeypatch: pytest.MonkeyPatch)
     target = Shift.of(cross.double(), system, rows=64).corrected(weight, 1.0)
     losses = []
     for dtype in (torch.float32, torch.bfloat16):
-        monkeypatch.setattr("compressor.compress.passes.linear.calibrated.products_dtype", lambda _, dtype=dtype: dtype)
+        monkeypatch.setattr("compressor.compress.passes.linear.groups.products_dtype", lambda _, dtype=dtype: dtype)
         solution, _ = solved(Gptq(kind="gptq", bits=4, group_size=64), weight.float(), statistics)
         values = solution.grid.values(solution.codes.float()).double()
         losses.append(float(losses_of(values - target, system.moment).sum()))

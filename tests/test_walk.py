@@ -182,6 +182,7 @@ print(peak - base)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+@pytest.mark.long
 def test_depth_does_not_cost_memory(pico: Pico, calibration_text: Path, tmp_path: Path) -> None:
     """The same model with 4 and with 16 blocks: the peaks differ by less than a block."""
     recipe = tmp_path / "recipe.yaml"
