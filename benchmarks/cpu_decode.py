@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from compressor.compress.apply import Job, apply
 from compressor.compress.recipe import parse_recipe
 from compressor.kernels.cpu import (
-    Room,
+    Scratch,
     decode_fp8,
     decode_packed,
     linear_int4,
@@ -66,7 +66,7 @@ def kernels(size: int, bits: int, group_size: int, symmetric: bool) -> None:
     scheme = f"{bits} bits, groups of {group_size}{'' if symmetric else ', asymmetric'}"
     print(f"\n{size} × {size}, {scheme}, ms:\n tokens     fp32     bf16 int4pack dequantize   × bf16  × fp32")
 
-    def decode(rows: slice, room: Room) -> torch.Tensor:
+    def decode(rows: slice, room: Scratch) -> torch.Tensor:
         zero = None if zeros is None else zeros[rows]
         return decode_packed(packed[rows], scales[rows], zero, bits, size, group_size, torch.bfloat16, room)
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -109,13 +110,14 @@ class StatisticsFolder(BlockFolder):
             names[name] = json.dumps([lead, found.tokens, found.lent])
         self._save(block, tensors, names)
 
-    def load(self, block: int) -> dict[str, Statistics]:
-        """A block's statistics by disk name.
+    def load(self, block: int, device: torch.device | str = "cpu") -> dict[str, Statistics]:
+        """A block's statistics by disk name, on a device.
 
         Raises:
             ResourceError: the file is missing or damaged.
         """
         tensors, names = self._load(block)
+        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         try:
             entries = {name: json.loads(entry) for name, entry in names.items()}
             made = {

@@ -47,21 +47,26 @@ class StageWork:
         Args:
             feeder: a key of `seams`, whose linears no pass has compressed yet.
             scale: positive, `[channels]` (`Seam.columns` and `Seam.largest` lead from channels to columns and back).
+
+        Raises:
+            ValueError: it is not positive and finite.
         """
+        if not bool((scale.isfinite() & (scale > 0)).all()):
+            raise ValueError(f"{feeder}: scales that are moved have to be positive and finite")
         self.scale(self.seams[feeder], scale)
         self.folded[feeder] = scale * self.folded.get(feeder, 1.0)
 
     def scale(self, seam: Seam, scale: Tensor) -> None:
         """Let the linears here that read a feeder multiply by what it was divided by."""
-        columns, seen = seam.columns(scale), dict[int, Statistics]()
+        columns, done = seam.columns(scale), set[int]()
         for name in (name for name in seam.linears if name in self.linears):
             assert isinstance(self.linears[name], Dense)
             weight = multiplied(self.originals[name], columns=columns)
             self.originals[name], self.linears[name] = weight, Dense(weight)
-            if name in self.statistics:
-                old = self.statistics[name]
-                seen[id(old)] = seen.get(id(old)) or old.scaled(columns)
-        self.statistics |= {n: seen[id(s)] for n, s in self.statistics.items() if id(s) in seen}
+            found = self.statistics.get(name)
+            if found is not None and id(found) not in done:  # linears that read the same input share one
+                found.divide(columns)
+                done.add(id(found))
 
     def part(self, numbers: Sequence[int]) -> StageWork:
         """Some of the groups by their numbers, to be rewritten on their own, without moving scales; what comes of it is

@@ -58,13 +58,13 @@ class Kind:
     Attributes:
         add: takes a batch into it, in place.
         join: takes another's into it in place, times a share where it is a sum.
-        scaled: what it is of inputs that are divided by a scale `[in_features]`.
+        divide: makes it, in place, that of inputs that are divided by a scale `[in_features]`.
         paired: whether it compares the two chains.
     """
 
     add: Callable[[Tensor, Inputs], None]
     join: Callable[[Tensor, Tensor, float], None]
-    scaled: Callable[[Tensor, Tensor], Tensor]
+    divide: Callable[[Tensor, Tensor], object]
     square: bool = True
     paired: bool = False
 
@@ -101,14 +101,14 @@ def _larger(own: Tensor, other: Tensor, share: float) -> None:
     torch.maximum(own, other, out=own)
 
 
-def _both_sides(sums: Tensor, scale: Tensor) -> Tensor:
-    return sums / scale[:, None] / scale
+def _both_sides(sums: Tensor, scale: Tensor) -> None:
+    sums.div_(scale[:, None]).div_(scale)
 
 
 KINDS: Mapping[str, Kind] = {
     "moment": Kind(_add_moment, _sum, _both_sides),
     "cross": Kind(_add_cross, _sum, _both_sides, paired=True),
-    "peak": Kind(_add_peak, _larger, torch.div, square=False),
+    "peak": Kind(_add_peak, _larger, Tensor.div_, square=False),
 }
 UNPAIRED = frozenset(name for name, kind in KINDS.items() if not kind.paired)
 
@@ -167,8 +167,8 @@ class Statistics:
 
     @property
     def informed(self) -> bool:
-        """Whether anything was seen at all."""
-        return bool(self.tokens or self.lent)
+        """Whether there is a second moment, of anything at all."""
+        return "moment" in self.sums and bool(self.tokens or self.lent)
 
     def lent_to(self, own: Statistics | None) -> Statistics:
         """These statistics of other tokens, with an expert's own (None: it has none) and of their mean size: they count
@@ -188,7 +188,7 @@ class Statistics:
         for name, sums in self.sums.items():
             KINDS[name].join(sums, other.sums[name], share)
 
-    def scaled(self, scale: Tensor) -> Statistics:
-        """Those of inputs that are divided by a scale `[in_features]`."""
-        sums = {name: KINDS[name].scaled(found, scale.to(found.device)) for name, found in self.sums.items()}
-        return Statistics(self.tokens, sums, self.lent)
+    def divide(self, scale: Tensor) -> None:
+        """Become those of inputs that are divided by a scale `[in_features]`."""
+        for name, sums in self.sums.items():
+            KINDS[name].divide(sums, scale.to(sums.device))

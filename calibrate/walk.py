@@ -65,7 +65,7 @@ class Block:
         at_once = True
         metrics: dict[str, Tensor] = {}
         if self.folder is not None and self.folder.complete:
-            known = self.folder.load(self.index)
+            known = self.folder.load(self.index, self.skeleton.device)
         elif self.chains is not None:
             original = self.skeleton.block(self.index)
             if "compressed" in self.chains.names:
@@ -129,7 +129,9 @@ class Block:
             seam, source = self._seams[feeder], self._disk(feeder)
             if not seam.norm:
                 above = torch.ones(self.linears[source].shape[0] - seam.channels, device=scale.device)
-                self.linears[source] = self.linears[source].rows_times(1 / torch.cat([above, scale]))
+                self.linears[source] = self.linears[source].rows_times(
+                    1 / torch.cat([above, scale]).to(self.skeleton.device)
+                )
                 self._put(feeder)
             for name, change in changes(self.skeleton, self.index, seam, scale).items():
                 module, kind = name.rsplit(".", 1)
@@ -277,7 +279,7 @@ class Block:
             self._experts()[0].everyone = number
             with self._captures([group]) as captures:
                 x, _, reference = self._inputs(first, captures)[group]
-            lent = Statistics.empty(x.shape[-1], UNPAIRED if self.folder else self._kinds(group), x.device)
+            lent = Statistics.empty(x.shape[-1], UNPAIRED if self.folder is not None else self._kinds(group), x.device)
             lent.add(x, None, reference)
             sums[group] = lent.lent_to(own)
             self._experts()[0].everyone = None

@@ -132,26 +132,18 @@ def _run(
     files, names = writer.finished_by(checkpoint.block_index, skeleton.blocks), checkpoint.block_names()
     done = [entry["block"] for entry in journal.entries if "block" in entry]
     first = max(done) + 1 if done else 0
-    outer: dict[str, Operator] = {}
-    told = [] if done else list(_rewrite_outer(plan, outer, listener))
-    if not done:
-        writer.start()
+    if not chain_names(plan.needs) or (folder is not None and folder.complete):
+        windows = None  # which nothing is run over
     chains: Chains | None = None
-    if windows is not None and chain_names(plan.needs) and not (folder is not None and folder.complete):
-        if first == 0:
-            embedding = next((operator for name, operator in outer.items() if skeleton.outer()[name]), None)
-            chains = start_chains(skeleton, windows, journal.chains, chain_names(plan.needs), embedding)
-        else:
-            chains = Chains(journal.chains, chain_names(plan.needs), (*windows.shape, skeleton.config.hidden_size))
-            if first < skeleton.blocks and not chains.exists(first):
-                raise ResourceError(
-                    f"{journal.folder}: the calibration activations are not there (a folder of statistics served in "
-                    "their place?); put that folder back, or delete the work folder to start over"
-                )
-    if not done:
-        _store(outer, {}, checkpoint.outside_names(), plan, checkpoint, writer)
-        records, hashes = [event.record() for event in told], writer.hashes(files[-1])
-        journal.done({"step": "outside", "block": -1, "events": records, "files": hashes})
+    if first == 0:
+        chains = _begin(plan, windows, writer, files[-1], journal, listener, fresh=not done)
+    elif windows is not None:
+        chains = Chains(journal.chains, chain_names(plan.needs), (*windows.shape, skeleton.config.hidden_size))
+        if first < skeleton.blocks and not chains.exists(first):
+            raise ResourceError(
+                f"{journal.folder}: the calibration activations are not there (a folder of statistics served in "
+                "their place?); put that folder back, or delete the work folder to start over"
+            )
     if done:
         listener(Resumed(first, skeleton.blocks))
     wanting = [(name, step) for name in plan.linears for step in job.recipe.linear_passes.values() if step.wants(name)]
@@ -176,6 +168,35 @@ def _run(
         listener(events[-1])
     if folder is not None and not folder.complete:
         folder.finish(range(skeleton.blocks))
+
+
+def _begin(
+    plan: Plan,
+    windows: Tensor | None,
+    writer: ShardedWriter,
+    files: Sequence[str],
+    journal: Journal,
+    listener: Listener,
+    *,
+    fresh: bool,
+) -> Chains | None:
+    """Rewrite what is outside the blocks, write it unless an earlier run did, and start the chains from it.
+
+    Args:
+        windows: of text that is run over the model; None for none.
+        files: that are whole with this.
+    """
+    skeleton, outer = plan.skeleton, dict[str, Operator]()
+    events = list(_rewrite_outer(plan, outer, listener if fresh else lambda event: None))
+    if fresh:
+        writer.start()
+        _store(outer, {}, skeleton.checkpoint.outside_names(), plan, skeleton.checkpoint, writer)
+        records, hashes = [event.record() for event in events], writer.hashes(files)
+        journal.done({"step": "outside", "block": -1, "events": records, "files": hashes})
+    if windows is None:
+        return None
+    embedding = next((operator for name, operator in outer.items() if skeleton.outer()[name]), None)
+    return start_chains(skeleton, windows, journal.chains, chain_names(plan.needs), embedding)
 
 
 def _rewrite_outer(plan: Plan, found: dict[str, Operator], listener: Listener) -> Iterator[Event]:
@@ -231,7 +252,7 @@ def _store(
         tensors = fuse(checkpoint.family, tensors)
     writer.write(tensors)
     for name in tensors:
-        if not torch.equal(writer.read(name), tensors[name].cpu()):
+        if not writer.holds(name, tensors[name]):
             raise VerifyError(f"{name}: what was read back is not what was written; check the disk")
     for linear, (operator, suffixes) in written.items() if plan.format is not PLAIN else ():
         # Of a tensor that several linears share, the last one's was written.

@@ -49,7 +49,7 @@ class Plan:
         host: the same as `memory` for the host, where blocks run on a GPU.
         flops: of calibration and solving.
         kv_before, kv_after: bytes of the KV cache for each token, in the dtype of the weights.
-        room: bytes of second moments at a time, or None for those of a whole stage.
+        room: bytes of statistics at a time, or None for those of a whole stage.
         left: disk names of the blocks' matrices that stay as they are because the family does not name them.
     """
 
@@ -143,7 +143,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, *, look: bool = False, memory:
         recipe, skeleton, linears, tensors, chosen, readers, obstacle, needs, whole.nbytes, after,
         int(peak),
         int(max(after + chain_bytes(recipe, skeleton, walked) + survey.left, survey.disk)),
-        flops(recipe, linears, walked) + survey.flops, *_cache_bytes(checkpoint, linears), room,
+        flops(recipe, linears, walked, skeleton.outer()) + survey.flops, *_cache_bytes(checkpoint, linears), room,
         int(least if skeleton.device.type != "cpu" else peak),
         tuple(name for index in range(skeleton.blocks) for name in skeleton.unnamed(index)),
     )  # fmt: skip
@@ -172,8 +172,10 @@ def _prepared(recipe: Recipe, skeleton: Skeleton, look: bool) -> tuple[Recipe, S
 def around_of(skeleton: Skeleton) -> Around:
     """What a format must know of a model beside the form of its linears."""
     family, groups = skeleton.family, input_groups(skeleton)
+    family_names = [*skeleton.outer(), *(name for group in groups for name in group)]
     experts = frozenset(name for group in groups for name in group if family.expert(name) is not None)
-    return Around(experts, groups, bool(family.experts.fused), skeleton.outer())
+    names = {disk: memory for disk in family_names if (memory := family.memory_name(disk)) != disk}
+    return Around(experts, groups, bool(family.experts.fused), skeleton.outer(), skeleton.tied, names)
 
 
 def input_groups(skeleton: Skeleton) -> list[list[str]]:

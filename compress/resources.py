@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +39,7 @@ def chain_names(needs: frozenset[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Bytes beyond the imports while the groups of a stage are measured and solved: second moments of each group of the
+    """Bytes beyond the imports while the groups of a stage are measured and solved: statistics of each group of the
     stage, those of the whole block if they are taken in one run, and all else."""
 
     moments: list[float]
@@ -95,8 +95,8 @@ def stage_memory(
 
 
 def outer_memory(recipe: Recipe, skeleton: Skeleton, linears: Linears) -> float:
-    """While the embedding and the head are rewritten, which are whole on the device until they are written."""
-    held = peak = 0.0
+    """While the embedding and the head are rewritten, and then packed and written, whole."""
+    held = peak = packed = 0.0
     original = skeleton.checkpoint.dtype.itemsize if skeleton.device.type != "cpu" else 0
     for name in (name for name in skeleton.outer() if name in linears):
         operator = linears[name].operator
@@ -104,7 +104,8 @@ def outer_memory(recipe: Recipe, skeleton: Skeleton, linears: Linears) -> float:
         held += original * math.prod(operator.shape)
         peak = max(peak, held + max(step.memory([operator]) for step in steps))
         held += math.prod(operator.shape)  # codes, not packed yet
-    return peak
+        packed += operator.nbytes
+    return max(peak, held + packed)
 
 
 def _working(
@@ -126,7 +127,7 @@ def _working(
 
 
 def room_for_moments(stages: Sequence[StageMemory], budget: float | None) -> float | None:
-    """Bytes of second moments at a time with which a run stays within a budget, if it can; None: all of a stage."""
+    """Bytes of statistics at a time with which a run stays within a budget, if it can; None: all of a stage."""
     if budget is None or all(stage.peak(None) <= budget for stage in stages):
         return None
     budget *= 0.95  # what is predicted is not exact, and what is available changes
@@ -147,12 +148,15 @@ def chain_bytes(recipe: Recipe, skeleton: Skeleton, needs: frozenset[str]) -> in
     return len(chain_names(needs)) * tokens * (2 * 4 * skeleton.config.hidden_size + kept)
 
 
-def flops(recipe: Recipe, linears: Linears, needs: frozenset[str]) -> float:
+def flops(recipe: Recipe, linears: Linears, needs: frozenset[str], outer: Collection[str]) -> float:
     """Floating-point operations of calibrating and solving."""
     tokens = recipe.data.samples * recipe.data.sequence_length
     total = 0.0
     for name, plan in linears.items():
         r, c = plan.operator.shape
+        if name in outer:
+            total += sum(step.flops(r, c) for step in recipe.linear_passes.values() if step.names(name))
+            continue
         if needs:  # about three forward passes per chain, and the statistics
             total += 2.0 * tokens * r * c * 3 * len(chain_names(needs)) + 2.0 * tokens * c * c
         total += sum(step.flops(r, c) for step in recipe.linear_passes.values() if step.wants(name))

@@ -166,7 +166,7 @@ def decode_packed(
         scratch: what the result may lie in.
     """
     # A code less its zero point, and a bf16 scale, are exact in bf16: the product is rounded once without float32.
-    # The tables, and the room, are of the CPU.
+    # The tables, and the scratch memory, are of the CPU.
     whole = columns % 32 == columns % group_size == 0 and packed.device.type == "cpu"
     quick = whole and bits in (2, 3, 4, 8) and dtype == scales.dtype == torch.bfloat16
     if not quick:

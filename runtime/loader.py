@@ -69,7 +69,6 @@ def _put_stored(
 ) -> None:
     """Put what runs a compressed matrix in its place: a linear's, the embedding's, or that of embedding and head."""
     model, name = skeleton.model, skeleton.family.memory_name(disk_name)
-    bias = checkpoint.tensor(disk_name + ".bias").to(target) if disk_name + ".bias" in checkpoint.tensors else None
     tensors = {part: tensor.to(target) for part, tensor in checkpoint.operator_tensors(disk_name).items()}
     scheme = checkpoint.schemes[disk_name]
     place, old = name, model.get_submodule(name)
@@ -78,6 +77,8 @@ def _put_stored(
         place = "lm_head"
         if skeleton.family.disk_name("lm_head.weight") in checkpoint.tensors:
             return
+    own = skeleton.family.disk_name(f"{place}.bias")
+    bias = checkpoint.tensor(own).to(target) if own in checkpoint.tensors else None
     model.set_submodule(place, stored_linear(tensors, scheme, bias, kind))
 
 

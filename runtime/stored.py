@@ -13,7 +13,7 @@ from torch import Tensor
 from .errors import ModelError
 from .formats import PLAIN, format_of
 from .model.checkpoint import Checkpoint, TensorInfo
-from .schemes import Dense, Operator, from_tensors, shared_prefixes, stored_name
+from .schemes import LOOKUPS, Dense, Operator, from_tensors, looked_up, shared_prefixes, stored_name
 
 
 class StoredModel(Checkpoint):
@@ -92,6 +92,14 @@ class StoredModel(Checkpoint):
         if name.endswith(".weight") and linear in self.schemes:
             return self.operator(linear).dense(self.tensors[name].dtype)
         return super().tensor(name)
+
+    def rows(self, name: str, which: Tensor) -> Tensor:
+        """Some rows of a matrix, no more of which is decoded where its form can be looked up."""
+        linear = name.removesuffix(".weight")
+        if linear not in self.schemes or self.schemes[linear]["kind"] not in LOOKUPS:
+            return super().rows(name, which)
+        found: Tensor = looked_up(self.operator_tensors(linear), self.schemes[linear])(which, torch.float32)
+        return found
 
 
 def open_model(path: Path) -> Checkpoint:

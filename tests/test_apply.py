@@ -183,7 +183,7 @@ def test_a_full_disk_is_said_and_resumable(job: Job, monkeypatch: pytest.MonkeyP
 def test_too_little_disk_is_refused_before_work(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(job.out.parent)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(ResourceError, match=r"0\.00 GB free"):
+    with pytest.raises(ResourceError, match=r"1\.00 kB free, .* MB needed"):
         apply(job, quiet)
     assert not job.out.with_name("out.work").exists()
 
@@ -410,7 +410,7 @@ def test_a_run_with_statistics_is_resumed_with_them(job: Job, tmp_path: Path, mo
 
 def test_too_little_memory_is_refused_before_work(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("compressor.compress.resources.available_memory", lambda device: 1000)
-    with pytest.raises(ResourceError, match=r"of memory are needed and 0\.00 GB are available"):
+    with pytest.raises(ResourceError, match=r"of memory are needed and 1\.00 kB are available"):
         apply(job, quiet)
     assert not job.out.with_name("out.work").exists()
 

@@ -128,13 +128,13 @@ def test_moments_come_in_as_many_parts_as_the_memory_of_the_gpu_asks_for(
         assert less.memory <= free
         job = Job(made, "", (), model, tmp_path / "out", "pico")
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**6, 10**12))
-        with pytest.raises(ResourceError, match=r"GB of memory of cuda are needed and 0\.00 GB are available"):
+        with pytest.raises(ResourceError, match=r"MB of memory of cuda are needed and 1\.00 MB are available"):
             apply(job, lambda event: None, device="cuda")
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**12, 10**12))
         monkeypatch.setattr(
             "compressor.compress.resources.available_memory", lambda device: 1000 if device.type == "cpu" else 10**12
         )
-        with pytest.raises(ResourceError, match=r"GB of memory are needed and 0\.00 GB are available"):
+        with pytest.raises(ResourceError, match=r"MB of memory are needed and 1\.00 kB are available"):
             apply(job, lambda event: None, device="cuda")
 
 

@@ -73,13 +73,16 @@ def test_the_pass_smooths_what_is_then_rounded(
     ids = torch.arange(1, 40)[None]
     original = load(outliers, "cpu", torch.float32)(input_ids=ids).logits
     lost = {}
-    for name, passes in {"alone": (smooth,), "rounded": rounded.passes, "both": (smooth, *rounded.passes)}.items():
+    nearest = parse_recipe("passes: [{kind: rtn, bits: 8, group_size: 32}]\n").passes
+    variants = {"alone": (smooth,), "rounded": rounded.passes, "both": (smooth, *rounded.passes)}
+    for name, passes in (variants | {"nearest": (smooth, *nearest)}).items():
         job = Job(rounded.model_copy(update={"passes": passes}), text, (), outliers, tmp_path / name, "x")
         apply(job, lambda event: None)
         found = load(tmp_path / name, "cpu", torch.float32)(input_ids=ids).logits
         lost[name] = float((found - original).norm() / original.norm())
     assert lost["alone"] < 1e-5
     assert lost["both"] < 0.5 * lost["rounded"], lost
+    assert 0 < lost["nearest"] < lost["rounded"], lost  # a pass that asks for no statistics finds some, of another kind
 
 
 def test_the_row_of_a_family_is_one() -> None:

@@ -157,11 +157,11 @@ def test_inputs_need_not_be_contiguous(bits: int, tokens: int) -> None:
 @pytest.mark.parametrize(("bits", "group_size"), [(2, 32), (3, 16), (3, 64), (4, 128), (5, 32), (8, 64)])
 def test_decoding_is_exact_in_bfloat16(bits: int, group_size: int, symmetric: bool) -> None:
     operator = make(20, 256, bits, group_size, symmetric=symmetric)
-    room: cpu.Room = {}
+    scratch: cpu.Scratch = {}
     for rows in (slice(0, 12), slice(12, 20)):  # the second in the room of the first
         packed = pack_codes(operator.codes[rows], bits)
         zeros = None if operator.zeros is None else operator.zeros[rows]
-        found = cpu.decode_packed(packed, operator.scales[rows], zeros, bits, 256, group_size, torch.bfloat16, room)
+        found = cpu.decode_packed(packed, operator.scales[rows], zeros, bits, 256, group_size, torch.bfloat16, scratch)
         assert torch.equal(found, operator.dense(torch.bfloat16)[rows])
 
 

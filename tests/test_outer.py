@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from pico import stock_logits
+from pico import same_folders, stock_logits
 from safetensors.torch import load_file
 from torch import nn
 
 from compressor.calibrate.drive import start_chains
 from compressor.compress.apply import Job, apply
+from compressor.compress.events import Event, LayerDone
 from compressor.compress.output.verify import export_dense, verify
 from compressor.compress.plan import Plan, make_plan, rows
 from compressor.compress.recipe import parse_recipe
@@ -173,3 +177,66 @@ def test_rows_of_a_large_matrix_are_rounded_some_at_a_time(pico: Pico) -> None:
     shape = [Dense(torch.empty(131072, 4096, device="meta"))]
     assert step.memory(shape) < 6 * 131072 * 4096
     assert bytewise.memory(shape) < 2 * 131072 * 4096
+
+
+def test_a_run_that_stopped_in_its_first_block_goes_on_from_the_stored_embedding(pico: Pico, tmp_path: Path) -> None:
+    passes = "{kind: rtn, bits: 2, group_size: 32, targets: [model.embed_tokens]}, {kind: gptq, group_size: 32}"
+    text = f"data: {{samples: 4, sequence_length: 32}}\npasses: [{passes}]\n"
+    job = Job(parse_recipe(text), text, (), pico(dtype=torch.float32), tmp_path / "out", "x")
+
+    def stop(event: Event) -> None:
+        if isinstance(event, LayerDone) and ".layers." in event.name:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        apply(job, stop)
+    apply(job, lambda event: None, resume=True)
+    apply(replace(job, out=tmp_path / "whole"), lambda event: None)
+    same_folders(tmp_path / "out", tmp_path / "whole")
+
+
+def test_a_tied_head_keeps_its_own_bias(pico: Pico, tmp_path: Path) -> None:
+    model = pico("phimoe", dtype=torch.float32, tie_word_embeddings=True, lm_head_bias=True)
+    run("{kind: rtn, bits: 8, group_size: 32, targets: [model.embed_tokens]}", model, tmp_path / "out")
+    export_dense(tmp_path / "out", tmp_path / "plain")
+    loaded = load(tmp_path / "out", "cpu", torch.float32)
+    assert loaded.lm_head.bias.abs().max() > 0
+    torch.testing.assert_close(
+        loaded(input_ids=IDS).logits, stock_logits(tmp_path / "plain", IDS), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_head_that_the_config_ties_is_for_compressor_alone(pico: Pico, tmp_path: Path) -> None:
+    """transformers would look for the embedding's weight in it."""
+    model = Path(shutil.copytree(pico(dtype=torch.float32), tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    plan = run("{kind: rtn, bits: 8, group_size: 32, targets: [lm_head]}", model, tmp_path / "out")
+    assert plan.format.name == "compressor"
+    assert "ties" in plan.obstacle
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_schemes_that_differ_are_told_by_names_on_disk_and_in_memory(pico: Pico, tmp_path: Path, family: str) -> None:
+    passes = "{kind: rtn, group_size: 32, targets: '*.mlp.*'}, {kind: rtn, bits: 8, group_size: 32, targets: '*_attn*'}"
+    run(passes, pico(family, dtype=torch.float32), tmp_path / "out")
+    ours = load(tmp_path / "out", "cpu", torch.float32)(input_ids=IDS).logits
+    torch.testing.assert_close(stock_logits(tmp_path / "out", IDS), ours, rtol=1e-3, atol=1e-3)
+
+
+def test_a_stored_embedding_follows_the_model_in_its_dtype_and_its_place(pico: Pico, tmp_path: Path) -> None:
+    run("{kind: rtn, bits: 8, group_size: 32, targets: [model.embed_tokens, lm_head]}", pico(), tmp_path / "out")
+    model = load(tmp_path / "out", "cpu")
+    exact = load(tmp_path / "out", "cpu", torch.float32)(input_ids=IDS).logits
+    assert model.half()(input_ids=IDS).logits.dtype == torch.float16
+    torch.testing.assert_close(load(tmp_path / "out", "cpu").float()(input_ids=IDS).logits, exact, rtol=1e-2, atol=1e-2)
+    rows = model.get_input_embeddings().rows.to("meta")  # as on a GPU
+    assert StoredEmbedding(nn.Embedding(4, 64), rows, torch.float16).plain.weight.is_meta
+
+
+def test_their_work_is_counted_without_calibration(pico: Pico) -> None:
+    alone, both = (
+        make_plan(parse_recipe(f"passes: [{passes}]\n"), Skeleton(Checkpoint(pico()))).flops
+        for passes in ("{kind: gptq}", "{kind: gptq}, {kind: rtn, targets: [model.embed_tokens, lm_head]}")
+    )
+    assert alone < both < 1.01 * alone

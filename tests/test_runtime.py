@@ -53,6 +53,7 @@ def test_importing_it_brings_in_no_more_than_torch_and_transformers(tmp_path: Pa
         "from compressor.runtime import load",
         "import compressor.runtime.model.skeleton",
         "import compressor.runtime.attention",
+        "import compressor.runtime, importlib.util\nimportlib.util.find_spec('transformers')",
         "from compressor.compress.apply import apply",
     ],
 )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...runtime.errors import VerifyError
 from ...runtime.files import file_sha256, reserve, sync_folder, write_synced
-from ...runtime.model.checkpoint import DTYPES
+from ...runtime.model.checkpoint import DTYPES, PIECE
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -99,16 +99,14 @@ class ShardedWriter:
                 file.flush()
                 os.fsync(file.fileno())
 
-    def read(self, name: str) -> Tensor:
-        """A tensor as it now lies in its file."""
-        path, offset, dtype, shape = self._places[name]
-        size = torch.Size(shape).numel() * dtype.itemsize
+    def holds(self, name: str, tensor: Tensor) -> bool:
+        """Whether a tensor's place in its file has exactly its bytes; a few megabytes are read at a time."""
+        path, offset, _, _ = self._places[name]
+        expected = memoryview(_bytes(tensor).data)
         with open(path, "rb") as file:
             file.seek(len(self._headers[path][0]) + offset)
-            raw = bytearray(file.read(size))
-        if len(raw) != size:
-            raise VerifyError(f"{path}: {name} is cut short")
-        return torch.frombuffer(raw, dtype=dtype).view(shape) if raw else torch.empty(shape, dtype=dtype)
+            starts = range(0, len(expected), PIECE)
+            return all(file.read(len(part)) == part for part in (expected[s : s + PIECE] for s in starts))
 
     def finished_by(self, block_index: Callable[[str], int | None], blocks: int) -> dict[int, list[str]]:
         """Block → the files whose last tensor comes with it; -1 for what is in none of the first `blocks`."""

@@ -28,12 +28,16 @@ class Around:
         one_tensor: whether the model as it is published has all experts of a block in one tensor, which transformers
             does not look for in parts.
         outer: the embedding and the head → whether rows are looked up (`Skeleton.outer`).
+        tied: whether config.json says that the two are one, whatever the files hold.
+        names: name on disk → in memory, where they differ.
     """
 
     experts: frozenset[str] = frozenset()
     fused: Sequence[Sequence[str]] = ()
     one_tensor: bool = False
     outer: Mapping[str, bool] = field(default_factory=dict)
+    tied: bool = False
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
 class Format(ABC):

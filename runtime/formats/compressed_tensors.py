@@ -15,8 +15,8 @@ from ..errors import ModelError
 from ..schemes import W8A8, IntQuantized, Operator, Sparse24, rewritten, stored_name
 from .base import OURS, VLLM_CPU, VLLM_GPU, Around, Format, Schemes, targets
 
-# Formats of compressed-tensors that are read, and the tensor by which a compressed linear is known.
 _EVERYONE = (*OURS, "transformers", VLLM_CPU, VLLM_GPU)
+# Formats of compressed-tensors that are read, and the tensor by which a compressed linear is known.
 _MARKS = {"pack-quantized": ".weight_packed", "int-quantized": ".weight_scale", "float-quantized": ".weight_scale"}
 
 _ANY = object()  # a value that is read here, or of no consequence for what a folder decodes to
@@ -51,6 +51,8 @@ class CompressedTensors(Format):
         found = _mixture(linears, around)
         if any(around.outer.get(name) for name in stored):
             found = found or "an embedding that is stored otherwise"
+        if around.tied and any(name in around.outer for name in stored):
+            found = found or "a head that config.json ties to the embedding"
         if around.one_tensor and any(name in around.experts for name in stored):
             found = found or "experts that lie in one tensor"
         for name, operator in stored.items():
@@ -64,7 +66,7 @@ class CompressedTensors(Format):
         if any(len({repr(linears[name].scheme()) for name in group}) > 1 for group in around.fused):
             found -= {VLLM_CPU, VLLM_GPU}
         if any(name in around.outer for name in stored):
-            found -= {VLLM_CPU, VLLM_GPU}  # whose schemes are for linears, of which the head is none
+            found -= {VLLM_CPU, VLLM_GPU}  # not run
         return tuple(sorted(found))
 
     def as_written(self, operator: Operator, dtype: torch.dtype = torch.float32) -> Operator:
@@ -85,7 +87,8 @@ class CompressedTensors(Format):
         schemes = targets(linears)
         groups = {}
         for number, (scheme, names) in enumerate(schemes):
-            wanted = ["re:.*[.]experts[.].*"] if names[0] in around.experts else names
+            both = [*names, *(around.names[name] for name in names if name in around.names)]
+            wanted = ["re:.*[.]experts[.].*"] if names[0] in around.experts else both
             groups[f"group_{number}"] = {
                 "targets": wanted if len(schemes) > 1 else ["Linear"], **_arguments(scheme)
             }  # fmt: skip
@@ -154,7 +157,8 @@ def _readers(operator: Operator) -> tuple[str, ...]:
     if scheme["bits"] in (4, 8) and scheme["group_size"] in (-1, 32, 64, 128):
         found.append(VLLM_GPU)  # by the kernels that its source names (Machete, Marlin)
         # vLLM 0.32 ran these; it refuses 8 bits, and rows that it cannot cut into groups of 128 of its own.
-        if scheme["bits"] == 4 and (scheme["group_size"] > 0 or not columns % 128):
+        whole = not columns % (32 if scheme["group_size"] > 0 else 128) and not operator.shape[0] % 32
+        if scheme["bits"] == 4 and whole:
             found.append(VLLM_CPU)
     return tuple(found)
 

@@ -133,6 +133,10 @@ class Checkpoint:
         part = self._slices.get(name)
         return self.stored_tensor(name) if part is None else part.of(self.stored_tensor(part.stored))
 
+    def rows(self, name: str, which: Tensor) -> Tensor:
+        """Some rows of a matrix, by its name, float32."""
+        return self.tensor(name)[which].float()
+
     def stored_tensor(self, name: str) -> Tensor:
         """A tensor exactly as it lies on disk."""
         if name not in self.stored:

@@ -19,7 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ...kernels.dispatch import cpu_capability, products_dtype
 from ..errors import ModelError
-from ..schemes import Dense, Operator
+from ..schemes import Operator
 from .checkpoint import Checkpoint
 from .experts import unfuse_experts
 from .families import BLOCKS, Group, Stage
@@ -147,6 +147,11 @@ class Skeleton:
         return int(getattr(self.config, self.family.experts.top_k))
 
     @property
+    def tied(self) -> bool:
+        """Whether config.json says that the head is the embedding."""
+        return bool(self.model.config.tie_word_embeddings or self.config.tie_word_embeddings)
+
+    @property
     def residual_scale(self) -> float:
         """The factor on what attention and MLP add to the residual stream."""
         return float(getattr(self.config, self.family.residual)) if self.family.residual else 1.0
@@ -169,7 +174,7 @@ class Skeleton:
             if name.startswith(own)
         }
         where = self.checkpoint.path
-        if self.model.config.tie_word_embeddings or self.config.tie_word_embeddings:
+        if self.tied:
             expected.pop(self.family.disk_name("lm_head.weight"), None)
         for name, shape in expected.items():
             if name not in self.checkpoint.tensors:
@@ -252,8 +257,11 @@ class Skeleton:
         for module in layer.modules():
             if isinstance(module, nn.LayerNorm):  # unlike the families' own norms, it takes no mixture of dtypes
                 module.float()
+        return self._exact_router(layer)
+
+    def _exact_router(self, layer: nn.Module) -> Any:
         router = self.family.experts.router
-        if any(name.startswith(router + ".") for name in state):
+        if router in dict(layer.named_modules()):
             _without_autocast(layer.get_submodule(router).float(), self.device.type)
         return layer.requires_grad_(False)
 
@@ -273,7 +281,7 @@ class Skeleton:
         """A second module of the same block that shares the weights of the first until they are replaced."""
         layer = copy.deepcopy(self.layers[index])
         layer.load_state_dict(block.state_dict(), assign=True)
-        return layer.requires_grad_(False)
+        return self._exact_router(layer)
 
     def runner(self, index: int, block: nn.Module) -> Any:
         """A decoder whose only layer is `block`: call it with `inputs_embeds`, read `last_hidden_state`."""
@@ -318,8 +326,8 @@ class Skeleton:
         found, places = ids.unique(return_inverse=True)
         table = copy.deepcopy(self.decoder.embed_tokens)
         table.padding_idx = None
-        own = Dense(self.checkpoint.tensor(self._decoder_name("embed_tokens.weight")))
-        rows = (stored or own).rows(found).dense()
+        name = self._decoder_name("embed_tokens.weight")
+        rows = self.checkpoint.rows(name, found) if stored is None else stored.rows(found.to(self.device)).dense()
         table.weight = nn.Parameter(rows.to(self.device, torch.float32), requires_grad=False)
         decoder = self._decoder_of([])
         decoder.embed_tokens = table

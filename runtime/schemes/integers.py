@@ -101,7 +101,7 @@ class IntLinear(RowsLinear):
     """Group-quantized integers, kept packed.
 
     Attributes:
-        packed, scales, zeros: as stored (`operators.IntQuantized`), zeros unpacked to int8; or, for GPUs,
+        packed, scales, zeros: as stored (`IntQuantized`), zeros unpacked to int8; or, for GPUs,
         words, high, pairs: in the layout of the kernels (`layouts.IntWords`).
     """
 
@@ -161,11 +161,15 @@ class IntRows(nn.Module):
 
     def __init__(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any]) -> None:
         super().__init__()
-        operator = IntQuantized.from_tensors(tensors, scheme)
-        self.bits, self.span, self.columns = operator.bits, operator.span, operator.shape[1]
+        rows, self.columns = (int(n) for n in tensors["weight_shape"])
+        self.bits, size = scheme["bits"], scheme["group_size"]
+        self.span = size if size > 0 else self.columns
+        zeros = None
+        if not scheme["symmetric"]:
+            zeros = layouts.unpack_codes(tensors["weight_zero_point"].T.contiguous(), self.bits, rows).T.contiguous()
         self.register_buffer("packed", tensors["weight_packed"], persistent=False)
-        self.register_buffer("scales", operator.scales, persistent=False)
-        self.register_buffer("zeros", operator.zeros, persistent=False)
+        self.register_buffer("scales", tensors["weight_scale"], persistent=False)
+        self.register_buffer("zeros", zeros, persistent=False)
 
     def forward(self, numbers: Tensor, dtype: torch.dtype) -> Tensor:
         """The rows `[rows, in_features]` of these numbers `[rows]`."""

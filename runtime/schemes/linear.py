@@ -55,17 +55,17 @@ class StoredEmbedding(nn.Module):
     Attributes:
         plain: the model's own module, which is given the rows that are asked for; it may scale them.
         rows: as `schemes.looked_up` makes it.
-        dtype: of the rows.
     """
 
     def __init__(self, plain: nn.Embedding, rows: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         plain.padding_idx = None  # which counts rows of the whole
-        plain.weight = nn.Parameter(torch.empty(0, plain.embedding_dim, dtype=dtype), requires_grad=False)
-        self.plain, self.rows, self.dtype = plain, rows, dtype
+        empty = torch.empty(0, plain.embedding_dim, dtype=dtype, device=next(rows.buffers()).device)
+        plain.weight = nn.Parameter(empty, requires_grad=False)  # says where rows lie, and in what dtype they come
+        self.plain, self.rows = plain, rows
 
     def forward(self, ids: Tensor) -> Tensor:
-        found = self.rows(ids.flatten(), self.dtype)
+        found = self.rows(ids.flatten(), self.plain.weight.dtype)
         places = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
         result: Tensor = torch.func.functional_call(self.plain, {"weight": found}, (places,))
         return result

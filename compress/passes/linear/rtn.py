@@ -48,6 +48,8 @@ class Rtn(Quantizer):
             if not self.wants(name):
                 continue
             statistics = work.statistics.get(name)
+            if statistics is not None and not statistics.informed:
+                statistics = None
             result, error = self._rounded(operator, statistics, work.originals[name].dtype)
             work.linears[name] = result
             yield LayerDone.of(name, self.kind, error, result, statistics.tokens if statistics else 0)
@@ -77,13 +79,12 @@ class Rtn(Quantizer):
         weight = operator.weight if isinstance(operator, Dense) else operator.dense()
         options = (self.bits, self.group_for(weight.shape[1]), self.symmetric, stored)
         importance = torch.ones(weight.shape[1], device=weight.device)
-        informed = statistics is not None and statistics.informed
-        if statistics is not None and informed:
+        if statistics is not None:
             importance = statistics.moment.diagonal().clone()
         grids, codes, lost, scale = [], [], 0.0, 0.0
         for rows in weight.split(ROWS):
             exact = rows.float()
-            searched = informed and self.search
+            searched = self.search and statistics is not None
             grid = searched_grid(exact, importance, *options) if searched else range_grid(exact, *options)
             nearest = grid.codes(exact)
             lost += float((grid.values(nearest) - exact).square().mul_(importance).sum())
