@@ -8,7 +8,9 @@ Runs with a fixed threshold of malloc, which then gives large blocks back at onc
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
+import pkgutil
 import subprocess
 import sys
 import tempfile
@@ -67,6 +69,10 @@ CASES = {
     "hidden 1024, lorc int4": (
         _llama(1024, 4096), "{kind: lorc, ratio: 0.5, calibrated: true, latent_bits: 8}, {kind: gptq, bits: 4}"
     ),
+    "both ends": (
+        ("llama", {**_llama(512, 1024)[1], "vocab_size": 131072}),
+        "{kind: rtn, bits: 8, targets: [model.embed_tokens, lm_head]}",
+    ),
     "hidden 1024, armor adam": (_llama(1024, 4096), "{kind: armor, block_size: 32, iterations: 3}"),
 }  # fmt: skip
 
@@ -82,13 +88,16 @@ def child(recipe_text: str, model: Path) -> None:
     import transformers.models.llama.modeling_llama
     import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
 
-    import compressor.cli.main  # noqa: F401  (what a person's run imports)
+    import compressor.cli.main  # what a person runs imports
+    import compressor.compress.solvers
     from compressor.compress.apply import Job, apply
     from compressor.compress.guards import open_source
     from compressor.compress.plan import make_plan
     from compressor.compress.recipe import parse_recipe
     from compressor.runtime.model.skeleton import Skeleton, calibration_dtype
 
+    for module in pkgutil.iter_modules(compressor.compress.solvers.__path__, "compressor.compress.solvers."):
+        importlib.import_module(module.name)  # which passes do when they need it
     recipe = parse_recipe(recipe_text)
     checkpoint = open_source(model)
     predicted = make_plan(recipe, Skeleton(checkpoint, calibration_dtype(checkpoint))).memory

@@ -95,8 +95,8 @@ def stage_memory(
 
 
 def outer_memory(recipe: Recipe, skeleton: Skeleton, linears: Linears) -> float:
-    """While the embedding and the head are rewritten, and then packed and written, whole."""
-    held = peak = packed = 0.0
+    """While the embedding and the head are rewritten, then packed and written, and each unpacked to compare."""
+    held = peak = packed = largest = 0.0
     original = skeleton.checkpoint.dtype.itemsize if skeleton.device.type != "cpu" else 0
     for name in (name for name in skeleton.outer() if name in linears):
         operator = linears[name].operator
@@ -104,8 +104,8 @@ def outer_memory(recipe: Recipe, skeleton: Skeleton, linears: Linears) -> float:
         held += original * math.prod(operator.shape)
         peak = max(peak, held + max(step.memory([operator]) for step in steps))
         held += math.prod(operator.shape)  # codes, not packed yet
-        packed += operator.nbytes
-    return max(peak, held + packed)
+        packed, largest = packed + operator.nbytes, max(largest, math.prod(operator.shape))
+    return max(peak, held + packed + largest)
 
 
 def _working(

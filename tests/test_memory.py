@@ -12,6 +12,7 @@ memory = benchmark("memory")
     "case",
     [
         "hidden 512",
+        "both ends",
         "hidden 1024, rtn",
         *(pytest.param(case, marks=pytest.mark.long) for case in ("32 experts", "hidden 1024, lorc")),
     ],
