@@ -253,17 +253,21 @@ def test_a_newer_native_version_is_refused(pico: Pico, tmp_path: Path) -> None:
 
 
 def test_readers_are_those_of_every_tensor() -> None:
-    codes = torch.zeros(16, 64, dtype=torch.int8)
+    codes = torch.zeros(32, 64, dtype=torch.int8)
     operators = {
-        str(bits): IntQuantized(codes, torch.ones(16, 2, dtype=torch.bfloat16), None, bits, 32) for bits in (4, 8, 3)
+        str(bits): IntQuantized(codes, torch.ones(32, 2, dtype=torch.bfloat16), None, bits, 32) for bits in (4, 8, 3)
     }
     four, eight = {"4": operators["4"]}, {"8": operators["8"]}
     assert choose_format("auto", four)[1] == ("compressor", "transformers", "vLLM on CPUs", "vLLM on GPUs")
     assert choose_format("auto", four | eight)[1] == ("compressor", "transformers", "vLLM on GPUs")
-    by_row = {"4": IntQuantized(codes, torch.ones(16, 1, dtype=torch.bfloat16), None, 4, -1)}  # of 64 columns
+    by_row = {"4": IntQuantized(codes, torch.ones(32, 1, dtype=torch.bfloat16), None, 4, -1)}  # of 64 columns
     assert choose_format("auto", by_row)[1] == ("compressor", "transformers", "vLLM on GPUs")
     assert choose_format("auto", operators)[1] == ("compressor", "transformers")
     assert choose_format("compressor", operators) == (NATIVE, ("compressor",), "")
+    odd = {
+        "4": IntQuantized(codes[:16], torch.ones(16, 2, dtype=torch.bfloat16), None, 4, 32)
+    }  # its CPU kernel wants 32
+    assert choose_format("auto", odd)[1] == ("compressor", "transformers", "vLLM on GPUs")
 
 
 @pytest.mark.parametrize("step", ["{kind: rtn, bits: 4}", "{kind: gptq, bits: 4}"])
