@@ -34,7 +34,7 @@ SMALL = {
     "sparsegpt-24": ("passes.0.sweeps=3",),
     "sparsegpt-24-w4": ("passes.0.sweeps=3",),
 }
-QUICK = ("w4a16-rtn", "w4a16-gptq", "w8a8-int8", "lorc-50", "moe-reap-25")
+QUICK = ("w4a16-rtn", "w8a8-int8", "lorc-50", "moe-reap-25")
 MODELS = ("tiny-llama", "tiny-moe")
 CASES = [(recipe, name) for recipe in shipped() for name in MODELS if name == "tiny-moe" or "moe" not in recipe]
 
