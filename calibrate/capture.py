@@ -72,7 +72,9 @@ class Replay(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         inputs = self.inputs[self.rows].to(self.last[0].weight.device)
-        output = self.last[0](inputs if self.scale is None else (inputs / self.scale).to(inputs.dtype))
+        output = self.last[0](
+            inputs if self.scale is None else (inputs / self.scale.to(inputs.device)).to(inputs.dtype)
+        )
         return (output, None) if self.attention else output  # attention also returns its weights
 
 

@@ -21,7 +21,7 @@ class StageWork:
 
     Attributes:
         linears: disk name → operator, in execution order.
-        originals: disk name → the weight as the checkpoint has it.
+        originals: disk name → the weight as the checkpoint has it, times scales that were moved into it.
         groups: disk names of linears that read the same input.
         statistics: disk name → statistics; linears that read the same input share one object. Empty without data,
             and without an entry for linears that no pass asks about.
