@@ -29,16 +29,29 @@ def windows_of(source: str, split: str, model: Path, samples: int, length: int, 
     return token_windows(corpus, load_tokenizer(model), samples=samples, sequence_length=length, seed=seed)
 
 
-@torch.no_grad()
-def judge(folder: Path, base: list[torch.Tensor], windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses and KL of each window."""
-    model, losses, divergences = load(folder, dtype=torch.float32), [], []
-    for ids, reference in zip(windows.split(8), base, strict=True):
-        logs = model(input_ids=ids, use_cache=False).logits[:, :-1].log_softmax(-1)
-        losses.append(-logs.gather(-1, ids[:, 1:, None])[..., 0].mean(1))
-        if reference is not logs and reference.numel():
+class Judge:
+    """Losses and KL to the original of every window, float32. Of the original, hidden states in front of the head are
+    kept: logits of all windows would be gigabytes where vocabularies are real ones."""
+
+    @torch.no_grad()
+    def __init__(self, folder: Path, windows: torch.Tensor) -> None:
+        self.windows, model = windows, load(folder, dtype=torch.float32)
+        self._head: Any = model.get_output_embeddings()
+        self._hidden = [model.base_model(ids, use_cache=False).last_hidden_state[:, :-1] for ids in windows.split(1)]
+
+    @torch.no_grad()
+    def __call__(self, folder: Path | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of a folder, or of the original itself."""
+        model: Any = None if folder is None else load(folder, dtype=torch.float32)
+        losses, divergences = [], []
+        for ids, hidden in zip(self.windows.split(1), self._hidden, strict=True):
+            reference = self._head(hidden).log_softmax(-1)
+            logs = reference
+            if model is not None:
+                logs = model(input_ids=ids, use_cache=False).logits[:, :-1].log_softmax(-1)
+            losses.append(-logs.gather(-1, ids[:, 1:, None])[..., 0].mean(1))
             divergences.append(F.kl_div(logs, reference, log_target=True, reduction="none").sum(-1).mean(1))
-    return torch.cat(losses).double(), torch.cat(divergences).double() if divergences else torch.zeros(1)
+        return torch.cat(losses).double(), torch.cat(divergences).double()
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
@@ -64,10 +77,8 @@ def compare(
     """Apply each method (name → passes) for every seed, and print a JSON line for it."""
     torch.set_num_threads(options.threads)
     windows = windows_of(options.text[1], "evaluation", options.model, options.windows, options.length, 0)
-    model: Any = load(options.model, dtype=torch.float32)
-    with torch.no_grad():
-        base = [model(input_ids=ids, use_cache=False).logits[:, :-1].log_softmax(-1) for ids in windows.split(8)]
-    dense, _ = judge(options.model, [torch.empty(0)] * len(base), windows)
+    judge = Judge(options.model, windows)
+    dense, _ = judge(None)
     print(f"dense: perplexity {float(dense.mean().exp()):.4f}, {windows.numel() - len(windows)} predicted tokens")
     for name, passes in methods.items():
         if options.only and name not in options.only:
@@ -85,7 +96,7 @@ def compare(
                 out, start = Path(room) / "out", time.perf_counter()
                 plan = apply(Job(parse_recipe(text), text, (), options.model, out, "benchmark"), lambda event: None)
                 seconds = time.perf_counter() - start
-                losses, divergences = judge(out, base, windows)
+                losses, divergences = judge(out)
             found.append((losses, divergences, seconds))
         kl = torch.stack([divergences for _, divergences, _ in found])
         record = {
