@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..runtime.model.skeleton import Skeleton
-from .chains import BATCH_TOKENS, Spill
+from .chains import BATCH_TOKENS, Chains, Spill
 from .drive import drive
 from .statistics import Statistics
 
@@ -28,6 +28,14 @@ class Seen:
 
 
 LOGITS = 1 << 23  # numbers of logits at a time
+SHALLOW = 8  # blocks up to which all tokens are carried for every change; deeper models take as much time for a block
+
+
+def carried_tokens(blocks: int, tokens: int) -> int:
+    """How many of the observed tokens are carried to the end of the model for every change."""
+    return max(1, min(tokens, tokens * SHALLOW // blocks))
+
+
 Changes = Mapping[str, Mapping[str, Tensor]]  # label → name of a linear inside the block, in memory → its weight
 
 
@@ -40,22 +48,24 @@ def divergences(
     changes: Callable[[int, Seen], Changes],
     done: Callable[[int], None],
 ) -> dict[str, float]:
-    """KL(original ‖ changed) per token in nats for every change, each on its own, on at most 4,096 tokens.
+    """KL(original ‖ changed) per token in nats for every change, each on its own.
 
-    A changed block's output is carried beside the original's to the end of the model, so that a model of n blocks with
-    k changes each runs about k n² / 2 blocks.
+    At most 4,096 tokens are observed. A changed block's output is carried beside the original's to the end of the
+    model: of a deep one for fewer of these tokens, so that a change takes as much time in a model of any depth.
 
     Args:
         windows: token ids `[samples, tokens]`, of which the first are read.
-        scratch: a folder to be made and deleted again; holds an activation `[tokens, hidden_size]` for each change, and
-            two of the original.
+        scratch: a folder to be made and deleted again; holds what is carried, and two activations of the original.
         observed: the linear inside each block, by its name in memory, of whose inputs the second moment is taken.
         changes: `(block, what is seen there) →` what to try there.
         done: told each block that is behind.
     """
     windows = windows[: max(1, BATCH_TOKENS // windows.shape[1]), :BATCH_TOKENS]
     shutil.rmtree(scratch, ignore_errors=True)  # what an interrupted survey left lacks the chains of changes
+    carried = carried_tokens(skeleton.blocks, windows.numel())
+    rows, length = slice(max(1, carried // windows.shape[1])), slice(min(carried, windows.shape[1]))
     every, changed = slice(None), dict[str, Spill]()
+    few = Chains(scratch, (), (rows.stop, length.stop, skeleton.config.hidden_size))
     for index, blocks, chains in drive({"original": skeleton}, windows, scratch):
         block = blocks["original"]
         layer, hidden = block.layer, chains.read(index, block.chain)[every]
@@ -70,12 +80,12 @@ def divergences(
             kept = {name: layer.get_submodule(name).weight for name in weights}
             for name, weight in weights.items():
                 layer.get_submodule(name).weight = nn.Parameter(weight.to(kept[name]), requires_grad=False)
-            changed[label] = chains.scratch(hidden.shape[-1], torch.float32)
-            changed[label][every] = block.run(every)
+            changed[label] = few.scratch(hidden.shape[-1], torch.float32)
+            changed[label][every] = skeleton.run(block.runner, hidden[rows, length])
             for name, parameter in kept.items():
                 layer.get_submodule(name).weight = parameter
         done(index)
-    return _compared(skeleton, last[every], changed)
+    return _compared(skeleton, last[rows][:, length], changed)
 
 
 def _compared(skeleton: Skeleton, hidden: Tensor, changed: Mapping[str, Spill]) -> dict[str, float]:

@@ -280,7 +280,7 @@ class Lorc(Calibrated):
     def survey_cost(self, skeleton: Skeleton, samples: int, sequence_length: int) -> Cost:
         """Of cutting every projection once, where ranks are found on data."""
         from ....calibrate.chains import BATCH_TOKENS
-        from ....calibrate.divergences import LOGITS
+        from ....calibrate.divergences import LOGITS, carried_tokens
         from ....runtime.model.skeleton import HEAD_ROWS
 
         if not (self._nominal and self.calibrated):
@@ -294,9 +294,9 @@ class Lorc(Calibrated):
         # their product.
         running = 4 * block + 4 * tokens * (3 * widest + 4 * hidden)
         comparing = 5 * 4 * max(LOGITS, 32 * vocabulary) + 4 * hidden * min(vocabulary, HEAD_ROWS)
-        passes = names * skeleton.blocks / 2
-        flops = 2.0 * tokens * (passes * block + names * vocabulary * hidden)
-        return Cost(BUFFERS + max(running, comparing), (names + 2) * tokens * 4 * hidden, 0.0, flops)
+        carried = carried_tokens(skeleton.blocks, tokens)
+        flops = 2.0 * carried * names * (skeleton.blocks / 2 * block + vocabulary * hidden)
+        return Cost(BUFFERS + max(running, comparing), 4 * hidden * (names * carried + 2 * tokens), 0.0, flops)
 
     @property
     def _ranks(self) -> dict[str, int]:
