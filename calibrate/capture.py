@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,8 +79,15 @@ class Replay(nn.Module):
         return (output, None) if self.attention else output  # attention also returns its weights
 
 
-def beyond_weight(operator: Operator, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """A linear's output, and what its operator does beside multiplying: rounding of inputs, or in the KV cache."""
+def let_round(linear: nn.Module, operator: Operator) -> Any:
+    """Let a linear that has its operator's weight also round inputs, or what is cached, where the operator does: the
+    handle of the hook, or None."""
+    if any(part.rounds_activations for part in operator.inside()):
+        return linear.register_forward_hook(partial(_beyond_weight, operator))
+    return None
+
+
+def _beyond_weight(operator: Operator, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
     return output + operator.beyond(args[0].float()).to(output.dtype)
 
 

@@ -314,11 +314,41 @@ def token_windows(
     """
     if samples is None:
         return first_windows(corpus, tokenizer, None, sequence_length)
+    return drawn_windows(corpus, tokenizer, samples, sequence_length, seed)[0]
+
+
+def drawn_windows(
+    corpus: Corpus,
+    tokenizer: Any,
+    samples: int,
+    sequence_length: int,
+    seed: int,
+    *,
+    least: int | None = None,
+    held_out: int = 0,
+    parts: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Draw windows, and others that are held out, as far as there are so many: int64 `[samples, sequence_length]` and
+    `[held_out, sequence_length]`. The former do not depend on how many of the latter are wanted.
+
+    Args:
+        least: windows that are enough, where the text has no more; default: as many as are to be drawn.
+        parts: of the text to draw from, at least; default: many.
+
+    Raises:
+        RecipeError: the corpus is shorter than that.
+    """
     order = torch.randperm(len(corpus.parts), generator=torch.Generator().manual_seed(seed)).tolist()
-    stream = _stream(corpus, tokenizer, order, samples * sequence_length, max(samples, MANY))
-    windows = _windows(corpus, stream, samples, sequence_length)
-    drawn = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:samples]
-    return windows[drawn].long()
+    read = _read(corpus, tokenizer, order, samples * sequence_length, max(samples, MANY if parts is None else parts))
+    windows = _windows(corpus, _joined(tokenizer, read), least or samples, sequence_length)
+    drawn = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    others = windows[drawn[samples : samples + held_out]]
+    if len(others) < held_out:  # all that was read is drawn
+        rest = [number for number in order if number not in read]
+        more = _joined(tokenizer, _read(corpus, tokenizer, rest, (held_out - len(others)) * sequence_length))
+        count = min(held_out - len(others), len(more) // sequence_length)
+        others = torch.cat([others, more[: count * sequence_length].view(count, sequence_length)])
+    return windows[drawn[:samples]].long(), others.long()
 
 
 def first_windows(corpus: Corpus, tokenizer: Any, limit: int | None, sequence_length: int) -> Tensor:
@@ -344,9 +374,16 @@ def _windows(corpus: Corpus, stream: Tensor, wanted: int, sequence_length: int) 
     return stream[: count * sequence_length].view(count, sequence_length)
 
 
-def _stream(corpus: Corpus, tokenizer: Any, order: Iterable[int], tokens: int | None = None, parts: int = 0) -> Tensor:
-    """Tokenize parts in an order, until there are as many tokens and parts as asked for (None: all), and join them as
-    they stand in the text: int32 `[tokens]`. Where a neighbour is missing, a part begins or ends like a document."""
+def _stream(corpus: Corpus, tokenizer: Any, order: Iterable[int], tokens: int | None = None) -> Tensor:
+    """Parts in an order until there are as many tokens as asked for (None: all), as one stream of int32 `[tokens]`."""
+    return _joined(tokenizer, _read(corpus, tokenizer, order, tokens))
+
+
+def _read(
+    corpus: Corpus, tokenizer: Any, order: Iterable[int], tokens: int | None, parts: int = 0
+) -> dict[int, tuple[Part, Tensor]]:
+    """Tokenize parts in an order, until there are as many tokens and parts as asked for (None: all): number → what the
+    part is, without its text, and its tokens."""
     found: dict[int, tuple[Part, Tensor]] = {}
     total = 0
     for number in order:
@@ -356,6 +393,12 @@ def _stream(corpus: Corpus, tokenizer: Any, order: Iterable[int], tokens: int | 
         ids = torch.tensor(_ids(corpus, tokenizer, part.text), dtype=torch.int32)
         found[number] = replace(part, text=type(part.text)()), ids
         total += len(ids)
+    return found
+
+
+def _joined(tokenizer: Any, found: dict[int, tuple[Part, Tensor]]) -> Tensor:
+    """Parts as they stand in the text: int32 `[tokens]`. Where a neighbour is missing, a part begins or ends like a
+    document."""
     before, after, end = (torch.tensor(ids, dtype=torch.int32) for ids in _around(tokenizer))
     stream: list[Tensor] = []
     for number, (part, ids) in sorted(found.items()):

@@ -20,7 +20,7 @@ from ..runtime.model.families import Group, Stage
 from ..runtime.model.folds import changes, seams
 from ..runtime.model.skeleton import Skeleton
 from ..runtime.schemes import Dense, Operator
-from .capture import Capture, Replay, RoutedAs, beyond_weight
+from .capture import Capture, Replay, RoutedAs, let_round
 from .chains import Chains, Spill
 from .drive import carry
 from .folders import StatisticsFolder
@@ -116,12 +116,11 @@ class Block:
         if "compressed" not in self._runners:
             return
         operator, linear = self.linears[self._disk(name)], self._runners["compressed"].layers[0].get_submodule(name)
+        if (earlier := self._hooks.pop(name, None)) is not None:
+            earlier.remove()
         weight = operator.dense(self.skeleton.dtype).to(self.skeleton.device)
         linear.weight = nn.Parameter(weight, requires_grad=False)
-        if name in self._hooks:
-            self._hooks.pop(name).remove()
-        if any(part.rounds_activations for part in operator.inside()):
-            self._hooks[name] = linear.register_forward_hook(partial(beyond_weight, operator))
+        self._hooks[name] = let_round(linear, operator)
 
     def _fold(self, scales: Mapping[str, Tensor]) -> None:
         """Let what feeds a stage, and readers that passes do not rewrite, follow the scales that were moved."""

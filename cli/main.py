@@ -88,9 +88,9 @@ def apply(
     from ..calibrate.corpus import has_tokenizer
     from ..compress.apply import Job
     from ..compress.apply import apply as run_job
-    from ..compress.events import Event
+    from ..compress.events import Event, Measured
     from ..compress.output.card import LARGE_MODEL
-    from ..compress.plan import rows
+    from ..compress.quality import Quality, most_lost
     from ..runtime.model.checkpoint import Checkpoint
 
     checkpoint = Checkpoint(folder)
@@ -102,12 +102,15 @@ def apply(
     recipe_file = Path(recipe) if Path(recipe).is_file() else None
     if not has_tokenizer(folder):
         render.err.print(f"warning: {model} has no tokenizer, so {out} will have none: eval and run will need one")
+    found: list[Quality] = []
     job = Job(parsed, text, tuple(edits or ()), folder, out, model, commit, recipe_file)
     try:
         with render.ApplyProgress(blocks, _state["quiet"]) as progress:
 
             def listener(event: Event) -> None:
                 progress(event)
+                if isinstance(event, Measured):
+                    found.append(event.quality)
                 if _state["interrupted"]:  # Python drops what a handler raises inside a destructor or a C callback
                     raise KeyboardInterrupt
 
@@ -127,9 +130,23 @@ def apply(
         words += ["--overwrite"] * overwrite + ["--resume"]
         render.err.print(f"interrupted; nothing is lost, go on with: {shlex.join(words)}", soft_wrap=True)
         raise typer.Exit(130) from None
+    [quality], beyond = found, found[0].beyond(parsed.limits)
     if as_json:
-        render.document(_plan_record(done) | {"out": str(out)})
-        return
+        render.document(_plan_record(done) | {"out": str(out), "quality": quality.record(), "beyond": beyond})
+    else:
+        _print_applied(done, model, out, quality)
+    if beyond:
+        render.err.print(
+            f"{beyond}: {most_lost(done, out, quality.drift)}; {out} is written, but compress less, or say in the "
+            "recipe that this is meant (limits)"
+        )
+        raise typer.Exit(1)
+
+
+def _print_applied(done: Any, model: str, out: Path, quality: Any) -> None:
+    """What was done, and what came of it."""
+    from ..compress.plan import rows
+
     render.out.print(render.plan_table(rows(done)))
     ratio = done.bytes_before / done.bytes_after
     render.out.print(
@@ -137,6 +154,7 @@ def apply(
         f"format {done.format.name}, read by {render.readers(done)}"
     )
     _print_notes(done)
+    render.out.print(quality.summary())
     render.out.print(f"next: compressor eval {out} --against {model}")
 
 
@@ -173,6 +191,11 @@ def plan(
         f"roughly {seconds:.0f} s"
     )
     _print_notes(result)
+    data = result.recipe.data
+    if result.needs:
+        render.out.print(f"calibration: {data.tokens:,} tokens, in windows of {data.sequence_length}")
+    for warning in result.warnings:
+        render.err.print(f"warning: {warning}")
     if any(step.to_survey for step in result.recipe.passes):
         render.out.print("the run begins with a survey of the model, which finds the ranks, experts or weights to keep")
 
@@ -373,6 +396,7 @@ def _plan_record(result: Any) -> dict[str, Any]:
         "memory": result.memory,
         "disk": result.disk,
         "left": list(result.left),
+        "warnings": list(result.warnings),
         "kv_bytes_per_token_before": result.kv_before,
         "kv_bytes_per_token_after": result.kv_after,
     }

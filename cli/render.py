@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
@@ -16,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ..runtime.errors import human_size
+from ..runtime.text import json_text
 
 if TYPE_CHECKING:
     from ..compress.evaluate import Findings
@@ -30,22 +30,12 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 def document(content: Any, file: Path | None = None) -> None:
     """One JSON document, on stdout or in a file."""
-    text = json.dumps(_without_nan(content), indent=2, default=str)
     if file is None:
-        print(text)
+        print(json_text(content), end="")
         return
     from ..runtime.files import write_synced
 
-    write_synced(file, text + "\n")
-
-
-def _without_nan(content: Any) -> Any:
-    """NaN, which JSON does not have, as null."""
-    if isinstance(content, dict):
-        return {key: _without_nan(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [_without_nan(value) for value in content]
-    return None if isinstance(content, float) and math.isnan(content) else content
+    write_synced(file, json_text(content))
 
 
 def plan_table(rows: list[Row]) -> Table:
@@ -159,8 +149,17 @@ class ApplyProgress:
         record = event.record()
         if record["kind"] == "LayerDone" and self._bar is not None:
             self._bar.update(self._task, now=record["name"])
-        elif record["kind"] == "Surveyed" and self._bar is not None:
-            self._bar.update(self._task, now=f"survey, block {record['block'] + 1} of {record['blocks']}")
+        elif record["kind"] == "Surveyed":
+            if self._bar is not None:
+                self._bar.update(self._task, now=f"survey, block {record['block'] + 1} of {record['blocks']}")
+            if not self.quiet:
+                err.print(
+                    f"survey, block {record['block'] + 1:>3}/{record['blocks']}  {time.monotonic() - self._start:.1f} s"
+                )
+        elif record["kind"] == "Measuring" and self._bar is not None:
+            self._bar.update(self._task, now="comparing with the original")
+        elif record["kind"] == "Warned":
+            err.print(f"warning: {record['text']}")
         elif record["kind"] == "Fallback" and not self.quiet:
             err.print(f"  {record['name']}: {record['reason']}")
         elif record["kind"] == "Resumed":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,19 +22,21 @@ from ..runtime.errors import RecipeError, ResourceError, VerifyError, human_size
 from ..runtime.formats import PLAIN
 from ..runtime.model.checkpoint import Checkpoint
 from ..runtime.model.disk_experts import fuse
+from ..runtime.model.skeleton import Skeleton
 from ..runtime.schemes import Dense, Operator, from_tensors, identical, stored_name
-from .events import BlockDone, Event, Fallback, LayerDone, Resumed, Starved
+from .events import BlockDone, Event, Fallback, LayerDone, Measured, Measuring, Resumed, Starved, Warned
 from .fingerprint import make_fingerprint, statistics_source
 from .guards import check_output, source_skeleton
 from .job import Job
 from .journal import Journal
-from .output.folder import finish_folder
+from .output.folder import check_runs, finish_folder, write_beside
 from .output.writer import ShardedWriter
 from .passes.base import ModelPass
 from .plan import Plan, make_plan
+from .quality import Quality, held_out_windows, measure, texts_to_measure
 from .recipe import Recipe
 from .resources import chain_names, check_disk, check_memory
-from .surveys import calibration_windows, routing_folder, survey_windows, surveyed
+from .surveys import Text, read_calibration, routing_folder, survey_texts, surveyed
 
 Listener = Callable[[Event], None]
 
@@ -62,7 +65,11 @@ def apply(
     check_output(job.out, resume=resume, overwrite=overwrite, inputs=inputs)
     skeleton = source_skeleton(job.model, device)
     checkpoint = skeleton.checkpoint
+    least = None if job.recipe.data.samples else 1
     plan = make_plan(job.recipe, skeleton, memory=memory)
+    job = replace(job, recipe=job.recipe.model_copy(update={"data": plan.recipe.data}))
+    for warning in plan.warnings:
+        listener(Warned(warning))
     reshaped = any(isinstance(step, ModelPass) for step in job.recipe.passes)
     of_linears = "reference" in plan.needs <= {"reference", *UNPAIRED} and not reshaped
     if statistics is not None and not of_linears and "routing" not in plan.needs:
@@ -77,11 +84,15 @@ def apply(
     check_memory(plan, memory)
     if not resume:
         check_disk(plan, job.out)
-    try:
-        corpus, windows = calibration_windows(job.recipe, checkpoint) if plan.needs else (None, None)
-        texts = survey_windows(plan.recipe, checkpoint)
+    with _mendable(job, plan, device), closing(journal):
+        held_out = held_out_windows(job.recipe.data)
+        text = read_calibration(job.recipe, checkpoint, least=least, held_out=held_out) if plan.needs else None
+        texts = survey_texts(plan.recipe, checkpoint, least)
+        corpus, windows = (None, None) if text is None else (text.corpus, text.windows)
         fingerprint = make_fingerprint(job, skeleton, corpus, windows, statistics)
-        fingerprint["texts"] = {s: {"name": found.name, "sha256": found.sha256} for s, (found, _) in texts.items()}
+        fingerprint["texts"] = {
+            source: {"name": found.corpus.name, "sha256": found.corpus.sha256} for source, found in texts.items()
+        }
         folder = None
         if statistics is not None and of_linears:
             folder = StatisticsFolder(statistics, statistics_source(fingerprint))
@@ -93,9 +104,20 @@ def apply(
         job = replace(job, recipe=plan.recipe)
         if not any(entry.get("step") == "finished" for entry in journal.entries):
             _run(job, plan, windows, folder, journal, listener)
-            finish_folder(journal.result, job, plan, plan.skeleton, fingerprint, journal.entries)
+            write_beside(journal.result, job, plan)
+            quality = _measured(job, plan, skeleton, text, journal, listener)
+            finish_folder(journal.result, job, plan, fingerprint, journal.entries, quality)
             journal.done({"step": "finished"})
+        listener(Measured(_known_quality(journal)))
         journal.publish(overwrite=overwrite)
+    return plan
+
+
+@contextmanager
+def _mendable(job: Job, plan: Plan, device: str) -> Iterator[None]:
+    """Say what can be done where the memory or the disk is full, or a file cannot be read or written."""
+    try:
+        yield
     except torch.OutOfMemoryError as error:
         reason = ". ".join(str(error).splitlines()[0].split(". ")[:2])
         raise ResourceError(
@@ -113,9 +135,28 @@ def apply(
         raise ResourceError(
             f"{error.filename or job.out}: {error.strerror or error}; mend that and run the same command with --resume"
         ) from None
-    finally:
-        journal.close()
-    return plan
+
+
+def _measured(
+    job: Job, plan: Plan, original: Skeleton, text: Text | None, journal: Journal, listener: Listener
+) -> Quality:
+    """How far the written folder is from the original, unless an earlier run found it."""
+    if not any(entry.get("step") == "measured" for entry in journal.entries):
+        start = time.monotonic()
+        listener(Measuring())
+        texts, reason = texts_to_measure(job.recipe, original.checkpoint, text)
+        if texts:
+            quality = measure(journal.result, original, texts)
+        else:
+            check_runs(journal.result, plan.skeleton.checkpoint)
+            quality = Quality({}, (), reason)
+        journal.done({"step": "measured", "quality": quality.record()})
+        journal.timing({"step": "measured", "seconds": round(time.monotonic() - start, 3)})
+    return _known_quality(journal)
+
+
+def _known_quality(journal: Journal) -> Quality:
+    return Quality.of(next(entry["quality"] for entry in journal.entries if entry.get("step") == "measured"))
 
 
 def _run(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..runtime.schemes import Operator
+    from .quality import Quality
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,25 @@ class LayerDone(Event):
 
         rows, columns = result.shape
         return cls(name, step, error, bits_per_weight(result), rows * columns, tokens)
+
+
+@dataclass(frozen=True)
+class Warned(Event):
+    """Something that a person should know before the run has done its work."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Measuring(Event):
+    """The output is written and is now compared with the original."""
+
+
+@dataclass(frozen=True)
+class Measured(Event):
+    """The output was compared with the original (`compress/quality.py`)."""
+
+    quality: Quality
 
 
 @dataclass(frozen=True)

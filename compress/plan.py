@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from ..runtime.model.disk_experts import fuse
 from ..runtime.model.skeleton import Skeleton
 from ..runtime.schemes import LOOKUPS, Dense, Operator, rewritten, stored_name
 from .passes.base import Cost, LinearPass, ModelPass, Pass, Survey
-from .recipe import Recipe
+from .recipe import TOKENS, Recipe
 from .resources import available_memory, chain_bytes, flops, outer_memory, room_for_moments, stage_memory
 
 
@@ -50,6 +50,7 @@ class Plan:
         flops: of calibration and solving.
         kv_before, kv_after: bytes of the KV cache for each token, in the dtype of the weights.
         room: bytes of statistics at a time, or None for those of a whole stage.
+        warnings: what a person should know before the run, a sentence each.
         left: disk names of the blocks' matrices that stay as they are because the family does not name them.
     """
 
@@ -71,6 +72,7 @@ class Plan:
     room: float | None
     host: int
     left: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @cached_property
     def rewritten(self) -> dict[str, Operator]:
@@ -103,7 +105,8 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, *, look: bool = False, memory:
         RecipeError: a pass that matches nothing, that would make a tensor larger, or that cannot follow another;
             or a format that cannot hold the result.
     """
-    whole = skeleton.checkpoint
+    whole, widest = skeleton.checkpoint, widest_input(skeleton)
+    recipe = recipe.model_copy(update={"data": recipe.data.sized(widest)})
     recipe, skeleton, survey = _prepared(recipe, skeleton, look)
     checkpoint = skeleton.checkpoint
     for step in (step for step in recipe.passes if step.needs):
@@ -146,7 +149,26 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, *, look: bool = False, memory:
         flops(recipe, linears, walked, skeleton.outer()) + survey.flops, *_cache_bytes(checkpoint, linears), room,
         int(least if skeleton.device.type != "cpu" else peak),
         tuple(name for index in range(skeleton.blocks) for name in skeleton.unnamed(index)),
+        tuple(_warnings(recipe, widest)),
     )  # fmt: skip
+
+
+def widest_input(skeleton: Skeleton) -> int:
+    """Columns of the widest linear of all blocks."""
+    return max(linear.in_features for index in range(skeleton.blocks) for linear in skeleton.linears(index).values())
+
+
+def _warnings(recipe: Recipe, widest: int) -> Iterator[str]:
+    for step in recipe.passes:
+        if step.warning:
+            yield f"{step.kind}: {step.warning}"
+    tokens = recipe.data.tokens
+    if any(step.needs for step in recipe.passes) and tokens < TOKENS * widest:
+        yield (
+            f"{tokens:,} calibration tokens are {tokens / widest:.1f} for each of the {widest:,} inputs of the widest "
+            f"linear, with which passes fit that text rather than the language: data.samples "
+            f"{recipe.data.enough(widest):,} would be {TOKENS}"
+        )
 
 
 def _prepared(recipe: Recipe, skeleton: Skeleton, look: bool) -> tuple[Recipe, Skeleton, Cost]:
@@ -162,7 +184,8 @@ def _prepared(recipe: Recipe, skeleton: Skeleton, look: bool) -> tuple[Recipe, S
             raise RecipeError(f"passes.{number}: {error}") from None
         if look and not ready.needs:
             ready = ready.survey(skeleton, Survey(None, Path(), lambda event: None))
-        costs.append(ready.survey_cost(skeleton, recipe.data.samples, recipe.data.sequence_length))
+        length = recipe.data.sequence_length
+        costs.append(ready.survey_cost(skeleton, recipe.data.tokens // length, length))
         if isinstance(ready, ModelPass):
             skeleton = ready.view(skeleton)
         passes.append(ready)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import suppress
 from difflib import get_close_matches
@@ -22,6 +23,10 @@ from .passes.base import LinearPass
 _Path = tuple[str | int, ...]
 
 
+SAMPLES = 128  # windows to calibrate on, where nothing asks for more
+TOKENS = 16  # to calibrate on, for each input of the widest linear
+
+
 class Data(BaseModel):
     """The text that calibrates."""
 
@@ -30,9 +35,42 @@ class Data(BaseModel):
     source: str = Field(
         "builtin", description="'builtin' (the Python standard library's text), or a .txt or .jsonl file"
     )
-    samples: int = Field(128, gt=0, description="how many windows of tokens are read")
+    samples: int | None = Field(
+        None,
+        gt=0,
+        description="how many windows of tokens are read; default: 128, or as many as make 16 tokens for each input of "
+        "the widest linear, as far as the text goes",
+    )
     sequence_length: int = Field(512, gt=1, description="tokens in a window; windows are packed without padding")
     seed: int = Field(0, ge=0, description="number that decides which windows of the text are drawn")
+
+    def sized(self, widest: int) -> Data:
+        """These with a number of samples, for a model whose widest linear has so many inputs."""
+        return self.model_copy(update={"samples": self.samples or max(SAMPLES, self.enough(widest))})
+
+    def enough(self, widest: int) -> int:
+        """How many samples a model wants whose widest linear has so many inputs."""
+        return math.ceil(TOKENS * widest / self.sequence_length)
+
+    @property
+    def tokens(self) -> int:
+        """How many are read, at most."""
+        return (self.samples or SAMPLES) * self.sequence_length
+
+
+class Limits(BaseModel):
+    """How far the output may be from the original; beyond, it is written all the same, and the exit code is 1."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kl: float | None = Field(
+        0.5,
+        gt=0,
+        description="KL(original ‖ output) per token, in nats, on text that did not calibrate; null: no limit",
+    )
+    perplexity_ratio: float | None = Field(
+        1.5, gt=0, description="perplexity of that text, as a multiple of the original's; null: no limit"
+    )
 
 
 class Output(BaseModel):
@@ -65,6 +103,7 @@ class Recipe(BaseModel):
         min_length=1, description="the passes, in the order in which each linear goes through them"
     )
     output: Output = Field(Output(), description="what is written")
+    limits: Limits = Field(Limits(), description="how far the output may be from the original")
 
     @property
     def linear_passes(self) -> dict[int, LinearPass]:
@@ -72,6 +111,7 @@ class Recipe(BaseModel):
         return {number: step for number, step in enumerate(self.passes) if isinstance(step, LinearPass)}
 
 
+_SECTIONS: dict[str, type[BaseModel]] = {"data": Data, "output": Output, "limits": Limits}
 RENAMED = {"lorc-calibrated-50": "latents-50", "lorc-w4": "latents-w4"}  # old name of a shipped recipe → its name
 
 
@@ -158,7 +198,7 @@ def json_schema() -> dict[str, Any]:
 def options_table() -> str:
     """Every key of a recipe as Markdown: what it may be, its default, what it does."""
     lines = []
-    models: list[tuple[str, type[BaseModel]]] = [("recipe", Recipe), ("data", Data), ("output", Output)]
+    models: list[tuple[str, type[BaseModel]]] = [("recipe", Recipe), *_SECTIONS.items()]
     for title, model in [*models, *((f"passes: kind {name}", kind) for name, kind in PASSES.items())]:
         lines += [f"### {title}", "", (model.__doc__ or "").strip().splitlines()[0], ""]
         lines += ["| key | may be | default | what it does |", "|---|---|---|---|"]
@@ -242,8 +282,8 @@ def _explain(
             model = PASSES[str(part)]  # the union's tag is in loc but not in the document
         elif (*path, part) in where or (*path, part) in edited or error["type"] == "extra_forbidden":
             path = (*path, part)
-            if path in {("data",), ("output",)}:
-                model = Data if part == "data" else Output
+            if len(path) == 1 and part in _SECTIONS:
+                model = _SECTIONS[str(part)]
     message = error["msg"].removeprefix("Value error, ")
     extra = error["type"] == "extra_forbidden"
     if extra:

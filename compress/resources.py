@@ -18,14 +18,28 @@ from ..calibrate.stage import split_to_fit
 from ..calibrate.statistics import KINDS, paired
 from ..runtime.errors import ResourceError, human_size
 from ..runtime.model.skeleton import Skeleton, calibration_dtype
+from .evaluate.blocks import evaluation_memory
 from .passes.base import BUFFERS
-from .recipe import Recipe
+from .recipe import Data, Recipe
 
 if TYPE_CHECKING:
     from .plan import LinearPlan, Plan
 
+# Tokens that are held out of calibration text, one for so many that are not: a small part of a run, and enough to tell
+# whether it went well.
+LEAST, MOST, SHARE = 1024, 2048, 24
 HOST = torch.device("cpu")
 Linears = Mapping[str, "LinearPlan"]
+
+
+def held_out_tokens(data: Data) -> int:
+    """Of calibration text, to compare the output with the original."""
+    return min(max(data.tokens // SHARE, LEAST), MOST)
+
+
+def measured_tokens(data: Data) -> int:
+    """On which that is done: those, and half as many that calibrated."""
+    return held_out_tokens(data) * 3 // 2
 
 
 def chain_names(needs: frozenset[str]) -> tuple[str, ...]:
@@ -69,9 +83,10 @@ def stage_memory(
         wanting = {name: [step for step in recipe.linear_passes.values() if step.wants(name)] for name in shapes}
         item = skeleton.dtype.itemsize
         sizes = {name: r * c for name, (r, c) in shapes.items()}
-        # At the end the output is run once on the host, each block decoded.
-        least = max(least, sum(sizes.values()) * rerun + 6.0 * max(sizes.values()))
-        converted = item if needs and skeleton.copies else 0
+        # At the end the output is run beside the original, each block decoded.
+        copies = item if skeleton.copies else 0
+        least = max(least, sum(sizes.values()) * (rerun + copies) + 6.0 * max(sizes.values()))
+        converted = copies if needs else 0
         original = skeleton.checkpoint.dtype.itemsize if skeleton.device.type != "cpu" else 0
         held, block = float(sum(sizes.values()) * converted), list[float]()
         for stage in skeleton.stages(index):
@@ -91,7 +106,9 @@ def stage_memory(
                 for group in groups
                 for name in group
             )
-    return found, least
+    head = set(linears).intersection(skeleton.outer())
+    tokens = measured_tokens(recipe.data) if needs else LEAST
+    return found, least + evaluation_memory(skeleton, tokens, decoded=bool(head))
 
 
 def outer_memory(recipe: Recipe, skeleton: Skeleton, linears: Linears) -> float:
@@ -139,19 +156,17 @@ def chain_bytes(recipe: Recipe, skeleton: Skeleton, needs: frozenset[str]) -> in
     """Disk for calibration: two generations of each chain, and a block's inputs that are kept while it is rewritten."""
     if not needs:
         return 0
-    kept = 0
+    kept, tokens = 0, recipe.data.tokens
     for layer in skeleton.layers:
         modules = dict(layer.named_modules())
         widths = [modules[last].in_features for last in skeleton.family.ends.values() if last in modules]
         kept = max(kept, sum(widths) * skeleton.dtype.itemsize)
-    tokens = recipe.data.samples * recipe.data.sequence_length
     return len(chain_names(needs)) * tokens * (2 * 4 * skeleton.config.hidden_size + kept)
 
 
 def flops(recipe: Recipe, linears: Linears, needs: frozenset[str], outer: Collection[str]) -> float:
     """Floating-point operations of calibrating and solving."""
-    tokens = recipe.data.samples * recipe.data.sequence_length
-    total = 0.0
+    tokens, total = recipe.data.tokens, 0.0
     for name, plan in linears.items():
         r, c = plan.operator.shape
         if name in outer:

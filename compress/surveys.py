@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..calibrate.corpus import Corpus, builtin_corpus, file_corpus, load_tokenizer, token_windows
+from ..calibrate.corpus import Corpus, builtin_corpus, drawn_windows, file_corpus, load_tokenizer
 from ..calibrate.folders import RoutingFolder
 from ..runtime.errors import ModelError, RecipeError
 from ..runtime.model.checkpoint import Checkpoint
@@ -20,29 +21,50 @@ from .passes.base import ModelPass, Pass, Survey
 from .recipe import Recipe
 
 
-def calibration_windows(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Corpus, Tensor]:
-    """The recipe's text and its token windows `[samples, sequence_length]`."""
+@dataclass(frozen=True)
+class Text:
+    """A text and its token windows.
+
+    Attributes:
+        windows: that calibrate, `[samples, sequence_length]`; held_out: others of the same text, alike.
+    """
+
+    corpus: Corpus
+    windows: Tensor
+    held_out: Tensor
+
+
+def read_calibration(recipe: Recipe, checkpoint: Checkpoint, *, least: int | None = None, held_out: int = 0) -> Text:
+    """The recipe's text and its windows.
+
+    Args:
+        least, held_out: as of `drawn_windows`.
+    """
     data = recipe.data
     limit = checkpoint.text_config.get("max_position_embeddings")
     if limit and data.sequence_length > limit:
         raise RecipeError(f"data.sequence_length {data.sequence_length} is beyond the model's {limit} positions")
     corpus = builtin_corpus("calibration") if data.source == "builtin" else file_corpus(Path(data.source))
     tokenizer = load_tokenizer(checkpoint.path)
-    windows = token_windows(
-        corpus, tokenizer, samples=data.samples, sequence_length=data.sequence_length, seed=data.seed
-    )
+    samples, length = data.tokens // data.sequence_length, data.sequence_length
+    windows, others = drawn_windows(corpus, tokenizer, samples, length, data.seed, least=least, held_out=held_out)
+    check_ids(checkpoint, windows)
+    return Text(corpus, windows, others)
+
+
+def check_ids(checkpoint: Checkpoint, windows: Tensor) -> None:
+    """Refuse token ids that the model does not have."""
     highest = checkpoint.vocabulary
     if int(windows.max()) >= highest:
         raise ModelError(f"{checkpoint.path}: the tokenizer has ids beyond the {highest} rows of the embedding")
-    return corpus, windows
 
 
-def survey_windows(recipe: Recipe, checkpoint: Checkpoint) -> dict[str | None, tuple[Corpus, Tensor]]:
-    """Texts that single passes calibrate on, and their windows, of the size of the recipe's."""
-    found: dict[str | None, tuple[Corpus, Tensor]] = {}
+def survey_texts(recipe: Recipe, checkpoint: Checkpoint, least: int | None) -> dict[str | None, Text]:
+    """Texts that single passes calibrate on, of the size of the recipe's."""
+    found: dict[str | None, Text] = {}
     for source in {step.text for step in recipe.passes if "routing" in step.needs and step.text is not None}:
         data = recipe.data.model_copy(update={"source": source})
-        found[source] = calibration_windows(recipe.model_copy(update={"data": data}), checkpoint)
+        found[source] = read_calibration(recipe.model_copy(update={"data": data}), checkpoint, least=least)
     return found
 
 
@@ -61,7 +83,7 @@ def surveyed(
     recipe: Recipe,
     skeleton: Skeleton,
     windows: Tensor | None,
-    texts: Mapping[str | None, tuple[Corpus, Tensor]],
+    texts: Mapping[str | None, Text],
     routing: RoutingFolder | None,
     journal: Journal,
     listener: Callable[[Event], None],
@@ -89,7 +111,7 @@ def surveyed(
         else:
             folder.mkdir(parents=True, exist_ok=True)
             ready = step.prepare(skeleton)
-            task = texts[ready.text][1] if ready.text in texts else None
+            task = texts[ready.text].windows if ready.text in texts else None
             ready = ready.survey(skeleton, Survey(windows, folder, heard, task, None if number else routing))
             made = [str(path.relative_to(folder)) for path in ready.made] if isinstance(ready, ModelPass) else []
             journal.done({"step": "survey", "number": number, "pass": ready.model_dump(mode="json"), "made": made})

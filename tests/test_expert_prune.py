@@ -27,7 +27,7 @@ from compressor.compress.passes.model.experts import expert_counts, super_expert
 from compressor.compress.plan import make_plan
 from compressor.compress.recipe import parse_recipe
 from compressor.compress.solvers.expert_subsets import best_subset, few_enough, subset_losses
-from compressor.compress.surveys import calibration_windows
+from compressor.compress.surveys import read_calibration
 from compressor.runtime import load
 from compressor.runtime.errors import RecipeError
 from compressor.runtime.model.checkpoint import Checkpoint
@@ -323,7 +323,7 @@ def test_reconstruction_finds_the_best_subset_of_all(
     data = f"data: {{source: {calibration_text}, samples: 8, sequence_length: 64}}\n"
     recipe = parse_recipe(data + "passes: [{kind: expert_prune, ratio: 0.5, criterion: reconstruction}]")
     skeleton = Skeleton(Checkpoint(folder))
-    _, ids = calibration_windows(recipe, skeleton.checkpoint)
+    ids = read_calibration(recipe, skeleton.checkpoint).windows
     events: list[Event] = []
     step = recipe.passes[0].prepare(skeleton).survey(skeleton, Survey(ids, tmp_path, events.append))
     assert isinstance(step, ExpertPrune)

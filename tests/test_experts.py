@@ -25,7 +25,7 @@ from compressor.compress.plan import make_plan
 from compressor.compress.recipe import parse_recipe
 from compressor.compress.solvers.expert_merge import Neurons, aligned, averaged, clusters, redistributed
 from compressor.compress.solvers.expert_neurons import eliminated, strongest
-from compressor.compress.surveys import calibration_windows
+from compressor.compress.surveys import read_calibration
 from compressor.runtime import load
 from compressor.runtime.errors import RecipeError, ResourceError
 from compressor.runtime.model.checkpoint import Checkpoint
@@ -384,7 +384,7 @@ def test_a_correction_is_the_best_factor(pico: Pico, tmp_path: Path, calibration
     assert 0 < factors[0] < 1, "the softmax over fewer experts gives more to each"
     recipe = parse_recipe(data + "passes: [{kind: rtn}]")
     skeleton = Skeleton(Checkpoint(source))
-    _, ids = calibration_windows(recipe, skeleton.checkpoint)
+    ids = read_calibration(recipe, skeleton.checkpoint).windows
     models = [Skeleton(Checkpoint(folder)) for folder in (source, tmp_path / "plain")]
     entered: list[Tensor] = []
     blocks = [model.block(0) for model in models]

@@ -33,7 +33,7 @@ from compressor.compress.plan import make_plan
 from compressor.compress.recipe import parse_recipe
 from compressor.compress.solvers.lowrank import Components, rotation
 from compressor.compress.solvers.ranks import bisected, greedy, log_condition, progressive, rounded
-from compressor.compress.surveys import calibration_windows
+from compressor.compress.surveys import read_calibration
 from compressor.kernels import layouts
 from compressor.runtime import load
 from compressor.runtime.errors import ModelError, RecipeError
@@ -298,7 +298,7 @@ def test_a_survey_measures_what_changing_the_whole_model_does(
     recipe = parse_recipe(
         f"data: {{source: {calibration_text}, samples: 3, sequence_length: 32}}\npasses: [{{kind: rtn}}]"
     )
-    _, windows = calibration_windows(recipe, skeleton.checkpoint)
+    windows = read_calibration(recipe, skeleton.checkpoint).windows
     inner = "self_attn.v_proj"
 
     def halved(index: int) -> Tensor:

@@ -59,41 +59,62 @@ def evaluate(
             f"the models have {sizes[0]:,} and {sizes[1]:,} tokens in their vocabularies: compare a model with the one "
             "it came from"
         )
-    batch = max(1, batch_tokens // windows.shape[1])
-    own: list[Tensor] = []
-    other: list[Tensor] = []
-    divergences: list[Tensor] = []
-    agreements: list[Tensor] = []
+    batch, reading = max(1, batch_tokens // windows.shape[1]), Reading(windows)
     for ids in windows.split(batch):
-        logs = _log_probabilities(model, ids)
-        own.append(_window_losses(logs, ids))
-        if base is not None:
-            reference = _log_probabilities(base, ids)
-            other.append(_window_losses(reference, ids))
-            agreements.append((logs.argmax(-1) == reference.argmax(-1)).float().mean(1))
-            divergences.append(F.kl_div(logs, reference, log_target=True, reduction="none").sum(-1))
+        logs = _log_probabilities(model, ids).flatten(0, 1)
+        reading.add(logs, None if base is None else _log_probabilities(base, ids).flatten(0, 1))
         if passed is not None:
             passed(len(ids))
-    losses = torch.cat(own).double()
-    count = windows.shape[0] * (windows.shape[1] - 1)
-    perplexity = math.exp(losses.mean())
-    error = perplexity * _standard_error(losses)
-    if base is None:
-        return Evaluation(count, perplexity, error)
-    base_losses = torch.cat(other).double()
-    tokens = torch.cat(divergences).double()
-    ratio = math.exp((losses - base_losses).mean())
-    against = Divergence(
-        base_perplexity=math.exp(base_losses.mean()),
-        perplexity_ratio=ratio,
-        ratio_error=ratio * _standard_error(losses - base_losses),
-        kl_mean=float(tokens.mean()),
-        kl_error=_standard_error(tokens.mean(1)),
-        kl_median=float(tokens.median()),
-        kl_p99=float(tokens.flatten().sort().values[int(0.99 * (tokens.numel() - 1))]),
-        top1_agreement=float(torch.cat(agreements).mean()),
-    )
-    return Evaluation(count, perplexity, error, against)
+    return reading.evaluation()
+
+
+class Reading:
+    """What a model, and its base if there is one, make of windows `[samples, tokens]`, whose first tokens are not
+    predicted; log probabilities come a few tokens at a time, in the order of the windows."""
+
+    def __init__(self, windows: Tensor) -> None:
+        self._samples, self._targets = len(windows), windows[:, 1:].flatten()
+        self._seen = 0
+        self._own: list[Tensor] = []
+        self._other: list[Tensor] = []
+        self._divergences: list[Tensor] = []
+        self._agreements: list[Tensor] = []
+
+    def add(self, logs: Tensor, reference: Tensor | None = None) -> None:
+        """Log probabilities of the next tokens to be predicted, `[tokens, vocabulary]`, and the base's alike."""
+        targets = self._targets[self._seen : self._seen + len(logs), None].to(logs.device)
+        self._seen += len(logs)
+        self._own.append(-logs.gather(-1, targets)[:, 0].double().cpu())
+        if reference is not None:
+            self._other.append(-reference.gather(-1, targets)[:, 0].double().cpu())
+            self._agreements.append((logs.argmax(-1) == reference.argmax(-1)).double().cpu())
+            divergence = F.kl_div(logs, reference, log_target=True, reduction="none").sum(-1)
+            self._divergences.append(divergence.double().cpu())
+
+    def evaluation(self) -> Evaluation:
+        """What was found, once every token is there."""
+        losses = self._windows(self._own)
+        perplexity = float(losses.mean().exp())
+        error, count = perplexity * _standard_error(losses), len(self._targets)
+        if not self._other:
+            return Evaluation(count, perplexity, error)
+        base_losses, tokens = self._windows(self._other), torch.cat(self._divergences)
+        ratio = float((losses - base_losses).mean().exp())
+        against = Divergence(
+            base_perplexity=float(base_losses.mean().exp()),
+            perplexity_ratio=ratio,
+            ratio_error=ratio * _standard_error(losses - base_losses),
+            kl_mean=float(tokens.mean()),
+            kl_error=_standard_error(self._windows(self._divergences)),
+            kl_median=float(tokens.median()),
+            kl_p99=float(tokens.sort().values[int(0.99 * (tokens.numel() - 1))]),
+            top1_agreement=float(torch.cat(self._agreements).mean()),
+        )
+        return Evaluation(count, perplexity, error, against)
+
+    def _windows(self, parts: list[Tensor]) -> Tensor:
+        """The mean of every window."""
+        return torch.cat(parts).view(self._samples, -1).mean(1)
 
 
 @torch.no_grad()
@@ -107,10 +128,6 @@ def cache_per_token(model: Any, ids: Tensor) -> float:
 def _log_probabilities(model: Any, ids: Tensor) -> Tensor:
     logits = model(input_ids=ids.to(model.device), use_cache=False).logits[:, :-1]
     return logits.float().cpu().log_softmax(-1)
-
-
-def _window_losses(logs: Tensor, ids: Tensor) -> Tensor:
-    return -logs.gather(-1, ids[:, 1:, None]).squeeze(-1).mean(1)
 
 
 def _standard_error(values: Tensor) -> float:

@@ -10,12 +10,13 @@ from ..plan import Plan, rows
 
 if TYPE_CHECKING:
     from ..job import Job
+    from ..quality import Quality
 
 LARGE_MODEL = 100_000_000  # parameters from which the built-in calibration text is too little
 
 
 def model_card(
-    job: Job, plan: Plan, parameters: int, fingerprint: Mapping[str, Any], events: Sequence[Mapping[str, Any]]
+    job: Job, plan: Plan, fingerprint: Mapping[str, Any], events: Sequence[Mapping[str, Any]], quality: Quality
 ) -> str:
     """`README.md` of the output, from the plan and what happened."""
     load = "from compressor.runtime import load\nmodel = load(folder)"
@@ -36,6 +37,8 @@ def model_card(
         "",
         f"{plan.bytes_before:,} → {plan.bytes_after:,} bytes of weights ({ratio:.2f} × smaller), "
         f"format `{plan.format.name}`, read by {', '.join(plan.readers)}.",
+        "",
+        f"{quality.summary()[0].upper()}{quality.summary()[1:]} (`report/quality.json`).",
         "",
         "```python",
         load,
@@ -59,6 +62,6 @@ def model_card(
     starved = len({event["name"] for event in events if event["kind"] == "Starved"})
     if starved:
         lines += ["", f"{starved} linears of experts saw few calibration tokens; `report/layers.jsonl` names them."]
-    if plan.needs and job.recipe.data.source == "builtin" and parameters > LARGE_MODEL:
+    if plan.needs and job.recipe.data.source == "builtin" and plan.skeleton.checkpoint.parameters > LARGE_MODEL:
         lines += ["", "**Calibrated on the built-in text only**, which is little for a model of this size."]
     return "\n".join(lines) + "\n"

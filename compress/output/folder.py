@@ -14,6 +14,7 @@ from ...runtime.files import copy_synced, file_sha256, sync_folder, write_synced
 from ...runtime.model.checkpoint import Checkpoint
 from ...runtime.model.skeleton import Skeleton, calibration_dtype
 from ...runtime.stored import open_model
+from ...runtime.text import json_text, without_nan
 from ..plan import Plan, around_of
 from ..recipe import resolved_yaml
 from .card import model_card
@@ -21,17 +22,12 @@ from .writer import ShardedWriter
 
 if TYPE_CHECKING:
     from ..job import Job
+    from ..quality import Quality
 
 
-def finish_folder(
-    folder: Path, job: Job, plan: Plan, skeleton: Skeleton, fingerprint: Mapping[str, Any], entries: Sequence[Any]
-) -> None:
-    """Write everything but the weights, then read the whole folder back and run it once.
-
-    Raises:
-        VerifyError: the folder does not load, or a block of it gives NaN or infinities.
-    """
-    checkpoint = skeleton.checkpoint
+def write_beside(folder: Path, job: Job, plan: Plan) -> None:
+    """Write what a folder of weights needs to be loaded: config, tokenizer, index; and the recipe."""
+    skeleton, checkpoint = plan.skeleton, plan.skeleton.checkpoint
     config = plan.format.config(checkpoint.config, plan.rewritten, _untouched(plan, skeleton), around_of(skeleton))
     write_synced(folder / "config.json", json.dumps(config, indent=2) + "\n")
     for name, text in plan.format.files.items():
@@ -40,13 +36,25 @@ def finish_folder(
         copy_synced(path, folder / path.name)
     write_synced(folder / "recipe.yaml", job.recipe_text)
     write_synced(folder / "recipe.resolved.yaml", resolved_yaml(job.recipe))
+    ShardedWriter(folder, plan.tensors, job.recipe.output.shard_bytes).write_index()
+
+
+def finish_folder(
+    folder: Path,
+    job: Job,
+    plan: Plan,
+    fingerprint: Mapping[str, Any],
+    entries: Sequence[Any],
+    quality: Quality,
+) -> None:
+    """Write report, model card and manifest: what was done, and what came of it."""
     report = folder / "report"
     report.mkdir(exist_ok=True)
+    write_synced(report / "quality.json", json_text(quality.record()))
     events = [event for entry in entries for event in entry.get("events", ())]
     write_synced(report / "layers.jsonl", "".join(json.dumps(event) + "\n" for event in events))
-    ShardedWriter(folder, plan.tensors, job.recipe.output.shard_bytes).write_index()
     hashes = {name: sha256 for entry in entries for name, sha256 in entry.get("files", {}).items()}
-    write_synced(folder / "README.md", model_card(job, plan, skeleton.checkpoint.parameters, fingerprint, events))
+    write_synced(folder / "README.md", model_card(job, plan, fingerprint, events, quality))
     # The timings are the one file that differs between equal runs; the manifest may be there from before a crash.
     left_out = {*hashes, "report/timings.jsonl", "compressor.json", "compressor.json.partial"}
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
@@ -59,6 +67,7 @@ def finish_folder(
         "texts": fingerprint["texts"],
         "format": plan.format.name,
         "readers": list(plan.readers),
+        "quality": without_nan({name: found.record() for name, found in quality.texts.items()}),
         "bytes": {"before": plan.bytes_before, "after": plan.bytes_after},
         "environment": {key: fingerprint[key] for key in ("versions", "device", "cpu", "computes", "threads")},
         "files": hashes | {name: file_sha256(folder / name) for name in small},
@@ -66,7 +75,12 @@ def finish_folder(
     write_synced(folder / "compressor.json", json.dumps(manifest, indent=2) + "\n")
     for path in (report, folder):
         sync_folder(path)
-    check_runs(folder, checkpoint)
+
+
+def events_of(folder: Path) -> list[dict[str, Any]]:
+    """Records of what happened while an output was made."""
+    lines = (folder / "report" / "layers.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def _untouched(plan: Plan, skeleton: Skeleton) -> set[str]:

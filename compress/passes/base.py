@@ -136,6 +136,11 @@ class Pass(BaseModel):
         """What a table of linears does not show of a prepared pass, in a few words."""
         return ""
 
+    @property
+    def warning(self) -> str:
+        """What may go wrong with a prepared pass, and what to do about it, where that is known before the run."""
+        return ""
+
 
 class ModelPass(Pass):
     """A pass that makes another model of the one there is: with fewer experts, or the same function in other weights.

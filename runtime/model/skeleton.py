@@ -8,7 +8,7 @@ is the family's own model with no layers at all.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -336,31 +336,41 @@ class Skeleton:
         entered: Tensor = decoder(input_ids=places.to(self.device), use_cache=False).last_hidden_state
         return entered
 
-    @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """What leaves the last block → float32 `[..., vocab_size]`; the head is converted a part at a time."""
+        return self.answers()(hidden)
+
+    def answers(self) -> Callable[[Tensor], Tensor]:
+        """`logits` for many calls; a head that is stored in another form is decoded once, and held."""
         decoder = self._decoder_of([])
         norm = copy.deepcopy(self.decoder.norm)
         state = {name: self.checkpoint.tensor(self._decoder_name(f"norm.{name}")) for name in norm.state_dict()}
         norm.load_state_dict({name: t.to(self.device, torch.float32) for name, t in state.items()}, assign=True)
         decoder.norm = norm
-        hidden = hidden.to(self.device, torch.float32)
-        batched = hidden.reshape(1, -1, hidden.shape[-1])
-        head = self._head()
-        if self.model.base_model is not self.decoder:  # beside other parts, nothing but the head follows
-            logits = head(decoder(inputs_embeds=batched, use_cache=False).last_hidden_state)
-        else:
-            whole = copy.copy(self.model)
-            whole._modules = {**self.model._modules, self.family.decoder: decoder, "lm_head": head}
-            logits = whole(inputs_embeds=batched, use_cache=False).logits
-        return logits.reshape(*hidden.shape[:-1], -1)
+        head, whole = self._head(), copy.copy(self.model)
+        whole._modules = {**self.model._modules, self.family.decoder: decoder, "lm_head": head}
+
+        @torch.no_grad()
+        def answer(hidden: Tensor) -> Tensor:
+            batched = hidden.to(self.device, torch.float32).reshape(1, -1, hidden.shape[-1])
+            if self.model.base_model is not self.decoder:  # beside other parts, nothing but the head follows
+                logits = head(decoder(inputs_embeds=batched, use_cache=False).last_hidden_state)
+            else:
+                logits = whole(inputs_embeds=batched, use_cache=False).logits
+            return logits.reshape(*hidden.shape[:-1], -1)
+
+        return answer
 
     def _head(self) -> _Head:
         tensors = self.checkpoint.tensors
         weight, bias = (self.family.disk_name(f"lm_head.{part}") for part in ("weight", "bias"))
         table = weight if weight in tensors else self._decoder_name("embed_tokens.weight")
         own = self.checkpoint.tensor(bias) if bias in tensors else None
-        return _Head(self.checkpoint.tensor(table), own, self.device)
+        if table in self.checkpoint.stored:
+            return _Head(self.checkpoint.tensor(table), own, self.device)
+        numbers = torch.arange(tensors[table].shape[0]).split(HEAD_ROWS)
+        parts = (self.checkpoint.rows(table, part).to(tensors[table].dtype) for part in numbers)
+        return _Head(torch.cat(list(parts)), own, self.device)
 
     def _decoder_name(self, name: str) -> str:
         """A name inside the decoder in memory → its name in the checkpoint."""

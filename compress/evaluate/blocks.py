@@ -1,0 +1,91 @@
+"""How far an output is from its original, with one block of each in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ...calibrate.capture import let_round
+from ...calibrate.chains import BATCH_TOKENS
+from ...runtime.errors import VerifyError
+from ...runtime.model.skeleton import HEAD_ROWS, Skeleton
+from ...runtime.schemes import from_tensors
+from ...runtime.stored import StoredModel
+from .measures import Evaluation, Reading
+
+LOGITS = 1 << 21  # numbers of logits at a time
+
+
+@torch.no_grad()
+def evaluate_blocks(
+    original: Skeleton, output: Skeleton, texts: Mapping[str, Tensor]
+) -> tuple[dict[str, Evaluation], list[float]]:
+    """Run two models over a few windows side by side; both compute in their skeleton's dtype.
+
+    Args:
+        texts: what it is → windows `[samples, tokens]`, all of one length.
+
+    Returns:
+        An evaluation against the original for each text; and for each block, by how much the residual stream that
+        leaves it is off, `mean ‖x − x̃‖² / ‖x‖²` over tokens.
+
+    Raises:
+        VerifyError: a block of the output gives NaN or infinities.
+    """
+    windows = torch.cat(list(texts.values()))
+    batch = max(1, BATCH_TOKENS // windows.shape[1])
+    parts = [slice(start, start + batch) for start in range(0, len(windows), batch)]
+    streams = [torch.cat([model.embed(windows[rows]).cpu() for rows in parts]) for model in (original, output)]
+    drift = []
+    for index in range(original.blocks):
+        for model, stream in zip((original, output), streams, strict=True):
+            runner = model.runner(index, _block(model, index))
+            for rows in parts:
+                stream[rows] = model.run(runner, stream[rows]).cpu()
+        exact, found = streams
+        if not bool(found.isfinite().all()):
+            raise VerifyError(f"{output.checkpoint.path}: block {index} gives activations that are not finite")
+        drift.append(float(((found - exact).square().sum(-1) / exact.square().sum(-1).clamp(min=1e-30)).mean()))
+    answer, reference = output.answers(), original.answers()
+    results, start = {}, 0
+    for name, ids in texts.items():
+        reading, rows = Reading(ids), slice(start, start + len(ids))
+        start = rows.stop
+        exact, found = (stream[rows, :-1].flatten(0, 1).split(tokens_at_a_time(original)) for stream in streams)
+        for before, after in zip(exact, found, strict=True):
+            reading.add(answer(after).log_softmax(-1), reference(before).log_softmax(-1))
+        results[name] = reading.evaluation()
+    return results, drift
+
+
+def tokens_at_a_time(skeleton: Skeleton) -> int:
+    """Whose logits are compared at once."""
+    return max(32, LOGITS // int(skeleton.config.vocab_size))
+
+
+def evaluation_memory(skeleton: Skeleton, tokens: int, *, decoded: bool) -> float:
+    """Bytes that `evaluate_blocks` takes for so many tokens, beyond a block of each model.
+
+    Args:
+        decoded: whether the output's head has to be.
+    """
+    rows, hidden = skeleton.config.vocab_size, skeleton.config.hidden_size
+    logits = 4.0 * 5 * min(tokens, tokens_at_a_time(skeleton)) * rows
+    head = 4.0 * min(HEAD_ROWS, rows) * hidden + decoded * skeleton.checkpoint.dtype.itemsize * rows * hidden
+    return 2 * 4.0 * tokens * hidden + logits + head
+
+
+def _block(model: Skeleton, index: int) -> torch.nn.Module:
+    """A block with its weights, and what linears do beside multiplying."""
+    block: torch.nn.Module = model.block(index)
+    stored = model.checkpoint
+    if not isinstance(stored, StoredModel):
+        return block
+    for name in (name for stage in model.stages(index) for group in stage for name in group.linears):
+        disk = model.disk_name(index, name)
+        if disk in stored.schemes and any(part.rounds_activations for part in stored.outline(disk).inside()):
+            parts = {key: tensor.to(model.device) for key, tensor in stored.operator_tensors(disk).items()}
+            let_round(block.get_submodule(name), from_tensors(parts, stored.schemes[disk]))
+    return block

@@ -1,0 +1,154 @@
+"""Every run says how far its output is from the original, and is held against the recipe's limits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from command import run as command
+from pico import interrupt, same_folders
+
+from compressor.calibrate.corpus import drawn_windows, file_corpus, load_tokenizer
+from compressor.compress.apply import Job, apply
+from compressor.compress.evaluate import evaluate
+from compressor.compress.events import Event, Measured, Warned
+from compressor.compress.output.verify import verify
+from compressor.compress.plan import make_plan
+from compressor.compress.quality import Quality, measure
+from compressor.compress.recipe import parse_recipe
+from compressor.runtime import load
+from compressor.runtime.model.checkpoint import Checkpoint
+from compressor.runtime.model.skeleton import Skeleton
+
+Pico = Callable[..., Path]
+DATA = "data: {{source: {}, samples: 8, sequence_length: 64}}\n"
+
+
+def run(text: str, model: Path, out: Path, **options: bool) -> Quality:
+    events: list[Event] = []
+    apply(Job(parse_recipe(text), text, (), model, out, "pico"), events.append, **options)
+    [quality] = [event.quality for event in events if isinstance(event, Measured)]
+    return quality
+
+
+@pytest.mark.parametrize(
+    ("family", "passes"),
+    [
+        ("llama", "{kind: rtn, bits: 3, group_size: 32}"),
+        ("llama", "{kind: w8a8, type: int}"),
+        ("llama", "{kind: lorc, ratio: 0.25, latent_bits: 4, rank_step: 1}"),
+        ("qwen3_moe", "{kind: rtn, bits: 3, group_size: 32}"),
+        ("granite", "{kind: rtn, bits: 3, group_size: 32}, {kind: rtn, bits: 4, group_size: 32, targets: lm_head}"),
+        ("gemma3_text", "{kind: sparse24, method: magnitude}"),
+    ],
+)
+def test_one_block_at_a_time_finds_what_whole_models_do(family: str, passes: str, pico: Pico, tmp_path: Path) -> None:
+    """Rounded inputs and latents, routers, scaled logits and a rewritten head included; and by the fold of experts."""
+    model, out = pico(family, dtype=torch.float32), tmp_path / "out"
+    run(f"passes: [{passes}]", model, out)
+    windows = torch.randint(0, 128, (6, 48), generator=torch.Generator().manual_seed(1))
+    quality = measure(out, Skeleton(Checkpoint(model)), {"a": windows[:4], "b": windows[4:]})
+    loaded = [load(folder, dtype=torch.float32) for folder in (out, model)]
+    for name, ids in (("a", windows[:4]), ("b", windows[4:])):
+        expected, found = evaluate(loaded[0], ids, loaded[1]), quality.texts[name]
+        assert expected.against is not None
+        assert found.against is not None
+        assert expected.against.kl_mean > 1e-5
+        assert found.against.kl_mean == pytest.approx(expected.against.kl_mean, rel=2e-3)
+        assert found.against.kl_error == pytest.approx(expected.against.kl_error, rel=2e-2)
+        assert found.perplexity == pytest.approx(expected.perplexity, rel=1e-3)
+        assert found.against.base_perplexity == pytest.approx(expected.against.base_perplexity, rel=1e-5)
+    assert len(quality.drift) == 2
+    assert all(drift > 0 for drift in quality.drift)
+
+
+def test_what_was_found_stands_in_report_manifest_and_card(pico: Pico, tmp_path: Path, calibration_text: Path) -> None:
+    text = DATA.format(calibration_text) + "passes: [{kind: gptq, bits: 4, group_size: 32}]"
+    quality = run(text, pico(), tmp_path / "out")
+    assert list(quality.texts) == ["held-out", "calibration"]
+    written = json.loads((tmp_path / "out" / "report" / "quality.json").read_text())
+    assert Quality.of(written) == quality
+    manifest = json.loads((tmp_path / "out" / "compressor.json").read_text())
+    assert manifest["quality"] == written["texts"]
+    assert f"KL {quality.texts['held-out'].against.kl_mean:.4g}" in (tmp_path / "out" / "README.md").read_text()  # type: ignore[union-attr]
+    assert verify(tmp_path / "out") == []
+
+
+def test_an_interrupted_run_finds_the_same(pico: Pico, tmp_path: Path, calibration_text: Path) -> None:
+    text = DATA.format(calibration_text) + "passes: [{kind: gptq, bits: 4, group_size: 32}]"
+    quality = run(text, pico(), tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        apply(Job(parse_recipe(text), text, (), pico(), tmp_path / "out", "pico"), interrupt)
+    assert run(text, pico(), tmp_path / "out", resume=True) == quality
+    same_folders(tmp_path / "out", tmp_path / "whole")
+
+
+def test_a_model_without_a_tokenizer_is_not_measured(pico: Pico, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    for path in pico().iterdir():
+        if not path.name.startswith("token"):
+            (model / path.name).write_bytes(path.read_bytes())
+    quality = run("passes: [{kind: rtn, bits: 4, group_size: 32}]", model, tmp_path / "out")
+    assert quality.summary() == "not compared with the original: the model has no tokenizer"
+    assert verify(tmp_path / "out") == []
+
+
+def test_beyond_a_limit_the_output_is_written_and_the_answer_is_no(pico: Pico, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    passes = "passes: [{kind: rtn, bits: 8, group_size: 32}, {kind: rtn, bits: 2, group_size: 32, targets: '*.1.*'}]"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(passes.replace("bits: 8, group_size: 32", "bits: 8, group_size: 32, ignore: '*.1.*'"))
+    words = ["apply", str(recipe), str(pico()), str(out), "--set", "limits.kl=1e-6"]
+    done = command(*words, cwd=tmp_path, code=1)
+    assert "is above limits.kl 1e-06: most is lost in block 1" in done.stderr
+    assert "by rtn, most of all in model.layers.1." in done.stderr
+    assert "of the time" in done.stdout
+    assert verify(out) == []
+    words = [*words[:-1], "limits.kl=null", "--set", "limits.perplexity_ratio=null", "--overwrite", "--json"]
+    found = json.loads(command(*words, cwd=tmp_path).stdout)
+    assert found["beyond"] == ""
+    assert found["quality"]["texts"]["built-in"]["against"]["kl_mean"] > 1e-6
+
+
+def test_held_out_windows_are_other_text_and_change_no_draw(pico: Pico, tmp_path: Path) -> None:
+    """From what was read, or from parts that were not."""
+    tokenizer = load_tokenizer(pico())
+    for lines, samples in ((4000, 3), (9000, 600), (40, 3)):
+        path = tmp_path / "text.txt"
+        path.write_text("".join(f"{number:06d} abcdefghijklmnopqrstuvwxyz\n" for number in range(lines)))
+        alone, none = drawn_windows(file_corpus(path), tokenizer, samples, 64, 0, least=1)
+        drawn, others = drawn_windows(file_corpus(path), tokenizer, samples, 64, 0, least=1, held_out=5)
+        assert torch.equal(alone, drawn)
+        assert len(none) == 0
+        assert len(others) == 5
+        seen = {tuple(row.tolist()) for row in drawn}
+        assert not seen.intersection(tuple(row.tolist()) for row in others)
+    _, others = drawn_windows(file_corpus(path), tokenizer, 1000, 64, 0, least=1, held_out=5)
+    assert others.shape == (0, 64)  # the text has no more
+
+
+def test_wide_models_get_more_text(pico: Pico, tmp_path: Path, calibration_text: Path) -> None:
+    text = "data: {{source: {}, sequence_length: 2{}}}\npasses: [{{kind: gptq, bits: 4, group_size: 32}}]"
+    skeleton = Skeleton(Checkpoint(pico()))
+    plan = make_plan(parse_recipe(text.format(calibration_text, "")), skeleton)
+    assert plan.recipe.data.samples == 16 * 96 // 2
+    assert not plan.warnings
+    plan = make_plan(parse_recipe(text.format(calibration_text, ", samples: 4")), skeleton)
+    assert plan.warnings[0].startswith("8 calibration tokens are 0.1 for each of the 96 inputs")
+    assert "data.samples 768 would be 16" in plan.warnings[0]
+    events: list[Event] = []
+    recipe = text.format(calibration_text, ", samples: 4")
+    apply(Job(parse_recipe(recipe), recipe, (), pico(), tmp_path / "out", "pico"), events.append)
+    assert isinstance(events[0], Warned)
+
+
+def test_a_text_that_is_shorter_than_the_default_is_read_whole(pico: Pico, tmp_path: Path) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text("abcdefghijklmnopqrstuvwxyz\n" * 100)
+    text = f"data: {{source: {path}, sequence_length: 64}}\npasses: [{{kind: gptq, bits: 4, group_size: 32}}]"
+    quality = run(text, pico(), tmp_path / "out")
+    assert list(quality.texts) == ["calibration"]
