@@ -2,13 +2,17 @@
 
     python benchmarks/peers.py examples/tiny-llama --bits 4 --seeds 0 1 2 \\
         --llm-compressor LC/bin/python --gptqmodel GQ/bin/python
+    python benchmarks/peers.py MODEL --text calibration.txt evaluation.txt --samples 32 --threads 1 \\
+        --methods "compressor: w3a16-gptq passes.0.group_size=64" "llm-compressor: gptq 3 64" "gptqmodel: 3 64"
 
-Each tool runs in a process of its own with two threads, from an environment of its own. Their results are decoded to
-plain weights and judged by one float32 forward pass on all windows of the built-in evaluation split: KL(original ‖
-result) per token, and the paired difference to ours over windows. `--time-only` stops after the runs. `--sparse BLOCK`
-compares 2:4 in place of integers: ARMOR with blocks of that size (`armor-24`), without wrappers (`sparsegpt-24`), and
-llm-compressor's SparseGPT and Wanda. `--experts` first drops a quarter of the experts, by REAP: ours with and without
-`refit`, and llm-compressor's; results are then read by stock transformers.
+Each tool runs in a process of its own, from an environment of its own. Their results are decoded to plain weights and
+judged by one float32 forward pass on the same windows: KL(original ‖ result) per token, and the paired difference to
+the first method's over windows. What the methods are: `compressor: RECIPE [EDITS]`; `llm-compressor: gptq BITS GROUP`,
+`sparsegpt`, `wanda` (2:4), `experts` (REAP of a quarter, then `gptq 4 128`); `gptqmodel: BITS GROUP`.
+
+`--bits` compares integers, `--sparse BLOCK` 2:4: ARMOR with blocks of that size (`armor-24`), without wrappers
+(`sparsegpt-24`), and llm-compressor's SparseGPT and Wanda; `--experts` what a quarter of the experts is worth, ours
+with and without `refit`.
 """
 
 from __future__ import annotations
@@ -20,33 +24,42 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-PLAIN = ", correction: 0, refinements: 0, search: false, act_order: false"
-LENGTH = 512
+PLAIN = " passes.0.correction=0 passes.0.refinements=0 passes.0.search=false passes.0.act_order=false"
 
 
-def run_compressor(model: str, ids: list[list[int]], out: str, passes: str, seed: int) -> None:
+def run_compressor(task: dict[str, Any]) -> None:
     from compressor.compress.apply import Job, apply
-    from compressor.compress.recipe import parse_recipe
+    from compressor.compress.recipe import parse_recipe, shipped
 
-    # The windows of this seed are those in ids, by construction.
-    data = f"data: {{samples: {len(ids)}, sequence_length: {LENGTH}, seed: {seed}}}\n"
-    text = f"{data}passes: [{{{passes}}}]\n"
-    apply(Job(parse_recipe(text), text, (), Path(model), Path(out), model), lambda event: None)
+    recipe, *edits = task["method"].split()
+    # The windows of this seed are those in the task, by construction.
+    data = {
+        "source": task["text"],
+        "samples": len(task["ids"]),
+        "sequence_length": task["length"],
+        "seed": task["seed"],
+    }
+    edits = (*edits, *(f"data.{key}={value}" for key, value in data.items()))
+    text, model = shipped()[recipe], Path(task["model"])
+    job = Job(parse_recipe(text, recipe, edits), text, edits, model, Path(task["out"]), task["model"])
+    apply(job, lambda event: None)
 
 
-def llm_compressor_modifiers(method: str, bits: int, group: int) -> list[Any]:
-    if method == "experts":
+def llm_compressor_modifiers(method: str) -> list[Any]:
+    kind, *numbers = method.split()
+    if kind == "experts":
         from llmcompressor.modifiers.pruning import REAPPruningModifier
 
-        return [REAPPruningModifier(sparsity=0.25), *llm_compressor_modifiers("", bits, group)]
-    if method == "sparsegpt":
+        return [REAPPruningModifier(sparsity=0.25), *llm_compressor_modifiers("gptq 4 128")]
+    if kind == "sparsegpt":
         from llmcompressor.modifiers.pruning import SparseGPTModifier
 
         return [SparseGPTModifier(sparsity=0.5, mask_structure="2:4", targets=["Linear"], ignore=["re:.*lm_head"])]
-    if method == "wanda":
+    if kind == "wanda":
         from llmcompressor.modifiers.pruning import WandaPruningModifier
 
         return [WandaPruningModifier(sparsity=0.5, mask_structure="2:4", targets=["Linear"], ignore=["re:.*lm_head"])]
@@ -54,66 +67,57 @@ def llm_compressor_modifiers(method: str, bits: int, group: int) -> list[Any]:
     from llmcompressor.modifiers.quantization import GPTQModifier
 
     scheme = preset_name_to_scheme("W4A16", ["Linear"])
-    scheme.weights.num_bits, scheme.weights.group_size = bits, group
+    scheme.weights.num_bits, scheme.weights.group_size = map(int, numbers)
     return [GPTQModifier(ignore=["lm_head", "re:.*mlp.gate$"], config_groups={"group_0": scheme})]
 
 
-def run_llm_compressor(model: str, ids: list[list[int]], out: str, modifiers: list[Any]) -> None:
+def run_llm_compressor(task: dict[str, Any]) -> None:
     from datasets import Dataset
     from llmcompressor import oneshot
     from transformers import AutoModelForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-    rows = [{"input_ids": window, "attention_mask": [1] * len(window)} for window in ids]
+    loaded = AutoModelForCausalLM.from_pretrained(task["model"], dtype="auto")
+    rows = [{"input_ids": window, "attention_mask": [1] * len(window)} for window in task["ids"]]
     oneshot(
-        model=loaded, dataset=Dataset.from_list(rows), max_seq_length=LENGTH, num_calibration_samples=len(ids),
-        recipe=modifiers,
+        model=loaded, dataset=Dataset.from_list(rows), max_seq_length=task["length"],
+        num_calibration_samples=len(rows), recipe=llm_compressor_modifiers(task["method"]),
         shuffle_calibration_samples=False,
     )  # fmt: skip
-    loaded.save_pretrained(out, save_compressed=True)
+    loaded.save_pretrained(task["out"], save_compressed=True)
 
 
-def run_gptqmodel(model: str, ids: list[list[int]], out: str, bits: int, group: int) -> None:
+def run_gptqmodel(task: dict[str, Any]) -> None:
     from gptqmodel import GPTQConfig, GPTQModel
 
-    loaded = GPTQModel.load(model, GPTQConfig(bits=bits, group_size=group), device="cpu")
-    loaded.quantize([{"input_ids": window, "attention_mask": [1] * len(window)} for window in ids], batch_size=1)
-    loaded.save(out)
+    bits, group = map(int, task["method"].split())
+    loaded = GPTQModel.load(task["model"], GPTQConfig(bits=bits, group_size=group), device="cpu")
+    loaded.quantize([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in task["ids"]], batch_size=1)
+    loaded.save(task["out"])
 
 
-def child(tool: str, model: str, ids_file: str, out: str, bits: int, group: int, seed: int) -> None:
+def child(file: str) -> None:
     """One tool, its imports told apart; prints JSON."""
     start = time.perf_counter()
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    torch.set_num_threads(2)
-    ids = json.loads(Path(ids_file).read_text())
-    tool, _, method = tool.partition(", ")
-    if tool == "llm-compressor":
+    task = json.loads(Path(file).read_text())
+    torch.set_num_threads(task["threads"])
+    if task["tool"] == "llm-compressor":
         import llmcompressor.modifiers.quantization  # noqa: F401
-    elif tool == "gptqmodel":
+    elif task["tool"] == "gptqmodel":
         import gptqmodel  # noqa: F401
     else:
         import compressor.compress.apply  # noqa: F401
-    ready = time.perf_counter()
-    if tool == "llm-compressor":
-        run_llm_compressor(model, ids, out, llm_compressor_modifiers(method, bits, group))
-    elif tool == "gptqmodel":
-        run_gptqmodel(model, ids, out, bits, group)
-    else:
-        gptq = f"kind: gptq, bits: {bits}, group_size: {group}"
-        armor = f"kind: armor, solver: als, objective: full, correction: 1, block_size: {group}"
-        passes = {"": gptq, "plain": gptq + PLAIN, "armor-24": armor, "sparsegpt-24": "kind: sparse24"}
-        prune = "kind: expert_prune, ratio: 0.25"
-        passes |= {"experts": f"{prune}}}, {{{gptq}", "experts, published": f"{prune}, refit: false}}, {{{gptq}"}
-        run_compressor(model, ids, out, passes[method], seed)
+    ready, used = time.perf_counter(), time.process_time()
+    {"llm-compressor": run_llm_compressor, "gptqmodel": run_gptqmodel, "compressor": run_compressor}[task["tool"]](task)
     done = time.perf_counter()
     # Not getrusage, whose peak a child inherits from the process that started it.
     status = Path("/proc/self/status").read_text().splitlines()
     peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1000
-    size = sum(path.stat().st_size for path in Path(out).glob("*.safetensors"))
-    print("RESULT " + json.dumps({"imports": ready - start, "work": done - ready, "peak_mb": peak, "bytes": size}))
+    size = sum(path.stat().st_size for path in Path(task["out"]).glob("*.safetensors"))
+    result = {"imports": ready - start, "work": done - ready, "cpu": time.process_time() - used}
+    print("RESULT " + json.dumps({**result, "peak_mb": peak, "bytes": size}))
     sys.stdout.flush()
     os._exit(0)  # a peer's worker threads do not end by themselves
 
@@ -140,125 +144,145 @@ def decoded(folder: Path) -> dict[str, Any]:
     return weights
 
 
-def judge(model: str, folders: dict[str, Path]) -> dict[str, Any]:
-    """KL to the original per window, for each folder."""
+def result_of(method: str, model: str, folder: Path) -> Any:
+    """The model that a tool made, in float32."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    from compressor.calibrate.corpus import builtin_corpus, token_windows
+    from compressor.runtime import load
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    windows = token_windows(builtin_corpus("evaluation"), tokenizer, samples=None, sequence_length=LENGTH)
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    found = {}
-    for name, folder in folders.items():
-        if "experts" in name:
-            other, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-            assert not any(info.values()), info
-            other.eval()
-        else:
-            other = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-            missing = other.load_state_dict(decoded(folder), strict=False)
-            assert not missing.unexpected_keys, missing
-        divergences, ratios = [], []
-        with torch.no_grad():
-            for ids in windows.split(4):
-                p, q = (m(input_ids=ids, use_cache=False).logits[:, :-1].log_softmax(-1) for m in (base, other))
-                divergences.append((p.exp() * (p - q)).sum(-1).mean(1))
-                ratios.append((p - q).gather(-1, ids[:, 1:, None]).squeeze(-1).mean(1))
-        found[name] = (torch.cat(divergences).double(), torch.cat(ratios).double())
+    if "moe" in method or "experts" in method:  # fewer experts, which the folder's own config says
+        found, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        assert not any(info.values()), info
+        return found.eval()
+    if method.startswith("compressor"):
+        return load(folder, dtype=torch.float32)
+    found = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    missing = found.load_state_dict(decoded(folder), strict=False)
+    assert not missing.unexpected_keys, missing
     return found
 
 
-def main() -> None:
-    """Run every tool on every seed, and print a line for each."""
+def methods_of(options: argparse.Namespace) -> list[str]:
+    """What is compared, in order."""
+    if options.methods:
+        return list(options.methods)
+    if options.sparse:
+        ours = [f"armor-24 passes.0.block_size={options.sparse}", "sparsegpt-24"]
+        peers = ["llm-compressor: sparsegpt", "llm-compressor: wanda"]
+    elif options.experts:
+        ours, peers = ["moe-reap-25-w4", "moe-reap-25-w4 passes.0.refit=false"], ["llm-compressor: experts"]
+    else:
+        grid = f"{options.bits} {options.group_size}"
+        ours = [f"w{options.bits}a16-gptq passes.0.group_size={options.group_size}{more}" for more in ("", PLAIN)]
+        peers = [f"llm-compressor: gptq {grid}", f"gptqmodel: {grid}"]
+    pythons = {"llm-compressor": options.llm_compressor, "gptqmodel": options.gptqmodel}
+    return [f"compressor: {one}" for one in ours] + [one for one in peers if pythons[one.partition(":")[0]]]
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
+    parser.add_argument("model", type=Path)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--sparse", type=int, help="compare 2:4, ARMOR's blocks being of this size")
     parser.add_argument("--experts", action="store_true", help="drop a quarter of the experts first")
+    parser.add_argument("--methods", nargs="+", help="compare these")
+    parser.add_argument("--text", nargs=2, default=["builtin", "builtin"], help="calibration and evaluation text")
     parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--windows", type=int, help="evaluation windows; default: all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--llm-compressor", help="a Python that has it")
     parser.add_argument("--gptqmodel", help="a Python that has it")
     parser.add_argument("--time-only", action="store_true")
-    options = parser.parse_args()
+    parser.add_argument("--out", type=Path, help="append results as JSON lines")
+    return parser.parse_args()
 
-    from transformers import AutoTokenizer
 
-    from compressor.calibrate.corpus import builtin_corpus, token_windows
+def runs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One result after the other: of every method for every seed."""
+    import torch
+    from quality import Judge, windows_of
 
-    pythons = {"compressor": sys.executable, "compressor, plain": sys.executable}
-    pythons |= {"llm-compressor": options.llm_compressor} if options.llm_compressor else {}
-    pythons |= {"gptqmodel": options.gptqmodel} if options.gptqmodel else {}
-    if options.sparse:
-        options.group_size = options.sparse
-        pythons = {"compressor, armor-24": sys.executable, "compressor, sparsegpt-24": sys.executable}
-        if options.llm_compressor:
-            pythons |= {f"llm-compressor, {method}": options.llm_compressor for method in ("sparsegpt", "wanda")}
-    if options.experts:
-        pythons = {"compressor, experts": sys.executable, "compressor, experts, published": sys.executable}
-        pythons |= {"llm-compressor, experts": options.llm_compressor} if options.llm_compressor else {}
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    per_seed: dict[str, list[Any]] = {tool: [] for tool in pythons}
+    from compressor.runtime import load
+
+    torch.set_num_threads(options.threads)
+    pythons = {"llm-compressor": options.llm_compressor, "gptqmodel": options.gptqmodel, "compressor": sys.executable}
+    calibration, evaluation = (name if name == "builtin" else str(Path(name).resolve()) for name in options.text)
+    judge = None
+    if not options.time_only:
+        windows = windows_of(evaluation, "evaluation", options.model, options.windows, options.length, 0)
+        judge = Judge(load(options.model, dtype=torch.float32), windows)
+        losses, _ = judge()
+        print(f"original: perplexity {losses.mean().exp():.3f}, {windows[:, 1:].numel():,} tokens", flush=True)
     for seed in options.seeds:
-        with tempfile.TemporaryDirectory() as room:
-            windows = token_windows(
-                builtin_corpus("calibration"), tokenizer, samples=options.samples, sequence_length=LENGTH, seed=seed
-            )
-            (Path(room) / "ids.json").write_text(json.dumps(windows.tolist()))
-            folders = {}
-            for tool, python in pythons.items():
-                folders[tool] = Path(room) / tool.replace(", ", "-")
-                words = [
-                    python,
-                    str(Path(__file__).resolve()),
-                    "--child",
-                    tool,
-                    str(Path(options.model).resolve()),
-                    f"{room}/ids.json",
-                    str(folders[tool]),
-                ]
-                words += [str(options.bits), str(options.group_size), str(seed)]
-                done = subprocess.run(words, capture_output=True, text=True, env=_environment(), cwd=room)
+        ids = windows_of(calibration, "calibration", options.model, options.samples, options.length, seed).tolist()
+        for method in methods_of(options):
+            with tempfile.TemporaryDirectory() as room:
+                out, task = Path(room) / "out", Path(room) / "task.json"
+                tool, _, what = method.partition(": ")
+                content = {"tool": tool, "method": what, "model": str(options.model.resolve()), "out": str(out)}
+                content |= {"text": calibration, "ids": ids, "length": options.length, "seed": seed}
+                task.write_text(json.dumps({**content, "threads": options.threads}))
+                words = [pythons[tool], str(Path(__file__).resolve()), "--child", str(task)]
+                done = subprocess.run(words, capture_output=True, text=True, env=_environment(options), cwd=room)
                 line = next((text for text in done.stdout.splitlines() if text.startswith("RESULT ")), None)
                 assert line is not None, done.stdout[-2000:] + done.stderr[-2000:]
-                result = json.loads(line.removeprefix("RESULT "))
-                print(
-                    f"seed {seed}, {tool}: imports {result['imports']:.1f} s, work {result['work']:.1f} s, "
-                    f"peak {result['peak_mb']:.0f} MB, {result['bytes']:,} bytes", flush=True,
-                )  # fmt: skip
-            if not options.time_only:
-                for tool, found in judge(options.model, folders).items():
-                    per_seed[tool].append(found)
-                    kl, ratio = found[0].mean(), found[1].mean().exp()
-                    print(f"seed {seed}, {tool}: KL {kl:.5f}, perplexity ratio {ratio:.4f}", flush=True)
+                result = {"method": method, "seed": seed, "samples": options.samples, **json.loads(line[7:])}
+                if judge is not None:
+                    own, divergences = judge(result_of(method, str(options.model), out))
+                    result |= {"kl": divergences.tolist(), "ratio": float((own - losses).mean().exp())}
+                    result |= {"perplexity": float(own.mean().exp())}
+                yield result
+
+
+def main() -> None:
+    """Run every method on every seed, and print a line for each."""
+    options = arguments()
+    found: list[dict[str, Any]] = []
+    for result in runs(options):
+        found.append(result)
+        line = f"seed {result['seed']}, {result['method']}: imports {result['imports']:.1f} s, work "
+        line += f"{result['work']:.1f} s ({result['cpu']:.0f} of a processor), peak {result['peak_mb']:.0f} MB, "
+        line += f"{result['bytes']:,} bytes"
+        if "kl" in result:
+            kl = sum(result["kl"]) / len(result["kl"])
+            line += f"; KL {kl:.5f}, perplexity {result['perplexity']:.3f}, ratio {result['ratio']:.4f}"
+        print(line, flush=True)
+        if options.out:
+            with options.out.open("a") as file:
+                file.write(json.dumps(result) + "\n")
     if not options.time_only:
-        _summary(per_seed)
+        _summary(found)
 
 
-def _summary(per_seed: dict[str, list[Any]]) -> None:
+def _summary(results: list[dict[str, Any]]) -> None:
     import torch
 
-    ours = torch.stack([kl for kl, _ in next(iter(per_seed.values()))]).mean(0)
-    for tool, found in per_seed.items():
-        kl = torch.stack([kl for kl, _ in found]).mean(0)
-        ratio = torch.stack([ratio for _, ratio in found]).mean().exp()
-        difference = kl - ours
+    by_method: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        by_method.setdefault(result["method"], []).append(result)
+    first = None
+    for method, found in by_method.items():
+        kl = torch.tensor([result["kl"] for result in found]).mean(0)
+        ratio = sum(result["ratio"] for result in found) / len(found)
+        first = kl if first is None else first
+        difference = kl - first
         error = difference.std() / len(difference) ** 0.5
-        distance = f", {difference.mean() / error:.0f} standard errors above ours" if error > 0 else ""
-        print(f"mean, {tool}: KL {kl.mean():.5f}, perplexity ratio {ratio:.4f}{distance}")
+        distance = f", {difference.mean() / error:.0f} standard errors above the first" if error > 0 else ""
+        print(f"mean, {method}: KL {kl.mean():.5f}, perplexity ratio {ratio:.4f}{distance}")
 
 
-def _environment() -> dict[str, str]:
+def _environment(options: argparse.Namespace) -> dict[str, str]:
     offline = dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"), "1")
-    return {**os.environ, **offline, "GPTQMODEL_CPU_WORKERS": "2", "TOKENIZERS_PARALLELISM": "false"}
+    more = {"GPTQMODEL_CPU_WORKERS": "2", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(options.threads)}
+    return {**os.environ, **offline, **more}
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        tool, model, ids, out, *numbers = sys.argv[2:]
-        child(tool, model, ids, out, *(int(number) for number in numbers))
+        child(sys.argv[2])
     else:
         main()

@@ -24,25 +24,23 @@ from compressor.compress.recipe import parse_recipe
 from compressor.runtime import load
 
 
-def windows_of(source: str, split: str, model: Path, samples: int, length: int, seed: int) -> torch.Tensor:
+def windows_of(source: str, split: str, model: Path, samples: int | None, length: int, seed: int) -> torch.Tensor:
     corpus = builtin_corpus(split) if source == "builtin" else file_corpus(Path(source))
     return token_windows(corpus, load_tokenizer(model), samples=samples, sequence_length=length, seed=seed)
 
 
 class Judge:
-    """Losses and KL to the original of every window, float32. Of the original, hidden states in front of the head are
-    kept: logits of all windows would be gigabytes where vocabularies are real ones."""
+    """Losses and KL to the original of every window, in float32. Of the original, hidden states in front of the head
+    are kept: logits of all windows would be gigabytes where vocabularies are real ones."""
 
     @torch.no_grad()
-    def __init__(self, folder: Path, windows: torch.Tensor) -> None:
-        self.windows, model = windows, load(folder, dtype=torch.float32)
-        self._head: Any = model.get_output_embeddings()
-        self._hidden = [model.base_model(ids, use_cache=False).last_hidden_state[:, :-1] for ids in windows.split(1)]
+    def __init__(self, original: Any, windows: torch.Tensor) -> None:
+        self.windows, self._head = windows, original.get_output_embeddings()
+        self._hidden = [original.model(ids, use_cache=False).last_hidden_state[:, :-1] for ids in windows.split(1)]
 
     @torch.no_grad()
-    def __call__(self, folder: Path | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of a folder, or of the original itself."""
-        model: Any = None if folder is None else load(folder, dtype=torch.float32)
+    def __call__(self, model: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of a model; None: of the original itself."""
         losses, divergences = [], []
         for ids, hidden in zip(self.windows.split(1), self._hidden, strict=True):
             reference = self._head(hidden).log_softmax(-1)
@@ -77,8 +75,8 @@ def compare(
     """Apply each method (name → passes) for every seed, and print a JSON line for it."""
     torch.set_num_threads(options.threads)
     windows = windows_of(options.text[1], "evaluation", options.model, options.windows, options.length, 0)
-    judge = Judge(options.model, windows)
-    dense, _ = judge(None)
+    judge = Judge(load(options.model, dtype=torch.float32), windows)
+    dense, _ = judge()
     print(f"dense: perplexity {float(dense.mean().exp()):.4f}, {windows.numel() - len(windows)} predicted tokens")
     for name, passes in methods.items():
         if options.only and name not in options.only:
@@ -96,7 +94,7 @@ def compare(
                 out, start = Path(room) / "out", time.perf_counter()
                 plan = apply(Job(parse_recipe(text), text, (), options.model, out, "benchmark"), lambda event: None)
                 seconds = time.perf_counter() - start
-                losses, divergences = judge(out)
+                losses, divergences = judge(load(out, dtype=torch.float32))
             found.append((losses, divergences, seconds))
         kl = torch.stack([divergences for _, divergences, _ in found])
         record = {
