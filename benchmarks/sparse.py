@@ -43,7 +43,6 @@ def methods(block: int) -> dict[str, list[dict[str, Any]]]:
         "armor, als": [armor(**als)],
         "armor, als + full": [armor(**full)],
         "armor, als + full, corrected": [armor(**full, correction=1)],
-        "armor, als + full, shrunk .3": [armor(**full, shrinkage=0.3)],
         "armor, als + full, shared B": [armor(**full, share=True)],
         "armor, als + full, int8 wrappers": [armor(**full, wrapper_bits=8)],
         "sparsegpt_sweep, int4 g128": [sparse("sparsegpt_sweep"), int4],

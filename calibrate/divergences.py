@@ -33,7 +33,7 @@ SHALLOW = 8  # blocks up to which all tokens are carried for every change; deepe
 
 def carried_tokens(blocks: int, tokens: int) -> int:
     """How many of the observed tokens are carried to the end of the model for every change."""
-    return max(1, min(tokens, tokens * SHALLOW // blocks))
+    return int(max(1, min(tokens, tokens * SHALLOW // blocks)))
 
 
 Changes = Mapping[str, Mapping[str, Tensor]]  # label → name of a linear inside the block, in memory → its weight

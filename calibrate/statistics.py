@@ -4,7 +4,8 @@ With x the input in the reference chain and x̃ in the compressed chain (`docs/a
 
     moment = Σ w² x̃ x̃ᵀ            cross = Σ w² (x − x̃) x̃ᵀ            peak = max |x̃|
 
-where w is the router's coefficient for an expert's row and 1 elsewhere. Another kind is a row of `KINDS`.
+where w is the router's coefficient for an expert's row and 1 elsewhere. `held_moment` and `held_cross` are the same
+sums over a part of the tokens, by which what was fitted to the others can be judged. Another kind is a row of `KINDS`.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ def exact_products(dtype: torch.dtype) -> Iterator[None]:
         settings.fp32_precision = before
 
 
+HELD = 1 / 4  # of the rows of a batch, which are other windows than the rest where it has several
+
+
 class Inputs(NamedTuple):
     """A batch of what enters some linears, `[rows, in_features]` each.
 
@@ -50,6 +54,11 @@ class Inputs(NamedTuple):
     weighed: Tensor
     moved: Tensor | None
 
+    def held(self) -> Inputs:
+        """The rows that are held out, the last ones."""
+        rest = slice(len(self.rows) - round(HELD * len(self.rows)), None)
+        return Inputs(self.rows[rest], self.weighed[rest], None if self.moved is None else self.moved[rest])
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -59,7 +68,7 @@ class Kind:
         add: takes a batch into it, in place.
         join: takes another's into it in place, times a share where it is a sum.
         divide: makes it, in place, that of inputs that are divided by a scale `[in_features]`.
-        paired: whether it compares the two chains.
+        paired: whether it serves to compare the two chains.
     """
 
     add: Callable[[Tensor, Inputs], None]
@@ -88,6 +97,14 @@ def _add_cross(sums: Tensor, inputs: Inputs) -> None:
     sums.addmm_(inputs.moved.T, inputs.weighed)
 
 
+def _add_held_moment(sums: Tensor, inputs: Inputs) -> None:
+    _add_moment(sums, inputs.held())
+
+
+def _add_held_cross(sums: Tensor, inputs: Inputs) -> None:
+    _add_cross(sums, inputs.held())
+
+
 def _add_peak(sums: Tensor, inputs: Inputs) -> None:
     if len(inputs.rows):
         torch.maximum(sums, inputs.rows.abs().amax(0).float(), out=sums)
@@ -108,6 +125,8 @@ def _both_sides(sums: Tensor, scale: Tensor) -> None:
 KINDS: Mapping[str, Kind] = {
     "moment": Kind(_add_moment, _sum, _both_sides),
     "cross": Kind(_add_cross, _sum, _both_sides, paired=True),
+    "held_moment": Kind(_add_held_moment, _sum, _both_sides, paired=True),  # wanted to judge what follows from cross
+    "held_cross": Kind(_add_held_cross, _sum, _both_sides, paired=True),
     "peak": Kind(_add_peak, _larger, Tensor.div_, square=False),
 }
 UNPAIRED = frozenset(name for name, kind in KINDS.items() if not kind.paired)

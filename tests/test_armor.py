@@ -6,11 +6,11 @@ from itertools import pairwise
 
 import pytest
 import torch
+from pico import known
 from test_sparse import is_24, pattern, problem
 from torch import Tensor
 
 from compressor.calibrate.stage import StageWork
-from compressor.calibrate.statistics import Statistics
 from compressor.compress.events import LayerDone
 from compressor.compress.passes.linear.armor import ArmorPass, fitting_block, largest_block
 from compressor.compress.passes.linear.calibrated import SWEEPS
@@ -189,8 +189,7 @@ def test_a_run_that_gets_worse_keeps_its_best() -> None:
 def stage(weights: dict[str, Tensor], moment: Tensor | None) -> StageWork:
     statistics = {}
     if moment is not None:
-        common = Statistics(100, {"moment": moment.float(), "cross": torch.zeros_like(moment.float())})
-        statistics = dict.fromkeys(weights, common)
+        statistics = dict.fromkeys(weights, known(moment))
     return StageWork({n: Dense(w) for n, w in weights.items()}, dict(weights), [list(weights)], statistics)
 
 

@@ -279,7 +279,7 @@ def test_the_trained_moe_reloads_in_stock_transformers(tmp_path: Path, step: str
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
     assert sum(".experts." in name for name in StoredModel(out).schemes) == 4 * 8 * 3
     found = logits(load(out, dtype=torch.float32))
-    assert (logits(stock) - found).norm() / found.norm() < 1e-2
+    assert (logits(stock) - found).norm() / found.norm() < 1.5e-2
 
 
 FOUR, EIGHT = "{kind: rtn, bits: 4, group_size: 32, ", "{kind: rtn, bits: 8, group_size: 32, "

@@ -290,9 +290,17 @@ def test_probes_find_how_errors_move_the_block(pico: Pico, family: str) -> None:
     assert all(torch.equal(a, b[0]) for a, b in zip(again, found, strict=True))
 
 
+@pytest.mark.parametrize(("shallow", "carried"), [(8, (3, 32)), (1.5, (2, 32)), (0.5, (1, 24)), (0.001, (1, 1))])
 def test_a_survey_measures_what_changing_the_whole_model_does(
-    pico: Pico, tmp_path: Path, calibration_text: Path
+    pico: Pico,
+    tmp_path: Path,
+    calibration_text: Path,
+    shallow: float,
+    carried: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """On all tokens that it looks at, or of models deeper than `shallow` on some, the beginnings of windows."""
+    monkeypatch.setattr("compressor.calibrate.divergences.SHALLOW", shallow)
     folder = pico("qwen3_moe", dtype=torch.float32)
     skeleton = Skeleton(Checkpoint(folder))
     recipe = parse_recipe(
@@ -325,7 +333,7 @@ def test_a_survey_measures_what_changing_the_whole_model_does(
             changed = load(folder, dtype=torch.float32)
             changed.model.layers[index].get_submodule(inner).weight.copy_(halved(index))
             logs = changed(input_ids=windows, use_cache=False).logits.log_softmax(-1)
-            kl = (reference.exp() * (reference - logs)).sum(-1).mean()
+            kl = (reference.exp() * (reference - logs)).sum(-1)[: carried[0], : carried[1]].mean()
             assert found[f"{index}"] == pytest.approx(float(kl), rel=1e-3)
     rows = seen[0].flatten(0, 1)
     torch.testing.assert_close(moments[1], rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5)

@@ -30,7 +30,7 @@ def planned(model: Path, passes: str):  # type: ignore[no-untyped-def]
 def test_no_weight_is_read(pico: Pico, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Checkpoint, "stored_tensor", lambda *_: pytest.fail("read a weight"))
     plan = planned(pico(), "  - {kind: gptq, bits: 4, group_size: 32}\n")
-    assert plan.needs == {"compressed", "moment", "cross"}
+    assert plan.needs == {"compressed", "moment", "cross", "held_moment", "held_cross"}
 
 
 def test_the_plan_is_what_is_written(pico: Pico, tmp_path: Path) -> None:

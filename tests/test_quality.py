@@ -152,3 +152,17 @@ def test_a_text_that_is_shorter_than_the_default_is_read_whole(pico: Pico, tmp_p
     text = f"data: {{source: {path}, sequence_length: 64}}\npasses: [{{kind: gptq, bits: 4, group_size: 32}}]"
     quality = run(text, pico(), tmp_path / "out")
     assert list(quality.texts) == ["calibration"]
+
+
+def test_the_plan_warns_of_ranks_that_weights_alone_decide(pico: Pico) -> None:
+    skeleton = Skeleton(Checkpoint(pico()))
+    for options, warned in (
+        ("ratio: 0.5", True),
+        ("ratio: 0.5, latent_bits: 8, allocation: uniform, rank_step: 1", True),
+        ("ratio: 1, latent_bits: 8, allocation: uniform", False),
+        ("ratio: 1", False),
+    ):
+        plan = make_plan(parse_recipe(f"passes: [{{kind: lorc, {options}}}]"), skeleton, look=True)
+        assert [line.startswith("lorc: ranks are cut by the weights alone") for line in plan.warnings] == [
+            True
+        ] * warned

@@ -90,11 +90,13 @@ def test_baseline(recipe: str, name: str, tmp_path: Path) -> None:
 def test_quality_falls_in_the_expected_order() -> None:
     for name, found in json.loads(BASELINES.read_text(encoding="utf-8"))["models"].items():
         for recipes in (
-            ("w8a16", "w4a16-gptq", "w4a16-rtn", "w3a16-gptq", "w2a16-gptq"),
+            ("w8a16", "w4a16-gptq", "w3a16-gptq", "w2a16-gptq"),
+            ("w4a16-gptq", "w4a16-rtn"),
             ("w8a16", "w8a8-int8", "w8a8-fp8"),
             ("w4a16-gptq", "armor-24", "armor-24-w4", "sparsegpt-24", "sparsegpt-24-w4"),
             ("armor-24", "armor-24-paper"),
             ("latents-50", "latents-w4"),
+            ("latents-8bit", "latents-w4"),
             ("moe-width-50-w4", "moe-reap-25", "moe-reap-25-w4", "moe-reap-dern-50"),
             ("latents-50", "lorc-50"),
         ):

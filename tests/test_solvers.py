@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +13,7 @@ from torch import Tensor
 from compressor.calibrate.stage import StageWork
 from compressor.calibrate.statistics import Statistics
 from compressor.compress.passes.linear.gptq import Gptq, Solution
-from compressor.compress.passes.linear.groups import Shift, groups_of
+from compressor.compress.passes.linear.groups import Shift, groups_of, held_out_share
 from compressor.compress.solvers.grid import Grid, range_grid, searched_grid
 from compressor.compress.solvers.refine import best_scale, differences, refine, row_losses
 from compressor.compress.solvers.sweep import best_sweep, column_sweep, gptq_codes
@@ -157,8 +159,8 @@ def test_corrected_target_minimises_the_error_against_the_reference_chain() -> N
     moved = x + 0.2 * torch.randn(300, 10, generator=generator, dtype=DOUBLE)
     system = damped_system(moved.T @ moved, 1e-12)
     cross = (x - moved).T @ moved
-    target = Shift.of(cross, system, rows=5).corrected(weight, 1.0)
-    torch.testing.assert_close(Shift.of(cross, system, rows=10).corrected(weight, 1.0), target)
+    target = Shift.of(cross, system, rows=5).moved(weight) + weight
+    torch.testing.assert_close(Shift.of(cross, system, rows=10).moved(weight) + weight, target)
     gaps = []
     for _ in range(4):
         q = torch.randn(5, 10, generator=generator, dtype=DOUBLE)
@@ -274,6 +276,11 @@ def test_searched_ranges_lower_the_weighted_error() -> None:
         assert (searched.square() * importance).sum() < (plain.square() * importance).sum()
 
 
+def gptq(**options: Any) -> Gptq:
+    """The pass on a moment as it is, making up for all errors before it."""
+    return Gptq(kind="gptq", **{"correction": 1.0, "shrinkage": 0.0, **options})
+
+
 def test_better_methods_have_lower_losses() -> None:
     """Rounding > GPTQ > act-order > searched ranges > refined, on one strongly correlated layer."""
     weight, moment = problem(rows=64, columns=128, tokens=1000)
@@ -287,7 +294,7 @@ def test_better_methods_have_lower_losses() -> None:
     grid = range_grid(weight, 3, 32, True, DOUBLE)
     losses = [float(losses_of(grid.values(grid.codes(weight)) - weight, moment).sum())]
     for option in options:
-        solution, reason = solved(Gptq(kind="gptq", bits=3, group_size=32, **option), weight.float(), statistics)
+        solution, reason = solved(gptq(bits=3, group_size=32, **option), weight.float(), statistics)
         assert not reason
         losses.append(float(solution.losses.sum()))
     assert losses == sorted(losses, reverse=True)
@@ -298,7 +305,7 @@ def test_no_row_is_worse_than_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows whose sweep went wrong (here: some are spoilt on purpose) take the nearest values, and only they do."""
     weight, moment = problem(rows=40, columns=64)
     statistics = Statistics(200, {"moment": moment.float()})
-    step = Gptq(kind="gptq", bits=4, group_size=32, refinements=0)
+    step = gptq(bits=4, group_size=32, refinements=0)
     grid = range_grid(weight.float(), 4, 32, True, torch.float32)
     rounded = grid.codes(weight.float())
 
@@ -325,7 +332,7 @@ def test_no_row_is_worse_than_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows_solved_in_parts_are_rows_solved_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, moment = problem(rows=30, columns=48)
     statistics = Statistics(200, {"moment": moment.float(), "cross": 0.01 * moment.float()})
-    step = Gptq(kind="gptq", bits=3, group_size=16, symmetric=False)
+    step = gptq(bits=3, group_size=16, symmetric=False)
     whole, _ = solved(step, weight.bfloat16(), statistics)
     monkeypatch.setattr("compressor.compress.passes.linear.gptq.ROWS", 7)
     parts, _ = solved(step, weight.bfloat16(), statistics)
@@ -345,12 +352,44 @@ def test_bfloat16_products_cost_next_to_nothing(monkeypatch: pytest.MonkeyPatch)
     weight, moment = problem(rows=64, columns=256, tokens=2000)
     cross = 0.02 * moment.float() @ torch.eye(256).roll(1, 0)
     statistics, system = Statistics(2000, {"moment": moment.float(), "cross": cross}), damped_system(moment, 0.01)
-    target = Shift.of(cross.double(), system, rows=64).corrected(weight, 1.0)
+    target = Shift.of(cross.double(), system, rows=64).moved(weight) + weight
     losses = []
     for dtype in (torch.float32, torch.bfloat16):
         monkeypatch.setattr("compressor.compress.passes.linear.groups.products_dtype", lambda _, dtype=dtype: dtype)
-        solution, _ = solved(Gptq(kind="gptq", bits=4, group_size=64), weight.float(), statistics)
+        solution, _ = solved(gptq(bits=4, group_size=64), weight.float(), statistics)
         values = solution.grid.values(solution.codes.float()).double()
         losses.append(float(losses_of(values - target, system.moment).sum()))
         assert float(solution.losses.sum()) == pytest.approx(losses[-1], rel=0.01)
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+@pytest.mark.parametrize("drift", ["linear", "half", "noise"])
+def test_a_correction_is_as_strong_as_tokens_that_it_has_not_seen_bear(drift: str) -> None:
+    """Against a search over the errors of the held-out tokens, one by one; and near one for an error that follows from
+    the inputs, near zero for one that does not."""
+    generator = torch.Generator().manual_seed(0)
+    x, noise = (torch.randn(400, 48, generator=generator, dtype=DOUBLE) for _ in range(2))
+    mixed = x @ torch.randn(48, 48, generator=generator, dtype=DOUBLE) / 7
+    moved = 0.1 * {"linear": mixed, "half": 0.3 * mixed + noise, "noise": noise}[drift]
+    weight = torch.randn(20, 48, generator=generator, dtype=DOUBLE)
+    seen, held = slice(300), slice(300, 400)
+    system = damped_system(x[seen].T @ x[seen], 1e-6)
+    fitted = Shift.of(moved[seen].T @ x[seen], system, rows=20)
+    found = held_out_share(weight, fitted, x[held].T @ x[held], moved[held].T @ x[held])
+    change = fitted.moved(weight)
+    shares = torch.linspace(0, 1, 1001, dtype=DOUBLE)
+    losses = [float((moved[held] @ weight.T - a * x[held] @ change.T).square().sum()) for a in shares]
+    best = float(shares[int(torch.tensor(losses).argmin())])
+    expected = 1 / (1 + (1 / best - 1) * 0.75) if best else 0.0
+    assert found == pytest.approx(expected, abs=2e-3)
+    assert {"linear": found > 0.99, "half": 0.2 < found < 0.9, "noise": found < 0.2}[drift]
+
+
+def test_a_moment_of_few_tokens_leans_on_its_diagonal() -> None:
+    _, moment = problem(rows=4, columns=32, tokens=20)
+    found = damped_system(moment, 1e-3, shrinkage=0.25).moment
+    damping = 1e-3 * float(moment.diagonal().mean())
+    expected = 0.75 * moment + (0.25 * moment.diagonal() + damping).diag_embed()
+    torch.testing.assert_close(found, expected)
+    step = gptq(bits=4, shrinkage="auto")
+    assert [step.shrinkage_for(100, tokens) for tokens in (0, 100, 9900)] == [1, 0.5, 0.01]

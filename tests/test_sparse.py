@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pico import known
 from torch import Tensor
 from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_from_dense_cutlass,
@@ -15,7 +16,6 @@ from torch.sparse._semi_structured_conversions import (
 )
 
 from compressor.calibrate.stage import StageWork
-from compressor.calibrate.statistics import Statistics
 from compressor.compress.events import Fallback
 from compressor.compress.passes.linear.gptq import Gptq
 from compressor.compress.passes.linear.sparse24 import SparsePass, sparse_operator
@@ -183,12 +183,8 @@ def run(step: SparsePass | Gptq, work: StageWork) -> list[object]:
     return list(step.apply(work))
 
 
-def stage(weight: Tensor, moment: Tensor | None, tokens: int = 100) -> StageWork:
-    statistics = (
-        {}
-        if moment is None
-        else {"x": Statistics(tokens, {"moment": moment.float(), "cross": torch.zeros_like(moment.float())})}
-    )
+def stage(weight: Tensor, moment: Tensor | None, tokens: int = 10**9) -> StageWork:
+    statistics = {} if moment is None else {"x": known(moment, tokens)}
     return StageWork({"x": Dense(weight)}, {"x": weight}, [["x"]], statistics)
 
 

@@ -20,16 +20,22 @@ def test_two_halves_are_the_whole_and_the_whole_is_brute_force() -> None:
         halves.append(half)
     assert sum(half.tokens for half in halves) == whole.tokens == 100
     halves[0].join(halves[1])
-    moment = sum(w**2 * torch.outer(r, r) for w, r in zip(weights, x.view(-1, 6), strict=True))
-    rows = zip(weights, x.view(-1, 6), reference.view(-1, 6), strict=True)
-    cross = sum(w**2 * torch.outer(b - r, r) for w, r, b in rows)
-    expected = {"moment": moment, "cross": cross, "peak": x.abs().view(-1, 6).amax(0)}
-    assert expected.keys() == whole.sums.keys() == KINDS.keys()
-    for kind, found in whole.sums.items():
-        assert found.shape == KINDS[kind].shape(6)
-        assert KINDS[kind].nbytes(6) == found.nbytes
-        torch.testing.assert_close(found.double(), expected[kind], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(halves[0].sums[kind], found)
+    rows = list(zip(weights, x.view(-1, 6), reference.view(-1, 6), strict=True))
+
+    def expected(which: list[int]) -> dict[str, torch.Tensor]:
+        """Where these are held out."""
+        moments = [w**2 * torch.outer(r, r) for w, r, _ in rows]
+        crosses = [w**2 * torch.outer(b - r, r) for w, r, b in rows]
+        held = {"held_moment": sum(moments[n] for n in which), "held_cross": sum(crosses[n] for n in which)}
+        return {"moment": sum(moments), "cross": sum(crosses), "peak": x.abs().view(-1, 6).amax(0), **held}  # type: ignore[dict-item]
+
+    for statistics, held in ((whole, range(75, 100)), (halves[0], [*range(38, 50), *range(88, 100)])):
+        known = expected(list(held))
+        assert known.keys() == statistics.sums.keys() == KINDS.keys()
+        for kind, found in statistics.sums.items():
+            assert found.shape == KINDS[kind].shape(6)
+            assert KINDS[kind].nbytes(6) == found.nbytes
+            torch.testing.assert_close(found.double(), known[kind], rtol=1e-4, atol=1e-4)
 
 
 def test_those_of_scaled_inputs_need_no_second_look() -> None:

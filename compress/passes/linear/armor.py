@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 
 from ....runtime.errors import RecipeError
 from ...events import Event, Fallback, LayerDone
-from .calibrated import ROWS, SWEEPS, Calibrated, plain_floats
+from .calibrated import CORRECTION, ROWS, SWEEPS, Calibrated, Correction, plain_floats
 from .sparse24 import sparse_operator, sparse_plan
 
 if TYPE_CHECKING:
@@ -60,12 +60,6 @@ class ArmorPass(Calibrated):
         "with als",
     )
     polish: int = Field(0, ge=0, description="Adam steps after solver: als has ended, without choosing other pairs")
-    shrinkage: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="how far objective: full moves the inputs' second moment to its diagonal; 1: all the way",
-    )
     share: bool = Field(
         False, description="store one right factor B for all linears that read the same input: fewer bytes"
     )
@@ -74,9 +68,7 @@ class ArmorPass(Calibrated):
         description="bits of a number in the outer factors A and B; 16: floats as the model's; 8: integers with a "
         "scale a row",
     )
-    correction: float = Field(
-        0.0, ge=0, le=1, description="how much of the error of earlier layers to make up for (α); 0: as published"
-    )
+    correction: Correction = Field(0.0, description=f"{CORRECTION}; as published: 0")
 
     @model_validator(mode="after")
     def _nothing_idle(self) -> ArmorPass:
@@ -220,7 +212,7 @@ class ArmorPass(Calibrated):
         if self.objective == "proxy":
             inputs, outputs = nowag_scales(goal)
         elif moment.dim() == 2:
-            loss = shrunk(moment, self.shrinkage)
+            loss = moment
         target = goal / inputs / outputs
         start = Factors.start(target, energy, high, wide)
         plain = start.copy()
@@ -262,15 +254,6 @@ class Solved:
     a: Stored
     b: Operator
     reason: str
-
-
-def shrunk(moment: Tensor, share: float) -> Tensor:
-    """`(1 - share) H + share diag(H)`."""
-    import torch
-
-    if not share:
-        return moment
-    return torch.lerp(moment, torch.diag(moment.diagonal()), share)
 
 
 @cache

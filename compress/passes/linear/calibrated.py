@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 
     from ....runtime.schemes import Dense, Operator
 
+Correction = Annotated[float, Field(ge=0, le=1)] | Literal["auto"]
+CORRECTION = (
+    "how much of the error of earlier layers to make up for (α); 0: none; auto: as much as helps on a quarter of the "
+    "calibration tokens, for a correction found on the others"
+)
 SWEEPS = 10  # rounds over all groups of four that are enough
 ROWS = 4096  # solved at a time: memory is bounded, and GEMMs are large enough
 
@@ -22,14 +27,17 @@ ROWS = 4096  # solved at a time: memory is bounded, and GEMMs are large enough
 class Calibrated(LinearPass):
     """Options of every pass that solves on calibration data."""
 
-    correction: float = Field(
-        1.0, ge=0, le=1, description="how much of the error of earlier layers to make up for (α); 0: none"
-    )
+    correction: Correction = Field("auto", description=CORRECTION)
     damping: float = Field(
         0.01,
         gt=0,
         le=1,
         description="share of the mean diagonal that is added to the inputs' second moment before it is solved with",
+    )
+    shrinkage: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = Field(
+        "auto",
+        description="how far the inputs' second moment is moved to its diagonal, for few tokens say little of the "
+        "rest; 1: all the way; auto: columns / (columns + tokens)",
     )
     sequential: bool = Field(
         True,
@@ -47,11 +55,17 @@ class Calibrated(LinearPass):
             self._refuse_idle("with sequential: false, which sees the original model only", "correction")
         return self
 
+    def shrinkage_for(self, columns: int, tokens: int) -> float:
+        """The shrinkage of a moment over so many tokens."""
+        return columns / (columns + tokens) if self.shrinkage == "auto" else self.shrinkage
+
     @property
     def needs(self) -> frozenset[Need]:
         if not self.sequential:
             return frozenset({"reference", "moment"})
-        return frozenset({"compressed", "moment", "cross"} if self.correction else {"compressed", "moment"})
+        needed: set[Need] = {"compressed", "moment"}
+        needed |= {"cross"} if self.correction else set()
+        return frozenset(needed | ({"held_moment", "held_cross"} if self.correction == "auto" else set()))
 
 
 def plain_floats(step: str, name: str, operator: Operator) -> Dense:

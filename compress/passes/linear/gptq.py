@@ -51,7 +51,7 @@ class Gptq(Quantizer, Calibrated):
 
     def flops(self, rows: int, columns: int) -> float:
         sweeps = len(_SHRINKS) if self.search else 1
-        products = (1 + 2 * (self.correction > 0) + sweeps + 2 * self.refinements) * rows * columns**2
+        products = (1 + 2 * bool(self.correction) + sweeps + 2 * self.refinements) * rows * columns**2
         # Column after column, a weight costs as much time as this many operations of a GEMM.
         return 2.0 * columns**3 + products + (3000.0 * sweeps + 6000.0 * self.refinements) * rows * columns
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ....calibrate.stage import StageWork
-from ....calibrate.statistics import Statistics
+from ....calibrate.statistics import HELD, Statistics
 from ....kernels.dispatch import cpu_capability, products_dtype
 from ....runtime.schemes import Dense, LowRank, Operator
 from ...solvers.lowrank import refit_up
 from ...solvers.system import NotSolvable, System, damped_system
 from .calibrated import ROWS, Calibrated
+
+SystemOf = Callable[[Tensor, int], System]  # of a second moment over so many tokens
 
 
 @dataclass(frozen=True)
@@ -33,16 +34,41 @@ class Shift:
 
     @classmethod
     def of(cls, cross: Tensor, system: System, rows: int) -> Shift:
+        """
+        Args:
+            rows: of all weights that are to be corrected.
+        """
         if rows < cross.shape[0]:
             return cls(cross.to(system.factor.dtype), system)
         return cls(system.solve_right(cross), None)
 
-    def corrected(self, weight: Tensor, alpha: float) -> Tensor:
-        """The target of `[rows, columns]`."""
+    def moved(self, weight: Tensor) -> Tensor:
+        """`W C H⁻¹` of `[rows, columns]`."""
         moved = weight.to(self.matrix.dtype) @ self.matrix
-        if self.system is not None:
-            moved = self.system.solve_right(moved)
-        return torch.add(weight, moved, alpha=alpha)
+        return moved if self.system is None else self.system.solve_right(moved)
+
+
+def held_out_share(weight: Tensor, fitted: Shift, moment: Tensor, cross: Tensor) -> float:
+    """How much of a correction is best for tokens that it was not fitted to, and so, all tokens counted, for the rest.
+
+    With `D = W C H⁻¹` of the other tokens, `‖W (x − x̃) − a D x̃‖²` over those that are held out is least for
+    `a = tr(D (W C')ᵀ) / tr(D H' Dᵀ)`. What is noise in D falls with the number of tokens, so that a D fitted to all of
+    them, 1 / (1 − h) times as many, deserves `1 / (1 + (1/a − 1) (1 − h))`.
+
+    Args:
+        weight: W `[rows, columns]`.
+        fitted: to the tokens that are not held out.
+        moment, cross: H' and C', of those that are.
+    """
+    dtype = fitted.matrix.dtype
+    agrees = spread = 0.0
+    for part in weight.split(ROWS):
+        moved = fitted.moved(part)
+        agrees += float((moved.float() * (part.to(dtype) @ cross.to(dtype)).float()).sum())
+        spread += float((moved.float() * (moved @ moment.to(dtype)).float()).sum())
+    if not 0 < agrees < float("inf") or not spread > 0:
+        return 0.0
+    return min(1.0, 1 / (1 + (spread / agrees - 1) * (1 - HELD)))
 
 
 @dataclass(frozen=True)
@@ -55,7 +81,7 @@ class Group:
         system: its second moment, damped and factored, or None where `reason` says why there is none.
         energy: float32 `[columns]`, the diagonal of the moment as it was measured (ones without a system).
         shift: the correction for the errors of earlier layers, or None.
-        alpha: how much of it is wanted.
+        alphas: how much of it is wanted for each linear.
         pruned: whether columns compete for what is kept, so that those without input are to be nothing.
     """
 
@@ -67,7 +93,7 @@ class Group:
     energy: Tensor
     reason: str
     shift: Shift | None
-    alpha: float
+    alphas: list[float]
     pruned: bool = False
 
     def part(self, numbers: Sequence[int]) -> Group:
@@ -77,6 +103,7 @@ class Group:
             names=[self.names[n] for n in numbers],
             operators=[self.operators[n] for n in numbers],
             originals=[self.originals[n] for n in numbers],
+            alphas=[self.alphas[n] for n in numbers],
         )
 
     def alive(self, weight: Tensor) -> Tensor:
@@ -90,8 +117,10 @@ class Group:
             exact = [self.alive(weight) for weight in exact]
         if self.shift is None:
             return exact
-        parts = (self.shift.corrected(part, self.alpha) for part in torch.cat(exact).split(ROWS))
-        return list(torch.cat(list(parts)).split([len(weight) for weight in exact]))
+        rows = [len(weight) for weight in exact]
+        moved = torch.cat([self.shift.moved(part) for part in torch.cat(exact).split(ROWS)]).split(rows)
+        three = zip(exact, moved, self.alphas, strict=True)
+        return [torch.add(weight, change, alpha=alpha) for weight, change, alpha in three]
 
 
 def groups_of(
@@ -111,7 +140,11 @@ def groups_of(
         products: what the system is held and multiplied in; default: bfloat16 where the processor is fast at it.
     """
     products = products or products_dtype(cpu_capability())
-    system_of = partial(damped_system, damping=step.damping, act_order=act_order, together=together)
+
+    def system_of(moment: Tensor, tokens: int) -> System:
+        share = step.shrinkage_for(len(moment), tokens)
+        return damped_system(moment, step.damping, act_order=act_order, together=together, shrinkage=share)
+
     for members in work.groups:
         names = [name for name in members if step.wants(name)]
         if not names:
@@ -124,9 +157,7 @@ def groups_of(
             yield from _factors(work, group.part([number]), system_of, products)
 
 
-def _factors(
-    work: StageWork, group: Group, system_of: Callable[[Tensor], System], products: torch.dtype
-) -> Iterator[Group]:
+def _factors(work: StageWork, group: Group, system_of: SystemOf, products: torch.dtype) -> Iterator[Group]:
     """A low-rank linear's factors in the order in which they run, each a group of its own whose results, set in
     `work.linears` under the factor's name, are gathered again.
 
@@ -162,21 +193,40 @@ def _group(
     step: Calibrated,
     work: StageWork,
     names: list[str],
-    system_of: Callable[[Tensor], System],
+    system_of: SystemOf,
     products: torch.dtype,
 ) -> Group:
     operators, originals = [work.linears[n] for n in names], [work.originals[n] for n in names]
     statistics = work.statistics.get(names[0])
     known = _known(statistics, system_of, originals[0], products)
-    shift, system = None, known["system"]
+    shift, system, rows = None, known["system"], sum(len(original) for original in originals)
+    alphas = [0.0 if step.correction == "auto" else step.correction] * len(names)
     if step.correction and system is not None and statistics is not None and statistics.cross is not None:
-        shift = Shift.of(statistics.cross, system, sum(len(original) for original in originals))
-    return Group(names, operators, originals, shift=shift, alpha=step.correction, **known)
+        shift = Shift.of(statistics.cross, system, rows)
+        if step.correction == "auto":
+            alphas = _held_out_shares(statistics, originals, system_of, products)
+    return Group(names, operators, originals, shift=shift, alphas=alphas, **known)
+
+
+def _held_out_shares(
+    statistics: Statistics, originals: Sequence[Tensor], system_of: SystemOf, products: torch.dtype
+) -> list[float]:
+    """`held_out_share` of linears that read the same input."""
+    sums = statistics.sums
+    assert statistics.cross is not None
+    try:
+        seen = round((statistics.tokens + statistics.lent) * (1 - HELD))
+        fit = system_of(statistics.moment - sums["held_moment"], seen).to(products)
+    except NotSolvable:
+        return [0.0] * len(originals)
+    shift = Shift.of(statistics.cross - sums["held_cross"], fit, sum(len(original) for original in originals))
+    held = sums["held_moment"], sums["held_cross"]
+    return [held_out_share(original.float(), shift, *held) for original in originals]
 
 
 def _known(
     statistics: Statistics | None,
-    system_of: Callable[[Tensor], System],
+    system_of: SystemOf,
     weight: Tensor,
     products: torch.dtype,
     reason: str = "no calibration token came by (more data.samples?)",
@@ -192,7 +242,7 @@ def _known(
             reason = "its inputs were all zero"
         else:
             try:
-                system = system_of(statistics.moment).to(products)
+                system = system_of(statistics.moment, statistics.tokens + statistics.lent).to(products)
                 energy = statistics.moment.diagonal().clone()
                 return {"tokens": tokens, "system": system, "energy": energy, "reason": ""}
             except NotSolvable as error:

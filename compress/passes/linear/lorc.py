@@ -121,7 +121,9 @@ class Lorc(Calibrated):
         if self.calibrated and self.d_max is not None:
             raise ValueError("calibrated distributes a ratio; d_max and d_min are of the plain method")
         if not self.calibrated:
-            self._refuse_idle("without calibrated: true", "correction", "damping", "sequential", "objective")
+            self._refuse_idle(
+                "without calibrated: true", "correction", "damping", "shrinkage", "sequential", "objective"
+            )
         return self
 
     @property
@@ -276,6 +278,16 @@ class Lorc(Calibrated):
             for name, curve in curves.items()
         }
         return self._with_ranks(greedy(losses, self._steps, self._cost, self._budget(self._share)))
+
+    @property
+    def warning(self) -> str:
+        if self.calibrated or all(self._ranks[name] >= shape.width for name, shape in self._shapes.items()):
+            return ""
+        return (
+            "ranks are cut by the weights alone, which do not say which inputs are large: on SmolLM2-135M, half of the "
+            "ranks of values has KL 6.8, and .2 with calibrated: true; latent_bits: 8 at full rank has .0001 at 53 % "
+            "of the bytes (recipe latents-8bit)"
+        )
 
     def survey_cost(self, skeleton: Skeleton, samples: int, sequence_length: int) -> Cost:
         """Of cutting every projection once, where ranks are found on data."""

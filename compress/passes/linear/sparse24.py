@@ -47,7 +47,7 @@ class SparsePass(Calibrated):
         if self.method != "sparsegpt_sweep":
             self._refuse_idle(f"with method: {self.method}", "sweeps")
         if not self.method.startswith("sparsegpt"):
-            self._refuse_idle(f"with method: {self.method}, which changes no value", "correction")
+            self._refuse_idle(f"with method: {self.method}, which changes no value", "correction", "shrinkage")
         if self.method == "magnitude":
             self._refuse_idle("with method: magnitude, which takes no data", "damping", "sequential")
         return self
@@ -57,7 +57,7 @@ class SparsePass(Calibrated):
         if self.method == "magnitude":
             return frozenset()
         needed = super().needs
-        return needed if self.method.startswith("sparsegpt") else needed - {"cross"}
+        return needed if self.method.startswith("sparsegpt") else needed - {"cross", "held_moment", "held_cross"}
 
     def planned(self, name: str, operator: Operator, group: Mapping[str, Dense]) -> Operator:
         return sparse_plan(self.kind, name, plain_floats(self.kind, name, operator))
@@ -66,7 +66,7 @@ class SparsePass(Calibrated):
         if not self.method.startswith("sparsegpt"):
             return 50.0 * rows * columns
         sweeps = self.sweeps if self.method == "sparsegpt_sweep" else 0
-        products = (1 + 2 * (self.correction > 0) + 2 * sweeps) * rows * columns**2
+        products = (1 + 2 * bool(self.correction) + 2 * sweeps) * rows * columns**2
         return 2.0 * columns**3 + products + (3000.0 + 6000.0 * sweeps) * rows * columns
 
     def memory(self, operators: Sequence[Operator]) -> float:
