@@ -89,16 +89,11 @@ def apply(
     from ..compress.apply import Job
     from ..compress.apply import apply as run_job
     from ..compress.events import Event, Measured
-    from ..compress.output.card import LARGE_MODEL
     from ..compress.quality import Quality, most_lost
     from ..runtime.model.checkpoint import Checkpoint
 
     checkpoint = Checkpoint(folder)
     blocks = len(checkpoint.block_names())
-    if parsed.data.source == "builtin" and checkpoint.parameters > LARGE_MODEL:
-        render.err.print(
-            "warning: the built-in text is little for a model of this size; name your own under data.source"
-        )
     recipe_file = Path(recipe) if Path(recipe).is_file() else None
     if not has_tokenizer(folder):
         render.err.print(f"warning: {model} has no tokenizer, so {out} will have none: eval and run will need one")

@@ -22,6 +22,8 @@ from .passes.base import Cost, LinearPass, ModelPass, Pass, Survey
 from .recipe import TOKENS, Recipe
 from .resources import available_memory, chain_bytes, flops, outer_memory, room_for_moments, stage_memory
 
+LARGE_MODEL = 100_000_000  # parameters from which the built-in calibration text is too little
+
 
 @dataclass(frozen=True)
 class LinearPlan:
@@ -149,7 +151,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, *, look: bool = False, memory:
         flops(recipe, linears, walked, skeleton.outer()) + survey.flops, *_cache_bytes(checkpoint, linears), room,
         int(least if skeleton.device.type != "cpu" else peak),
         tuple(name for index in range(skeleton.blocks) for name in skeleton.unnamed(index)),
-        tuple(_warnings(recipe, widest)),
+        tuple(_warnings(recipe, widest, whole.parameters)),
     )  # fmt: skip
 
 
@@ -158,12 +160,16 @@ def widest_input(skeleton: Skeleton) -> int:
     return max(linear.in_features for index in range(skeleton.blocks) for linear in skeleton.linears(index).values())
 
 
-def _warnings(recipe: Recipe, widest: int) -> Iterator[str]:
+def _warnings(recipe: Recipe, widest: int, parameters: int) -> Iterator[str]:
     for step in recipe.passes:
         if step.warning:
             yield f"{step.kind}: {step.warning}"
+    if not any(step.needs for step in recipe.passes):
+        return
+    if recipe.data.source == "builtin" and parameters > LARGE_MODEL:
+        yield "the built-in text is little for a model of this size: name your own under data.source"
     tokens = recipe.data.tokens
-    if any(step.needs for step in recipe.passes) and tokens < TOKENS * widest:
+    if tokens < TOKENS * widest:
         yield (
             f"{tokens:,} calibration tokens are {tokens / widest:.1f} for each of the {widest:,} inputs of the widest "
             f"linear, with which passes fit that text rather than the language: data.samples "

@@ -278,8 +278,21 @@ def test_the_trained_moe_reloads_in_stock_transformers(tmp_path: Path, step: str
     stock, report = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
     assert sum(".experts." in name for name in StoredModel(out).schemes) == 4 * 8 * 3
+    expected = logits(stock)  # which decodes the rest
+    stored, weights = StoredModel(out), stock.state_dict()
+    for name in stored.schemes:  # stock transformers rounds decoded experts to bfloat16
+        block, expert, inner = name.partition(".experts.")
+        if expert:
+            number, _, part = inner.partition(".")
+            fused = weights[f"{block}.experts.{'down_proj' if part == 'down_proj' else 'gate_up_proj'}"][int(number)]
+            rows = {"gate_proj": slice(len(fused) // 2), "up_proj": slice(len(fused) // 2, None)}.get(part, slice(None))
+            assert torch.equal(fused[rows], stored.operator(name).dense(torch.bfloat16).float()), name
+        else:
+            assert torch.equal(weights[f"{name}.weight"], stored.operator(name).dense(torch.float32)), name
     found = logits(load(out, dtype=torch.float32))
-    assert (logits(stock) - found).norm() / found.norm() < 1.5e-2
+    off = ((expected - found).norm(dim=-1) / found.norm(dim=-1)).flatten()
+    assert float(off.median()) < 3e-3
+    assert int((off > 1e-2).sum()) <= 1  # where two experts are nearly level, that rounding sends a token elsewhere
 
 
 FOUR, EIGHT = "{kind: rtn, bits: 4, group_size: 32, ", "{kind: rtn, bits: 8, group_size: 32, "

@@ -6,13 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..plan import Plan, rows
+from ..plan import LARGE_MODEL, Plan, rows
 
 if TYPE_CHECKING:
     from ..job import Job
     from ..quality import Quality
-
-LARGE_MODEL = 100_000_000  # parameters from which the built-in calibration text is too little
 
 
 def model_card(

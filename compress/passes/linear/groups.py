@@ -198,13 +198,14 @@ def _group(
 ) -> Group:
     operators, originals = [work.linears[n] for n in names], [work.originals[n] for n in names]
     statistics = work.statistics.get(names[0])
-    known = _known(statistics, system_of, originals[0], products)
-    shift, system, rows = None, known["system"], sum(len(original) for original in originals)
+    cross = None if statistics is None or not step.correction else statistics.cross
     alphas = [0.0 if step.correction == "auto" else step.correction] * len(names)
-    if step.correction and system is not None and statistics is not None and statistics.cross is not None:
-        shift = Shift.of(statistics.cross, system, rows)
-        if step.correction == "auto":
-            alphas = _held_out_shares(statistics, originals, system_of, products)
+    if step.correction == "auto" and statistics is not None and cross is not None:  # before there is another system
+        alphas = _held_out_shares(statistics, originals, system_of, products)
+    known = _known(statistics, system_of, originals[0], products)
+    shift, system = None, known["system"]
+    if system is not None and cross is not None:
+        shift = Shift.of(cross, system, sum(len(original) for original in originals))
     return Group(names, operators, originals, shift=shift, alphas=alphas, **known)
 
 
