@@ -149,8 +149,7 @@ def test_a_sweep_is_exact_coordinate_descent_over_groups() -> None:
     torch.testing.assert_close(delta, values - weight.T)
 
 
-@pytest.mark.parametrize("relaxation", [1.0, 1.5, 1.95])
-def test_steps_never_raise_the_loss_whatever_couples_the_rows(relaxation: float) -> None:
+def test_steps_never_raise_the_loss_whatever_couples_the_rows() -> None:
     """With a metric, blocks of rows move at once: the loss still falls, group after group."""
     weight, moment = problem(rows=24, columns=40)
     left = torch.randn(3, 8, 8, dtype=DOUBLE, generator=torch.Generator().manual_seed(3)) + torch.eye(8, dtype=DOUBLE)
@@ -162,7 +161,7 @@ def test_steps_never_raise_the_loss_whatever_couples_the_rows(relaxation: float)
     for _ in range(6):
         delta = values - target
         losses.append(float((delta.T @ moment @ delta @ whole).trace()))
-        descend_pairs(values, moment @ delta @ whole, moment, metric, relaxation)
+        descend_pairs(values, moment @ delta @ whole, moment, metric)
         assert is_24(values.T)
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.9 * losses[0]

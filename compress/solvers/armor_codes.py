@@ -59,7 +59,7 @@ def store_wrappers(
     if row_weights is not None:
         error *= row_weights
         weighted = Factors(factors.a * row_weights.view(*factors.a.shape[:2], 1), factors.core, factors.b)
-    round_of_chunks(weighted, error, moment, core_step, 1.0, move_b=False, chunk=chunk)
+    round_of_chunks(weighted, error, moment, core_step, move_b=False, chunk=chunk)
     return a, b
 
 
@@ -97,7 +97,7 @@ def quantize_core(
     error = goal - factors.product()
     for _ in range(rounds):
         step_a(factors, error, moment)
-        round_of_chunks(factors, error, moment, step, 1.0, move_b=armor.shared is None, chunk=chunk)
+        round_of_chunks(factors, error, moment, step, move_b=armor.shared is None, chunk=chunk)
     dtype = grid.stored
     bits = armor.a.scheme().get("bits", 16)
     fixed = armor.b if armor.shared else None

@@ -126,7 +126,7 @@ def best_scale(
     change = torch.where(sane, change, 0.0)
     if metric is not None:
         moved = centred * change
-        settle(moved, None, gradient, moment.to(moved.dtype), metric)
+        settle(moved, gradient, moment.to(moved.dtype), metric)
         change = torch.where(moved.any(0), change, 0.0)
     return change
 
@@ -165,7 +165,7 @@ def _descend(
         change = torch.sub(code, codes[j]).mul_(scale)
         spread = change
         if metric is not None:
-            spread = settle(change[None], None, gradient[j : j + 1], own[j : j + 1, j : j + 1], metric)[0]
+            spread = settle(change[None], gradient[j : j + 1], own[j : j + 1, j : j + 1], metric)[0]
             code = torch.where(change != 0, code, codes[j])
         codes[j] = code
         values[j] += change

@@ -39,27 +39,23 @@ class Metric:
         return cls(blocks, diagonal.clamp(min=torch.finfo(diagonal.dtype).tiny))
 
 
-def settle(change: Tensor, extra: Tensor | None, gradient: Tensor, moment: Tensor, metric: Metric | None) -> Tensor:
+def settle(change: Tensor, gradient: Tensor, moment: Tensor, metric: Metric | None) -> Tensor:
     """What a change of some columns does to the gradient of others: `change M`.
 
-    All rows of a block move at once, each by what is best for it alone. A block that would be worse off goes without
-    half of what is extra, then without all of it, and at last stays as it was.
+    All rows of a block move at once, each by what is best for it alone. A block that would be worse off stays as it
+    was.
 
     Args:
         change: `[n, rows]`; overwritten by what is done.
-        extra: the part of it that overshoots, alike, or None.
         gradient: `H δ M` of these columns.
         moment: H of these columns `[n, n]`.
     """
     if metric is None:
         return change
-    retreats = [change] if extra is None else [0.5 * extra, 0.5 * extra, change]
     spread = times_blocks(change, metric.blocks)
-    for retreat in retreats:
-        gains = (change * (2 * gradient + moment @ spread)).view(len(change), len(metric.blocks), -1).sum((0, 2))
-        refused = gains > 0
-        if not bool(refused.any()):
-            break
-        change.sub_(retreat * refused.to(change.dtype).repeat_interleave(metric.blocks.shape[1]))
-        spread = times_blocks(change, metric.blocks)
-    return spread
+    gains = (change * (2 * gradient + moment @ spread)).view(len(change), len(metric.blocks), -1).sum((0, 2))
+    refused = gains > 0
+    if not bool(refused.any()):
+        return spread
+    change.mul_((~refused).to(change.dtype).repeat_interleave(metric.blocks.shape[1]))
+    return times_blocks(change, metric.blocks)

@@ -12,7 +12,6 @@ from .row_metric import Metric, settle, times_blocks
 from .sweep import LEAF, column_sweep, halves
 from .system import System
 
-_RELAXATION = 1.5
 CHUNK = 128  # columns whose gradient is computed in one GEMM
 _PAIRS = torch.combinations(torch.arange(4), 2)  # the six ways to keep two of four
 
@@ -60,19 +59,19 @@ def sparsegpt(target: Tensor, system: System) -> Tensor:
 
 
 def swept(target: Tensor, system: System, sweeps: int) -> tuple[Tensor, Tensor]:
-    """SparseGPT's weight, then rounds over its groups, over-relaxed in all but the last (`sparsegpt`, `sweep_pairs`).
+    """SparseGPT's weight, then rounds over its groups (`sparsegpt`, `sweep_pairs`).
 
     Returns:
         The sparse weight `[columns, rows]`, and what it misses the target by.
     """
     values = sparsegpt(target, system)
     delta = values - target
-    for left in reversed(range(sweeps)):
-        sweep_pairs(values, delta, system.moment, _RELAXATION if left else 1.0)
+    for _ in range(sweeps):
+        sweep_pairs(values, delta, system.moment)
     return values, delta
 
 
-def sweep_pairs(values: Tensor, delta: Tensor, moment: Tensor, relaxation: float = 1.0) -> None:
+def sweep_pairs(values: Tensor, delta: Tensor, moment: Tensor) -> None:
     """One round over the groups: the best pair of each and its best values, all others staying as they are.
 
     Exact coordinate descent on `tr(δᵀ H δ)` over groups of four: no row's loss rises.
@@ -81,21 +80,18 @@ def sweep_pairs(values: Tensor, delta: Tensor, moment: Tensor, relaxation: float
         values: sparse `[columns, rows]`; overwritten.
         delta: `values - target`, alike; overwritten.
         moment: H `[columns, columns]`; in bfloat16, gradients are computed in bfloat16.
-        relaxation: how far to go towards the best values of an unchanged pair; between 1 and 2, steps overshoot.
     """
     coarse = delta.to(moment.dtype)
     for start in range(0, len(values), CHUNK):
         part = slice(start, start + CHUNK)
         before = values[part].clone()
         gradient = (moment[part] @ coarse).to(delta.dtype)
-        descend_pairs(values[part], gradient, moment[part, part].to(delta.dtype), None, relaxation)
+        descend_pairs(values[part], gradient, moment[part, part].to(delta.dtype))
         delta[part] += values[part] - before
         coarse[part] = delta[part]
 
 
-def descend_pairs(
-    values: Tensor, gradient: Tensor, moment: Tensor, metric: Metric | None = None, relaxation: float = 1.0
-) -> None:
+def descend_pairs(values: Tensor, gradient: Tensor, moment: Tensor, metric: Metric | None = None) -> None:
     """The same within some columns, whose gradient `H δ M` is given; both are overwritten.
 
     For a group with the moment Q and a row that matters by m, `q = m Q s - g` is what the values s should explain; of
@@ -103,7 +99,7 @@ def descend_pairs(
     arXiv 2510.05528).
     """
     tables = pair_tables(torch.stack([moment[k : k + 4, k : k + 4] for k in range(0, len(moment), 4)]))
-    _descend(values, gradient, moment, metric, relaxation, tables)
+    _descend(values, gradient, moment, metric, tables)
 
 
 def pair_tables(quads: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,12 +123,7 @@ def pair_tables(quads: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _descend(
-    values: Tensor,
-    gradient: Tensor,
-    moment: Tensor,
-    metric: Metric | None,
-    relaxation: float,
-    tables: tuple[Tensor, Tensor],
+    values: Tensor, gradient: Tensor, moment: Tensor, metric: Metric | None, tables: tuple[Tensor, Tensor]
 ) -> None:
     columns = len(values)
     if columns > LEAF:
@@ -140,24 +131,19 @@ def _descend(
         left, right = slice(cut), slice(cut, columns)
         before = values[left].clone()
         first, second = ((tables[0][: cut // 4], tables[1][: cut // 4]), (tables[0][cut // 4 :], tables[1][cut // 4 :]))
-        _descend(values[left], gradient[left], moment[left, left], metric, relaxation, first)
+        _descend(values[left], gradient[left], moment[left, left], metric, first)
         moved = values[left] - before
         if metric is not None:
             moved = times_blocks(moved, metric.blocks)
         gradient[right].addmm_(moment[right, left], moved)
-        _descend(values[right], gradient[right], moment[right, right], metric, relaxation, second)
+        _descend(values[right], gradient[right], moment[right, right], metric, second)
         return
     for k in range(0, columns, 4):
         group = slice(k, k + 4)
         quad = moment[group, group]
         change = best_pairs(values[group], gradient[group], quad, metric, (tables[0][k // 4], tables[1][k // 4]))
-        unchanged = ((values[group] != 0) == (change != 0)).all(0)
         change.sub_(values[group])
-        extra = None
-        if relaxation != 1:
-            extra = change * torch.where(unchanged, relaxation - 1, 0.0)
-            change += extra
-        spread = settle(change, extra, gradient[group], quad, metric)
+        spread = settle(change, gradient[group], quad, metric)
         values[group] += change
         gradient[k:].addmm_(moment[k:, group], spread)
 
@@ -170,7 +156,7 @@ def best_pairs(
     weight = 1.0 if metric is None else metric.diagonal
     wanted = (quad @ values) * weight - gradient
     products = (wanted[:, None] * wanted).view(16, -1)
-    best = (gains @ products).argmax(0)
+    best = (gains @ products).max(0).indices  # in a tenth of argmax's time
     found = (inverses @ wanted).view(6, 4, -1)
     return found.gather(0, best.expand(1, 4, -1))[0] / weight
 

@@ -147,7 +147,7 @@ class ArmorPass(Calibrated):
         shapes = [operator.shape for operator in operators]
         rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
         largest = rows if self.share else max(shape[0] for shape in shapes)
-        copies = 14 if self.solver == "adam" or self.polish else 9  # float32, of the linears that are solved together
+        copies = 14 if self.solver == "adam" or self.polish else 11  # float32, of the linears that are solved together
         return max(24.0 * columns**2, 8.0 * columns**2 + 4.0 * rows * columns + 4.0 * copies * largest * columns)
 
     def apply(self, work: StageWork) -> Iterator[Event]:
@@ -201,7 +201,7 @@ class ArmorPass(Calibrated):
         """
         import torch
 
-        from ...solvers.armor import Factors, alternate, pair_step, total_loss
+        from ...solvers.armor import Factors, alternate, choose_pairs, total_loss
         from ...solvers.armor_adam import RATE, adam
         from ...solvers.armor_codes import store_wrappers
         from ...solvers.sparse24 import CHUNK, nowag_scales, swept
@@ -232,7 +232,7 @@ class ArmorPass(Calibrated):
         def store(blocks: Tensor) -> Stored:
             return stored_blocks(blocks, dtype, self.wrapper_bits)
 
-        a, b = store_wrappers(factors, goal, loss, pair_step(1.0), store, CHUNK, row_weights=weights)
+        a, b = store_wrappers(factors, goal, loss, choose_pairs, store, CHUNK, row_weights=weights)
         if self.objective == "full" and group.system is not None:
             plain.core = torch.cat([swept(part, group.system, SWEEPS)[0] for part in goal.split(ROWS, 1)], 1)
         identities = store(plain.a), store(plain.b)
