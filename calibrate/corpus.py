@@ -329,7 +329,8 @@ def drawn_windows(
     parts: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw windows, and others that are held out, as far as there are so many: int64 `[samples, sequence_length]` and
-    `[held_out, sequence_length]`. The former do not depend on how many of the latter are wanted.
+    `[held_out, sequence_length]`. The former do not depend on how many of the latter are wanted, unless `least` is
+    given and the text is too short for both: then up to a quarter of it is held out, and the rest is drawn.
 
     Args:
         least: windows that are enough, where the text has no more; default: as many as are to be drawn.
@@ -348,6 +349,10 @@ def drawn_windows(
         more = _joined(tokenizer, _read(corpus, tokenizer, rest, (held_out - len(others)) * sequence_length))
         count = min(held_out - len(others), len(more) // sequence_length)
         others = torch.cat([others, more[: count * sequence_length].view(count, sequence_length)])
+    short = min(held_out, len(windows) // 4) - len(others)
+    if least is not None and short > 0:
+        samples = len(windows) - short
+        others = torch.cat([others, windows[drawn[samples:]]])
     return windows[drawn[:samples]].long(), others.long()
 
 

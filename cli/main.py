@@ -163,16 +163,17 @@ def plan(
     revision: RevisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Print what RECIPE would do to MODEL; reads headers, and weights where ranks depend on them alone."""
+    """Print what RECIPE would do to MODEL; reads headers and calibration text, and weights where ranks
+    depend on them alone."""
     _, parsed = read(recipe, edits)
     folder, _ = _model(model, revision)
     allowed = _bytes(memory)
 
     from ..compress.guards import source_skeleton
-    from ..compress.plan import make_plan, rows
+    from ..compress.plan import plan_for_text, rows
     from ..compress.resources import estimated_seconds
 
-    result = make_plan(parsed, source_skeleton(folder, device), look=True, memory=allowed)
+    result, _ = plan_for_text(parsed, source_skeleton(folder, device), look=True, memory=allowed)
     seconds, free = estimated_seconds(result), shutil.disk_usage(Path.cwd()).free
     if as_json:
         render.document(_plan_record(result) | {"seconds": seconds, "disk_free": free})

@@ -32,11 +32,11 @@ from .journal import Journal
 from .output.folder import check_runs, finish_folder, write_beside
 from .output.writer import ShardedWriter
 from .passes.base import ModelPass
-from .plan import Plan, make_plan
-from .quality import Quality, held_out_windows, measure, texts_to_measure
+from .plan import Plan, make_plan, plan_for_text
+from .quality import Quality, measure, texts_to_measure
 from .recipe import Recipe
 from .resources import chain_names, check_disk, check_memory
-from .surveys import Text, read_calibration, routing_folder, survey_texts, surveyed
+from .surveys import Text, routing_folder, survey_texts, surveyed
 
 Listener = Callable[[Event], None]
 
@@ -66,7 +66,8 @@ def apply(
     skeleton = source_skeleton(job.model, device)
     checkpoint = skeleton.checkpoint
     least = None if job.recipe.data.samples else 1
-    plan = make_plan(job.recipe, skeleton, memory=memory)
+    with _mendable(job, device):
+        plan, text = plan_for_text(job.recipe, skeleton, memory=memory)
     job = replace(job, recipe=job.recipe.model_copy(update={"data": plan.recipe.data}))
     for warning in plan.warnings:
         listener(Warned(warning))
@@ -79,14 +80,12 @@ def apply(
             "expert_prune"
         )
     if statistics is not None and of_linears:  # which are kept of all blocks at once
-        plan = make_plan(job.recipe, skeleton, memory=float("inf"))
+        plan = replace(make_plan(job.recipe, skeleton, memory=float("inf")), warnings=plan.warnings)
     journal = Journal(job.out)
     check_memory(plan, memory)
     if not resume:
         check_disk(plan, job.out)
-    with _mendable(job, plan, device), closing(journal):
-        held_out = held_out_windows(job.recipe.data)
-        text = read_calibration(job.recipe, checkpoint, least=least, held_out=held_out) if plan.needs else None
+    with _mendable(job, device, plan.memory), closing(journal):
         texts = survey_texts(plan.recipe, checkpoint, least)
         corpus, windows = (None, None) if text is None else (text.corpus, text.windows)
         fingerprint = make_fingerprint(job, skeleton, corpus, windows, statistics)
@@ -114,7 +113,7 @@ def apply(
 
 
 @contextmanager
-def _mendable(job: Job, plan: Plan, device: str) -> Iterator[None]:
+def _mendable(job: Job, device: str, memory: float = 0.0) -> Iterator[None]:
     """Say what can be done where the memory or the disk is full, or a file cannot be read or written."""
     try:
         yield
@@ -122,7 +121,7 @@ def _mendable(job: Job, plan: Plan, device: str) -> Iterator[None]:
         reason = ". ".join(str(error).splitlines()[0].split(". ")[:2])
         raise ResourceError(
             f"--device {device}: its memory is full ({reason}); end other programs on it, or set --memory lower than "
-            f"{human_size(plan.memory).replace(' ', '')}, and run the same command with --resume; else start over with "
+            f"{human_size(memory).replace(' ', '')}, and run the same command with --resume; else start over with "
             "a smaller data.sequence_length"
         ) from None
     except OSError as error:
@@ -150,6 +149,7 @@ def _measured(
         else:
             check_runs(journal.result, plan.skeleton.checkpoint)
             quality = Quality({}, (), reason)
+            listener(Warned(f"what was lost is not measured, and limits are not held against it: {reason}"))
         journal.done({"step": "measured", "quality": quality.record()})
         journal.timing({"step": "measured", "seconds": round(time.monotonic() - start, 3)})
     return _known_quality(journal)

@@ -20,7 +20,16 @@ from ..runtime.model.skeleton import Skeleton
 from ..runtime.schemes import LOOKUPS, Dense, Operator, rewritten, stored_name
 from .passes.base import Cost, LinearPass, ModelPass, Pass, Survey
 from .recipe import TOKENS, Recipe
-from .resources import available_memory, chain_bytes, flops, outer_memory, room_for_moments, stage_memory
+from .resources import (
+    available_memory,
+    chain_bytes,
+    flops,
+    held_out_windows,
+    outer_memory,
+    room_for_moments,
+    stage_memory,
+)  # fmt: skip
+from .surveys import Text, read_calibration
 
 LARGE_MODEL = 100_000_000  # parameters from which the built-in calibration text is too little
 
@@ -111,9 +120,8 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, *, look: bool = False, memory:
     recipe = recipe.model_copy(update={"data": recipe.data.sized(widest)})
     recipe, skeleton, survey = _prepared(recipe, skeleton, look)
     checkpoint = skeleton.checkpoint
-    for step in (step for step in recipe.passes if step.needs):
-        for source in {recipe.data.source, step.text or "builtin"} - {"builtin"}:
-            find_text(Path(source))
+    for source in {recipe.data.source, *(step.text for step in recipe.passes)} - {"builtin", None}:
+        find_text(Path(str(source)))
     linears: dict[str, LinearPlan] = {}
     matched = dict.fromkeys(recipe.linear_passes, 0)
     for group in input_groups(skeleton):
@@ -153,6 +161,24 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, *, look: bool = False, memory:
         tuple(name for index in range(skeleton.blocks) for name in skeleton.unnamed(index)),
         tuple(_warnings(recipe, widest, whole.parameters)),
     )  # fmt: skip
+
+
+def plan_for_text(
+    recipe: Recipe, skeleton: Skeleton, *, look: bool = False, memory: float | None = None
+) -> tuple[Plan, Text | None]:
+    """`make_plan` for as much calibration text as there is, and that text, if a pass needs any."""
+    plan = make_plan(recipe, skeleton, look=look, memory=memory)
+    if not plan.needs:
+        return plan, None
+    data, least = plan.recipe.data, None if recipe.data.samples else 1
+    text = read_calibration(plan.recipe, skeleton.checkpoint, least=least, held_out=held_out_windows(data))
+    if len(text.windows) != data.samples:
+        found = recipe.model_copy(update={"data": data.model_copy(update={"samples": len(text.windows)})})
+        plan = make_plan(found, skeleton, look=look, memory=memory)
+    if not len(text.held_out):
+        warning = "no text is left beside what calibrates: what was lost is measured on that, and is more than it seems"
+        plan = replace(plan, warnings=(*plan.warnings, warning))
+    return plan, text
 
 
 def widest_input(skeleton: Skeleton) -> int:

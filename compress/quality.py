@@ -16,14 +16,13 @@ from .evaluate import Divergence, Evaluation
 from .evaluate.blocks import evaluate_blocks
 from .output.folder import events_of
 from .plan import Plan
-from .recipe import Data, Limits, Recipe
-from .resources import LEAST, held_out_tokens
+from .recipe import Limits, Recipe
+from .resources import LEAST, LENGTH, held_out_windows
 from .surveys import Text, check_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-LENGTH = 512  # tokens of a window, at most
 HELD_OUT, CALIBRATION, BUILTIN = "held-out", "calibration", "built-in"  # names of texts
 
 
@@ -89,11 +88,6 @@ class Quality:
             if (limit := getattr(limits, key)) is not None and not value <= limit
         ]
         return ", ".join(above)
-
-
-def held_out_windows(data: Data) -> int:
-    """How many windows of calibration text are kept to measure on."""
-    return max(1, held_out_tokens(data) // min(data.sequence_length, LENGTH))
 
 
 def texts_to_measure(recipe: Recipe, checkpoint: Checkpoint, text: Text | None) -> tuple[dict[str, Tensor], str]:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # Tokens that are held out of calibration text, one for so many that are not: a small part of a run, and enough to tell
 # whether it went well.
 LEAST, MOST, SHARE = 1024, 2048, 24
+LENGTH = 512  # tokens of a window to measure on, at most
 HOST = torch.device("cpu")
 Linears = Mapping[str, "LinearPlan"]
 
@@ -35,6 +36,11 @@ Linears = Mapping[str, "LinearPlan"]
 def held_out_tokens(data: Data) -> int:
     """Of calibration text, to compare the output with the original."""
     return min(max(data.tokens // SHARE, LEAST), MOST)
+
+
+def held_out_windows(data: Data) -> int:
+    """The same in windows."""
+    return max(1, held_out_tokens(data) // min(data.sequence_length, LENGTH))
 
 
 def measured_tokens(data: Data) -> int:

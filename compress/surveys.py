@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..calibrate.corpus import Corpus, builtin_corpus, drawn_windows, file_corpus, load_tokenizer
@@ -48,7 +49,7 @@ def read_calibration(recipe: Recipe, checkpoint: Checkpoint, *, least: int | Non
     tokenizer = load_tokenizer(checkpoint.path)
     samples, length = data.tokens // data.sequence_length, data.sequence_length
     windows, others = drawn_windows(corpus, tokenizer, samples, length, data.seed, least=least, held_out=held_out)
-    check_ids(checkpoint, windows)
+    check_ids(checkpoint, torch.cat([windows, others]))
     return Text(corpus, windows, others)
 
 

@@ -120,9 +120,10 @@ def test_a_plan_that_no_survey_changes_is_made_once(
     pico: Pico, calibration_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = []
-    monkeypatch.setattr(
-        "compressor.compress.apply.make_plan", lambda *a, **o: made.append(make_plan(*a, **o)) or made[-1]
-    )
+    for module in ("apply", "plan"):
+        monkeypatch.setattr(
+            f"compressor.compress.{module}.make_plan", lambda *a, **o: made.append(make_plan(*a, **o)) or made[-1]
+        )
     data = f"data: {{source: {calibration_text}, samples: 4, sequence_length: 32}}\n"
     for number, (passes, count) in enumerate([("{kind: gptq, bits: 4}", 1), ("{kind: lorc, ratio: .5}", 2)]):
         text = f"{data}passes: [{passes}]"

@@ -16,10 +16,11 @@ from compressor.compress.apply import Job, apply
 from compressor.compress.evaluate import evaluate
 from compressor.compress.events import Event, Measured, Warned
 from compressor.compress.output.verify import verify
-from compressor.compress.plan import make_plan
+from compressor.compress.plan import make_plan, plan_for_text
 from compressor.compress.quality import Quality, measure
 from compressor.compress.recipe import parse_recipe
 from compressor.runtime import load
+from compressor.runtime.errors import ModelError, RecipeError
 from compressor.runtime.model.checkpoint import Checkpoint
 from compressor.runtime.model.skeleton import Skeleton
 
@@ -92,8 +93,12 @@ def test_a_model_without_a_tokenizer_is_not_measured(pico: Pico, tmp_path: Path)
     for path in pico().iterdir():
         if not path.name.startswith("token"):
             (model / path.name).write_bytes(path.read_bytes())
-    quality = run("passes: [{kind: rtn, bits: 4, group_size: 32}]", model, tmp_path / "out")
+    text, events = "passes: [{kind: rtn, bits: 4, group_size: 32}]", list[Event]()
+    apply(Job(parse_recipe(text), text, (), model, tmp_path / "out", "pico"), events.append)
+    [quality] = [event.quality for event in events if isinstance(event, Measured)]
+    [warned] = [event.text for event in events if isinstance(event, Warned)]
     assert quality.summary() == "not compared with the original: the model has no tokenizer"
+    assert warned.endswith("limits are not held against it: the model has no tokenizer")
     assert verify(tmp_path / "out") == []
 
 
@@ -127,8 +132,21 @@ def test_held_out_windows_are_other_text_and_change_no_draw(pico: Pico, tmp_path
         assert len(others) == 5
         seen = {tuple(row.tolist()) for row in drawn}
         assert not seen.intersection(tuple(row.tolist()) for row in others)
-    _, others = drawn_windows(file_corpus(path), tokenizer, 1000, 64, 0, least=1, held_out=5)
-    assert others.shape == (0, 64)  # the text has no more
+
+
+def test_of_a_text_that_is_too_short_for_both_a_part_is_held_out(pico: Pico, tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"{number:06d} abcdefghijklmnopqrstuvwxyz\n" for number in range(40)))
+    tokenizer = load_tokenizer(pico())
+    every, none = drawn_windows(file_corpus(path), tokenizer, 1000, 64, 0, least=1)
+    assert len(every) >= 8
+    assert len(none) == 0
+    for held_out in (1, 1000):
+        drawn, others = drawn_windows(file_corpus(path), tokenizer, 1000, 64, 0, least=1, held_out=held_out)
+        assert len(others) == min(held_out, len(every) // 4)
+        assert torch.equal(torch.cat([drawn, others]), every)
+    with pytest.raises(RecipeError, match="1000 were asked for"):
+        drawn_windows(file_corpus(path), tokenizer, 1000, 64, 0, held_out=5)
 
 
 def test_wide_models_get_more_text(pico: Pico, tmp_path: Path, calibration_text: Path) -> None:
@@ -146,12 +164,50 @@ def test_wide_models_get_more_text(pico: Pico, tmp_path: Path, calibration_text:
     assert isinstance(events[0], Warned)
 
 
-def test_a_text_that_is_shorter_than_the_default_is_read_whole(pico: Pico, tmp_path: Path) -> None:
-    path = tmp_path / "short.txt"
-    path.write_text("abcdefghijklmnopqrstuvwxyz\n" * 100)
+def test_a_short_text_is_planned_told_and_written_down_as_long_as_it_is(pico: Pico, tmp_path: Path) -> None:
+    path, out = tmp_path / "short.txt", tmp_path / "out"
+    path.write_text("abcdefghijklmnopqrstuvwxyz\n" * 20)
     text = f"data: {{source: {path}, sequence_length: 64}}\npasses: [{{kind: gptq, bits: 4, group_size: 32}}]"
-    quality = run(text, pico(), tmp_path / "out")
-    assert list(quality.texts) == ["calibration"]
+    events: list[Event] = []
+    apply(Job(parse_recipe(text), text, (), pico(), out, "pico"), events.append)
+    plan, found = plan_for_text(parse_recipe(text), Skeleton(Checkpoint(pico())))
+    assert found is not None
+    assert (len(found.windows), len(found.held_out)) == (6, 2)
+    assert plan.recipe.data.samples == 6
+    assert plan.disk < make_plan(parse_recipe(text), plan.skeleton).disk
+    warned = [event.text for event in events if isinstance(event, Warned)]
+    assert warned == list(plan.warnings)
+    assert warned[0].startswith("384 calibration tokens are 4.0 for each of the 96 inputs")
+    quality = next(event.quality for event in events if isinstance(event, Measured))
+    assert list(quality.texts) == ["held-out", "calibration"]
+    again = (out / "recipe.resolved.yaml").read_text()
+    run(again, pico(), tmp_path / "again")
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()
+
+
+def test_text_that_all_calibrates_is_warned_of(pico: Pico, tmp_path: Path) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text("abcdefghijklmnopqrstuvwxyz\n" * 20)
+    text = (
+        f"data: {{source: {path}, sequence_length: 64, samples: 8}}\npasses: [{{kind: gptq, bits: 4, group_size: 32}}]"
+    )
+    plan, _ = plan_for_text(parse_recipe(text), Skeleton(Checkpoint(pico())))
+    assert plan.warnings[-1].startswith("no text is left beside what calibrates")
+    assert list(run(text, pico(), tmp_path / "out").texts) == ["calibration"]
+
+
+def test_token_ids_of_held_out_text_are_looked_at_too(pico: Pico, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = torch.zeros(4, 64, dtype=torch.long), torch.full((2, 64), 10**6)
+    monkeypatch.setattr("compressor.compress.surveys.drawn_windows", lambda *_, **__: drawn)
+    text = "data: {sequence_length: 64}\npasses: [{kind: gptq, bits: 4, group_size: 32}]"
+    with pytest.raises(ModelError, match="ids beyond"):
+        plan_for_text(parse_recipe(text), Skeleton(Checkpoint(pico())))
+
+
+def test_a_text_that_is_not_there_is_missed_before_the_run(pico: Pico, tmp_path: Path) -> None:
+    text = f"data: {{source: {tmp_path}/none.txt}}\npasses: [{{kind: rtn, bits: 4, group_size: 32}}]"
+    with pytest.raises(RecipeError, match=r"none\.txt"):
+        make_plan(parse_recipe(text), Skeleton(Checkpoint(pico())))
 
 
 def test_the_plan_warns_of_ranks_that_weights_alone_decide(pico: Pico) -> None:
