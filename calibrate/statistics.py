@@ -68,12 +68,14 @@ class Kind:
         add: takes a batch into it, in place.
         join: takes another's into it in place, times a share where it is a sum.
         divide: makes it, in place, that of inputs that are divided by a scale `[in_features]`.
+        work: multiplications it takes, as a share of those of all tokens times the square of `in_features`.
         paired: whether it serves to compare the two chains.
     """
 
     add: Callable[[Tensor, Inputs], None]
     join: Callable[[Tensor, Tensor, float], None]
     divide: Callable[[Tensor, Tensor], object]
+    work: float
     square: bool = True
     paired: bool = False
 
@@ -123,11 +125,12 @@ def _both_sides(sums: Tensor, scale: Tensor) -> None:
 
 
 KINDS: Mapping[str, Kind] = {
-    "moment": Kind(_add_moment, _sum, _both_sides),
-    "cross": Kind(_add_cross, _sum, _both_sides, paired=True),
-    "held_moment": Kind(_add_held_moment, _sum, _both_sides, paired=True),  # wanted to judge what follows from cross
-    "held_cross": Kind(_add_held_cross, _sum, _both_sides, paired=True),
-    "peak": Kind(_add_peak, _larger, Tensor.div_, square=False),
+    "moment": Kind(_add_moment, _sum, _both_sides, 1 / 2),
+    "cross": Kind(_add_cross, _sum, _both_sides, 1.0, paired=True),
+    # Of no use but to judge what follows from cross.
+    "held_moment": Kind(_add_held_moment, _sum, _both_sides, HELD / 2, paired=True),
+    "held_cross": Kind(_add_held_cross, _sum, _both_sides, HELD, paired=True),
+    "peak": Kind(_add_peak, _larger, Tensor.div_, 0.0, square=False),
 }
 UNPAIRED = frozenset(name for name, kind in KINDS.items() if not kind.paired)
 

@@ -23,6 +23,7 @@ from .recipe import TOKENS, Recipe
 from .resources import (
     available_memory,
     chain_bytes,
+    comparing_memory,
     flops,
     held_out_windows,
     outer_memory,
@@ -146,18 +147,18 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, *, look: bool = False, memory:
     tensors = _output_tensors(checkpoint, linears, chosen)
     needs = frozenset(need for step in recipe.passes for need in step.needs)
     walked = needs - {"routing", "text"}  # which surveys see to
-    stages, least = stage_memory(recipe, skeleton, linears, walked)
+    stages = stage_memory(recipe, skeleton, linears, walked)
+    compared, host = comparing_memory(recipe, skeleton, linears, calibrated=bool(walked))
     room = room_for_moments(stages, memory if memory is not None else available_memory(skeleton.device))
     after = sum(_nbytes(dtype, shape) for dtype, shape in tensors.values())
     outer = outer_memory(recipe, skeleton, linears)
-    peak = max(survey.memory, outer, *(stage.peak(room) for stage in stages))
-    peak = peak if skeleton.device.type != "cpu" else max(peak, least)
+    peak = max(survey.memory, outer, compared, *(stage.peak(room) for stage in stages))
     return Plan(
         recipe, skeleton, linears, tensors, chosen, readers, obstacle, needs, whole.nbytes, after,
         int(peak),
         int(max(after + chain_bytes(recipe, skeleton, walked) + survey.left, survey.disk)),
-        flops(recipe, linears, walked, skeleton.outer()) + survey.flops, *_cache_bytes(checkpoint, linears), room,
-        int(least if skeleton.device.type != "cpu" else peak),
+        flops(recipe, skeleton, linears, walked) + survey.flops, *_cache_bytes(checkpoint, linears), room,
+        int(host if skeleton.device.type != "cpu" else peak),
         tuple(name for index in range(skeleton.blocks) for name in skeleton.unnamed(index)),
         tuple(_warnings(recipe, widest, whole.parameters)),
     )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,26 +74,20 @@ class StageMemory:
         return self.rest + max((sum(part) for part in split_to_fit(self.moments, self.moments, room)), default=0.0)
 
 
-def stage_memory(
-    recipe: Recipe, skeleton: Skeleton, linears: Linears, needs: frozenset[str]
-) -> tuple[list[StageMemory], float]:
-    """Of every stage of every block, on the device where these run, and what the host needs in any case.
+def stage_memory(recipe: Recipe, skeleton: Skeleton, linears: Linears, needs: frozenset[str]) -> list[StageMemory]:
+    """Of every stage of every block, on the device where these run.
 
     Weights of the checkpoint are mapped from its files and do not count unless they are converted, or copied to a GPU.
     """
     at_once = chain_names(needs) == ("reference",)
     found: list[StageMemory] = []
-    least, rerun = 0.0, calibration_dtype(skeleton.checkpoint).itemsize
     for index in range(skeleton.blocks):
         shapes = {name: (w.out_features, w.in_features) for name, w in skeleton.linears(index).items()}
         wanting = {name: [step for step in recipe.linear_passes.values() if step.wants(name)] for name in shapes}
         item = skeleton.dtype.itemsize
         sizes = {name: r * c for name, (r, c) in shapes.items()}
-        # At the end the output is run beside the original, each block decoded.
-        copies = item if skeleton.copies else 0
-        least = max(least, sum(sizes.values()) * (rerun + copies) + 6.0 * max(sizes.values()))
-        converted = copies if needs else 0
-        original = skeleton.checkpoint.dtype.itemsize if skeleton.device.type != "cpu" else 0
+        converted = item if skeleton.copies and needs else 0
+        original = 0 if _on_host(skeleton) else skeleton.checkpoint.dtype.itemsize
         held, block = float(sum(sizes.values()) * converted), list[float]()
         for stage in skeleton.stages(index):
             groups = [[skeleton.disk_name(index, name) for name in group.linears] for group in stage]
@@ -112,15 +106,42 @@ def stage_memory(
                 for group in groups
                 for name in group
             )
+    return found
+
+
+def comparing_memory(recipe: Recipe, skeleton: Skeleton, linears: Linears, *, calibrated: bool) -> tuple[float, float]:
+    """While the output is run beside the original, a block of each decoded: on the device, and on the host if that is
+    another."""
+    item, decoded = skeleton.dtype.itemsize, calibration_dtype(skeleton.checkpoint).itemsize
+    linears_of = [list(skeleton.linears(index).values()) for index in range(skeleton.blocks)]
+    sizes = [[linear.in_features * linear.out_features for linear in block] for block in linears_of]
+    block = max(map(sum, sizes))
+    decoding = block * decoded + 6.0 * max(map(max, sizes))
+    tokens = measured_tokens(recipe.data) if calibrated else LEAST
+    running = _running(skeleton, min(tokens, BATCH_TOKENS), max(w.in_features for block in linears_of for w in block))
     head = set(linears).intersection(skeleton.outer())
-    tokens = measured_tokens(recipe.data) if needs else LEAST
-    return found, least + evaluation_memory(skeleton, tokens, decoded=bool(head))
+    beside = max(running, evaluation_memory(skeleton, tokens, decoded=bool(head)))
+    if _on_host(skeleton):
+        together = decoding + block * item * skeleton.copies + beside
+        return together, together
+    return 2 * block * item + beside, decoding + 2 * 4.0 * tokens * skeleton.config.hidden_size
+
+
+def _on_host(skeleton: Skeleton) -> bool:
+    return skeleton.device.type == "cpu"
+
+
+def _running(skeleton: Skeleton, tokens: int, widest: int) -> float:
+    """A batch on its way through a block: its widest activations, or one of them measured, and the residual stream of
+    both chains."""
+    item = skeleton.dtype.itemsize
+    return float(tokens * (max(3 * item, item + 6) * widest + 12 * skeleton.config.hidden_size))
 
 
 def outer_memory(recipe: Recipe, skeleton: Skeleton, linears: Linears) -> float:
     """While the embedding and the head are rewritten, then packed and written, and each unpacked to compare."""
     held = peak = packed = largest = 0.0
-    original = skeleton.checkpoint.dtype.itemsize if skeleton.device.type != "cpu" else 0
+    original = 0 if _on_host(skeleton) else skeleton.checkpoint.dtype.itemsize
     for name in (name for name in skeleton.outer() if name in linears):
         operator = linears[name].operator
         steps = [step for step in recipe.linear_passes.values() if step.names(name)]
@@ -134,19 +155,17 @@ def outer_memory(recipe: Recipe, skeleton: Skeleton, linears: Linears) -> float:
 def _working(
     recipe: Recipe, skeleton: Skeleton, linears: Linears, needs: frozenset[str], groups: Sequence[Sequence[str]]
 ) -> float:
-    """The larger of running a block (the widest activations of a forward pass, or one of them measured; the residual
-    stream of both chains) and solving a group."""
+    """The larger of running a block and solving a group."""
     batch = max(1, BATCH_TOKENS // recipe.data.sequence_length) * recipe.data.sequence_length
-    item, hidden = skeleton.dtype.itemsize, skeleton.config.hidden_size
     widest = max(linears[name].operator.shape[1] for group in groups for name in group)
-    running = batch * (max(3 * item, item + 6) * widest + 12 * hidden) if needs else 0
+    running = _running(skeleton, batch, widest) if needs else 0.0
     experts = (name for group in groups for name in group if skeleton.family.expert(name) is not None)
     if needs and any(experts):  # every expert's inputs are kept
-        running += len(chain_names(needs)) * batch * skeleton.experts_per_token * widest * item
+        running += len(chain_names(needs)) * batch * skeleton.experts_per_token * widest * skeleton.dtype.itemsize
     steps = recipe.linear_passes.values()
     asked = [(step, [name for name in group if step.wants(name)]) for group in groups for step in steps]
     solving = (step.memory([linears[name].operator for name in names]) for step, names in asked if names)
-    return max(float(running), *solving, 0.0)
+    return max(running, *solving, 0.0)
 
 
 def room_for_moments(stages: Sequence[StageMemory], budget: float | None) -> float | None:
@@ -170,16 +189,22 @@ def chain_bytes(recipe: Recipe, skeleton: Skeleton, needs: frozenset[str]) -> in
     return len(chain_names(needs)) * tokens * (2 * 4 * skeleton.config.hidden_size + kept)
 
 
-def flops(recipe: Recipe, linears: Linears, needs: frozenset[str], outer: Collection[str]) -> float:
-    """Floating-point operations of calibrating and solving."""
-    tokens, total = recipe.data.tokens, 0.0
+def flops(recipe: Recipe, skeleton: Skeleton, linears: Linears, needs: frozenset[str]) -> float:
+    """Floating-point operations of calibrating, solving, and comparing the output with the original."""
+    tokens, compared = recipe.data.tokens, measured_tokens(recipe.data) if needs else LEAST
+    outer = skeleton.outer()
+    statistics = sum(kind.work for name, kind in KINDS.items() if name in needs)
+    numbers = {skeleton.family.expert(name) for name in linears if name not in outer} - {None}
+    active = skeleton.experts_per_token / len(numbers) if numbers else 1.0  # of a block's experts
+    total = 4.0 * compared * skeleton.config.vocab_size * skeleton.config.hidden_size
     for name, plan in linears.items():
         r, c = plan.operator.shape
         if name in outer:
             total += sum(step.flops(r, c) for step in recipe.linear_passes.values() if step.names(name))
             continue
+        total += 4.0 * compared * r * c * (1.0 if skeleton.family.expert(name) is None else active)
         if needs:  # about three forward passes per chain, and the statistics
-            total += 2.0 * tokens * r * c * 3 * len(chain_names(needs)) + 2.0 * tokens * c * c
+            total += 2.0 * tokens * r * c * 3 * len(chain_names(needs)) + 2.0 * tokens * c * c * statistics
         total += sum(step.flops(r, c) for step in recipe.linear_passes.values() if step.wants(name))
     return total
 

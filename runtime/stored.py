@@ -93,11 +93,14 @@ class StoredModel(Checkpoint):
             return self.operator(linear).dense(self.tensors[name].dtype)
         return super().tensor(name)
 
+    def by_rows(self, name: str) -> bool:
+        return self.schemes.get(name.removesuffix(".weight"), {}).get("kind") in LOOKUPS
+
     def rows(self, name: str, which: Tensor) -> Tensor:
         """Some rows of a matrix, no more of which is decoded where its form can be looked up."""
-        linear = name.removesuffix(".weight")
-        if linear not in self.schemes or self.schemes[linear]["kind"] not in LOOKUPS:
+        if not self.by_rows(name):
             return super().rows(name, which)
+        linear = name.removesuffix(".weight")
         found: Tensor = looked_up(self.operator_tensors(linear), self.schemes[linear])(which, torch.float32)
         return found
 

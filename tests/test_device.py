@@ -121,6 +121,11 @@ def test_moments_come_in_as_many_parts_as_the_memory_of_the_gpu_asks_for(
         assert whole.room is None
         assert host.memory < whole.memory
         assert whole.host < whole.memory  # no moments, nothing is solved there
+        rounded = parse_recipe("passes: [{kind: rtn, group_size: 32}]")
+        blocks = [sum(w.in_features * w.out_features for w in there.linears(n).values()) for n in range(there.blocks)]
+        assert make_plan(rounded, there).memory > 2 * there.dtype.itemsize * max(
+            blocks
+        )  # both are there when they are compared
         free = whole.memory - 20_000_000
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10**12))
         less = make_plan(made, there)
@@ -140,7 +145,8 @@ def test_moments_come_in_as_many_parts_as_the_memory_of_the_gpu_asks_for(
 
 @pytest.mark.parametrize("dry", [False, True])
 def test_a_plan_is_of_the_device(dry: bool, pico: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
-    words, options = ("w4a16-gptq", str(pico("llama", hidden_size=128))), {"as_json": True}
+    sizes = {"hidden_size": 128, "max_position_embeddings": 512}
+    words, options = ("w4a16-gptq", str(pico("llama", **sizes))), {"as_json": True}
     ask = (
         partial(main.apply, *words, Path("out"), dry_run=True, **options)
         if dry

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from compressor import compress
 from compressor.compress.apply import Job, apply
 from compressor.compress.guards import open_source
-from compressor.compress.plan import make_plan, rows
+from compressor.compress.plan import Plan, make_plan, rows
 from compressor.compress.recipe import parse_recipe
 from compressor.runtime.errors import RecipeError
 from compressor.runtime.model.checkpoint import Checkpoint
@@ -114,6 +114,19 @@ def test_a_block_takes_no_more_work_in_a_larger_model(pico: Pico, tmp_path: Path
     run(1)
     few, some, many = run(2), run(8), run(14)
     assert many - some == pytest.approx(some - few, rel=0.005)
+
+
+def test_work_that_is_done_on_the_way_is_in_the_plan(pico: Pico) -> None:
+    skeleton = Skeleton(Checkpoint(pico()))
+
+    def planned(passes: str) -> Plan:
+        return make_plan(parse_recipe(f"data: {{samples: 8, sequence_length: 64}}\npasses: [{passes}]"), skeleton)
+
+    weights = sum(w.in_features * w.out_features for n in range(2) for w in skeleton.linears(n).values())
+    assert planned("{kind: rtn, bits: 4, group_size: 32}").flops > 2 * 2 * 1024 * weights  # two models are compared
+    options = "kind: gptq, bits: 4, group_size: 32, correction:"
+    found = [planned(f"{{{options} {how}}}").flops for how in ("0", "1", "auto")]
+    assert found == sorted(set(found))
 
 
 def test_a_plan_that_no_survey_changes_is_made_once(

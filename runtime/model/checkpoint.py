@@ -133,6 +133,10 @@ class Checkpoint:
         part = self._slices.get(name)
         return self.stored_tensor(name) if part is None else part.of(self.stored_tensor(part.stored))
 
+    def by_rows(self, name: str) -> bool:
+        """Whether rows of a matrix have to be decoded, and can be without the others."""
+        return False
+
     def rows(self, name: str, which: Tensor) -> Tensor:
         """Some rows of a matrix, by its name, float32."""
         return self.tensor(name)[which].float()

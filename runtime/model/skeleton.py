@@ -366,11 +366,12 @@ class Skeleton:
         weight, bias = (self.family.disk_name(f"lm_head.{part}") for part in ("weight", "bias"))
         table = weight if weight in tensors else self._decoder_name("embed_tokens.weight")
         own = self.checkpoint.tensor(bias) if bias in tensors else None
-        if table in self.checkpoint.stored:
+        if not self.checkpoint.by_rows(table):
             return _Head(self.checkpoint.tensor(table), own, self.device)
-        numbers = torch.arange(tensors[table].shape[0]).split(HEAD_ROWS)
-        parts = (self.checkpoint.rows(table, part).to(tensors[table].dtype) for part in numbers)
-        return _Head(torch.cat(list(parts)), own, self.device)
+        decoded = torch.empty(tensors[table].shape, dtype=tensors[table].dtype)
+        for part in torch.arange(len(decoded)).split(HEAD_ROWS):
+            decoded[part] = self.checkpoint.rows(table, part).to(decoded.dtype)
+        return _Head(decoded, own, self.device)
 
     def _decoder_name(self, name: str) -> str:
         """A name inside the decoder in memory → its name in the checkpoint."""

@@ -138,17 +138,19 @@ class ArmorPass(Calibrated):
         product = 2.0 * weights * columns if self.objective == "full" else 0.0
         block = LARGEST if self.block_size == "auto" else self.block_size
         adam = 3 * product + weights * (18.0 * block + 400.0)
+        correcting = self.correcting(rows, columns)
         if self.solver == "adam":
-            return self.rounds * adam
+            return correcting + self.rounds * adam
         swept = SWEEPS * (product + 6000.0 * weights) if self.objective == "full" else 0.0
-        return self.rounds * (2 * product + weights * (12.0 * block + 6000.0)) + self.polish * adam + swept
+        steps = self.rounds * (2 * product + weights * (12.0 * block + 6000.0))
+        return correcting + steps + self.polish * adam + swept
 
     def memory(self, operators: Sequence[Operator]) -> float:
         shapes = [operator.shape for operator in operators]
         rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
         largest = rows if self.share else max(shape[0] for shape in shapes)
         copies = 14 if self.solver == "adam" or self.polish else 11  # float32, of the linears that are solved together
-        return max(24.0 * columns**2, 8.0 * columns**2 + 4.0 * rows * columns + 4.0 * copies * largest * columns)
+        return max(self.factoring(columns), 8.0 * columns**2 + 4.0 * rows * columns + 4.0 * copies * largest * columns)
 
     def apply(self, work: StageWork) -> Iterator[Event]:
         import torch

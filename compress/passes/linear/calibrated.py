@@ -55,6 +55,16 @@ class Calibrated(LinearPass):
             self._refuse_idle("with sequential: false, which sees the original model only", "correction")
         return self
 
+    def factoring(self, columns: int) -> float:
+        """Bytes while a second moment is factored: two float64 copies of it and two float32 ones; with auto, that of a
+        part of the tokens."""
+        return (28.0 if self.correction == "auto" else 24.0) * columns**2
+
+    def correcting(self, rows: int, columns: int) -> float:
+        """Operations of correcting a target; with auto, of finding out how much, which takes a second system."""
+        once = 2.0 * rows * columns**2 * bool(self.correction)
+        return once + (2.0 * columns**3 + 4.0 * rows * columns**2 if self.correction == "auto" else 0.0)
+
     def shrinkage_for(self, columns: int, tokens: int) -> float:
         """The shrinkage of a moment over so many tokens."""
         return columns / (columns + tokens) if self.shrinkage == "auto" else self.shrinkage

@@ -105,7 +105,7 @@ class Eora(Calibrated):
 
     def flops(self, rows: int, columns: int) -> float:
         small = min(rows, columns)
-        return 2.0 * columns**3 + 4.0 * rows * columns**2 + 30.0 * small**3
+        return 2.0 * columns**3 + 2.0 * rows * columns**2 + self.correcting(rows, columns) + 30.0 * small**3
 
     def memory(self, operators: Sequence[Operator]) -> float:
         shapes = [operator.shape for operator in operators]
@@ -113,7 +113,7 @@ class Eora(Calibrated):
         small = max(min(shape) for shape in shapes)
         largest = max(shape[0] for shape in shapes)
         solving = 8.0 * rows * columns + 24.0 * largest * columns + 32.0 * small**2
-        return max(24.0 * columns**2, 8.0 * columns**2 + solving)
+        return max(self.factoring(columns), 8.0 * columns**2 + solving)
 
     def apply(self, work: StageWork) -> Iterator[Event]:
         import torch

@@ -51,18 +51,18 @@ class Gptq(Quantizer, Calibrated):
 
     def flops(self, rows: int, columns: int) -> float:
         sweeps = len(_SHRINKS) if self.search else 1
-        products = (1 + 2 * bool(self.correction) + sweeps + 2 * self.refinements) * rows * columns**2
+        products = (1 + sweeps + 2 * self.refinements) * rows * columns**2 + self.correcting(rows, columns)
         # Column after column, a weight costs as much time as this many operations of a GEMM.
         return 2.0 * columns**3 + products + (3000.0 * sweeps + 6000.0 * self.refinements) * rows * columns
 
     def memory(self, operators: Sequence[Operator]) -> float:
         shapes = [operator.shape for operator in operators]
         rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
-        # Factoring holds two float64 copies of the moment and two float32 ones; solving, four in bfloat16 at most, the
-        # weights, codes and grids of all rows, and about six float32 copies of the rows at hand.
+        # Solving holds four copies of the moment in bfloat16 at most, the weights, codes and grids of all rows, and
+        # about six float32 copies of the rows at hand.
         if any(_wrapped(operator) for operator in operators):
             return 36.0 * columns**2 + 12.0 * rows * columns
-        return max(24.0 * columns**2, 8.0 * columns**2 + 4.0 * rows * columns + 24.0 * min(rows, ROWS) * columns)
+        return max(self.factoring(columns), 8.0 * columns**2 + 4.0 * rows * columns + 24.0 * min(rows, ROWS) * columns)
 
     def apply(self, work: StageWork) -> Iterator[Event]:
         import torch

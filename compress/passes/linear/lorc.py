@@ -338,11 +338,11 @@ class Lorc(Calibrated):
         return self._rounded({name: by_block[shape.block] for name, shape in self._shapes.items()}, mean)
 
     def flops(self, rows: int, columns: int) -> float:
-        return 2.0 * rows * columns**2 + 60.0 * rows**3
+        return self.correcting(rows, columns) + 60.0 * rows**3
 
     def memory(self, operators: Sequence[Operator]) -> float:
         (rows, _), columns = max(operator.shape for operator in operators), operators[0].shape[1]
-        return max(24.0 * columns**2, 16.0 * columns**2 + 32.0 * rows * columns + 40.0 * rows**2)
+        return max(self.factoring(columns), 16.0 * columns**2 + 32.0 * rows * columns + 40.0 * rows**2)
 
     def plan(self, name: str, operator: Operator, group: Mapping[str, Dense]) -> Operator:
         return self.planned(name, operator, group)  # factors of another lorc are no place for latents

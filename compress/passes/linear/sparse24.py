@@ -66,13 +66,13 @@ class SparsePass(Calibrated):
         if not self.method.startswith("sparsegpt"):
             return 50.0 * rows * columns
         sweeps = self.sweeps if self.method == "sparsegpt_sweep" else 0
-        products = (1 + 2 * bool(self.correction) + 2 * sweeps) * rows * columns**2
+        products = (1 + 2 * sweeps) * rows * columns**2 + self.correcting(rows, columns)
         return 2.0 * columns**3 + products + (3000.0 + 6000.0 * sweeps) * rows * columns
 
     def memory(self, operators: Sequence[Operator]) -> float:
         shapes = [operator.shape for operator in operators]
         rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
-        return max(24.0 * columns**2, 8.0 * columns**2 + 8.0 * rows * columns + 24.0 * min(rows, ROWS) * columns)
+        return max(self.factoring(columns), 8.0 * columns**2 + 8.0 * rows * columns + 24.0 * min(rows, ROWS) * columns)
 
     def apply(self, work: StageWork) -> Iterator[Event]:
         from .groups import groups_of
