@@ -372,6 +372,18 @@ def test_an_exact_weight_ends_the_search_at_once() -> None:
     assert len(calls) < 30
 
 
+def test_a_rise_on_the_way_ends_no_search() -> None:
+    """With momentum the loss rises at times, which is not the end: more iterations still bring more."""
+    for seed in range(4):
+        weight, moment = problem(64, 64, seed=seed)
+        target, energy = weight.T.float().contiguous(), moment.diagonal().float()
+        start = Factors.start(target, energy, 16, 16)
+        before = start.copy()
+        some, more = (alternate(start, target, energy, iterations)[1] for iterations in (60, 200))
+        assert more < 0.6 * some
+        assert torch.equal(start.core, before.core)
+
+
 @pytest.mark.parametrize("diagonal", [False, True])
 def test_momentum_gets_farther_in_half_of_the_iterations(diagonal: bool) -> None:
     weight, moment = problem(64, 64)

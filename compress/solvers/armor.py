@@ -21,6 +21,7 @@ _MOMENTUM = 0.8  # share of an iteration's way that the next one goes first
 _SETTLING = 0.15  # of the iterations, at the end, which go without: momentum leaves the loss above what is near
 _CHECK = 5  # iterations between two looks at the loss
 _STALLED = 1e-3  # relative gain between two looks, below which there is no point in going on
+_PATIENCE = 3  # looks in a row without it, for with momentum the loss rises at times
 _RIDGE = 1e-6  # relative to the mean diagonal of what is inverted
 
 # (values, gradient, moment, metric) of some columns of the core, which it improves in place
@@ -92,23 +93,26 @@ def alternate(factors: Factors, target: Tensor, moment: Tensor, iterations: int)
     """
     error = target - factors.product()
     initial = lowest = total_loss(error, moment)
-    best, before, settling = factors.copy(), factors, False
+    best = before = factors
+    factors, settling, idle = factors.copy(), False, 0
     for iteration in range(iterations):
         settling = settling or iteration >= min((1 - _SETTLING) * iterations, iterations - 1)
-        if not settling:
-            before, factors = factors, factors.beyond(before) if iteration else factors.copy()
+        if iteration and not settling:
+            before, factors = factors, factors.beyond(before)
             error = target - factors.product()
         step_a(factors, error, moment)
         round_of_chunks(factors, error, moment, choose_pairs)
         if (iteration + 1) % _CHECK == 0 or iteration + 1 == iterations:
             error = target - factors.product()  # also sheds the rounding of many updates
             loss = total_loss(error, moment)
-            stalled = loss >= lowest * (1 - _STALLED)
+            idle = idle + 1 if loss >= lowest * (1 - _STALLED) else 0
             if loss < lowest:
                 best, lowest = factors.copy(), loss
-            if stalled and settling:
+            if settling and idle:
                 break
-            settling = settling or stalled
+            if idle == _PATIENCE:  # from the best there was, without momentum
+                factors, settling, idle = best.copy(), True, 0
+                error = target - factors.product()
     return best, lowest, initial
 
 
