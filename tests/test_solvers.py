@@ -8,12 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pico import known
 from torch import Tensor
 
 from compressor.calibrate.stage import StageWork
 from compressor.calibrate.statistics import Statistics
 from compressor.compress.passes.linear.gptq import Gptq, Solution
 from compressor.compress.passes.linear.groups import Shift, groups_of, held_out_share
+from compressor.compress.passes.linear.sparse24 import SparsePass
 from compressor.compress.solvers.grid import Grid, range_grid, searched_grid
 from compressor.compress.solvers.refine import best_scale, differences, refine, row_losses
 from compressor.compress.solvers.sweep import best_sweep, column_sweep, gptq_codes
@@ -383,6 +385,71 @@ def test_a_correction_is_as_strong_as_tokens_that_it_has_not_seen_bear(drift: st
     expected = 1 / (1 + (1 / best - 1) * 0.75) if best else 0.0
     assert found == pytest.approx(expected, abs=2e-3)
     assert {"linear": found > 0.99, "half": 0.2 < found < 0.9, "noise": found < 0.2}[drift]
+
+
+@pytest.mark.parametrize("lent", [False, True])
+def test_shares_are_those_of_each_linear_and_of_the_tokens_that_were_held_out(lent: bool) -> None:
+    """From sums over tokens to targets: of two linears that read the same input, one sees what drifted."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 32, generator=generator, dtype=DOUBLE)
+    moved = torch.randn(400, 32, generator=generator, dtype=DOUBLE)
+    moved[:, :4] += 3 * x[:, :4]
+    weights = torch.randn(2, 8, 32, generator=generator, dtype=DOUBLE)
+    weights[0, :, 4:], weights[1, :, :4] = 0, 0
+    seen, held = slice(300), slice(300, 400)
+    sums = {
+        "moment": x.T @ x,
+        "cross": moved.T @ x,
+        "held_moment": x[held].T @ x[held],
+        "held_cross": moved[held].T @ x[held],
+    }
+    statistics = Statistics(0 if lent else 400, {name: found.float() for name, found in sums.items()}, 400 * lent)
+    dense = {name: Dense(weight.float()) for name, weight in zip("ab", weights, strict=True)}
+    originals = {name: operator.weight for name, operator in dense.items()}
+    work = StageWork({**dense}, originals, [["a", "b"]], dict.fromkeys("ab", statistics))
+    step = gptq(bits=4, correction="auto", shrinkage="auto")
+    (group,) = groups_of(step, work, products=torch.float32)
+
+    def shift(rows: slice) -> Tensor:
+        moment, tokens = x[rows].T @ x[rows], len(x[rows])
+        system = damped_system(moment, step.damping, shrinkage=32 / (32 + tokens))
+        return moved[rows].T @ x[rows] @ torch.linalg.inv(system.moment)
+
+    shares = torch.linspace(0, 1, 2001, dtype=DOUBLE)
+    for weight, alpha, target in zip(weights, group.alphas, group.targets(), strict=True):
+        change = x[held] @ (weight @ shift(seen)).T
+        losses = torch.stack([(moved[held] @ weight.T - a * change).square().sum() for a in shares])
+        best = float(shares[losses.argmin()])
+        assert alpha == pytest.approx(1 / (1 + (1 / best - 1) * 0.75) if best else 0.0, abs=2e-3)
+        torch.testing.assert_close(target.double(), weight + alpha * weight @ shift(slice(None)), rtol=1e-3, atol=1e-4)
+    assert group.alphas[0] > 0.9 > 0.5 > group.alphas[1]
+
+
+def test_passes_that_correct_nothing_make_no_second_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, moment = problem(rows=4, columns=32)
+    made = []
+    monkeypatch.setattr(
+        "compressor.compress.passes.linear.groups.damped_system",
+        lambda *args, **options: made.append(None) or damped_system(*args, **options),
+    )
+    weight = torch.randn(4, 32)
+    for method, count in (("wanda", 1), ("sparsegpt", 2)):
+        work = StageWork({"x": Dense(weight)}, {"x": weight}, [["x"]], {"x": known(moment)})
+        list(SparsePass(kind="sparse24", method=method).apply(work))  # type: ignore[arg-type]
+        assert len(made) == count
+        made.clear()
+
+
+def test_lent_tokens_shrink_a_moment_by_what_they_count() -> None:
+    """Many that count little say more than few of an expert's own; there is no jump where it needs no others."""
+    step, found = gptq(bits=4, shrinkage="auto"), []
+    for tokens in (*range(1, 256, 5), 255, 256):
+        own, other = known(torch.eye(2048), tokens), known(torch.eye(2048), 4000)
+        statistics = other.lent_to(own) if tokens < 256 else own
+        found.append(step.shrinkage_for(2048, statistics.effective))
+    assert found[-2] == pytest.approx(found[-1], rel=0.01)
+    assert step.shrinkage_for(2048, known(torch.eye(8), 4000).lent_to(None).effective) == pytest.approx(2048 / 6048)
+    assert found == sorted(found)
 
 
 def test_a_moment_of_few_tokens_leans_on_its_diagonal() -> None:

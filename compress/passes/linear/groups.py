@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +18,7 @@ from ...solvers.lowrank import refit_up
 from ...solvers.system import NotSolvable, System, damped_system
 from .calibrated import ROWS, Calibrated
 
-SystemOf = Callable[[Tensor, int], System]  # of a second moment over so many tokens
+SystemOf = Callable[[Tensor, float], System]  # of a second moment over so many tokens
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def groups_of(
     """
     products = products or products_dtype(cpu_capability())
 
-    def system_of(moment: Tensor, tokens: int) -> System:
+    def system_of(moment: Tensor, tokens: float) -> System:
         share = step.shrinkage_for(len(moment), tokens)
         return damped_system(moment, step.damping, act_order=act_order, together=together, shrinkage=share)
 
@@ -174,13 +175,13 @@ def _factors(work: StageWork, group: Group, system_of: SystemOf, products: torch
     operator = replace(operator, down=work.linears.pop(below))
     if "up" in operator.factors:
         plain = isinstance(operator.up, Dense)  # a pattern that is there already would not survive being refitted
-        weight, statistics = operator.up.dense(), None
+        weight, between = operator.up.dense(), None
         if group.system is not None:
             moment = group.system.moment.float()
             if plain:
                 weight = refit_up(target, moment, operator.down.dense(), weight)
-            statistics = Statistics(group.tokens, {"moment": operator.between(moment)})
-        known = _known(statistics, system_of, weight, products, group.reason)
+            between = Statistics(group.tokens, {"moment": operator.between(moment)})
+        known = _known(between, lambda found, _: system_of(found, math.inf), weight, products, group.reason)
         work.linears[above] = Dense(weight.to(dtype)) if plain else operator.up
         yield replace(
             group, names=[above], operators=[work.linears[above]], originals=[weight.to(dtype)], shift=None, **known
@@ -198,7 +199,7 @@ def _group(
 ) -> Group:
     operators, originals = [work.linears[n] for n in names], [work.originals[n] for n in names]
     statistics = work.statistics.get(names[0])
-    cross = None if statistics is None or not step.correction else statistics.cross
+    cross = None if statistics is None or "cross" not in step.needs else statistics.cross
     alphas = [0.0 if step.correction == "auto" else step.correction] * len(names)
     if step.correction == "auto" and statistics is not None and cross is not None:  # before there is another system
         alphas = _held_out_shares(statistics, originals, system_of, products)
@@ -216,8 +217,7 @@ def _held_out_shares(
     sums = statistics.sums
     assert statistics.cross is not None
     try:
-        seen = round((statistics.tokens + statistics.lent) * (1 - HELD))
-        fit = system_of(statistics.moment - sums["held_moment"], seen).to(products)
+        fit = system_of(statistics.moment - sums["held_moment"], statistics.effective * (1 - HELD)).to(products)
     except NotSolvable:
         return [0.0] * len(originals)
     shift = Shift.of(statistics.cross - sums["held_cross"], fit, sum(len(original) for original in originals))
@@ -243,7 +243,7 @@ def _known(
             reason = "its inputs were all zero"
         else:
             try:
-                system = system_of(statistics.moment, statistics.tokens + statistics.lent).to(products)
+                system = system_of(statistics.moment, statistics.effective).to(products)
                 energy = statistics.moment.diagonal().clone()
                 return {"tokens": tokens, "system": system, "energy": energy, "reason": ""}
             except NotSolvable as error:
