@@ -29,7 +29,7 @@ from .fingerprint import make_fingerprint, statistics_source
 from .guards import check_output, source_skeleton
 from .job import Job
 from .journal import Journal
-from .output.folder import check_runs, finish_folder, write_beside
+from .output.folder import check_complete, check_runs, finish_folder, write_beside
 from .output.writer import ShardedWriter
 from .passes.base import ModelPass
 from .plan import Plan, make_plan, plan_for_text
@@ -145,6 +145,7 @@ def _measured(
         listener(Measuring())
         texts, reason = texts_to_measure(job.recipe, original.checkpoint, text)
         if texts:
+            check_complete(journal.result, plan.skeleton.checkpoint)
             quality = measure(journal.result, original, texts)
         else:
             check_runs(journal.result, plan.skeleton.checkpoint)

@@ -15,6 +15,7 @@ from ..runtime.stored import open_model
 from .evaluate import Divergence, Evaluation
 from .evaluate.blocks import evaluate_blocks
 from .output.folder import events_of
+from .passes.base import ModelPass
 from .plan import Plan
 from .recipe import Limits, Recipe
 from .resources import LEAST, LENGTH, held_out_windows
@@ -127,16 +128,24 @@ def measure(folder: Path, original: Skeleton, texts: Mapping[str, Tensor]) -> Qu
 
 def most_lost(plan: Plan, out: Path, drift: Sequence[float]) -> str:
     """Where most was lost: the block behind which the residual stream is further off by most, and there the pass and
-    the linear whose outputs are.
+    the linear whose outputs are, as far as that can be told.
 
     Args:
         out: the finished output.
     """
-    block_of = {name: plan.skeleton.checkpoint.block_index(f"{name}.weight") for name in plan.linears}
+    outside = {rows: name for name, rows in plan.skeleton.outer().items() if name in plan.rewritten}
+    if not any(drift):
+        return f"all is lost behind the blocks, in {outside[False]}" if False in outside else "no block is off"
     jumps = [after - before for before, after in zip((0.0, *drift), drift, strict=False)]
     block = max(range(len(jumps)), key=jumps.__getitem__)
     before = drift[block - 1] if block else 0.0
     where = f"most is lost in block {block}, behind which the stream is {drift[block]:.2g} off ({before:.2g} before it)"
+    if block == 0 and True in outside:
+        return f"{where}, or in {outside[True]} in front of it"
+    reshaped = [step.kind for step in plan.recipe.passes if isinstance(step, ModelPass)]
+    if reshaped:  # what linears report is how far they are from what these left
+        return f"{where}: by {' and '.join(reshaped)} or by what came after"
+    block_of = {name: plan.skeleton.checkpoint.block_index(f"{name}.weight") for name in plan.linears}
     events = events_of(out)
     done = [event for event in events if event["kind"] == "LayerDone" and block_of.get(event["name"]) == block]
     if not done:

@@ -10,17 +10,18 @@ import pytest
 import torch
 from command import run as command
 from pico import interrupt, same_folders
+from safetensors.torch import load_file, save_file
 
 from compressor.calibrate.corpus import drawn_windows, file_corpus, load_tokenizer
 from compressor.compress.apply import Job, apply
 from compressor.compress.evaluate import evaluate
-from compressor.compress.events import Event, Measured, Warned
+from compressor.compress.events import Event, Measured, Measuring, Warned
 from compressor.compress.output.verify import verify
 from compressor.compress.plan import make_plan, plan_for_text
-from compressor.compress.quality import Quality, measure
+from compressor.compress.quality import Quality, measure, most_lost
 from compressor.compress.recipe import parse_recipe
 from compressor.runtime import load
-from compressor.runtime.errors import ModelError, RecipeError
+from compressor.runtime.errors import ModelError, RecipeError, VerifyError
 from compressor.runtime.model.checkpoint import Checkpoint
 from compressor.runtime.model.skeleton import Skeleton
 
@@ -117,6 +118,48 @@ def test_beyond_a_limit_the_output_is_written_and_the_answer_is_no(pico: Pico, t
     found = json.loads(command(*words, cwd=tmp_path).stdout)
     assert found["beyond"] == ""
     assert found["quality"]["texts"]["built-in"]["against"]["kl_mean"] > 1e-6
+
+
+HEAD = "{kind: rtn, bits: 2, group_size: 32, targets: [lm_head]}"
+TABLE = "{kind: rtn, bits: 2, group_size: 32, targets: [model.embed_tokens]}"
+PRUNED = "{kind: expert_prune, keep: 2}, {kind: rtn, bits: 8, group_size: 32}"
+
+
+@pytest.mark.parametrize(
+    ("family", "passes", "said"),
+    [
+        ("llama", HEAD, "all is lost behind the blocks, in lm_head"),
+        ("llama", TABLE, ", or in model.embed_tokens in front of it"),
+        ("qwen3_moe", PRUNED, ": by expert_prune or by what came after"),
+    ],
+)
+def test_who_lost_most_is_said_as_far_as_it_is_known(
+    family: str, passes: str, said: str, pico: Pico, tmp_path: Path, calibration_text: Path
+) -> None:
+    text = DATA.format(calibration_text) + f"passes: [{passes}]"
+    events: list[Event] = []
+    plan = apply(Job(parse_recipe(text), text, (), pico(family), tmp_path / "out", "pico"), events.append)
+    quality = next(event.quality for event in events if isinstance(event, Measured))
+    assert most_lost(plan, tmp_path / "out", quality.drift).endswith(said)
+
+
+def test_an_output_without_a_tensor_of_the_original_is_found_before_it_is_published(
+    pico: Pico, tmp_path: Path, calibration_text: Path
+) -> None:
+    """Also one that no text reaches."""
+
+    def spoil(event: Event) -> None:
+        if isinstance(event, Measuring):
+            [path] = tmp_path.rglob("model.safetensors")
+            tensors = load_file(path)
+            save_file({name: t for name, t in tensors.items() if name != min(lost)}, path)
+
+    model = pico("llava")
+    lost = [name for name in Checkpoint(model).tensors if "vision_tower" in name]
+    text = DATA.format(calibration_text) + "passes: [{kind: rtn, bits: 4, group_size: 32}]"
+    with pytest.raises(VerifyError, match="in one of the model and its output only"):
+        apply(Job(parse_recipe(text), text, (), model, tmp_path / "out", "pico"), spoil)
+    assert not (tmp_path / "out").exists()
 
 
 def test_held_out_windows_are_other_text_and_change_no_draw(pico: Pico, tmp_path: Path) -> None:

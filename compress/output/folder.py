@@ -104,16 +104,26 @@ def _routers(skeleton: Skeleton) -> list[str]:
     return list({*found, *map(family.memory_name, found)})
 
 
+def check_complete(folder: Path, original: Checkpoint) -> Checkpoint:
+    """The folder, opened.
+
+    Raises:
+        VerifyError: a tensor is in it or in the original only.
+    """
+    opened = open_model(folder)
+    if missing := sorted(set(original.tensors).symmetric_difference(opened.tensors)):
+        raise VerifyError(f"{folder}: {missing[0]} is in one of the model and its output only")
+    return opened
+
+
 def check_runs(folder: Path, original: Checkpoint) -> None:
     """Run sixteen tokens through the folder's blocks, one at a time.
 
     Raises:
         VerifyError: a tensor is missing, or a block gives NaN or infinities.
     """
-    opened = open_model(folder)
+    opened = check_complete(folder, original)
     skeleton = Skeleton(opened, calibration_dtype(opened))
-    if missing := sorted(set(original.tensors).symmetric_difference(opened.tensors)):
-        raise VerifyError(f"{folder}: {missing[0]} is in one of the model and its output only")
     ids = torch.arange(16)[None] % skeleton.config.vocab_size
     hidden = skeleton.embed(ids)
     for index in range(skeleton.blocks):
