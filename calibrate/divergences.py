@@ -90,14 +90,14 @@ def divergences(
 
 def _compared(skeleton: Skeleton, hidden: Tensor, changed: Mapping[str, Spill]) -> dict[str, float]:
     """KL per token between what leaves the last block in the original and in each chain; a few tokens at a time."""
-    found = dict.fromkeys(changed, 0.0)
+    found, answer = dict.fromkeys(changed, 0.0), skeleton.answers()
     piece = max(32, LOGITS // skeleton.config.vocab_size)
     for row in range(len(hidden)):
         for start in range(0, hidden.shape[1], piece):
             part = slice(start, start + piece)
-            reference = skeleton.logits(hidden[row, part]).log_softmax(-1)
+            reference = answer(hidden[row, part]).log_softmax(-1)
             for label, spill in changed.items():
-                logs = skeleton.logits(spill[row : row + 1][0, part]).log_softmax(-1)
+                logs = answer(spill[row : row + 1][0, part]).log_softmax(-1)
                 found[label] += float(F.kl_div(logs, reference, log_target=True, reduction="sum"))
     return {label: total / hidden[..., 0].numel() for label, total in found.items()}
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from compressor.calibrate.corpus import drawn_windows, file_corpus, load_tokenizer
 from compressor.compress.apply import Job, apply
-from compressor.compress.evaluate import evaluate
+from compressor.compress.evaluate import blocks, evaluate
 from compressor.compress.events import Event, Measured, Measuring, Warned
 from compressor.compress.output.verify import verify
 from compressor.compress.plan import make_plan, plan_for_text
@@ -43,12 +43,18 @@ def run(text: str, model: Path, out: Path, **options: bool) -> Quality:
         ("llama", "{kind: w8a8, type: int}"),
         ("llama", "{kind: lorc, ratio: 0.25, latent_bits: 4, rank_step: 1}"),
         ("qwen3_moe", "{kind: rtn, bits: 3, group_size: 32}"),
+        ("qwen3_moe", "{kind: w8a8, type: int}"),
         ("granite", "{kind: rtn, bits: 3, group_size: 32}, {kind: rtn, bits: 4, group_size: 32, targets: lm_head}"),
         ("gemma3_text", "{kind: sparse24, method: magnitude}"),
     ],
 )
-def test_one_block_at_a_time_finds_what_whole_models_do(family: str, passes: str, pico: Pico, tmp_path: Path) -> None:
-    """Rounded inputs and latents, routers, scaled logits and a rewritten head included; and by the fold of experts."""
+def test_one_block_at_a_time_finds_what_whole_models_do(
+    family: str, passes: str, pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounded inputs and latents, routers, scaled logits and a rewritten head included; in several batches of windows,
+    the last one smaller, and several pieces of logits, whose borders are not those of windows."""
+    monkeypatch.setattr(blocks, "BATCH_TOKENS", 4 * 48)
+    monkeypatch.setattr(blocks, "LOGITS", 40 * 128)
     model, out = pico(family, dtype=torch.float32), tmp_path / "out"
     run(f"passes: [{passes}]", model, out)
     windows = torch.randint(0, 128, (6, 48), generator=torch.Generator().manual_seed(1))
