@@ -192,16 +192,6 @@ class Statistics:
         """Whether there is a second moment, of anything at all."""
         return "moment" in self.sums and bool(self.tokens or self.lent)
 
-    @property
-    def effective(self) -> float:
-        """How many tokens that all count alike say as much: `(Σ w)² / Σ w²` of what each counts. All
-        that is lent counts for what is missing to `ENOUGH`."""
-        if not self.tokens or not self.lent:
-            return float(self.tokens or self.lent)
-        width = next(iter(self.sums.values())).shape[-1]
-        missing = max(0.0, ENOUGH * width - self.tokens)
-        return (self.tokens + missing) ** 2 / (self.tokens + missing**2 / self.lent)
-
     def lent_to(self, own: Statistics | None) -> Statistics:
         """These statistics of other tokens, with an expert's own (None: it has none) and of their mean size: they count
         for as many tokens as it takes to have `ENOUGH`."""

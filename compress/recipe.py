@@ -66,7 +66,8 @@ class Limits(BaseModel):
     kl: float | None = Field(
         0.5,
         gt=0,
-        description="KL(original ‖ output) per token, in nats, on text that did not calibrate, if any is left; null: no limit",
+        description="KL(original ‖ output) per token, in nats, on text that did not calibrate, if any is left; null: "
+        "no limit",
     )
     perplexity_ratio: float | None = Field(
         1.5, gt=0, description="perplexity of that text, as a multiple of the original's; null: no limit"

@@ -440,18 +440,6 @@ def test_passes_that_correct_nothing_make_no_second_system(monkeypatch: pytest.M
         made.clear()
 
 
-def test_lent_tokens_shrink_a_moment_by_what_they_count() -> None:
-    """Many that count little say more than few of an expert's own; there is no jump where it needs no others."""
-    step, found = gptq(bits=4, shrinkage="auto"), []
-    for tokens in (*range(1, 256, 5), 255, 256):
-        own, other = known(torch.eye(2048), tokens), known(torch.eye(2048), 4000)
-        statistics = other.lent_to(own) if tokens < 256 else own
-        found.append(step.shrinkage_for(2048, statistics.effective))
-    assert found[-2] == pytest.approx(found[-1], rel=0.01)
-    assert step.shrinkage_for(2048, known(torch.eye(8), 4000).lent_to(None).effective) == pytest.approx(2048 / 6048)
-    assert found == sorted(found)
-
-
 def test_a_moment_of_few_tokens_leans_on_its_diagonal() -> None:
     _, moment = problem(rows=4, columns=32, tokens=20)
     found = damped_system(moment, 1e-3, shrinkage=0.25).moment

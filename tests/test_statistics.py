@@ -77,7 +77,6 @@ def test_what_is_lent_counts_as_much_as_is_missing() -> None:
     assert (found.tokens, found.lent) == (2, 40)
     alone = other.lent_to(None)
     assert (alone.tokens, alone.lent) == (0, 40)
-    assert alone.effective == 40
     assert torch.equal(alone.moment, other.moment)
 
 

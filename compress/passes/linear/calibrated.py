@@ -65,10 +65,8 @@ class Calibrated(LinearPass):
         once = 2.0 * rows * columns**2 * bool(self.correction)
         return once + (2.0 * columns**3 + 4.0 * rows * columns**2 if self.correction == "auto" else 0.0)
 
-    def shrinkage_for(self, columns: int, tokens: float) -> float:
-        """The shrinkage of a moment over so many tokens; infinite: one that has been shrunk already."""
-        if tokens == float("inf"):
-            return 0.0
+    def shrinkage_for(self, columns: int, tokens: int) -> float:
+        """The shrinkage of a moment over so many tokens."""
         return columns / (columns + tokens) if self.shrinkage == "auto" else self.shrinkage
 
     @property

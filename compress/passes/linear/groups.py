@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +17,7 @@ from ...solvers.lowrank import refit_up
 from ...solvers.system import NotSolvable, System, damped_system
 from .calibrated import ROWS, Calibrated
 
-SystemOf = Callable[[Tensor, float], System]  # of a second moment over so many tokens
+SystemOf = Callable[[Tensor, int], System]  # of a second moment over so many tokens
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ def groups_of(
     """
     products = products or products_dtype(cpu_capability())
 
-    def system_of(moment: Tensor, tokens: float) -> System:
+    def system_of(moment: Tensor, tokens: int) -> System:
         share = step.shrinkage_for(len(moment), tokens)
         return damped_system(moment, step.damping, act_order=act_order, together=together, shrinkage=share)
 
@@ -181,7 +180,7 @@ def _factors(work: StageWork, group: Group, system_of: SystemOf, products: torch
             if plain:
                 weight = refit_up(target, moment, operator.down.dense(), weight)
             between = Statistics(group.tokens, {"moment": operator.between(moment)})
-        known = _known(between, lambda found, _: system_of(found, math.inf), weight, products, group.reason)
+        known = _known(between, system_of, weight, products, group.reason)
         work.linears[above] = Dense(weight.to(dtype)) if plain else operator.up
         yield replace(
             group, names=[above], operators=[work.linears[above]], originals=[weight.to(dtype)], shift=None, **known
@@ -217,7 +216,8 @@ def _held_out_shares(
     sums = statistics.sums
     assert statistics.cross is not None
     try:
-        fit = system_of(statistics.moment - sums["held_moment"], statistics.effective * (1 - HELD)).to(products)
+        seen = round((statistics.tokens + statistics.lent) * (1 - HELD))
+        fit = system_of(statistics.moment - sums["held_moment"], seen).to(products)
     except NotSolvable:
         return [0.0] * len(originals)
     shift = Shift.of(statistics.cross - sums["held_cross"], fit, sum(len(original) for original in originals))
@@ -243,7 +243,7 @@ def _known(
             reason = "its inputs were all zero"
         else:
             try:
-                system = system_of(statistics.moment, statistics.effective).to(products)
+                system = system_of(statistics.moment, statistics.tokens + statistics.lent).to(products)
                 energy = statistics.moment.diagonal().clone()
                 return {"tokens": tokens, "system": system, "energy": energy, "reason": ""}
             except NotSolvable as error:
