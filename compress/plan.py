@@ -121,7 +121,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, *, look: bool = False, memory:
     recipe = recipe.model_copy(update={"data": recipe.data.sized(widest)})
     recipe, skeleton, survey = _prepared(recipe, skeleton, look)
     checkpoint = skeleton.checkpoint
-    for source in {recipe.data.source, *(step.text for step in recipe.passes)} - {"builtin", None}:
+    for source in {recipe.data.source, *(step.text for step in recipe.passes if step.needs)} - {"builtin", None}:
         find_text(Path(str(source)))
     linears: dict[str, LinearPlan] = {}
     matched = dict.fromkeys(recipe.linear_passes, 0)
