@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import sysconfig
 from array import array
@@ -145,11 +146,13 @@ def _stdlib_documents() -> Iterator[tuple[str, str]]:
 
 
 def find_text(path: Path) -> None:
-    """Refuse a data file that is missing or of another kind."""
+    """Refuse a data file that is missing, of another kind, or not to be read."""
     if not path.is_file():
         raise RecipeError(f"{path}: no such text file; give a .txt or .jsonl file under data.source, or 'builtin'")
     if path.suffix not in (".txt", ".jsonl"):
         raise RecipeError(f"{path}: data files are .txt or .jsonl, not {path.suffix or 'a file without a suffix'}")
+    if not os.access(path, os.R_OK):
+        raise RecipeError(f"{path}: this text file may not be read; change its permissions, or name another one")
 
 
 def file_corpus(path: Path) -> Corpus:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -256,6 +257,16 @@ def test_token_ids_of_held_out_text_are_looked_at_too(pico: Pico, monkeypatch: p
 def test_a_text_that_is_not_there_is_missed_before_the_run(pico: Pico, tmp_path: Path) -> None:
     text = f"data: {{source: {tmp_path}/none.txt}}\npasses: [{{kind: rtn, bits: 4, group_size: 32}}]"
     with pytest.raises(RecipeError, match=r"none\.txt"):
+        make_plan(parse_recipe(text), Skeleton(Checkpoint(pico())))
+
+
+def test_a_text_that_may_not_be_read_is_said_before_the_run(
+    pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.txt").write_text("words")
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "mine.txt")
+    text = f"data: {{source: {tmp_path}/mine.txt}}\npasses: [{{kind: gptq, group_size: 32}}]"
+    with pytest.raises(RecipeError, match=r"mine\.txt: this text file may not be read"):
         make_plan(parse_recipe(text), Skeleton(Checkpoint(pico())))
 
 

@@ -58,12 +58,12 @@ class Calibrated(LinearPass):
     def factoring(self, columns: int) -> float:
         """Bytes while a second moment is factored: two float64 copies of it and two float32 ones; with auto, that of a
         part of the tokens."""
-        return (28.0 if self.correction == "auto" else 24.0) * columns**2
+        return (28.0 if "held_cross" in self.needs else 24.0) * columns**2
 
     def correcting(self, rows: int, columns: int) -> float:
         """Operations of correcting a target; with auto, of finding out how much, which takes a second system."""
-        once = 2.0 * rows * columns**2 * bool(self.correction)
-        return once + (2.0 * columns**3 + 4.0 * rows * columns**2 if self.correction == "auto" else 0.0)
+        once = 2.0 * rows * columns**2 * ("cross" in self.needs)
+        return once + (2.0 * columns**3 + 4.0 * rows * columns**2 if "held_cross" in self.needs else 0.0)
 
     def shrinkage_for(self, columns: int, tokens: int) -> float:
         """The shrinkage of a moment over so many tokens."""
