@@ -28,12 +28,16 @@ class Seen:
 
 
 LOGITS = 1 << 23  # numbers of logits at a time
+BEGINNING = 128  # tokens of a window that are carried at least
 SHALLOW = 8  # blocks up to which all tokens are carried for every change; deeper models take as much time for a block
 
 
-def carried_tokens(blocks: int, tokens: int) -> int:
-    """How many of the observed tokens are carried to the end of the model for every change."""
-    return int(max(1, min(tokens, tokens * SHALLOW // blocks)))
+def carried(blocks: int, samples: int, tokens: int) -> tuple[int, int]:
+    """How many of the observed windows are carried to the end of the model for every change, and how many tokens of
+    each: the beginnings of all, as long as these are long enough to be read."""
+    share = int(max(1, min(samples * tokens, samples * tokens * SHALLOW // blocks)))
+    length = min(tokens, share, max(BEGINNING, share // samples))
+    return min(samples, share // length), length
 
 
 Changes = Mapping[str, Mapping[str, Tensor]]  # label → name of a linear inside the block, in memory → its weight
@@ -62,10 +66,10 @@ def divergences(
     """
     windows = windows[: max(1, BATCH_TOKENS // windows.shape[1]), :BATCH_TOKENS]
     shutil.rmtree(scratch, ignore_errors=True)  # what an interrupted survey left lacks the chains of changes
-    carried = carried_tokens(skeleton.blocks, windows.numel())
-    rows, length = slice(max(1, carried // windows.shape[1])), slice(min(carried, windows.shape[1]))
+    shape = carried(skeleton.blocks, *windows.shape)
+    rows, length = map(slice, shape)
     every, changed = slice(None), dict[str, Spill]()
-    few = Chains(scratch, (), (rows.stop, length.stop, skeleton.config.hidden_size))
+    few = Chains(scratch, (), (*shape, skeleton.config.hidden_size))
     for index, blocks, chains in drive({"original": skeleton}, windows, scratch):
         block = blocks["original"]
         layer, hidden = block.layer, chains.read(index, block.chain)[every]

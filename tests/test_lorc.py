@@ -290,7 +290,9 @@ def test_probes_find_how_errors_move_the_block(pico: Pico, family: str) -> None:
     assert all(torch.equal(a, b[0]) for a, b in zip(again, found, strict=True))
 
 
-@pytest.mark.parametrize(("shallow", "carried"), [(8, (3, 32)), (1.5, (2, 32)), (0.5, (1, 24)), (0.001, (1, 1))])
+@pytest.mark.parametrize(
+    ("shallow", "carried"), [(8, (3, 32)), (1.5, (3, 24)), (0.5, (3, 8)), (0.2, (1, 8)), (0.001, (1, 1))]
+)
 def test_a_survey_measures_what_changing_the_whole_model_does(
     pico: Pico,
     tmp_path: Path,
@@ -301,6 +303,7 @@ def test_a_survey_measures_what_changing_the_whole_model_does(
 ) -> None:
     """On all tokens that it looks at, or of models deeper than `shallow` on some, the beginnings of windows."""
     monkeypatch.setattr("compressor.calibrate.divergences.SHALLOW", shallow)
+    monkeypatch.setattr("compressor.calibrate.divergences.BEGINNING", 8)
     folder = pico("qwen3_moe", dtype=torch.float32)
     skeleton = Skeleton(Checkpoint(folder))
     recipe = parse_recipe(

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -292,12 +293,14 @@ class Lorc(Calibrated):
     def survey_cost(self, skeleton: Skeleton, samples: int, sequence_length: int) -> Cost:
         """Of cutting every projection once, where ranks are found on data."""
         from ....calibrate.chains import BATCH_TOKENS
-        from ....calibrate.divergences import LOGITS, carried_tokens
+        from ....calibrate.divergences import LOGITS, carried
         from ....runtime.model.skeleton import HEAD_ROWS
 
         if not (self._nominal and self.calibrated):
             return Cost()
-        tokens = min(samples * sequence_length, BATCH_TOKENS)
+        length = min(sequence_length, BATCH_TOKENS)
+        windows = min(samples, max(1, BATCH_TOKENS // sequence_length))
+        tokens, each = windows * length, math.prod(carried(skeleton.blocks, windows, length))
         blocks = [[linear.weight.shape for linear in skeleton.linears(n).values()] for n in range(skeleton.blocks)]
         block = max(sum(rows * columns for rows, columns in shapes) for shapes in blocks)
         widest = max(max(shape) for shapes in blocks for shape in shapes)
@@ -306,9 +309,8 @@ class Lorc(Calibrated):
         # their product.
         running = 4 * block + 4 * tokens * (3 * widest + 4 * hidden)
         comparing = 5 * 4 * max(LOGITS, 32 * vocabulary) + 4 * hidden * min(vocabulary, HEAD_ROWS)
-        carried = carried_tokens(skeleton.blocks, tokens)
-        flops = 2.0 * carried * names * (skeleton.blocks / 2 * block + vocabulary * hidden)
-        return Cost(BUFFERS + max(running, comparing), 4 * hidden * (names * carried + 2 * tokens), 0.0, flops)
+        flops = 2.0 * each * names * (skeleton.blocks / 2 * block + vocabulary * hidden)
+        return Cost(BUFFERS + max(running, comparing), 4 * hidden * (names * each + 2 * tokens), 0.0, flops)
 
     @property
     def _ranks(self) -> dict[str, int]:
