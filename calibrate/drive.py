@@ -101,4 +101,6 @@ def drive(
             blocks[chain] = BlockRun(skeleton, index, chain, chains, layer, skeleton.runner(index, layer))
         yield index, blocks, chains
         chains.advanced(index + 1)
+        for skeleton in skeletons.values():
+            skeleton.checkpoint.release()
     shutil.rmtree(folder)

@@ -44,6 +44,7 @@ def evaluate_blocks(
             runner = model.runner(index, _block(model, index))
             for rows in parts:
                 stream[rows] = model.run(runner, stream[rows]).cpu()
+            model.checkpoint.release()
         exact, found = streams
         if not bool(found.isfinite().all()):
             raise VerifyError(f"{output.checkpoint.path}: block {index} gives activations that are not finite")

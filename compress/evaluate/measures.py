@@ -74,47 +74,44 @@ class Reading:
 
     def __init__(self, windows: Tensor) -> None:
         self._samples, self._targets = len(windows), windows[:, 1:].flatten()
-        self._seen = 0
-        self._own: list[Tensor] = []
-        self._other: list[Tensor] = []
-        self._divergences: list[Tensor] = []
-        self._agreements: list[Tensor] = []
+        self._seen, self._compared = 0, False
+        # Own loss, the base's, divergence, agreement. At once: small tensors that stay, made between large ones that
+        # go, keep the allocator from giving these back.
+        self._found = torch.zeros(4, len(self._targets), dtype=torch.float64)
 
     def add(self, logs: Tensor, reference: Tensor | None = None) -> None:
         """Log probabilities of the next tokens to be predicted, `[tokens, vocabulary]`, and the base's alike."""
-        targets = self._targets[self._seen : self._seen + len(logs), None].to(logs.device)
-        self._seen += len(logs)
-        self._own.append(-logs.gather(-1, targets)[:, 0].double().cpu())
+        rows = slice(self._seen, self._seen + len(logs))
+        self._seen = rows.stop
+        targets, (own, other, divergence, agreement) = self._targets[rows, None].to(logs.device), self._found[:, rows]
+        own.copy_(-logs.gather(-1, targets)[:, 0])
         if reference is not None:
-            self._other.append(-reference.gather(-1, targets)[:, 0].double().cpu())
-            self._agreements.append((logs.argmax(-1) == reference.argmax(-1)).double().cpu())
-            divergence = F.kl_div(logs, reference, log_target=True, reduction="none").sum(-1)
-            self._divergences.append(divergence.double().cpu())
+            self._compared = True
+            other.copy_(-reference.gather(-1, targets)[:, 0])
+            divergence.copy_(F.kl_div(logs, reference, log_target=True, reduction="none").sum(-1))
+            agreement.copy_(logs.argmax(-1) == reference.argmax(-1))
 
     def evaluation(self) -> Evaluation:
         """What was found, once every token is there."""
-        losses = self._windows(self._own)
+        windows = self._found.view(4, self._samples, -1).mean(-1)
+        losses, base_losses, divergences, _ = windows
         perplexity = float(losses.mean().exp())
         error, count = perplexity * _standard_error(losses), len(self._targets)
-        if not self._other:
+        if not self._compared:
             return Evaluation(count, perplexity, error)
-        base_losses, tokens = self._windows(self._other), torch.cat(self._divergences)
+        tokens, agreements = self._found[2:]
         ratio = float((losses - base_losses).mean().exp())
         against = Divergence(
             base_perplexity=float(base_losses.mean().exp()),
             perplexity_ratio=ratio,
             ratio_error=ratio * _standard_error(losses - base_losses),
             kl_mean=float(tokens.mean()),
-            kl_error=_standard_error(self._windows(self._divergences)),
+            kl_error=_standard_error(divergences),
             kl_median=float(tokens.median()),
             kl_p99=float(tokens.sort().values[int(0.99 * (tokens.numel() - 1))]),
-            top1_agreement=float(torch.cat(self._agreements).mean()),
+            top1_agreement=float(agreements.mean()),
         )
         return Evaluation(count, perplexity, error, against)
-
-    def _windows(self, parts: list[Tensor]) -> Tensor:
-        """The mean of every window."""
-        return torch.cat(parts).view(self._samples, -1).mean(1)
 
 
 @torch.no_grad()
