@@ -131,9 +131,11 @@ def apply(
     else:
         _print_applied(done, model, out, quality)
     if beyond:
+        if quality.main is not None:
+            beyond += f": {most_lost(done, out, quality.drift)}"
         render.err.print(
-            f"{beyond}: {most_lost(done, out, quality.drift)}; {out} is written, but compress less, or say in the "
-            "recipe that this is meant (limits)"
+            f"{beyond}; {out} is written, but {'compress less' if quality.main else 'mend that'}, or say in the recipe "
+            "that this is meant (limits)"
         )
         raise typer.Exit(1)
 

@@ -78,9 +78,10 @@ class Quality:
         return line
 
     def beyond(self, limits: Limits) -> str:
-        """What is above the limits, or nothing."""
+        """What is above the limits, or nothing; limits that the recipe states and nothing can be held against count."""
         if self.main is None:
-            return ""
+            stated = [f"limits.{key}" for key in sorted(limits.model_fields_set) if getattr(limits, key) is not None]
+            return f"{' and '.join(stated)} cannot be checked: {self.reason}" if stated else ""
         _, _, against = self.main
         found = {"kl": ("KL", against.kl_mean), "perplexity_ratio": ("perplexity ratio", against.perplexity_ratio)}
         above = [

@@ -107,6 +107,9 @@ def test_a_model_without_a_tokenizer_is_not_measured(pico: Pico, tmp_path: Path)
     [warned] = [event.text for event in events if isinstance(event, Warned)]
     assert quality.summary() == "not compared with the original: the model has no tokenizer"
     assert warned.endswith("limits are not held against it: the model has no tokenizer")
+    assert quality.beyond(parse_recipe(text).limits) == ""
+    stated = parse_recipe(text + "\nlimits: {kl: .1, perplexity_ratio: null}").limits
+    assert quality.beyond(stated) == "limits.kl cannot be checked: the model has no tokenizer"
     assert verify(tmp_path / "out") == []
 
 
