@@ -125,15 +125,12 @@ def _mendable(job: Job, device: str, memory: float = 0.0) -> Iterator[None]:
             "a smaller data.sequence_length"
         ) from None
     except OSError as error:
+        again = "run the same command with --resume" if Journal(job.out).folder.is_dir() else "run the same command"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceError(
-                f"{job.out}: the disk is full; free some space and run the same command with --resume"
-            ) from None
+            raise ResourceError(f"{job.out}: the disk is full; free some space and {again}") from None
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise ResourceError(f"{error.filename or job.out}: {error.strerror}; choose another output") from None
-        raise ResourceError(
-            f"{error.filename or job.out}: {error.strerror or error}; mend that and run the same command with --resume"
-        ) from None
+        raise ResourceError(f"{error.filename or job.out}: {error.strerror or error}; mend that and {again}") from None
 
 
 def _measured(

@@ -182,6 +182,12 @@ def plan_for_text(
     return plan, text
 
 
+def little_text(recipe: Recipe, parameters: int) -> bool:
+    """Whether the text that comes with this package calibrates a model too large for it."""
+    asked = any(step.needs for step in recipe.passes)
+    return asked and recipe.data.source == "builtin" and parameters > LARGE_MODEL
+
+
 def widest_input(skeleton: Skeleton) -> int:
     """Columns of the widest linear of all blocks."""
     return max(linear.in_features for index in range(skeleton.blocks) for linear in skeleton.linears(index).values())
@@ -193,7 +199,7 @@ def _warnings(recipe: Recipe, widest: int, parameters: int) -> Iterator[str]:
             yield f"{step.kind}: {step.warning}"
     if not any(step.needs for step in recipe.passes):
         return
-    if recipe.data.source == "builtin" and parameters > LARGE_MODEL:
+    if little_text(recipe, parameters):
         yield "the built-in text is little for a model of this size: name your own under data.source"
     tokens = recipe.data.tokens
     if tokens < TOKENS * widest:

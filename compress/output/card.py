@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..plan import LARGE_MODEL, Plan, rows
+from ..plan import Plan, little_text, rows
 
 if TYPE_CHECKING:
     from ..job import Job
@@ -60,6 +60,6 @@ def model_card(
     starved = len({event["name"] for event in events if event["kind"] == "Starved"})
     if starved:
         lines += ["", f"{starved} linears of experts saw few calibration tokens; `report/layers.jsonl` names them."]
-    if plan.needs and job.recipe.data.source == "builtin" and plan.skeleton.checkpoint.parameters > LARGE_MODEL:
+    if little_text(plan.recipe, plan.skeleton.checkpoint.parameters):
         lines += ["", "**Calibrated on the built-in text only**, which is little for a model of this size."]
     return "\n".join(lines) + "\n"
