@@ -27,7 +27,10 @@ def interpreted(*command: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("names", [("int_linear", "sparse24"), ("latent_attention", "grouped", "w8a8")])
+@pytest.mark.parametrize(
+    "names",
+    [("int_linear", "sparse24"), ("latent_attention", "w8a8"), pytest.param(("grouped",), marks=pytest.mark.long)],
+)
 def test_kernels_do_what_their_twins_do(names: tuple[str, ...]) -> None:
     options = ["-q", "-p", "no:cacheprovider", "--confcutdir", "tests/kernels"]
     assert " passed" in interpreted("-m", "pytest", *options, *(f"tests/kernels/test_{name}.py" for name in names))
