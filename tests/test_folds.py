@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from pico import FAMILIES, stock_logits
+from pico import FAMILIES, benchmark, stock_logits
 from torch import Tensor
 
 from compressor.calibrate.drive import start_chains
@@ -183,3 +183,26 @@ def test_what_feeds_a_stage_follows_in_whatever_form_it_is(
         apply(job, lambda event: None)
         outputs.append(load(tmp_path / name, "cpu", torch.float32)(input_ids=torch.arange(1, 40)[None]).logits)
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
+
+
+def test_the_judge_with_outliers_computes_the_same(pico: Pico, tmp_path: Path) -> None:
+    """Bit for bit, for its scales are powers of two; and a few channels are that much larger."""
+    model, out = pico("qwen3_moe"), tmp_path / "out"
+    benchmark("outliers").write(model, out, share=0.02)
+    ids = torch.randint(0, 128, (2, 24), generator=torch.Generator().manual_seed(0))
+    largest: list[list[Tensor]] = []
+    logits = []
+    for folder in (model, out):
+        loaded, seen = load(folder, dtype=torch.float32), list[Tensor]()
+        for name in ("q_proj", "o_proj"):
+            reader = loaded.model.layers[1].self_attn.get_submodule(name)
+            reader.register_forward_pre_hook(
+                lambda module, inputs, seen=seen: seen.append(inputs[0].abs().amax((0, 1)))
+            )
+        logits.append(loaded(input_ids=ids).logits.detach())
+        largest.append(seen)
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
+    for before, after in zip(*largest, strict=True):
+        times = (after / before).round()
+        assert set(times.tolist()) <= {1.0, 16.0, 32.0}
+        assert 0 < int((times > 1).sum()) <= 2
