@@ -116,6 +116,25 @@ class Fallback(Event):
 
 
 @dataclass(frozen=True)
+class Scaled(Event):
+    """Scales have moved between what feeds linears and these.
+
+    Attributes:
+        name: the first of the linears.
+        feeder: the norm, or the linear, by its name inside the block.
+        left: share of what rounding the linears would cost that is left by estimate.
+        least, most: of the scales, whose geometric mean is one.
+    """
+
+    name: str
+    step: str
+    feeder: str
+    left: float
+    least: float
+    most: float
+
+
+@dataclass(frozen=True)
 class Starved(Event):
     """An expert's linear was seen by so few tokens that its statistics lean on other experts' tokens."""
 

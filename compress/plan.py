@@ -218,7 +218,7 @@ def _prepared(recipe: Recipe, skeleton: Skeleton, look: bool) -> tuple[Recipe, S
         try:
             if isinstance(step, ModelPass) and any(isinstance(earlier, LinearPass) for earlier in passes):
                 raise RecipeError(f"{step.kind} changes the model itself: put it before all other passes")
-            ready = step.prepare(skeleton)
+            ready = step.before(recipe.passes[number + 1 :]).prepare(skeleton)
         except RecipeError as error:
             raise RecipeError(f"passes.{number}: {error}") from None
         if look and not ready.needs:

@@ -103,15 +103,15 @@ def surveyed(
         listener(event)
 
     for number, step in enumerate(recipe.passes):
-        folder = journal.chains / f"survey-{number}"
+        folder, later = journal.chains / f"survey-{number}", recipe.passes[number + 1 :]
         if number in known:
             content = recipe.model_dump(mode="json") | {"passes": [known[number]["pass"]]}
-            ready = Recipe.model_validate(content).passes[0].prepare(skeleton)
+            ready = Recipe.model_validate(content).passes[0].before(later).prepare(skeleton)
             if isinstance(ready, ModelPass):
                 ready = ready.with_made([folder / name for name in known[number]["made"]])
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            ready = step.prepare(skeleton)
+            ready = step.before(later).prepare(skeleton)
             task = texts[ready.text].windows if ready.text in texts else None
             ready = ready.survey(skeleton, Survey(windows, folder, heard, task, None if number else routing))
             made = [str(path.relative_to(folder)) for path in ready.made] if isinstance(ready, ModelPass) else []

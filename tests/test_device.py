@@ -29,6 +29,7 @@ RECIPES = {
         "[{kind: rtn, bits: 4, group_size: 32, search: true, targets: '*.mlp.*'}, "
         "{kind: w8a8, type: float, ignore: '*.mlp.*'}]",
     ),
+    "scaled": ("qwen3_moe", "[{kind: awq}, {kind: gptq, bits: 4, group_size: 32}]"),
     "sparse": (
         "llama",
         "[{kind: sparse24}, {kind: gptq, bits: 4, group_size: 32}, {kind: eora, rank: 4}]",

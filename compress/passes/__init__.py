@@ -8,6 +8,7 @@ from pydantic import Field
 
 from .base import Pass
 from .linear.armor import ArmorPass
+from .linear.awq import Awq
 from .linear.eora import Eora
 from .linear.gptq import Gptq
 from .linear.lorc import Lorc
@@ -17,7 +18,7 @@ from .linear.w8a8 import W8A8Pass
 from .model.expert_prune import ExpertPrune
 from .model.expert_width import ExpertWidth
 
-_ALL: tuple[type[Pass], ...] = (Rtn, Gptq, W8A8Pass, SparsePass, ArmorPass, Eora, Lorc, ExpertPrune, ExpertWidth)
+_ALL: tuple[type[Pass], ...] = (Rtn, Gptq, Awq, W8A8Pass, SparsePass, ArmorPass, Eora, Lorc, ExpertPrune, ExpertWidth)
 
 
 def kind_of(kind: type[Pass]) -> str:

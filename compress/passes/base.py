@@ -107,6 +107,10 @@ class Pass(BaseModel):
         """
         return frozenset()
 
+    def before(self, later: Sequence[Pass]) -> Pass:
+        """This pass, with what a recipe asks for behind it."""
+        return self
+
     def prepare(self, skeleton: Skeleton) -> Pass:
         """This pass for a model of which headers are known.
 
