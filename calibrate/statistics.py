@@ -4,8 +4,9 @@ With x the input in the reference chain and x̃ in the compressed chain (`docs/a
 
     moment = Σ w² x̃ x̃ᵀ            cross = Σ w² (x − x̃) x̃ᵀ            peak = max |x̃|
 
-where w is the router's coefficient for an expert's row and 1 elsewhere. `held_moment` and `held_cross` are the same
-sums over a part of the tokens, by which what was fitted to the others can be judged. Another kind is a row of `KINDS`.
+where w is the router's coefficient for an expert's row and 1 elsewhere. `sample` is a few of the rows w x̃.
+`held_moment` and `held_cross` are the same sums over a part of the tokens, by which what was fitted to the others can
+be judged. Another kind is a row of `KINDS`.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ def exact_products(dtype: torch.dtype) -> Iterator[None]:
         settings.fp32_precision = before
 
 
+SAMPLE = 256  # rows of a sample
 HELD = 1 / 4  # of the rows of a batch, which are other windows than the rest where it has several
 
 
@@ -62,13 +64,14 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Kind:
-    """A statistic over tokens, float32 `[in_features]`, or `[in_features, in_features]` of a square one.
+    """A statistic over tokens, float32 `[rows, in_features]`.
 
     Attributes:
         add: takes a batch into it, in place.
         join: takes another's into it in place, times a share where it is a sum.
         divide: makes it, in place, that of inputs that are divided by a scale `[in_features]`.
         work: multiplications it takes, as a share of those of all tokens times the square of `in_features`.
+        rows: None for as many as columns; 0 for a vector `[in_features]`.
         paired: whether it serves to compare the two chains.
     """
 
@@ -76,11 +79,13 @@ class Kind:
     join: Callable[[Tensor, Tensor, float], None]
     divide: Callable[[Tensor, Tensor], object]
     work: float
-    square: bool = True
+    rows: int | None = None
     paired: bool = False
 
     def shape(self, in_features: int) -> tuple[int, ...]:
-        return (in_features, in_features) if self.square else (in_features,)
+        if self.rows is None:
+            return in_features, in_features
+        return (self.rows, in_features) if self.rows else (in_features,)
 
     def nbytes(self, in_features: int) -> float:
         return 4.0 * math.prod(self.shape(in_features))
@@ -112,6 +117,19 @@ def _add_peak(sums: Tensor, inputs: Inputs) -> None:
         torch.maximum(sums, inputs.rows.abs().amax(0).float(), out=sums)
 
 
+def _add_sample(sums: Tensor, inputs: Inputs) -> None:
+    _fill(sums, inputs.weighed)
+
+
+def _fill(sums: Tensor, rows: Tensor, share: float = 1.0) -> None:
+    """Put some of the rows, evenly spaced, where there is still room."""
+    room = (sums == 0).all(1).nonzero()[:, 0]
+    rows = rows[rows.any(1)] if len(room) else rows[:0]
+    if len(rows):
+        taken = rows[:: -(-len(rows) // len(room))][: len(room)]
+        sums[room[: len(taken)]] = taken
+
+
 def _sum(own: Tensor, other: Tensor, share: float) -> None:
     own.add_(other, alpha=share)
 
@@ -130,7 +148,8 @@ KINDS: Mapping[str, Kind] = {
     # Of no use but to judge what follows from cross.
     "held_moment": Kind(_add_held_moment, _sum, _both_sides, HELD / 2, paired=True),
     "held_cross": Kind(_add_held_cross, _sum, _both_sides, HELD, paired=True),
-    "peak": Kind(_add_peak, _larger, Tensor.div_, 0.0, square=False),
+    "peak": Kind(_add_peak, _larger, Tensor.div_, 0.0, rows=0),
+    "sample": Kind(_add_sample, _fill, Tensor.div_, 0.0, rows=SAMPLE),
 }
 UNPAIRED = frozenset(name for name, kind in KINDS.items() if not kind.paired)
 

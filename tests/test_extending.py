@@ -43,7 +43,7 @@ def module_of(number: int) -> Any:
 
 @pytest.fixture(scope="module")
 def example() -> Any:
-    return module_of(0).SmoothQuant
+    return module_of(0).Equalize
 
 
 @pytest.fixture
@@ -64,18 +64,18 @@ def test_the_pass_is_short() -> None:
     assert BLOCKS[0].count("\n") <= 80
 
 
-def test_the_pass_smooths_what_is_then_rounded(
+def test_the_pass_makes_equal_what_is_then_rounded(
     example: Any, outliers: Path, calibration_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = f"data: {{source: '{calibration_text}', samples: 4, sequence_length: 32}}\npasses: [{{kind: w8a8}}]\n"
     rounded = parse_recipe(text)
-    smooth = example(kind="smoothquant")
+    equal = example(kind="equalize")
     ids = torch.arange(1, 40)[None]
     original = load(outliers, "cpu", torch.float32)(input_ids=ids).logits
     lost = {}
     nearest = parse_recipe("passes: [{kind: rtn, bits: 8, group_size: 32}]\n").passes
-    variants = {"alone": (smooth,), "rounded": rounded.passes, "both": (smooth, *rounded.passes)}
-    for name, passes in (variants | {"nearest": (smooth, *nearest)}).items():
+    variants = {"alone": (equal,), "rounded": rounded.passes, "both": (equal, *rounded.passes)}
+    for name, passes in (variants | {"nearest": (equal, *nearest)}).items():
         job = Job(rounded.model_copy(update={"passes": passes}), text, (), outliers, tmp_path / name, "x")
         apply(job, lambda event: None)
         found = load(tmp_path / name, "cpu", torch.float32)(input_ids=ids).logits

@@ -27,7 +27,10 @@ def test_two_halves_are_the_whole_and_the_whole_is_brute_force() -> None:
         moments = [w**2 * torch.outer(r, r) for w, r, _ in rows]
         crosses = [w**2 * torch.outer(b - r, r) for w, r, b in rows]
         held = {"held_moment": sum(moments[n] for n in which), "held_cross": sum(crosses[n] for n in which)}
-        return {"moment": sum(moments), "cross": sum(crosses), "peak": x.abs().view(-1, 6).amax(0), **held}  # type: ignore[dict-item]
+        sample = torch.zeros(256, 6, dtype=torch.float64)
+        sample[:100] = weights[:, None] * x.view(-1, 6)
+        peak = x.abs().view(-1, 6).amax(0)
+        return {"moment": sum(moments), "cross": sum(crosses), "peak": peak, "sample": sample, **held}  # type: ignore[dict-item]
 
     for statistics, held in ((whole, range(75, 100)), (halves[0], [*range(38, 50), *range(88, 100)])):
         known = expected(list(held))
@@ -36,6 +39,18 @@ def test_two_halves_are_the_whole_and_the_whole_is_brute_force() -> None:
             assert found.shape == KINDS[kind].shape(6)
             assert KINDS[kind].nbytes(6) == found.nbytes
             torch.testing.assert_close(found.double(), known[kind], rtol=1e-4, atol=1e-4)
+
+
+def test_a_sample_is_spread_over_the_first_tokens_that_fill_it() -> None:
+    found = Statistics.empty(2, ("sample",))
+    rows = torch.arange(1.0, 1201.0)[:, None].expand(-1, 2)
+    found.add(rows[:100])
+    found.add(rows[100:1000])  # into what 156 rows are left for
+    found.add(rows[1000:])
+    taken = found.sums["sample"][:, 0].tolist()
+    assert taken[:100] == list(range(1, 101))
+    assert taken[100:250] == list(range(101, 1001, 6))
+    assert taken[250:] == [1001, 1035, 1069, 1103, 1137, 1171]
 
 
 def test_those_of_scaled_inputs_need_no_second_look() -> None:

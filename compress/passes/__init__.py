@@ -13,12 +13,25 @@ from .linear.eora import Eora
 from .linear.gptq import Gptq
 from .linear.lorc import Lorc
 from .linear.rtn import Rtn
+from .linear.smoothquant import SmoothQuant
 from .linear.sparse24 import SparsePass
 from .linear.w8a8 import W8A8Pass
 from .model.expert_prune import ExpertPrune
 from .model.expert_width import ExpertWidth
 
-_ALL: tuple[type[Pass], ...] = (Rtn, Gptq, Awq, W8A8Pass, SparsePass, ArmorPass, Eora, Lorc, ExpertPrune, ExpertWidth)
+_ALL: tuple[type[Pass], ...] = (
+    Rtn,
+    Gptq,
+    Awq,
+    SmoothQuant,
+    W8A8Pass,
+    SparsePass,
+    ArmorPass,
+    Eora,
+    Lorc,
+    ExpertPrune,
+    ExpertWidth,
+)
 
 
 def kind_of(kind: type[Pass]) -> str:

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 BUFFERS = 48e6  # bytes: compiled kernels and scratch of the matrix library
 # A chain that is run over the text; kinds of `calibrate.statistics`; and what only surveys and some passes ask for.
 Need = Literal[
-    "reference", "compressed", "moment", "cross", "held_moment", "held_cross", "peak", "metric", "routing", "text"
+    "reference", "compressed", "moment", "cross", "held_moment", "held_cross", "peak", "sample", "metric", "routing",
+    "text",
 ]  # fmt: skip
 
 

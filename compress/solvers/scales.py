@@ -11,6 +11,12 @@ what rounding one costs (GPTQ), it is what is left of that input once those are 
 Ranges are largest entries, so that in log s each bracket is a sum of exponentials of convex functions, and f is convex:
 descent finds the best scales there are. AWQ (arXiv:2306.00978) takes the best of twenty candidates, powers of the mean
 inputs over those of the mean weights, by what rounding does to the outputs.
+
+Where inputs x are rounded too, a token at a time in as many steps, that costs
+
+    [Σ_tokens max_j (x_j / s_j)²] [Σ_rows Σ_j (w_j s_j)²]
+
+more, which is convex as well. SmoothQuant (arXiv:2211.10438) has one form of scales for both.
 """
 
 from __future__ import annotations
@@ -36,12 +42,16 @@ class Reader:
         energy: e `[columns]`.
         group_size: columns that are rounded in the same steps; -1: a row.
         symmetric: whether a range is twice the largest magnitude; else from the lowest (or 0) to the highest (or 0).
+        inputs: `[tokens, columns]`, where they are rounded in steps as many as those of the weights; a sample of them.
+        times: how many tokens each of these stands for.
     """
 
     weight: Tensor
     energy: Tensor
     group_size: int
     symmetric: bool
+    inputs: Tensor | None = None
+    times: float = 1.0
 
     def cost(self, scale: Tensor) -> Tensor:
         """f for scales of the columns."""
@@ -49,7 +59,11 @@ class Reader:
         highest, lowest = pieces.amax(2).clamp(min=0), pieces.amin(2).clamp(max=0)
         spans = highest.maximum(-lowest) if self.symmetric else highest - lowest
         seen = by_group((self.energy / scale.square())[None], self.group_size)[0].sum(1)
-        return spans.square().sum(0) @ seen
+        cost = spans.square().sum(0) @ seen
+        if self.inputs is not None:
+            tops = (self.inputs / scale).abs().amax(1).square().sum()
+            cost = cost + self.times * tops * (self.weight.square().sum(0) @ scale.square())
+        return cost
 
 
 def some_rows(weight: Tensor, most: int) -> Tensor:

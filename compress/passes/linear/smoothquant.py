@@ -1,0 +1,44 @@
+"""SmoothQuant: outliers of inputs move into the weights that read them (arXiv:2211.10438), as far as serves both.
+
+Where inputs are rounded too, each token in steps that are a share of its largest number, a channel of outliers makes
+the steps of all others coarse. SmoothQuant divides it by `max|x|^α / max|w|^(1-α)`, one α for the whole model; here
+scales are the minimum of a convex cost, of rounding the weights and of rounding a sample of the inputs
+(`compress/solvers/scales.py`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from ..base import LinearPass, Need
+from .scaling import Scaling
+from .w8a8 import W8A8Pass
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ....calibrate.statistics import Statistics
+    from ...solvers.scales import Reader
+
+
+class SmoothQuant(Scaling):
+    """Move scales between what feeds linears and these, for the pass behind to round weights and inputs better."""
+
+    behind: ClassVar[str] = "w8a8 with type: int"
+    kind: Literal["smoothquant"]
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"reference", "moment", "sample"})
+
+    def rounds(self, step: LinearPass) -> bool:
+        return isinstance(step, W8A8Pass) and step.type == "int"  # steps of float8 are a share of each number
+
+    def reader(self, step: LinearPass, weight: Tensor, statistics: Statistics) -> Reader:
+        from ...solvers.scales import Reader
+
+        sample = statistics.sums["sample"]
+        energy = statistics.moment.diagonal().clone()
+        # A sample of the tokens, whose energy is a share of that of all.
+        times = float(energy.sum() / sample.square().sum().clamp(min=1e-30))
+        return Reader(weight, energy, -1, True, sample, times)
