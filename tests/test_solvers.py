@@ -17,6 +17,7 @@ from compressor.compress.passes.linear.gptq import Gptq, Solution
 from compressor.compress.passes.linear.groups import Shift, groups_of, held_out_share
 from compressor.compress.passes.linear.sparse24 import SparsePass
 from compressor.compress.solvers.grid import Grid, range_grid, searched_grid
+from compressor.compress.solvers.numbers import E2M1, E4M3, Integers, Numbers
 from compressor.compress.solvers.refine import best_scale, differences, refine, row_losses
 from compressor.compress.solvers.sweep import best_sweep, column_sweep, gptq_codes
 from compressor.compress.solvers.system import NotSolvable, System, damped_system
@@ -65,6 +66,32 @@ def sweep_by_the_book(target: Tensor, moment: Tensor, order: Tensor, quantize) -
     return result
 
 
+@pytest.mark.parametrize(
+    ("numbers", "all_of_them"),
+    [
+        (E2M1, torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])),
+        (E4M3, torch.arange(127).to(torch.uint8).view(torch.float8_e4m3fn).float()),
+        (Integers(3), torch.arange(5.0)[:4]),
+    ],
+)
+def test_the_nearest_number_is_one_of_those_there_are(numbers: Numbers, all_of_them: Tensor) -> None:
+    values = torch.cat([-all_of_them[1:].flip(0), all_of_them])
+    if isinstance(numbers, Integers):
+        values = torch.cat([values[:1] - 1, values])
+    assert (float(values[0]), float(values[-1])) == (numbers.low, numbers.high)
+    assert torch.equal(numbers.nearest(values.clone()), values)
+    x = 1.2 * numbers.high * torch.randn(4000, generator=torch.Generator().manual_seed(0)).pow(5).clamp(-1, 1)
+    found = numbers.nearest(x.clone())
+    distances = (x[:, None] - values).abs()
+    assert torch.equal((found - x).abs(), distances.amin(1))
+    middles = (values[1:] + values[:-1]) / 2
+    even = numbers.nearest(middles.clone())
+    assert bool(torch.isin(even, values).all())
+    if numbers == E4M3:
+        assert torch.equal(found, x.clamp(-448, 448).to(torch.float8_e4m3fn).float())
+        assert torch.equal(even, middles.to(torch.float8_e4m3fn).float())
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("act_order", [True, False])
@@ -79,7 +106,9 @@ def test_sweep_gives_the_codes_of_the_unblocked_solver(
 
     def quantize(j: int, column: Tensor) -> Tensor:
         zero = 0 if zeros is None else zeros[:, j]
-        return (torch.clamp(torch.round(column / scales[:, j]) + zero, grid.low, grid.high) - zero) * scales[:, j]
+        return (
+            torch.clamp(torch.round(column / scales[:, j]) + zero, grid.numbers.low, grid.numbers.high) - zero
+        ) * scales[:, j]
 
     expected = sweep_by_the_book(weight, system.moment, system.order, quantize)
     codes, losses = swept(weight, grid, system)
@@ -190,8 +219,8 @@ def test_every_refinement_lowers_the_loss_of_every_row(
         lower = row_losses(delta, moment)
         assert bool((lower <= losses * (1 + 1e-9)).all())
         losses = lower
-    assert codes.min() >= grid.low
-    assert codes.max() <= grid.high
+    assert codes.min() >= grid.numbers.low
+    assert codes.max() <= grid.numbers.high
     assert torch.equal(grid.scales, grid.scales.bfloat16().double())
 
 
@@ -224,7 +253,7 @@ def test_refinement_ends_where_no_single_code_can_improve(columns: int, group_si
         grid = refine(codes, delta, grid, moment)
     best = row_losses(delta, moment)
     for j in range(columns):
-        for value in range(grid.low, grid.high + 1):
+        for value in range(grid.numbers.low, grid.numbers.high + 1):
             other = codes.T.clone()
             other[:, j] = value
             assert bool((losses_of(grid.values(other) - weight, moment) >= best - 1e-9).all())

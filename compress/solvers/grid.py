@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...kernels.reference import expand_groups
+from .numbers import Integers, Numbers
 
 
 @dataclass(frozen=True)
@@ -19,24 +20,16 @@ class Grid:
     Attributes:
         scales: `[rows, groups]`, rounded to what will be stored, any sign, never zero.
         zeros: `[rows, groups]` integers in the same dtype, or None when symmetric.
-        bits: of a code, which lies in `[-2**(bits-1), 2**(bits-1) - 1]`.
+        numbers: what codes are.
         group_size: columns that share a scale, the last group may be ragged; -1 for one scale a row.
         stored: the dtype the scales are stored in.
     """
 
     scales: Tensor
     zeros: Tensor | None
-    bits: int
+    numbers: Numbers
     group_size: int
     stored: torch.dtype
-
-    @property
-    def low(self) -> int:
-        return -(2 ** (self.bits - 1))
-
-    @property
-    def high(self) -> int:
-        return 2 ** (self.bits - 1) - 1
 
     def columns(self, count: int) -> tuple[Tensor, Tensor | None]:
         """Scale and zero of every column: two `[rows, count]`."""
@@ -47,14 +40,14 @@ class Grid:
     def rows(self, which: Tensor | slice) -> Grid:
         """The grid of some rows."""
         zeros = None if self.zeros is None else self.zeros[which]
-        return Grid(self.scales[which], zeros, self.bits, self.group_size, self.stored)
+        return Grid(self.scales[which], zeros, self.numbers, self.group_size, self.stored)
 
     @staticmethod
     def stacked(grids: Sequence[Grid]) -> Grid:
         """One grid of the rows of several, all alike but for scales and zeros."""
         first = grids[0]
         zeros = None if first.zeros is None else torch.cat([grid.zeros for grid in grids if grid.zeros is not None])
-        return Grid(torch.cat([grid.scales for grid in grids]), zeros, first.bits, first.group_size, first.stored)
+        return Grid(torch.cat([grid.scales for grid in grids]), zeros, first.numbers, first.group_size, first.stored)
 
     def where(self, keep: Tensor, other: Grid) -> Grid:
         """This grid in the rows to `keep`, another of the same kind elsewhere."""
@@ -63,12 +56,16 @@ class Grid:
         return stacked.rows(torch.arange(count, device=keep.device) + torch.where(keep, 0, count))
 
     def with_scales(self, scales: Tensor) -> Grid:
-        return Grid(storable(scales, self.stored), self.zeros, self.bits, self.group_size, self.stored)
+        return Grid(storable(scales, self.stored), self.zeros, self.numbers, self.group_size, self.stored)
 
     def codes(self, weight: Tensor) -> Tensor:
         """Nearest codes of `[rows, columns]`, as floats."""
         scales, zeros = self.columns(weight.shape[1])
-        return round_to_grid(weight, scales, zeros, self.low, self.high)
+        return self.rounded(weight, scales, zeros)
+
+    def rounded(self, weight: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+        """Nearest codes of weights that have these scales and zeros, elementwise."""
+        return self.numbers.nearest(torch.div(weight, scales), zeros)
 
     def values(self, codes: Tensor) -> Tensor:
         scales, zeros = self.columns(codes.shape[1])
@@ -87,14 +84,6 @@ def by_group(matrix: Tensor, group_size: int) -> Tensor:
     return F.pad(matrix, (0, -columns % span)).view(rows, -1, span)
 
 
-def round_to_grid(weight: Tensor, scales: Tensor, zeros: Tensor | None, low: int, high: int) -> Tensor:
-    """`clamp(round(weight / scales) + zeros, low, high)`, elementwise."""
-    codes = torch.div(weight, scales).round_()
-    if zeros is not None:
-        codes += zeros
-    return codes.clamp_(low, high)
-
-
 def storable(scales: Tensor, stored: torch.dtype) -> Tensor:
     """Scales as they will be read back: rounded to `stored`, and never zero there."""
     # float16's subnormals are scales like others; those of wider exponents are below what float32 can divide by.
@@ -111,15 +100,14 @@ def range_grid(
     Symmetric: full-range signed scales. With a the entry of largest magnitude, `scale = -a / 2**(bits-1)`, so that a
     itself is the lowest code and no code is wasted. Asymmetric: from min(0, lowest) to max(0, highest).
     """
-    padded = by_group(weight, group_size)
+    padded, numbers = by_group(weight, group_size), Integers(bits)
     highest, lowest = padded.amax(2).clamp(min=0) * shrink, padded.amin(2).clamp(max=0) * shrink
     if symmetric:
         extreme = torch.where(highest > -lowest, highest, lowest)
-        return Grid(storable(-extreme / 2 ** (bits - 1), stored), None, bits, group_size, stored)
+        return Grid(storable(extreme / numbers.low, stored), None, numbers, group_size, stored)
     scales = storable((highest - lowest) / (2**bits - 1), stored)
-    low = -(2 ** (bits - 1))
-    zeros = ((-lowest / scales).round() + low).clamp(low, -low - 1)
-    return Grid(scales, zeros, bits, group_size, stored)
+    zeros = ((-lowest / scales).round() + numbers.low).clamp(numbers.low, numbers.high)
+    return Grid(scales, zeros, numbers, group_size, stored)
 
 
 def searched_grid(

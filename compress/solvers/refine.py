@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .grid import Grid, group_span, round_to_grid, storable
+from .grid import Grid, group_span, storable
 from .row_metric import Metric, settle, times_blocks
 from .sweep import LEAF, halves
 
@@ -159,7 +159,7 @@ def _descend(
         centred = codes[j] if zero is None else codes[j] - zero
         curvature = own[j, j] if metric is None else own[j, j] * metric.diagonal
         best = torch.addcdiv(centred * scale, gradient[j], curvature, value=-1)
-        code = round_to_grid(best, scale, zero, grid.low, grid.high)
+        code = grid.rounded(best, scale, zero)
         if keep is not None:
             code = torch.where(keep[j], code, codes[j])
         change = torch.sub(code, codes[j]).mul_(scale)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .grid import Grid, group_span, round_to_grid
+from .grid import Grid, group_span
 from .system import System
 
 LEAF = 32  # columns that hand on their errors one by one; beyond, halves hand on theirs in one GEMM
@@ -108,7 +108,7 @@ def gptq_codes(target: Tensor, grid: Grid, system: System, keep: Tensor | None =
     def fix(j: int, column: Tensor) -> Tensor:
         place = places[j]
         scale, zero = scales[place // span], None if zeros is None else zeros[place // span]
-        code = round_to_grid(column, scale, zero, grid.low, grid.high)
+        code = grid.rounded(column, scale, zero)
         if keep is not None:
             code = torch.where(keep[place].repeat(copies), code, 0.0 if zero is None else zero)
         codes[place] = code

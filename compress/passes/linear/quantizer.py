@@ -41,6 +41,7 @@ class Quantizer(LinearPass):
 
         from ....runtime.schemes import Composite
         from ...solvers.grid import Grid
+        from ...solvers.numbers import Integers
 
         if isinstance(operator, Composite):
             return operator.with_inner(self.planned(name, operator.inner, group))
@@ -49,7 +50,7 @@ class Quantizer(LinearPass):
         size = self.group_for(columns)
         scales = torch.empty(rows, 1 if size < 0 else -(-columns // size), dtype=dtype, device="meta")
         zeros = None if self.symmetric else scales
-        grid = Grid(scales, zeros, self.bits, size, dtype)
+        grid = Grid(scales, zeros, Integers(self.bits), size, dtype)
         return quantized(torch.empty(rows, columns, dtype=torch.int8, device="meta"), grid, operator)
 
 
@@ -57,5 +58,8 @@ def quantized(codes: Tensor, grid: Grid, leaf: Operator) -> Operator:
     """An operator of plain numbers with codes `[rows, columns]` on a grid in their place."""
     import torch
 
+    from ...solvers.numbers import Integers
+
+    assert isinstance(grid.numbers, Integers)
     zeros = None if grid.zeros is None else grid.zeros.to(torch.int8)
-    return leaf.coded(codes.to(torch.int8), grid.scales.to(grid.stored), zeros, grid.bits, grid.group_size)
+    return leaf.coded(codes.to(torch.int8), grid.scales.to(grid.stored), zeros, grid.numbers.bits, grid.group_size)
