@@ -122,12 +122,14 @@ def _add_sample(sums: Tensor, inputs: Inputs) -> None:
 
 
 def _fill(sums: Tensor, rows: Tensor, share: float = 1.0) -> None:
-    """Put some of the rows, evenly spaced, where there is still room."""
+    """Put some of the rows where there is still room.
+
+    They are drawn by chance: the first tokens of windows, which are unlike others, come at even distances.
+    """
     room = (sums == 0).all(1).nonzero()[:, 0]
     rows = rows[rows.any(1)] if len(room) else rows[:0]
-    if len(rows):
-        taken = rows[:: -(-len(rows) // len(room))][: len(room)]
-        sums[room[: len(taken)]] = taken
+    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[: len(room)].sort().values
+    sums[room[: len(drawn)]] = rows[drawn.to(rows.device)]
 
 
 def _sum(own: Tensor, other: Tensor, share: float) -> None:

@@ -10,6 +10,7 @@ import torch
 from pico import benchmark
 from torch import Tensor
 
+from compressor.calibrate.statistics import Statistics
 from compressor.compress.apply import Job, apply, source_skeleton
 from compressor.compress.events import Event, LayerDone, Scaled
 from compressor.compress.plan import make_plan
@@ -128,6 +129,32 @@ def test_what_is_left_of_an_input_is_its_variance_once_the_rest_is_known() -> No
         later = system.order[place + 1 :]
         known = moment[column, later] @ torch.linalg.solve(moment[later][:, later], moment[later, column])
         assert float(found[column]) == pytest.approx(float(moment[column, column] - known), rel=1e-3)
+
+
+def test_each_pass_behind_has_the_cost_of_what_it_does() -> None:
+    """GPTQ's columns make up for one another, rounding's do not; and inputs that are rounded too count as they come."""
+    statistics = Statistics.empty(16, ("moment", "sample"))
+    generator = torch.Generator().manual_seed(0)
+    statistics.add(torch.randn(400, 16, generator=generator) @ torch.randn(16, 16, generator=generator))
+    weight, plain = torch.randn(8, 16), statistics.moment.diagonal()
+    passes = [
+        "{kind: rtn, bits: 4, group_size: 16, symmetric: false}",
+        "{kind: gptq, bits: 4, group_size: 16, shrinkage: 0, damping: 1.0e-3, act_order: false}",
+        "{kind: w8a8}",
+    ]
+    rtn, gptq, w8a8 = (parse_recipe(f"passes: [{text}]").passes[0] for text in passes)
+    awq, smooth = parse_recipe("passes: [{kind: awq}, {kind: smoothquant}]").passes
+    reader = awq.reader(rtn, weight, statistics)
+    assert (reader.group_size, reader.symmetric, reader.inputs) == (16, False, None)
+    assert torch.equal(reader.energy, plain)
+    system = damped_system(statistics.moment, 1e-3)
+    reader = awq.reader(gptq, weight, statistics)
+    torch.testing.assert_close(reader.energy, conditional_energy(system.factor, system.order))
+    assert bool((reader.energy < 0.9 * plain)[:12].all())  # the last ones have nothing behind them
+    reader = smooth.reader(w8a8, weight, statistics)
+    assert torch.equal(reader.energy, plain)
+    assert torch.equal(reader.inputs, statistics.sums["sample"])
+    assert reader.times == 400 / 256
 
 
 def test_some_rows_are_no_more_than_asked_for() -> None:

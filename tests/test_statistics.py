@@ -41,7 +41,7 @@ def test_two_halves_are_the_whole_and_the_whole_is_brute_force() -> None:
             torch.testing.assert_close(found.double(), known[kind], rtol=1e-4, atol=1e-4)
 
 
-def test_a_sample_is_spread_over_the_first_tokens_that_fill_it() -> None:
+def test_a_sample_is_drawn_from_the_first_tokens_that_fill_it() -> None:
     found = Statistics.empty(2, ("sample",))
     rows = torch.arange(1.0, 1201.0)[:, None].expand(-1, 2)
     found.add(rows[:100])
@@ -49,8 +49,9 @@ def test_a_sample_is_spread_over_the_first_tokens_that_fill_it() -> None:
     found.add(rows[1000:])
     taken = found.sums["sample"][:, 0].tolist()
     assert taken[:100] == list(range(1, 101))
-    assert taken[100:250] == list(range(101, 1001, 6))
-    assert taken[250:] == [1001, 1035, 1069, 1103, 1137, 1171]
+    assert taken == sorted(set(taken))
+    assert all(100 < row <= 1000 for row in taken[100:])
+    assert 5 < sum(row % 16 == 1 for row in taken[100:]) < 15  # a sixteenth of 156, whatever lies at even distances
 
 
 def test_those_of_scaled_inputs_need_no_second_look() -> None:

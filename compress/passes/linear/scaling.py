@@ -72,8 +72,9 @@ class Scaling(LinearPass):
 
     def memory(self, operators: Sequence[Operator]) -> float:
         rows, columns = sum(operator.shape[0] for operator in operators), operators[0].shape[1]
-        # Scaled weights twice, what leads back from them, and the weights that are scaled in the end.
-        return 24.0 * min(rows, ROWS) * columns + 8.0 * rows * columns + 24.0 * columns**2
+        # Scaled rows of all that reads a seam (experts too) twice, what leads back from them, and the weights that are
+        # scaled in the end.
+        return 24.0 * ROWS * columns + 8.0 * rows * columns + 24.0 * columns**2
 
     def apply(self, work: StageWork) -> Iterator[Event]:
         from ...solvers.scales import best_scales
@@ -90,15 +91,19 @@ class Scaling(LinearPass):
                 yield Scaled(seam.linears[0], self.kind, feeder, left, float(scale.min()), float(scale.max()))
 
     def _readers(self, work: StageWork, seam: Seam) -> list[Reader]:
-        """Linears that read a seam, those together that share an input."""
+        """Linears that read a seam, those together that share an input and are rounded alike."""
         import torch
 
         from ...solvers.scales import some_rows
 
-        groups = [[name for name in members if name in seam.linears] for members in work.groups]
-        groups = [names for names in groups if names and work.statistics[names[0]].informed]
+        groups: list[tuple[LinearPass, list[str]]] = []
+        for members in work.groups:
+            alike: dict[LinearPass, list[str]] = {}
+            for name in (name for name in members if name in seam.linears and work.statistics[name].informed):
+                alike.setdefault(self.rounder(name), []).append(name)
+            groups += alike.items()
         found = []
-        for names in groups:
-            rows = some_rows(torch.cat([work.originals[name] for name in names]), max(64, ROWS // len(groups)))
-            found.append(self.reader(self.rounder(names[0]), rows, work.statistics[names[0]]))
+        for step, names in groups:
+            rows = some_rows(torch.cat([work.originals[name] for name in names]), max(1, ROWS // len(groups)))
+            found.append(self.reader(step, rows, work.statistics[names[0]]))
         return found

@@ -38,7 +38,5 @@ class SmoothQuant(Scaling):
         from ...solvers.scales import Reader
 
         sample = statistics.sums["sample"]
-        energy = statistics.moment.diagonal().clone()
-        # A sample of the tokens, whose energy is a share of that of all.
-        times = float(energy.sum() / sample.square().sum().clamp(min=1e-30))
-        return Reader(weight, energy, -1, True, sample, times)
+        times = (statistics.tokens or statistics.lent) / max(1, int(sample.any(1).sum()))
+        return Reader(weight, statistics.moment.diagonal().clone(), -1, True, sample, times)

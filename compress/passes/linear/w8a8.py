@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from ....calibrate.stage import StageWork
     from ....runtime.schemes import W8A8, Dense, Operator
 
-LARGEST = 448.0  # of float8_e4m3fn
-
 
 class W8A8Pass(LinearPass):
     """Round weights to 8 bits, one scale a row; inputs meet them in 8 bits, one scale a token, found as they come."""
@@ -85,9 +83,10 @@ class W8A8Pass(LinearPass):
 
         from ....runtime.schemes import W8A8
         from ...solvers.grid import range_grid, storable
+        from ...solvers.numbers import E4M3
 
         if self.type == "int":
             grid = range_grid(weight, 8, -1, True, stored)
             return W8A8(grid.codes(weight).to(torch.int8), grid.scales.to(stored))
-        scales = storable(weight.abs().amax(1, keepdim=True) / LARGEST, stored)
-        return W8A8((weight / scales).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scales.to(stored))
+        scales = storable(weight.abs().amax(1, keepdim=True) / E4M3.high, stored)
+        return W8A8(E4M3.nearest(weight / scales).to(torch.float8_e4m3fn), scales.to(stored))
