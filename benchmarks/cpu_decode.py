@@ -38,7 +38,7 @@ from compressor.kernels.layouts import pack_codes
 from compressor.kernels.reference import quantize_rows
 from compressor.runtime import load
 
-RECIPES = {"int4": "passes: [{kind: rtn, bits: 4, group_size: 128}]", "w8a8": "passes: [{kind: w8a8}]"}
+RECIPES = {"int4": "passes: [{kind: rtn, bits: 4, group_size: 128}]", "w8a8": "passes: [{kind: rtn, scheme: int8}]"}
 
 
 def medians(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:

@@ -81,7 +81,11 @@ class Block:
                 known = self._collect_reference()
         for whole in self.skeleton.stages(self.index):
             names = {self._disk(name) for group in whole for name in group.linears}
-            offered = {feeder: seam for feeder, seam in self._seams.items() if names.issuperset(seam.linears)}
+            offered = {
+                feeder: seam
+                for feeder, seam in self._seams.items()
+                if names.issuperset(seam.linears) and (seam.norm or self.linears[self._disk(feeder)].scales_rows)
+            }
             folded: dict[str, Tensor] = {}
             for number, stage in enumerate(self._parts(whole)):
                 work = self._work(stage)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .numbers import E4M3, Rounding
+
+_TURNS = 0.875  # of a power of two, from where on a number counts as that, as vLLM and compressed-tensors have it
 
 
 def expand_groups(per_group: Tensor, columns: int, group_size: int) -> Tensor:
@@ -106,3 +112,47 @@ def linear_w8a8(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     exact = torch.promote_types(x.dtype, torch.float32)
     sums = inputs.to(exact) @ codes.to(exact).T
     return (sums * factors[:, None] * scales).to(x.dtype).view(*x.shape[:-1], len(codes))
+
+
+def scaled_blocks(
+    values: Tensor, scales: Tensor, global_scale: Tensor | None, rounding: Rounding, lead: int = 0
+) -> Tensor:
+    """Numbers `[rows, columns]` times the scales of their blocks, over a number.
+
+    Args:
+        scales: `[blocks of rows, blocks of columns]`, powers of two by their exponents; the last ones
+            may be ragged.
+        lead: rows of the first block that come before.
+    """
+    powers = rounding.scales == "e8m0"
+    wide = (scales.view(torch.float8_e8m0fnu) if powers else scales).to(values.dtype)
+    if global_scale is not None:
+        wide = wide / global_scale.to(values.dtype)
+    rows, columns = values.shape
+    if rounding.rows > 1:
+        wide = wide.repeat_interleave(rounding.rows, 0)[lead : lead + rows]
+    return values * expand_groups(wide, columns, rounding.span(columns))
+
+
+def rounded(x: Tensor, rounding: Rounding, global_scale: Tensor | None = None) -> Tensor:
+    """`[..., columns]` rounded as it comes, each block of a row over its largest size. Where scales are powers of two, it
+    is the power below that size over the power below the largest number; sizes from 7/8 of a power on count as that.
+
+    Args:
+        global_scale: `[1]`, that scales of 8 bits are over.
+    """
+    columns = x.shape[-1]
+    exact = x.reshape(-1, columns).to(torch.promote_types(x.dtype, torch.float32))
+    span = rounding.span(columns)
+    blocks = F.pad(exact, (0, -columns % span)).unflatten(1, (-1, span))
+    largest, high = blocks.abs().amax(2, keepdim=True), rounding.numbers.high
+    if rounding.scales == "e8m0":
+        mantissa, exponent = torch.frexp(largest)
+        exponents = exponent + (mantissa >= _TURNS).int() - math.frexp(high)[1]
+        scales = torch.ldexp(torch.ones_like(largest), exponents.clamp_(-126, 127))
+    elif global_scale is not None:
+        unit = 1 / global_scale.to(exact.dtype)
+        scales = E4M3.nearest(largest / high / unit).clamp_(min=2.0**-9) * unit
+    else:
+        scales = largest.clamp(min=1e-12) / high
+    return (rounding.numbers.nearest(blocks / scales) * scales).flatten(1)[:, :columns].to(x.dtype).view(x.shape)

@@ -41,15 +41,17 @@ class StoredModel(Checkpoint):
         self.config = form.original(self.config)
         self._suffixes = _suffixes(self.schemes, self.stored)
         form.check(self.path, self.schemes, self._suffixes, self.stored)
-        for name in self.schemes:
-            shape = self.outline(name).shape
-            owned = [stored_name(name, suffix) for suffix in self._suffixes[name]]
-            file = next(self.stored[part].file for part in owned)
-            floats = (info.dtype for part in owned if (info := self.stored[part]).dtype.is_floating_point)
-            dtype = next(dtype for dtype in floats if dtype.itemsize > 1)  # of scales, where codes are floats too
-            for part in owned:
-                self.tensors.pop(part, None)
-            self.tensors[name + ".weight"] = TensorInfo(file, dtype, shape)
+        outlines = {name: self.outline(name).shape for name in self.schemes}
+        owned = {name: [stored_name(name, suffix) for suffix in self._suffixes[name]] for name in self.schemes}
+        for part in (part for parts in owned.values() for part in parts):
+            self.tensors.pop(part, None)
+        others = self.dtype if any(info.dtype.is_floating_point for info in self.tensors.values()) else torch.bfloat16
+        for name, parts in owned.items():
+            file = next(self.stored[part].file for part in parts)
+            # Of scales for rows or groups; codes may be floats too, and so may what a whole matrix is scaled by.
+            telling = (self.stored[part].dtype for part in parts if not part.endswith("global_scale"))
+            wide = (dtype for dtype in telling if dtype.is_floating_point and dtype.itemsize > 1)
+            self.tensors[name + ".weight"] = TensorInfo(file, next(wide, others), outlines[name])
 
     def outline(self, name: str) -> Operator:
         """The compressed linear `name` on `meta`: shapes and schemes without values.

@@ -15,9 +15,10 @@ from compressor.compress.apply import Job, apply, source_skeleton
 from compressor.compress.events import Event, LayerDone, Scaled
 from compressor.compress.plan import make_plan
 from compressor.compress.recipe import parse_recipe
-from compressor.compress.solvers.grid import range_grid
+from compressor.compress.solvers.grid import Steps, range_grid
 from compressor.compress.solvers.scales import Reader, best_scales, conditional_energy, some_rows
 from compressor.compress.solvers.system import damped_system
+from compressor.kernels.numbers import Rounding
 from compressor.kernels.reference import quantize_rows
 from compressor.runtime import load
 from compressor.runtime.errors import RecipeError
@@ -62,7 +63,7 @@ def test_rounded_inputs_cost_what_their_tokens_largest_numbers_say() -> None:
         reader = Reader(weight, inputs.square().sum(0), -1, True, inputs[::3], times=3)
         codes, factors = quantize_rows(inputs / scale, torch.int8)
         scaled = weight * scale
-        grid = range_grid(scaled, 8, -1, True, torch.float32)
+        grid = range_grid(scaled, Rounding.integers(8, -1, True), Steps(torch.float32))
         found = (codes.float() * factors[:, None]) @ grid.values(grid.codes(scaled)).T
         shares.append(float((found - inputs @ weight.T).square().sum() / reader.cost(scale)))
     assert max(shares) < 1.25 * min(shares), shares
@@ -75,7 +76,7 @@ def test_the_cost_says_what_rounding_does(symmetric: bool) -> None:
     losses, costs = [], []
     for scale in (torch.ones(64), weights(512, 64)[1] ** 0.2):
         scaled = weight * scale
-        grid = range_grid(scaled, 4, 32, symmetric, torch.float32)
+        grid = range_grid(scaled, Rounding.integers(4, 32, symmetric), Steps(torch.float32))
         losses.append(float(((grid.values(grid.codes(scaled)) / scale - weight).square() * energy).sum()))
         costs.append(float(Reader(weight, energy, 32, symmetric).cost(scale)))
     assert costs[1] < 0.8 * costs[0]
@@ -140,7 +141,7 @@ def test_each_pass_behind_has_the_cost_of_what_it_does() -> None:
     passes = [
         "{kind: rtn, bits: 4, group_size: 16, symmetric: false}",
         "{kind: gptq, bits: 4, group_size: 16, shrinkage: 0, damping: 1.0e-3, act_order: false}",
-        "{kind: w8a8}",
+        "{kind: rtn, scheme: int8}",
     ]
     rtn, gptq, w8a8 = (parse_recipe(f"passes: [{text}]").passes[0] for text in passes)
     awq, smooth = parse_recipe("passes: [{kind: awq}, {kind: smoothquant}]").passes
@@ -176,7 +177,7 @@ def run(passes: str, model: Path, out: Path, text: Path) -> list[Event]:
 ROUNDING = {
     "rtn": ("awq", "{kind: rtn, bits: 4, group_size: 32}", 0.8),
     "gptq": ("awq", "{kind: gptq, bits: 4, group_size: 32}", 1.0),
-    "w8a8": ("smoothquant", "{kind: w8a8}", 0.6),
+    "w8a8": ("smoothquant", "{kind: rtn, scheme: int8}", 0.6),
 }
 
 
@@ -214,14 +215,14 @@ def test_nothing_moves_where_it_is_not_worth_it(pico: Pico, tmp_path: Path, cali
 @pytest.mark.parametrize(
     ("passes", "said"),
     [
-        ("{kind: awq}", "for the pass behind it to round, which nothing does: put rtn or gptq right behind it"),
+        ("{kind: awq}", r"for the pass behind it to round, which nothing does: put rtn or gptq \(with a scheme"),
         ("{kind: rtn, bits: 4, group_size: 32}, {kind: awq}", "which an earlier pass has compressed|nothing does"),
         (
             "{kind: awq}, {kind: sparse24}, {kind: rtn, bits: 4, group_size: 32}",
             "to round, which sparse24 does not as this needs it: put",
         ),
-        ("{kind: awq}, {kind: w8a8}", "which w8a8 does not as this needs it: put rtn or gptq right behind"),
-        ("{kind: smoothquant}, {kind: w8a8, type: float}", "w8a8 does not as this needs it: put w8a8 with type: int"),
+        ("{kind: awq}, {kind: rtn, scheme: int8}", "which rtn does not as this needs it: put rtn or"),
+        ("{kind: smoothquant}, {kind: rtn, scheme: fp8}", r"rtn does not as this needs it: put rtn or gptq \(with"),
         ("{kind: awq}, {kind: rtn, group_size: 32, ignore: '*.v_proj'}", r"awq scales .*\.v_proj for the pass"),
     ],
 )

@@ -27,7 +27,7 @@ RECIPES = {
     "plain": (
         "llama",
         "[{kind: rtn, bits: 4, group_size: 32, search: true, targets: '*.mlp.*'}, "
-        "{kind: w8a8, type: float, ignore: '*.mlp.*'}]",
+        "{kind: rtn, scheme: fp8, ignore: '*.mlp.*'}]",
     ),
     "scaled": ("qwen3_moe", "[{kind: awq}, {kind: gptq, bits: 4, group_size: 32}]"),
     "sparse": (
@@ -195,7 +195,7 @@ def test_what_no_kernel_takes_runs_on_its_device(
     text = (
         "passes: [{kind: sparse24, method: magnitude, targets: '*.o_proj'}, "
         "{kind: rtn, group_size: 16, targets: ['*.down_proj', '*.o_proj']}, "
-        "{kind: w8a8, targets: '*.up_proj'}, {kind: w8a8, type: float, targets: '*.gate_proj'}, "
+        "{kind: rtn, scheme: int8, targets: '*.up_proj'}, {kind: rtn, scheme: fp8, targets: '*.gate_proj'}, "
         "{kind: rtn, bits: 3, group_size: 32, symmetric: false, targets: ['*.q_proj', '*.v_proj']}]"
     )
     run(text, pico("llama"), tmp_path / "out", "cpu")

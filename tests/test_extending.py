@@ -67,7 +67,8 @@ def test_the_pass_is_short() -> None:
 def test_the_pass_makes_equal_what_is_then_rounded(
     example: Any, outliers: Path, calibration_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = f"data: {{source: '{calibration_text}', samples: 4, sequence_length: 32}}\npasses: [{{kind: w8a8}}]\n"
+    data = f"data: {{source: '{calibration_text}', samples: 4, sequence_length: 32}}\n"
+    text = f"{data}passes: [{{kind: rtn, scheme: int8}}]\n"
     rounded = parse_recipe(text)
     equal = example(kind="equalize")
     ids = torch.arange(1, 40)[None]

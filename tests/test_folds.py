@@ -150,7 +150,7 @@ def test_a_model_whose_scales_moved_in_the_walk_is_the_same(pico: Pico, tmp_path
     "passes",
     [
         "{kind: rtn, bits: 8}",
-        "{kind: w8a8}",
+        "{kind: rtn, scheme: int8}",
         "{kind: sparse24}, {kind: rtn, bits: 8, group_size: 16}",
         "{kind: armor, iterations: 2}",
         "{kind: rtn, bits: 8}, {kind: eora, rank: 8}",

@@ -405,7 +405,11 @@ LINEAR = "model.layers.0.mlp.up_proj"
         ({"group.weights.sign": True}, "", r"weights\.sign is True"),
         ({"group.weights.strategy": "tensor", "group.weights.group_size": None}, "", "need scales by group or channel"),
         ({"group.weights.strategy": None, "group.weights.group_size": None}, "", "need scales by group or channel"),
-        ({"group.input_activations": {"num_bits": 8, "dynamic": True}}, "", "inputs as they are"),
+        (
+            {"group.input_activations": {"num_bits": 8, "dynamic": True}},
+            "",
+            "rounds its inputs in a way that is not read here",
+        ),
         ({"group.input_activations": {"num_bits": 8, "rotated": "yes"}}, "", r"input_activations\.rotated is 'yes'"),
         ({"group.output_activations": {"num_bits": 8}}, "", r"group_0\.output_activations is {'num_bits': 8}"),
         ({"group.format": "float-quantized"}, "", r"group_0\.format is 'float-quantized'"),

@@ -51,7 +51,7 @@ MODELS = {
         {"hidden_size": 128, "intermediate_size": 192},
         "[{kind: armor, block_size: 16, iterations: 1, wrapper_bits: 8}, {kind: rtn, bits: 4, group_size: 64}]",
     ),
-    "w8a8": ("qwen2", {}, "[{kind: w8a8}, {kind: eora, rank: 4}]"),
+    "w8a8": ("qwen2", {}, "[{kind: rtn, scheme: int8}, {kind: eora, rank: 4}]"),
     "experts,int": ("mixtral", {}, "[{kind: rtn, bits: 4, group_size: -1}]"),
 }
 

@@ -476,10 +476,10 @@ def test_a_run_goes_on_with_the_survey_it_made(
     "passes",
     [
         "{kind: lorc, ratio: 0.1, latent_bits: 4}",
-        "{kind: w8a8}",
-        "{kind: w8a8, type: float}, {kind: eora, rank: 4}",
-        "{kind: w8a8, type: float}",
-        "{kind: w8a8}, {kind: eora, rank: 4}",
+        "{kind: rtn, scheme: int8}",
+        "{kind: rtn, scheme: fp8}, {kind: eora, rank: 4}",
+        "{kind: rtn, scheme: fp8}",
+        "{kind: rtn, scheme: int8}, {kind: eora, rank: 4}",
     ],
 )
 def test_later_blocks_see_what_operators_round(pico: Pico, tmp_path: Path, passes: str) -> None:

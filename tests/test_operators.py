@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressor.compress.passes.linear.gptq import Gptq
-from compressor.compress.passes.linear.quantizer import quantized
-from compressor.compress.solvers.grid import range_grid
+from compressor.compress.passes.linear.rtn import Rtn
+from compressor.compress.solvers.grid import Steps, range_grid
 from compressor.kernels import cpu, dispatch
 from compressor.kernels.layouts import pack_codes
+from compressor.kernels.numbers import Rounding
 from compressor.runtime.schemes import (
     Dense,
     IntLinear,
@@ -30,8 +31,8 @@ from compressor.runtime.schemes import (
 
 def make(rows: int, columns: int, bits: int, group_size: int, symmetric: bool) -> IntQuantized:
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
-    grid = range_grid(weight, bits, group_size, symmetric, torch.bfloat16)
-    operator = quantized(grid.codes(weight), grid, Dense(weight))
+    grid = range_grid(weight, Rounding.integers(bits, group_size, symmetric), Steps(torch.bfloat16))
+    operator = Rtn(kind="rtn").quantized(grid.codes(weight).to(torch.int8), grid, Dense(weight))
     assert isinstance(operator, IntQuantized)
     return operator
 

@@ -128,7 +128,7 @@ def test_later_passes_make_up_for_a_rounded_embedding(
             False,
             "cannot become 2:4, for its rows are",
         ),
-        ("{kind: w8a8, targets: [model.embed_tokens]}", False, "cannot become w8a8 int8"),
+        ("{kind: rtn, scheme: int8, targets: [model.embed_tokens]}", False, "cannot become w8a8 int8"),
         ("{kind: rtn, targets: [lm_head]}", True, "and outside the blocks are model.embed_tokens$"),
     ],
 )
@@ -139,7 +139,7 @@ def test_what_cannot_be_is_refused_by_name(pico: Pico, passes: str, tied: bool, 
 
 
 @pytest.mark.parametrize(
-    "kind", ["{kind: w8a8, targets: [lm_head]}", "{kind: sparse24, method: magnitude, targets: [lm_head]}"]
+    "kind", ["{kind: rtn, scheme: int8, targets: [lm_head]}", "{kind: sparse24, method: magnitude, targets: [lm_head]}"]
 )
 def test_a_head_takes_any_pass_without_data(pico: Pico, tmp_path: Path, kind: str) -> None:
     run(kind, pico(dtype=torch.float32), tmp_path / "out")
@@ -159,18 +159,18 @@ def test_the_plan_tells_them(pico: Pico) -> None:
 
 def test_rows_of_a_large_matrix_are_rounded_some_at_a_time(pico: Pico) -> None:
     """As they would be all at once; the plan counts on it."""
-    from compressor.compress.passes.linear import rtn, w8a8
+    from compressor.compress.passes.linear import rtn
+    from compressor.compress.solvers.grid import Steps
     from compressor.runtime.schemes import Dense, identical
 
     torch.manual_seed(0)
     weight = Dense(torch.randn(200, 64).to(torch.bfloat16))
     [step] = parse_recipe("passes: [{kind: rtn, group_size: 32}]\n").passes
-    [bytewise] = parse_recipe("passes: [{kind: w8a8}]\n").passes
-    whole = step._rounded(weight, None, torch.bfloat16), bytewise._rounded(weight, torch.bfloat16)
+    [bytewise] = parse_recipe("passes: [{kind: rtn, scheme: int8}]\n").passes
+    whole = [one._rounded(weight, None, Steps(torch.bfloat16)) for one in (step, bytewise)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rtn, "ROWS", 48)
-        patch.setattr(w8a8, "ROWS", 48)
-        parts = step._rounded(weight, None, torch.bfloat16), bytewise._rounded(weight, torch.bfloat16)
+        parts = [one._rounded(weight, None, Steps(torch.bfloat16)) for one in (step, bytewise)]
     for (one, error), (other, its) in zip(whole, parts, strict=True):
         assert identical(one, other)
         assert error == pytest.approx(its)

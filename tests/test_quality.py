@@ -41,10 +41,10 @@ def run(text: str, model: Path, out: Path, **options: bool) -> Quality:
     ("family", "passes"),
     [
         ("llama", "{kind: rtn, bits: 3, group_size: 32}"),
-        ("llama", "{kind: w8a8, type: int}"),
+        ("llama", "{kind: rtn, scheme: int8}"),
         ("llama", "{kind: lorc, ratio: 0.25, latent_bits: 4, rank_step: 1}"),
         ("qwen3_moe", "{kind: rtn, bits: 3, group_size: 32}"),
-        ("qwen3_moe", "{kind: w8a8, type: int}"),
+        ("qwen3_moe", "{kind: rtn, scheme: int8}"),
         ("granite", "{kind: rtn, bits: 3, group_size: 32}, {kind: rtn, bits: 4, group_size: 32, targets: lm_head}"),
         ("gemma3_text", "{kind: sparse24, method: magnitude}"),
     ],

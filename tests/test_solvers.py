@@ -16,14 +16,15 @@ from compressor.calibrate.statistics import Statistics
 from compressor.compress.passes.linear.gptq import Gptq, Solution
 from compressor.compress.passes.linear.groups import Shift, groups_of, held_out_share
 from compressor.compress.passes.linear.sparse24 import SparsePass
-from compressor.compress.solvers.grid import Grid, range_grid, searched_grid
-from compressor.compress.solvers.numbers import E2M1, E4M3, Integers, Numbers
+from compressor.compress.solvers.grid import Grid, Steps, range_grid, searched_grid
 from compressor.compress.solvers.refine import best_scale, differences, refine, row_losses
 from compressor.compress.solvers.sweep import best_sweep, column_sweep, gptq_codes
 from compressor.compress.solvers.system import NotSolvable, System, damped_system
+from compressor.kernels.numbers import E2M1, E4M3, Integers, Numbers, Rounding
 from compressor.runtime.schemes import Dense
 
 DOUBLE = torch.float64
+WIDE = torch.linspace(1.1, 0.4, 57).tolist()
 
 
 def problem(rows: int = 12, columns: int = 40, tokens: int = 200, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -101,14 +102,13 @@ def test_sweep_gives_the_codes_of_the_unblocked_solver(
 ) -> None:
     weight, moment = problem(columns=columns)
     system = damped_system(moment, 0.01, act_order=act_order)
-    grid = range_grid(weight, bits, group_size, symmetric, DOUBLE)
+    grid = range_grid(weight, Rounding.integers(bits, group_size, symmetric), Steps(DOUBLE))
     scales, zeros = grid.columns(columns)
 
     def quantize(j: int, column: Tensor) -> Tensor:
         zero = 0 if zeros is None else zeros[:, j]
-        return (
-            torch.clamp(torch.round(column / scales[:, j]) + zero, grid.numbers.low, grid.numbers.high) - zero
-        ) * scales[:, j]
+        numbers = Integers(bits)
+        return (torch.clamp(torch.round(column / scales[:, j]) + zero, numbers.low, numbers.high) - zero) * scales[:, j]
 
     expected = sweep_by_the_book(weight, system.moment, system.order, quantize)
     codes, losses = swept(weight, grid, system)
@@ -162,7 +162,7 @@ def test_one_token_is_enough_to_solve() -> None:
     weight, _ = problem()
     x = torch.randn(1, 40, dtype=DOUBLE)
     system = damped_system(x.T @ x, 0.01, act_order=True)
-    grid = range_grid(weight, 4, 16, True, DOUBLE)
+    grid = range_grid(weight, Rounding.integers(4, 16, True), Steps(DOUBLE))
     codes, _ = swept(weight, grid, system)
     rounded = losses_of(grid.values(grid.codes(weight)) - weight, x.T @ x).sum()
     assert losses_of(grid.values(codes) - weight, x.T @ x).sum() < 0.1 * rounded
@@ -174,7 +174,7 @@ def test_dead_columns_are_rounded_to_nearest_and_do_not_disturb_the_others() -> 
     dead[[3, 17, 39]] = True
     moment[dead, :] = 0
     moment[:, dead] = 0
-    grid = range_grid(weight, 3, 8, True, DOUBLE)
+    grid = range_grid(weight, Rounding.integers(3, 8, True), Steps(DOUBLE))
     codes, _ = swept(weight, grid, damped_system(moment, 0.01))
     assert torch.equal(codes[:, dead], grid.codes(weight)[:, dead])
     other = weight.clone()
@@ -209,7 +209,7 @@ def test_every_refinement_lowers_the_loss_of_every_row(
 ) -> None:
     weight, moment = problem(columns=columns, seed=seed)
     moment = damped_system(moment).moment
-    grid = range_grid(weight, bits, group_size, symmetric, torch.bfloat16)
+    grid = range_grid(weight, Rounding.integers(bits, group_size, symmetric), Steps(torch.bfloat16))
     target, codes = weight.T.contiguous(), grid.codes(weight).T.contiguous()
     delta = differences(codes, grid, target)
     losses = row_losses(delta, moment)
@@ -219,21 +219,21 @@ def test_every_refinement_lowers_the_loss_of_every_row(
         lower = row_losses(delta, moment)
         assert bool((lower <= losses * (1 + 1e-9)).all())
         losses = lower
-    assert codes.min() >= grid.numbers.low
-    assert codes.max() <= grid.numbers.high
+    assert codes.min() >= grid.rounding.numbers.low
+    assert codes.max() <= grid.rounding.numbers.high
     assert torch.equal(grid.scales, grid.scales.bfloat16().double())
 
 
 def test_the_best_scale_is_that_of_least_squares() -> None:
     weight, moment = problem(rows=3, columns=32)
-    grid = range_grid(weight, 4, 16, True, DOUBLE)
+    grid = range_grid(weight, Rounding.integers(4, 16, True), Steps(DOUBLE))
     codes = grid.codes(weight)
     gradient = moment @ (grid.values(codes) - weight).T
     root = torch.linalg.cholesky(moment).T  # ‖root δ‖² = δᵀ H δ
     for group in (slice(0, 16), slice(16, 32)):
         number = group.start // 16
         change = best_scale(
-            grid.scales[:, number], codes.T[group], gradient[group], moment[group, group], stored=DOUBLE
+            grid.scales[:, number], codes.T[group], gradient[group], moment[group, group], Steps(DOUBLE)
         )
         for row in range(3):
             own = torch.zeros(32, dtype=DOUBLE)
@@ -246,14 +246,14 @@ def test_the_best_scale_is_that_of_least_squares() -> None:
 @pytest.mark.parametrize(("columns", "group_size"), [(10, -1), (70, 16)])
 def test_refinement_ends_where_no_single_code_can_improve(columns: int, group_size: int) -> None:
     weight, moment = problem(rows=2, columns=columns)
-    grid = range_grid(weight, 2, group_size, True, DOUBLE)
+    grid = range_grid(weight, Rounding.integers(2, group_size, True), Steps(DOUBLE))
     codes = grid.codes(weight).T.contiguous()
     delta = differences(codes, grid, weight.T)
     for _ in range(60):
         grid = refine(codes, delta, grid, moment)
     best = row_losses(delta, moment)
     for j in range(columns):
-        for value in range(grid.numbers.low, grid.numbers.high + 1):
+        for value in range(grid.rounding.numbers.low, grid.rounding.numbers.high + 1):
             other = codes.T.clone()
             other[:, j] = value
             assert bool((losses_of(grid.values(other) - weight, moment) >= best - 1e-9).all())
@@ -263,7 +263,8 @@ def test_refinement_ends_where_no_single_code_can_improve(columns: int, group_si
 def test_every_row_keeps_the_best_of_several_grids(symmetric: bool) -> None:
     weight, moment = problem(rows=30, columns=48)
     system = damped_system(moment, act_order=True)
-    grids = [range_grid(weight, 3, 16, symmetric, torch.bfloat16, shrink) for shrink in (1.0, 0.8, 0.6)]
+    options = Rounding.integers(3, 16, symmetric), Steps(torch.bfloat16)
+    grids = [range_grid(weight, *options, shrink) for shrink in (1.0, 0.8, 0.6)]
     grid, codes, best = best_sweep(weight.T.contiguous(), grids, system, 4096)
     codes = codes.T
     losses = torch.stack([swept(weight, one, system)[1] for one in grids])
@@ -274,7 +275,7 @@ def test_every_row_keeps_the_best_of_several_grids(symmetric: bool) -> None:
 
 def test_full_range_scales_reach_the_extreme_exactly() -> None:
     weight, _ = problem()
-    grid = range_grid(weight, 4, 8, True, DOUBLE)
+    grid = range_grid(weight, Rounding.integers(4, 8, True), Steps(DOUBLE))
     groups = weight.view(12, 5, 8)
     at = groups.abs().argmax(2, keepdim=True)
     values = grid.values(grid.codes(weight)).view(12, 5, 8)
@@ -286,7 +287,7 @@ def test_full_range_scales_reach_the_extreme_exactly() -> None:
 def test_zero_rows_and_ragged_groups_stay_finite(symmetric: bool) -> None:
     weight, moment = problem(columns=43)
     weight[4] = 0
-    grid = range_grid(weight, 4, 16, symmetric, torch.bfloat16)
+    grid = range_grid(weight, Rounding.integers(4, 16, symmetric), Steps(torch.bfloat16))
     codes, _ = swept(weight, grid, damped_system(moment))
     assert bool(torch.isfinite(grid.values(codes)).all())
     assert bool((grid.values(codes)[4] == 0).all())
@@ -297,13 +298,9 @@ def test_searched_ranges_lower_the_weighted_error() -> None:
     weight, moment = problem(rows=32, columns=64)
     importance = moment.diagonal()
     for bits in (2, 3, 4):
-        plain, searched = (
-            grid.values(grid.codes(weight)) - weight
-            for grid in (
-                range_grid(weight, bits, 16, True, torch.bfloat16),
-                searched_grid(weight, importance, bits, 16, True, torch.bfloat16),
-            )
-        )
+        options = Rounding.integers(bits, 16), Steps(torch.bfloat16)
+        grids = range_grid(weight, *options), searched_grid(weight, importance, *options, WIDE)
+        plain, searched = (grid.values(grid.codes(weight)) - weight for grid in grids)
         assert (searched.square() * importance).sum() < (plain.square() * importance).sum()
 
 
@@ -322,7 +319,7 @@ def test_better_methods_have_lower_losses() -> None:
         {"refinements": 0},
         {},
     ]
-    grid = range_grid(weight, 3, 32, True, DOUBLE)
+    grid = range_grid(weight, Rounding.integers(3, 32, True), Steps(DOUBLE))
     losses = [float(losses_of(grid.values(grid.codes(weight)) - weight, moment).sum())]
     for option in options:
         solution, reason = solved(gptq(bits=3, group_size=32, **option), weight.float(), statistics)
@@ -337,7 +334,7 @@ def test_no_row_is_worse_than_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, moment = problem(rows=40, columns=64)
     statistics = Statistics(200, {"moment": moment.float()})
     step = gptq(bits=4, group_size=32, refinements=0)
-    grid = range_grid(weight.float(), 4, 32, True, torch.float32)
+    grid = range_grid(weight.float(), Rounding.integers(4, 32, True), Steps(torch.float32))
     rounded = grid.codes(weight.float())
 
     def spoilt(target: Tensor, grids: list[Grid], system: System, *_: object):  # type: ignore[no-untyped-def]
@@ -374,7 +371,7 @@ def test_rows_solved_in_parts_are_rows_solved_at_once(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32])
 def test_scales_of_small_weights_are_kept(stored: torch.dtype) -> None:
     weight = 5e-4 * torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
-    grid = range_grid(weight, 8, 128, True, stored)
+    grid = range_grid(weight, Rounding.integers(8, 128, True), Steps(stored))
     assert (grid.values(grid.codes(weight)) - weight).norm() / weight.norm() < 0.01
 
 

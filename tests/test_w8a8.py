@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from compressor.compress.apply import Job, apply
 from compressor.compress.output.verify import export_dense, verify
 from compressor.compress.passes.linear.eora import Eora
-from compressor.compress.passes.linear.w8a8 import W8A8Pass
+from compressor.compress.passes.linear.rtn import Rtn
 from compressor.compress.plan import make_plan
 from compressor.compress.recipe import parse_recipe
 from compressor.kernels import cpu, dispatch, ops, reference
@@ -35,6 +35,7 @@ IDS = torch.arange(40)[None]
 ALL_FP8 = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float()
 ALL_FP8 = ALL_FP8[ALL_FP8.isfinite()]
 KINDS = {"int": torch.int8, "float": torch.float8_e4m3fn}
+SCHEMES: dict[str, Any] = {"int": "int8", "float": "fp8"}
 
 
 def compress(model: Path, out: Path, passes: str) -> Path:
@@ -55,7 +56,7 @@ def operator(kind: str, rows: int, columns: int) -> W8A8:
 
 
 def step(kind: str, more: str = "") -> str:
-    return f"{{kind: w8a8, type: {kind}{more}}}"
+    return f"{{kind: rtn, scheme: {SCHEMES[kind]}{more}}}"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -64,7 +65,7 @@ def test_round_trip_and_plan(kind: str, rows: int, columns: int) -> None:
     made = operator(kind, rows, columns)
     again = from_tensors(made.to_tensors(), made.scheme())
     assert torch.equal(again.dense(torch.float64), made.codes.double() * made.scales.double())
-    planned = W8A8Pass(kind="w8a8", type=kind).plan(
+    planned = Rtn(kind="rtn", scheme=SCHEMES[kind]).plan(
         "x", Dense(torch.empty(rows, columns, dtype=torch.bfloat16, device="meta")), {}
     )
     assert planned.nbytes == made.nbytes == rows * columns + 2 * rows
@@ -288,7 +289,9 @@ def test_other_ways_of_eight_bits_are_refused(pico: Pico, tmp_path: Path) -> Non
     config = json.loads((out / "config.json").read_text())
     config["quantization_config"]["config_groups"]["group_0"]["input_activations"]["dynamic"] = False
     (out / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="in a way that is not read here: 8-bit weights need one scale a row"):
+    with pytest.raises(
+        ModelError, match="rounds its inputs in a way that is not read here: they are rounded as they come"
+    ):
         load(out)
 
 
@@ -299,7 +302,7 @@ def test_it_composes(pico: Pico, tmp_path: Path) -> None:
     )
     assert {scheme["kind"] for scheme in StoredModel(mixed).schemes.values()} == {"int", "w8a8"}
     assert json.loads((mixed / "compressor.json").read_text())["format"] == "compressor"
-    text = "passes: [{kind: w8a8, targets: '*.mlp.*'}, {kind: rtn, ignore: '*.mlp.*'}]"
+    text = "passes: [{kind: rtn, scheme: int8, targets: '*.mlp.*'}, {kind: rtn, ignore: '*.mlp.*'}]"
     plan = make_plan(parse_recipe(text), Skeleton(Checkpoint(pico()), torch.float32))
     assert plan.obstacle == "weights for products of 8 bits beside others"
     lorc = compress(pico(), tmp_path / "b", "{kind: lorc, ratio: .5, rank_step: 1}, " + step("float"))
@@ -308,7 +311,7 @@ def test_it_composes(pico: Pico, tmp_path: Path) -> None:
         export_dense(folder, plain, overwrite=True)
         exact = logits(load(plain, dtype=torch.float32))
         assert (logits(load(folder, dtype=torch.float32)) - exact).norm() / exact.norm() < 0.1
-    with pytest.raises(RecipeError, match=r"w8a8 cannot take .*, which an earlier pass has compressed"):
+    with pytest.raises(RecipeError, match=r"rtn cannot take .*, which an earlier pass has compressed"):
         compress(pico(), tmp_path / "c", "{kind: rtn, group_size: 32}, " + step("int"))
 
 
@@ -329,6 +332,6 @@ def test_which_gpus_multiply_bytes() -> None:
 def test_a_residual_is_stored_in_the_floats_of_the_model(kind: str) -> None:
     """Not in those of the codes, which are floats too."""
     weight = Dense(torch.empty(64, 96, dtype=torch.bfloat16, device="meta"))
-    rounded = W8A8Pass(kind="w8a8", type=kind).plan("x", weight, {})
+    rounded = Rtn(kind="rtn", scheme=SCHEMES[kind]).plan("x", weight, {})
     planned = Eora(kind="eora", rank=4).plan("x", rounded, {})
     assert {planned.residual.up.weight.dtype, planned.residual.down.weight.dtype} == {torch.bfloat16}

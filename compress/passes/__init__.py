@@ -15,7 +15,6 @@ from .linear.lorc import Lorc
 from .linear.rtn import Rtn
 from .linear.smoothquant import SmoothQuant
 from .linear.sparse24 import SparsePass
-from .linear.w8a8 import W8A8Pass
 from .model.expert_prune import ExpertPrune
 from .model.expert_width import ExpertWidth
 
@@ -24,7 +23,6 @@ _ALL: tuple[type[Pass], ...] = (
     Gptq,
     Awq,
     SmoothQuant,
-    W8A8Pass,
     SparsePass,
     ArmorPass,
     Eora,

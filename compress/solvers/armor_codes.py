@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...runtime.schemes import Armor, Operator
 from .armor import CoreStep, Factors, round_of_chunks, step_a, total_loss
-from .grid import Grid, group_span
+from .grid import Grid
 from .refine import refine_chunk
 from .row_metric import Metric
 from .stored_factors import Stored, as_blocks, stored_blocks
@@ -88,7 +88,7 @@ def quantize_core(
     del system
     scales = grid.scales.T.contiguous()
     factors.core = grid.values(codes.T).T.contiguous()
-    span = group_span(grid.group_size, len(codes))
+    span = grid.rounding.span(len(codes))
     chunk = math.lcm(span, b.shape[1])
 
     def step(part: slice, values: Tensor, gradient: Tensor, moment: Tensor, metric: Metric) -> None:
@@ -98,7 +98,7 @@ def quantize_core(
     for _ in range(rounds):
         step_a(factors, error, moment)
         round_of_chunks(factors, error, moment, step, move_b=armor.shared is None, chunk=chunk)
-    dtype = grid.stored
+    dtype = grid.steps.dtype
     bits = armor.a.scheme().get("bits", 16)
     fixed = armor.b if armor.shared else None
     left, right = store_wrappers(factors, goal, moment, step, lambda x: stored_blocks(x, dtype, bits), chunk, fixed)

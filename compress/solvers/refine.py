@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .grid import Grid, group_span, storable
+from .grid import Grid, Steps
 from .row_metric import Metric, settle, times_blocks
 from .sweep import LEAF, halves
 
@@ -24,7 +24,7 @@ def row_losses(delta: Tensor, moment: Tensor) -> Tensor:
 
 def differences(codes: Tensor, grid: Grid, target: Tensor) -> Tensor:
     """`grid.values(codes) - target`, all columns first."""
-    span = group_span(grid.group_size, len(codes))
+    span = grid.rounding.span(len(codes))
     delta = codes.clone()
     for g, scale in enumerate(grid.scales.T):
         part = delta[g * span : (g + 1) * span]
@@ -48,7 +48,7 @@ def refine(codes: Tensor, delta: Tensor, grid: Grid, moment: Tensor, keep: Tenso
         The grid with its new scales.
     """
     columns = codes.shape[0]
-    span = group_span(grid.group_size, columns)
+    span = grid.rounding.span(columns)
     scales = grid.scales.T.contiguous()
     coarse = delta.to(moment.dtype)
     chunk = span * max(1, _BLOCK // span)
@@ -84,7 +84,7 @@ def refine_chunk(
         gradient: `[n, rows]`; overwritten.
         scales: `[groups, rows]`; overwritten.
     """
-    span = group_span(grid.group_size, len(codes))
+    span = grid.rounding.span(len(codes))
     zeros = None if grid.zeros is None else grid.zeros.T
     for left in range(part.start, part.stop, span):
         whole, group = slice(left, min(left + span, part.stop)), left // span
@@ -92,11 +92,12 @@ def refine_chunk(
         before = values[own].clone()
         zero = None if zeros is None else zeros[group]
         centred = codes[whole] if zero is None else codes[whole] - zero
-        change = best_scale(scales[group], centred, gradient[own], moment[own, own], grid.stored, metric)
-        scales[group] += change
-        moved = centred * change
-        values[own] += moved
-        gradient[own].add_(times(moment[own, own], moved if metric is None else times_blocks(moved, metric.blocks)))
+        if grid.rounding.rows == 1:
+            change = best_scale(scales[group], centred, gradient[own], moment[own, own], grid.steps, metric)
+            scales[group] += change
+            moved = centred * change
+            values[own] += moved
+            gradient[own].add_(times(moment[own, own], moved if metric is None else times_blocks(moved, metric.blocks)))
         kept = None if keep is None else keep[whole]
         state = codes[whole], values[own], gradient[own]
         _descend(*state, scales[group], zero, moment[own, own], grid, kept, metric)
@@ -112,16 +113,16 @@ def times(moment: Tensor, matrix: Tensor) -> Tensor:
 
 
 def best_scale(
-    scale: Tensor, centred: Tensor, gradient: Tensor, moment: Tensor, stored: torch.dtype, metric: Metric | None = None
+    scale: Tensor, centred: Tensor, gradient: Tensor, moment: Tensor, steps: Steps, metric: Metric | None = None
 ) -> Tensor:
     """The change of a group's scale `[rows]` that lowers each row's loss most.
 
-    No change where the scale would move by more than half, or where, rounded to `stored`, it would not lower the loss.
+    No change where the scale would move by more than half, or where, as it is stored, it would not lower the loss.
     """
     curvature = torch.linalg.vecdot(centred, times(moment, centred), dim=0)
     slope = torch.linalg.vecdot(centred, gradient, dim=0)
     weight = 1.0 if metric is None else metric.diagonal
-    change = storable(scale - slope / (curvature * weight), stored) - scale
+    change = steps.storable(scale - slope / (curvature * weight)) - scale
     sane = (change.abs() < 0.5 * scale.abs()) & (change * (2 * slope + change * curvature * weight) < 0)
     change = torch.where(sane, change, 0.0)
     if metric is not None:

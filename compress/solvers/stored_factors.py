@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...kernels.numbers import Rounding
 from ...runtime.schemes import Dense, IntQuantized, Operator
-from .grid import range_grid
+from .grid import Steps, range_grid
 
 Stored = Dense | IntQuantized
 
@@ -23,7 +24,7 @@ def stored_rows(rows: Tensor, dtype: torch.dtype, bits: int) -> Stored:
     if rows.is_meta:
         scales = torch.empty(len(rows), 1, dtype=dtype, device="meta")
         return IntQuantized(torch.empty(rows.shape, dtype=torch.int8, device="meta"), scales, None, bits, -1)
-    grid = range_grid(rows.float(), bits, -1, True, dtype)
+    grid = range_grid(rows.float(), Rounding.integers(bits, -1), Steps(dtype))
     return IntQuantized(grid.codes(rows.float()).to(torch.int8), grid.scales.to(dtype), None, bits, -1)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .grid import Grid, group_span
+from .grid import Grid
 from .system import System
 
 LEAF = 32  # columns that hand on their errors one by one; beyond, halves hand on theirs in one GEMM
@@ -97,7 +97,7 @@ def gptq_codes(target: Tensor, grid: Grid, system: System, keep: Tensor | None =
         `[columns, rows of the grid]` and `[rows of the grid]`.
     """
     columns, rows = target.shape
-    span = group_span(grid.group_size, columns)
+    span = grid.rounding.span(columns)
     scales = grid.scales.T.contiguous()
     zeros = None if grid.zeros is None else grid.zeros.T.contiguous()
     copies = grid.scales.shape[0] // rows

@@ -11,13 +11,47 @@ from typing import Any, ClassVar
 import torch
 
 from ...kernels.layouts import expand24
+from ...kernels.numbers import ROUNDINGS
 from ..errors import ModelError
-from ..schemes import W8A8, IntQuantized, Operator, Sparse24, rewritten, stored_name
+from ..schemes import W8A8, BlockScaled, IntQuantized, Operator, Sparse24, rewritten, stored_name
 from .base import OURS, VLLM_CPU, VLLM_GPU, Around, Format, Schemes, targets
 
 _EVERYONE = (*OURS, "transformers", VLLM_CPU, VLLM_GPU)
 # Formats of compressed-tensors that are read, and the tensor by which a compressed linear is known.
-_MARKS = {"pack-quantized": ".weight_packed", "int-quantized": ".weight_scale", "float-quantized": ".weight_scale"}
+_MARKS = {
+    "pack-quantized": ".weight_packed", "int-quantized": ".weight_scale", "float-quantized": ".weight_scale",
+    "nvfp4-pack-quantized": ".weight_packed", "mxfp4-pack-quantized": ".weight_packed",
+    "mxfp8-quantized": ".weight_scale",
+}  # fmt: skip
+# Blocks that share a scale → the format, and what compressed-tensors calls the blocks.
+_BLOCKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "fp8_block": (
+        "float-quantized", {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]},
+    ),
+    "nvfp4": (
+        "nvfp4-pack-quantized",
+        {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16,
+         "scale_dtype": "torch.float8_e4m3fn"},
+    ),
+    "mxfp4": (
+        "mxfp4-pack-quantized",
+        {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"},
+    ),
+    "mxfp8": (
+        "mxfp8-quantized",
+        {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"},
+    ),
+}  # fmt: skip
+# What inputs are rounded to as they come → what compressed-tensors calls it.
+_INPUTS: dict[str, dict[str, Any]] = {
+    "int8": {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True},
+    "fp8": {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True},
+    "fp8_group": {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 128, "dynamic": True},
+    "nvfp4": {**_BLOCKS["nvfp4"][1], "dynamic": "local"},
+    "mxfp4": {**_BLOCKS["mxfp4"][1], "dynamic": True},
+    "mxfp8": {**_BLOCKS["mxfp8"][1], "dynamic": True},
+}
+_TELLING = ("num_bits", "type", "strategy", "group_size", "block_structure")  # of two arguments, whether they are alike
 
 _ANY = object()  # a value that is read here, or of no consequence for what a folder decodes to
 
@@ -28,6 +62,10 @@ def _understood(method: str) -> dict[str, Any]:
         ("num_bits", "type", "symmetric", "strategy", "group_size", "dynamic", "observer", "observer_kwargs"), _ANY
     )
     arguments |= {"actorder": ("weight", "static", False), "zp_dtype": ("torch.int8",)}
+    for layout, blocks in _BLOCKS.values():
+        if layout == method:
+            kinds = (blocks["scale_dtype"],) if "scale_dtype" in blocks else ()
+            arguments |= {"block_structure": _ANY, "scale_dtype": kinds, "zp_dtype": ("torch.int8", *kinds)}
     group = {"targets": _ANY, "weights": arguments, "input_activations": arguments, "format": (method,)}
     sparsity = dict.fromkeys(
         ("global_sparsity", "sparsity_structure", "targets", "ignore", "registry_requires_subclass"), _ANY
@@ -41,7 +79,7 @@ def _understood(method: str) -> dict[str, Any]:
 
 
 class CompressedTensors(Format):
-    """What vLLM's project writes, in three of its layouts: packed integers, and 8-bit numbers with rounded inputs."""
+    """What vLLM's project writes: packed integers, 8-bit numbers with rounded inputs, and blocks that share a scale."""
 
     name: ClassVar[str] = "compressed-tensors"
     reads: ClassVar[str] = f"compressed-tensors' {', '.join(_MARKS)}"
@@ -129,6 +167,10 @@ class CompressedTensors(Format):
             if schemes[name]["kind"] == IntQuantized.kind:
                 known = {"weight_packed", "weight_scale", "weight_shape"}
                 known |= set() if schemes[name]["symmetric"] else {"weight_zero_point"}
+            elif schemes[name].get("name") in ("nvfp4", "mxfp4"):
+                known = {"weight_packed", "weight_scale"}
+                if schemes[name]["name"] == "nvfp4":
+                    known |= {"weight_global_scale", "input_global_scale"}
             for suffix in found:
                 if suffix not in known:
                     raise ModelError(f"{path}: {name} has a tensor {suffix}, {hint}")
@@ -147,6 +189,10 @@ def _readers(operator: Operator) -> tuple[str, ...]:
     if scheme["kind"] == W8A8.kind:
         # tests/test_w8a8.py; vLLM 0.32 on a CPU ran int8, and did not come to an end with fp8.
         return _EVERYONE if scheme["type"] == "int" else tuple(name for name in _EVERYONE if name != VLLM_CPU)
+    if scheme["kind"] == BlockScaled.kind:
+        rounding = ROUNDINGS[scheme["name"]]
+        whole = not columns % rounding.columns and not operator.shape[0] % rounding.rows
+        return (*OURS, "transformers", VLLM_GPU) if whole and scheme["name"] in _BLOCKS else ()
     if scheme["kind"] != IntQuantized.kind or columns % max(scheme["group_size"], 1):
         return ()  # compressed-tensors refuses rows that the group does not divide
     if not scheme["symmetric"]:
@@ -154,6 +200,8 @@ def _readers(operator: Operator) -> tuple[str, ...]:
         # asymmetric experts fail in any case (huggingface/transformers#47430).
         return ()
     found = [*OURS, "transformers"]  # tests/test_formats.py
+    if scheme.get("inputs") is not None:
+        return tuple(found)
     if scheme["bits"] in (4, 8) and scheme["group_size"] in (-1, 32, 64, 128):
         found.append(VLLM_GPU)  # by the kernels that its source names (Machete, Marlin)
         # vLLM 0.32 ran these; it refuses 8 bits, and rows that it cannot cut into groups of 128 of its own.
@@ -165,6 +213,8 @@ def _readers(operator: Operator) -> tuple[str, ...]:
 
 def _layout(scheme: Mapping[str, Any]) -> str:
     """What compressed-tensors calls the way a scheme's tensors are stored."""
+    if scheme["kind"] == BlockScaled.kind:
+        return _BLOCKS[scheme["name"]][0] if scheme["name"] in _BLOCKS else "blocks that it does not have"
     return f"{scheme['type']}-quantized" if scheme["kind"] == W8A8.kind else "pack-quantized"
 
 
@@ -191,14 +241,17 @@ def _mixture(linears: Mapping[str, Operator], around: Around) -> str:
 def _arguments(scheme: Mapping[str, Any]) -> dict[str, Any]:
     """A scheme in the words of compressed-tensors."""
     if scheme["kind"] == W8A8.kind:
-        number = {"num_bits": 8, "type": scheme["type"], "symmetric": True}
-        return {
-            "weights": {**number, "strategy": "channel", "dynamic": False},
-            "input_activations": {**number, "strategy": "token", "dynamic": True},
-        }
-    size = None if scheme["group_size"] < 0 else scheme["group_size"]
-    number = {"num_bits": scheme["bits"], "type": "int", "symmetric": scheme["symmetric"]}
-    return {"weights": {**number, "strategy": "group" if size else "channel", "group_size": size, "dynamic": False}}
+        weights: dict[str, Any] = {"num_bits": 8, "type": scheme["type"], "symmetric": True, "strategy": "channel"}
+        inputs: str | None = "int8" if scheme["type"] == "int" else "fp8"
+    elif scheme["kind"] == BlockScaled.kind:
+        weights, inputs = {"symmetric": True, **_BLOCKS[scheme["name"]][1]}, scheme["inputs"]
+    else:
+        size = None if scheme["group_size"] < 0 else scheme["group_size"]
+        weights = {"num_bits": scheme["bits"], "type": "int", "symmetric": scheme["symmetric"]}
+        weights |= {"strategy": "group" if size else "channel", "group_size": size}
+        inputs = scheme.get("inputs")
+    found = {"weights": {**weights, "dynamic": False}}
+    return found if inputs is None else {**found, "input_activations": {"symmetric": True, **_INPUTS[inputs]}}
 
 
 def _refuse_unknown(path: Path, where: str, found: Any, understood: Any) -> None:
@@ -226,26 +279,38 @@ def _scheme(
 ) -> dict[str, Any]:
     """The scheme that a config group tells of a linear."""
     kind, bits, group_size = weights.get("type", "int"), weights["num_bits"], weights.get("group_size") or -1
+    symmetric, met = weights.get("symmetric", True), _met(path, name, inputs)
     if method == "pack-quantized" and kind == "int":
         by = "group" if group_size > 0 else "channel"
         strategy = weights.get("strategy") or ("tensor" if weights.get("group_size") is None else by)
-        if strategy != by or weights.get("dynamic") or inputs is not None:
-            raise ModelError(
-                f"{path}: {name} is {method} in a way that is not read here: packed integers need scales by group or "
-                "channel that are stored, and inputs as they are"
-            )
-        return {"kind": "int", "bits": bits, "group_size": group_size, "symmetric": weights.get("symmetric", True)}
-    by_row = weights.get("strategy") == "channel" and weights.get("symmetric", True) and bits == 8
-    inputs = inputs or {}
-    dynamic = inputs.get("dynamic") is True and inputs.get("strategy") == "token" and inputs.get("num_bits") == 8
-    if (
-        by_row
-        and dynamic
-        and inputs.get("symmetric", True)
-        and method == f"{kind}-quantized" == f"{inputs['type']}-quantized"
-    ):
+        if strategy == by and not weights.get("dynamic") and met in (None, "int8", "fp8"):
+            found = {"kind": "int", "bits": bits, "group_size": group_size, "symmetric": symmetric}
+            return found if met is None else {**found, "inputs": met}
+    blocks = next((one for one, (layout, told) in _BLOCKS.items() if layout == method and _alike(weights, told)), None)
+    if blocks is not None and symmetric and not weights.get("dynamic"):
+        return {"kind": "block_scaled", "name": blocks, "inputs": met}
+    by_row = weights.get("strategy") == "channel" and symmetric and bits == 8
+    if by_row and method == f"{kind}-quantized" and met == {"int": "int8", "float": "fp8"}.get(kind):
         return {"kind": "w8a8", "type": kind}
     raise ModelError(
-        f"{path}: {name} is {method} in a way that is not read here: 8-bit weights need one scale a row, "
-        "and inputs one a token that is found as they come"
+        f"{path}: {name} is {method} in a way that is not read here: packed integers need scales by group or channel "
+        "that are stored; 8-bit weights one scale a row or a block, and inputs of their kind that are rounded as they "
+        "come"
     )
+
+
+def _met(path: Path, name: str, inputs: Mapping[str, Any] | None) -> str | None:
+    """What a config group says that inputs are rounded to; None where they are not."""
+    if inputs is None:
+        return None
+    found = next((one for one, told in _INPUTS.items() if _alike(inputs, told)), None)
+    if found is None or not inputs.get("symmetric", True) or inputs.get("dynamic") != _INPUTS[found]["dynamic"]:
+        raise ModelError(
+            f"{path}: {name} rounds its inputs in a way that is not read here: they are rounded as they come, without "
+            "zero points, each token by itself or in the blocks of a known format"
+        )
+    return found
+
+
+def _alike(found: Mapping[str, Any], told: Mapping[str, Any]) -> bool:
+    return all(found.get(key) == told.get(key) for key in _TELLING)

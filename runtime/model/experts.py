@@ -103,7 +103,10 @@ class PackedExperts(nn.Module):
 def _can_be_packed(experts: Sequence[Any]) -> bool:
     """Whether a kernel runs all experts at once: weights in its layout, of one scheme, and gates with SiLU."""
     linears = [part for one in experts for part in (one.gate_proj, one.up_proj, one.down_proj)]
-    if not all(isinstance(part, IntLinear) and part.device_layout and part.bias is None for part in linears):
+    if not all(
+        isinstance(part, IntLinear) and part.device_layout and part.bias is None and part.inputs is None
+        for part in linears
+    ):
         return False
     first, activation = experts[0], experts[0].activation
     alike = all(

@@ -22,6 +22,7 @@ from .base import (
     stored_name,
     with_factors,
 )
+from .block_scaled import BlockScaled, BlockScaledLinear
 from .dense import Dense, DenseLinear
 from .integers import IntLinear, IntQuantized
 from .linear import RowsLinear, StoredEmbedding, StoredLinear
@@ -35,6 +36,8 @@ __all__ = [
     "W8A8",
     "Armor",
     "ArmorLinear",
+    "BlockScaled",
+    "BlockScaledLinear",
     "Composite",
     "Dense",
     "DenseLinear",

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...kernels import reference
+from ...kernels.numbers import ROUNDINGS
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -98,14 +101,21 @@ class Operator(ABC):
         """What holds the numbers of the columns that are stored, without saying which they are."""
         return self
 
-    def coded(self, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int) -> Operator:
-        """This operator of plain numbers with integers in their place.
+    def coded(self, stored: Operator) -> Operator:
+        """This operator of plain numbers with what rounds them in their place.
 
         Args:
-            codes: int8 `[out_features, in_features]`; those of columns that are not stored do not matter.
-            scales, zeros, bits, group_size: as of `IntQuantized`, for groups of all columns.
+            stored: of the same shape; what it has for columns that are not stored does not matter.
+
+        Raises:
+            NotImplementedError: this kind cannot hold it.
         """
         raise NotImplementedError(f"{self.kind} holds no plain numbers")
+
+    @property
+    def scales_rows(self) -> bool:
+        """Whether `rows_times` is at hand."""
+        return bool(self.ends) and all(getattr(self, name).scales_rows for name in self.ends)
 
     def rows_times(self, scale: Tensor) -> Operator:
         """This operator, each row times a number of `[out_features]`. Where rows have scales these are rounded again,
@@ -257,6 +267,11 @@ def bits_per_weight(operator: Operator) -> float:
     """Stored bits per weight, scales, indices and factors included."""
     rows, columns = operator.shape
     return 8 * operator.nbytes / (rows * columns)
+
+
+def rounded_inputs(x: Tensor, name: str | None, scale: Tensor | None = None) -> Tensor:
+    """Inputs `[..., in_features]` as they meet a weight: rounded to what a name says (`kernels.numbers.ROUNDINGS`)."""
+    return x if name is None else reference.rounded(x, ROUNDINGS[name], scale)
 
 
 def identical(one: Any, other: Any) -> bool:

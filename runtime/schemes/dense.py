@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from ...kernels import cpu
 from .base import Operator, register
-from .integers import IntQuantized
 from .linear import RowsLinear
 
 
@@ -41,8 +40,12 @@ class Dense(Operator):
     def description(self) -> str:
         return self.kind
 
-    def coded(self, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int) -> IntQuantized:
-        return IntQuantized(codes, scales, zeros, bits, group_size)
+    def coded(self, stored: Operator) -> Operator:
+        return stored
+
+    @property
+    def scales_rows(self) -> bool:
+        return True
 
     def rows_times(self, scale: Tensor) -> Dense:
         return Dense((self.weight.float() * scale[:, None]).to(self.weight.dtype))

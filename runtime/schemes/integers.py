@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ...kernels import cpu, dispatch, layouts, ops, reference
-from .base import Operator, register
+from .base import Operator, register, rounded_inputs
 from .linear import RowsLinear
 
 
@@ -24,6 +25,7 @@ class IntQuantized(Operator):
         zeros: int8 `[out_features, groups]` in the range of the codes, or None when symmetric.
         bits: of a code on disk.
         group_size: columns that share a scale, the last group may be ragged; -1 for one scale a row.
+        inputs: what inputs are rounded to when they run, by its name in `kernels.numbers.ROUNDINGS`; None: they stay.
     """
 
     kind: ClassVar[str] = "int"
@@ -32,6 +34,7 @@ class IntQuantized(Operator):
     zeros: Tensor | None
     bits: int
     group_size: int
+    inputs: str | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -54,7 +57,15 @@ class IntQuantized(Operator):
         return reference.dequantize_int(self.codes, self.scales, self.zeros, self.span, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = rounded_inputs(x, self.inputs)
         return reference.linear_int(x, self.codes, self.scales, self.zeros, self.span)
+
+    @property
+    def rounds_activations(self) -> bool:
+        return self.inputs is not None
+
+    def beyond(self, x: Tensor) -> Tensor:
+        return F.linear(rounded_inputs(x, self.inputs) - x, self.dense(x.dtype))
 
     @property
     def description(self) -> str:
@@ -63,7 +74,12 @@ class IntQuantized(Operator):
     def described(self, group_size: int) -> str:
         """The same where so many columns of the whole weight share a scale; -1 for all."""
         group = "per row" if group_size < 0 else f"g{group_size}"
-        return f"int{self.bits} {group}" + ("" if self.zeros is None else " asymmetric")
+        more = ("" if self.zeros is None else " asymmetric") + (f", inputs {self.inputs}" if self.inputs else "")
+        return f"int{self.bits} {group}{more}"
+
+    @property
+    def scales_rows(self) -> bool:
+        return True
 
     def rows_times(self, scale: Tensor) -> IntQuantized:
         return replace(self, scales=(self.scales.float() * scale[:, None]).to(self.scales.dtype))
@@ -83,8 +99,8 @@ class IntQuantized(Operator):
         return tensors
 
     def scheme(self) -> dict[str, Any]:
-        symmetric = self.zeros is None
-        return {"kind": self.kind, "bits": self.bits, "group_size": self.group_size, "symmetric": symmetric}
+        found = {"bits": self.bits, "group_size": self.group_size, "symmetric": self.zeros is None}
+        return {"kind": self.kind, **found, **({} if self.inputs is None else {"inputs": self.inputs})}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any]) -> IntQuantized:
@@ -94,7 +110,7 @@ class IntQuantized(Operator):
         if not scheme["symmetric"]:
             zeros = layouts.unpack_codes(tensors["weight_zero_point"].T.contiguous(), bits, rows).T.contiguous()
         codes = layouts.unpack_codes(tensors["weight_packed"], bits, columns)
-        return cls(codes, tensors["weight_scale"], zeros, bits, scheme["group_size"])
+        return cls(codes, tensors["weight_scale"], zeros, bits, scheme["group_size"], scheme.get("inputs"))
 
 
 class IntLinear(RowsLinear):
@@ -116,7 +132,7 @@ class IntLinear(RowsLinear):
         operator = IntQuantized.from_tensors(tensors, scheme)
         super().__init__(*operator.shape)
         self.bits, self.group_size, self.span = operator.bits, operator.group_size, operator.span
-        self.dtype, device = dtype, operator.codes.device
+        self.dtype, self.inputs, device = dtype, operator.inputs, operator.codes.device
         if dispatch.has_kernels(device, dtype) and dispatch.has_int_linear(self.bits, self.span, self.in_features):
             self._swizzle(operator)
             return
@@ -135,6 +151,7 @@ class IntLinear(RowsLinear):
         return layouts.IntWords(self.words, self.high, self.pairs, *self.layout)
 
     def fused(self, x: Tensor, *ends: Tensor | None) -> Tensor:
+        x = rounded_inputs(x, self.inputs)
         result: Tensor = ops.int_linear(x, self.words, self.high, self.pairs, self.out_features, *self.layout, *ends)
         return result
 
@@ -144,6 +161,7 @@ class IntLinear(RowsLinear):
         return cpu.decode_packed(packed, scales, zeros, self.bits, self.in_features, self.span, dtype, scratch)
 
     def tiled(self, x: Tensor) -> Tensor:
+        x = rounded_inputs(x, self.inputs)
         if self.bits > 4 or x.dtype != torch.bfloat16 or x.device.type != "cpu":
             return super().tiled(x)
         return cpu.packed_linear(x, self.packed, self.scales, self.zeros, self.bits, self.span)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -48,11 +48,13 @@ class Sparse24(Operator):
     def numbers(self) -> Operator:
         return self.values
 
-    def coded(self, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int) -> Sparse24:
+    def coded(self, stored: Operator) -> Sparse24:
         """The codes that are kept, in groups half as wide."""
-        kept, indices = layouts.compress24(codes, self.keep if not codes.is_meta else codes)
-        size = group_size if group_size < 0 else group_size // 2
-        return Sparse24(IntQuantized(kept, scales, zeros, bits, size), indices)
+        if not isinstance(stored, IntQuantized) or stored.inputs is not None:
+            raise NotImplementedError("a 2:4 pattern holds integers, whose inputs are not rounded")
+        kept, indices = layouts.compress24(stored.codes, self.keep if not stored.codes.is_meta else stored.codes)
+        size = stored.group_size if stored.group_size < 0 else stored.group_size // 2
+        return Sparse24(replace(stored, codes=kept, group_size=size), indices)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return layouts.expand24(self.values.dense(dtype), self.indices)

@@ -57,6 +57,10 @@ class W8A8(Operator):
     def description(self) -> str:
         return "w8a8 int8" if self.codes.dtype == torch.int8 else "w8a8 fp8"
 
+    @property
+    def scales_rows(self) -> bool:
+        return True
+
     def rows_times(self, scale: Tensor) -> W8A8:
         return replace(self, scales=(self.scales.float() * scale[:, None]).to(self.scales.dtype))
 

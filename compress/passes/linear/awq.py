@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ..base import LinearPass, Need
 from .calibrated import Calibrated
-from .quantizer import Quantizer
+from .quantizer import SCHEMES, Quantizer
 from .scaling import Scaling
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class Awq(Scaling):
     """Move scales between what feeds linears and these, for the pass behind to round weights better."""
 
-    behind: ClassVar[str] = "rtn or gptq"
+    behind: ClassVar[str] = "rtn or gptq (with a scheme that leaves inputs as they come)"
     kind: Literal["awq"]
 
     @property
@@ -33,13 +33,14 @@ class Awq(Scaling):
         return frozenset({"reference", "moment"})
 
     def rounds(self, step: LinearPass) -> bool:
-        return isinstance(step, Quantizer)
+        return isinstance(step, Quantizer) and SCHEMES[step.scheme].inputs is None
 
     def reader(self, step: LinearPass, weight: Tensor, statistics: Statistics) -> Reader:
         from ...solvers.scales import Reader
 
         assert isinstance(step, Quantizer)
-        return Reader(weight, _energy(step, statistics), step.group_for(weight.shape[1]), step.symmetric)
+        rounding = step.rounding(weight.shape[1])
+        return Reader(weight, _energy(step, statistics), rounding.columns, rounding.symmetric)
 
 
 def _energy(step: Quantizer, statistics: Statistics) -> Tensor:

@@ -24,16 +24,15 @@ from pydantic import Field
 
 from ...events import Event, Fallback, LayerDone
 from .calibrated import ROWS, Calibrated, relative
-from .quantizer import Quantizer, quantized
+from .quantizer import Quantizer
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from ....calibrate.stage import StageWork
+    from ....kernels.numbers import Rounding
     from ....runtime.schemes import Operator
-    from ...solvers.grid import Grid
-    from ...solvers.system import System
+    from ...solvers.grid import Grid, Steps
     from .groups import Group
 
 _SHRINKS = (1.0, 0.95, 0.9, 0.85)  # of a group's range: cutting off the extremes makes every step smaller
@@ -77,12 +76,18 @@ class Gptq(Quantizer, Calibrated):
             aims = [_aim(operator, target) for operator, target in zip(group.operators, targets, strict=True)]
             alone = [number for number, (base, _) in enumerate(aims) if base.moves_inputs and group.system]
             stacked = [number for number in range(len(aims)) if number not in alone]
-            for sparse in (False, True):
-                which = [n for n in stacked if (_leaf(aims[n][0]).keep is not None) == sparse]
-                if which:
-                    yield from self._apply_stacked(work, group, which, [aims[n] for n in which])
+            for which in self._stacks(stacked, aims):
+                yield from self._apply_stacked(work, group, which, [aims[n] for n in which])
             for number in alone:
                 yield from self._apply_armor(work, group, number, *aims[number])
+
+    def _stacks(self, numbers: list[int], aims: list[tuple[Operator, Tensor]]) -> list[list[int]]:
+        """Which linears are solved for together: those that are 2:4, and those that are not; each on its own where rows
+        of one share their scales."""
+        if numbers and self.rounding(aims[numbers[0]][1].shape[1]).rows > 1:
+            return [[number] for number in numbers]
+        sparse = [number for number in numbers if _leaf(aims[number][0]).keep is not None]
+        return [stack for stack in ([n for n in numbers if n not in sparse], sparse) if stack]
 
     def _finish(
         self, work: StageWork, group: Group, number: int, result: Operator, error: float, reason: str
@@ -108,7 +113,8 @@ class Gptq(Quantizer, Calibrated):
         for number, leaf in zip(which, leaves, strict=True):
             rows = slice(start, start + leaf.shape[0])
             start = rows.stop
-            result = quantized(solution.codes[rows], solution.grid.rows(rows), leaf)
+            met = work.statistics.get(group.names[number])
+            result = self.quantized(solution.codes[rows], solution.grid.rows(rows), leaf, met)
             whole = _replaced(group.operators[number], leaf, result)
             error = relative(solution.losses[rows], solution.scale[rows])
             yield from self._finish(work, group, number, whole, error, reason)
@@ -122,71 +128,81 @@ class Gptq(Quantizer, Calibrated):
         system = group.system
         assert isinstance(base, Armor)
         assert system is not None
-        stored = group.originals[number].dtype
-        grids = [self._grid(base.core.dense(), stored, shrink) for shrink in self._shrinks]
+        steps = self.steps(group.originals, group.originals[0].dtype)
+        core = base.core.dense()
+        shrinks = self._shrinks(self.rounding(core.shape[1]), steps)
+        grids = [self._grid(core, steps, group.energy, shrink) for shrink in shrinks]
         result, lost, scale = quantize_core(base, target, system.moment, grids, self.refinements)
         codes, grid = result.codes, result.grid
-        core = quantized(codes.T.contiguous(), grid, base.core)
-        whole = _replaced(group.operators[number], base, replace(base, a=result.a, core=core, b=result.b))
+        coded = self.quantized(grid.rounding.numbers.as_bytes(codes.T.contiguous()), grid, base.core)
+        whole = _replaced(group.operators[number], base, replace(base, a=result.a, core=coded, b=result.b))
         reason = "rounded to nearest, which had the lower loss" if result.simple else ""
         yield from self._finish(work, group, number, whole, lost / max(scale, 1e-30), reason)
 
-    @property
-    def _shrinks(self) -> Sequence[float]:
-        return _SHRINKS if self.search else _SHRINKS[:1]
+    def _shrinks(self, rounding: Rounding, steps: Steps) -> Sequence[float]:
+        from ....kernels.numbers import E4M3
 
-    def _grid(self, weight: Tensor, stored: torch.dtype, shrink: float = 1.0) -> Grid:
-        from ...solvers.grid import range_grid
+        # Of powers of two, a group takes the better of the two that there are; steps of float8 are a share of each
+        # number, not of the range.
+        return _SHRINKS if self.search and not steps.coarse and rounding.numbers != E4M3 else _SHRINKS[:1]
 
-        return range_grid(weight, self.bits, self.group_for(weight.shape[1]), self.symmetric, stored, shrink)
+    def _grid(self, weight: Tensor, steps: Steps, energy: Tensor, shrink: float = 1.0) -> Grid:
+        from ...solvers.grid import RANGES, searched_grid
 
-    def _rounded(self, weight: Tensor) -> Solution:
+        rounding = self.rounding(weight.shape[1])
+        ranges = [shrink * share for share in RANGES[rounding.scales]]
+        return searched_grid(weight, energy, rounding, steps, ranges)
+
+    def _rounded(self, weight: Tensor, steps: Steps, energy: Tensor) -> Solution:
         """The nearest codes; losses are squared errors of the weight."""
         import torch
 
         exact = weight.float()
-        grid = self._grid(exact, weight.dtype)
+        grid = self._grid(exact, steps, energy)
         codes = grid.codes(exact)
         losses = (grid.values(codes) - exact).square().sum(1)
         everything = torch.ones_like(losses, dtype=torch.bool)
-        return Solution(grid, codes.to(torch.int8), losses, exact.square().sum(1), everything)
+        return Solution(grid, grid.rounding.numbers.as_bytes(codes), losses, exact.square().sum(1), everything)
 
     def _solve(self, weight: Tensor, target: Tensor, keep: Tensor | None, group: Group) -> tuple[Solution, str]:
         """The best solution for rows of a group, and why it is the simple one where it is.
 
         Args:
-            weight: what is to be quantized, in the dtype in which scales are stored, `[rows, columns]`.
+            weight: what is to be quantized, in the dtype of the model, `[rows, columns]`.
             target: what it aims at, float32.
             keep: bool alike, false where zeros are to stay; None for nowhere.
         """
+        steps = self.steps(group.originals, weight.dtype)
         if group.system is None:
-            return self._rounded(weight), f"rounded to nearest, for {group.reason}"
+            return self._rounded(weight, steps, group.energy), f"rounded to nearest, for {group.reason}"
         parts = []
         for start in range(0, len(weight), ROWS):
             rows = slice(start, start + ROWS)
             kept = None if keep is None else keep[rows]
-            parts.append(self._solve_rows(weight[rows], target[rows], kept, group.system))
+            parts.append(self._solve_rows(weight[rows], target[rows], kept, steps, group))
         solution = Solution.joined(parts)
         return solution, "rounded to nearest, which had the lower loss" if solution.simple.all() else ""
 
-    def _solve_rows(self, weight: Tensor, target: Tensor, keep: Tensor | None, system: System) -> Solution:
+    def _solve_rows(self, weight: Tensor, target: Tensor, keep: Tensor | None, steps: Steps, group: Group) -> Solution:
         import torch
 
         from ...solvers.refine import differences, refine, row_losses
         from ...solvers.sweep import best_sweep
 
-        exact = weight.float()
+        exact, system, rounding = weight.float(), group.system, self.rounding(weight.shape[1])
+        assert system is not None
         # What is sparse was solved for already, values and pattern together: the sweep starts from that.
         start = target if keep is None else exact
-        grids = [self._grid(start, weight.dtype, shrink) for shrink in self._shrinks]
-        simple = self._grid(exact, weight.dtype)
+        grids = [self._grid(start, steps, group.energy, shrink) for shrink in self._shrinks(rounding, steps)]
+        # Rows that share their scales have the same ones either way.
+        simple = grids[0] if rounding.rows > 1 else self._grid(exact, steps, group.energy)
         rounded = simple.codes(exact).T.contiguous()
         same, start, target = start is target, start.T.contiguous(), target.T.contiguous()
         kept = None if keep is None else keep.T.contiguous()
         del exact
         scale = row_losses(target, system.moment)
         simple_losses = row_losses(differences(rounded, simple, target), system.moment)
-        rounded = rounded.to(torch.int8)
+        rounded = rounding.numbers.as_bytes(rounded)
         grid, codes, losses = best_sweep(start, grids, system, ROWS, kept)
         del start
         if self.refinements or not same:
@@ -196,7 +212,7 @@ class Gptq(Quantizer, Calibrated):
                 grid = refine(codes, delta, grid, system.moment, kept)
             losses = row_losses(delta, system.moment)
         worse = simple_losses < losses
-        codes = torch.where(worse, rounded, codes.to(torch.int8)).T.contiguous()
+        codes = torch.where(worse, rounded, rounding.numbers.as_bytes(codes)).T.contiguous()
         return Solution(grid.where(~worse, simple), codes, torch.minimum(losses, simple_losses), scale, worse)
 
 

@@ -1,27 +1,74 @@
-"""What rtn and gptq share: the grid's options, and the operator a grid and its codes make."""
+"""What rtn and gptq share: the schemes that weights may be stored in, and the operator a grid and its codes make."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from ..base import LinearPass
+from ....runtime.errors import RecipeError
+from ..base import LinearPass, Need
 from .calibrated import plain_floats
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+    from typing_extensions import Self
 
+    from ....calibrate.statistics import Statistics
+    from ....kernels.numbers import Rounding
     from ....runtime.schemes import Dense, Operator
-    from ...solvers.grid import Grid
+    from ...solvers.grid import Grid, Steps
+
+
+class Scheme(NamedTuple):
+    """What weights and, when they run, their inputs are rounded to: names of `kernels.numbers.ROUNDINGS`; None stands
+    for the pass's own integers, and for inputs as they come."""
+
+    weights: str | None
+    inputs: str | None
+
+
+Name = Literal[
+    "int", "int-a8", "int-afp8", "int8", "fp8", "fp8-block", "nvfp4a16", "nvfp4", "mxfp4a16", "mxfp4", "mxfp4-a8",
+    "mxfp8a16", "mxfp8", "mxint8a16",
+]  # fmt: skip
+SCHEMES: dict[Name, Scheme] = {
+    "int": Scheme(None, None),
+    "int-a8": Scheme(None, "int8"),
+    "int-afp8": Scheme(None, "fp8"),
+    "int8": Scheme("int8", "int8"),
+    "fp8": Scheme("fp8", "fp8"),
+    "fp8-block": Scheme("fp8_block", "fp8_group"),
+    "nvfp4a16": Scheme("nvfp4", None),
+    "nvfp4": Scheme("nvfp4", "nvfp4"),
+    "mxfp4a16": Scheme("mxfp4", None),
+    "mxfp4": Scheme("mxfp4", "mxfp4"),
+    "mxfp4-a8": Scheme("mxfp4", "mxfp8"),
+    "mxfp8a16": Scheme("mxfp8", None),
+    "mxfp8": Scheme("mxfp8", "mxfp8"),
+    "mxint8a16": Scheme("mxint8", None),
+}
+_ROOM = 2.0  # above the largest input that calibration met, for scales of inputs that a number for all is part of
 
 
 class Quantizer(LinearPass):
-    """Options of every integer quantizer."""
+    """Options of every quantizer."""
 
-    bits: Literal[2, 3, 4, 5, 6, 8] = Field(4, description="bits of a code, scales not counted")
-    group_size: int = Field(128, description="columns that share a scale: 16, 32, 64, 128 or 256; -1: one scale a row")
+    scheme: Name = Field(
+        "int",
+        description="how weights are stored, and what their inputs are rounded to when the model runs. int: integers "
+        "of `bits`, inputs as they come; int-a8, int-afp8: the same, inputs rounded to int8 or float8 token by token; "
+        "int8: 8 bits, one scale a row, inputs alike (W8A8); fp8: the same in float8_e4m3, which bears outliers among "
+        "the inputs; fp8-block: one scale for 128 x 128; nvfp4, mxfp4, mxfp8: floats of 4 or 8 bits in blocks of 16 "
+        "or 32 with scales of 8 bits, inputs alike; those ending in a16: the same, inputs as they come; mxfp4-a8: "
+        "mxfp4 that meets inputs in mxfp8",
+    )
+    bits: Literal[2, 3, 4, 5, 6, 8] = Field(4, description="bits of an integer, scales not counted")
+    group_size: int = Field(
+        128, description="columns of integers that share a scale: 16, 32, 64, 128 or 256; -1: one scale a row"
+    )
     symmetric: bool = Field(True, description="signed full-range scales; false: a zero point for each group")
 
     @field_validator("group_size")
@@ -31,35 +78,121 @@ class Quantizer(LinearPass):
             raise ValueError("group_size is 16, 32, 64, 128, 256 or -1 (one scale a row)")
         return value
 
-    def group_for(self, columns: int) -> int:
-        """The group size that applies to a row of `columns`: a row shorter than a group is one group, -1."""
-        return self.group_size if self.group_size <= columns else -1
+    @model_validator(mode="after")
+    def _own_integers(self) -> Self:
+        if SCHEMES[self.scheme].weights is not None:
+            self._refuse_idle(f"with scheme: {self.scheme}, which says it", "bits", "group_size", "symmetric")
+        return self
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        found = super().needs
+        if self.scheme != "nvfp4":
+            return found
+        # Of inputs, it rounds to scales of 8 bits over a number that is known before.
+        more: set[Need] = {"peak"} if found else {"reference", "peak"}
+        return found | more
+
+    def rounding(self, columns: int) -> Rounding:
+        """What a row of `columns` is rounded to: one shorter than a group of integers is one group, -1."""
+        from ....kernels.numbers import ROUNDINGS, Rounding
+
+        name = SCHEMES[self.scheme].weights
+        if name is not None:
+            return ROUNDINGS[name]
+        return Rounding.integers(self.bits, self.group_size if self.group_size <= columns else -1, self.symmetric)
+
+    def steps(self, weights: Sequence[Tensor], dtype: torch.dtype) -> Steps:
+        """How scales of weights are stored that read the same input.
+
+        Args:
+            dtype: of the model.
+        """
+        from ...solvers.grid import Steps
+
+        rounding, largest = self.rounding(weights[0].shape[1]), 1.0
+        if rounding.scales == "e4m3":
+            largest = max(float(weight.abs().max()) for weight in weights)
+        return Steps.of(rounding, dtype, largest)
 
     def planned(self, name: str, operator: Operator, group: Mapping[str, Dense]) -> Operator:
         """Codes, scales and zero points on `meta`, in the place of the plain floats of whatever holds them."""
         import torch
 
         from ....runtime.schemes import Composite
-        from ...solvers.grid import Grid
-        from ...solvers.numbers import Integers
+        from ...solvers.grid import Grid, Steps
 
         if isinstance(operator, Composite):
             return operator.with_inner(self.planned(name, operator.inner, group))
+        if self.scheme == "nvfp4" and name not in group:
+            raise RecipeError(
+                f"{self.kind} does not know the inputs of {name}, a part of what an earlier pass made: ignore it, or "
+                "take scheme nvfp4a16, which leaves inputs as they come"
+            )
         dtype = plain_floats(self.kind, name, operator.numbers).weight.dtype
         rows, columns = operator.shape
-        size = self.group_for(columns)
-        scales = torch.empty(rows, 1 if size < 0 else -(-columns // size), dtype=dtype, device="meta")
-        zeros = None if self.symmetric else scales
-        grid = Grid(scales, zeros, Integers(self.bits), size, dtype)
-        return quantized(torch.empty(rows, columns, dtype=torch.int8, device="meta"), grid, operator)
+        rounding = self.rounding(columns)
+        if rounding.bits < 8 and SCHEMES[self.scheme].weights and columns % rounding.columns:
+            raise RecipeError(
+                f"{self.kind} cannot store {name} as {self.scheme}: its {columns} columns are not blocks of "
+                f"{rounding.columns}; ignore it, or use integers"
+            )
+        scales = torch.empty(rows, -(-columns // rounding.span(columns)), dtype=dtype, device="meta")
+        grid = Grid(scales, None if rounding.symmetric else scales, rounding, Steps.of(rounding, dtype))
+        codes = torch.empty(rows, columns, dtype=_bytes_of(rounding), device="meta")
+        try:
+            return self.quantized(codes, grid, operator)
+        except NotImplementedError as error:
+            raise RecipeError(
+                f"{self.kind} cannot store {name} as {self.scheme}: {error}; ignore it, or leave scheme out"
+            ) from None
+
+    def quantized(self, codes: Tensor, grid: Grid, leaf: Operator, statistics: Statistics | None = None) -> Operator:
+        """An operator of plain numbers with codes on a grid in their place.
+
+        Args:
+            codes: a byte each, `[rows, columns]`.
+            statistics: of its inputs, where what they are rounded to needs them.
+        """
+        import torch
+
+        from ....runtime.schemes import W8A8, BlockScaled, IntQuantized
+
+        rounding, steps, (name, inputs) = grid.rounding, grid.steps, SCHEMES[self.scheme]
+        if name is None:
+            zeros = None if grid.zeros is None else grid.zeros.to(torch.int8)
+            scales = grid.scales.to(steps.dtype)
+            return leaf.coded(IntQuantized(codes, scales, zeros, rounding.bits, rounding.columns, inputs))
+        if rounding.columns < 0:
+            codes = codes if codes.dtype == torch.int8 else codes.view(torch.float8_e4m3fn)
+            return leaf.coded(W8A8(codes, grid.scales.to(steps.dtype)))
+        scales = (grid.scales[:: rounding.rows] / steps.unit).to(steps.dtype)
+        scales = scales.view(torch.uint8) if steps.coarse else scales
+        whole = None if rounding.scales != "e4m3" else _over(steps, scales.device)
+        met = None if inputs != "nvfp4" else _over(self._input_steps(rounding, statistics), scales.device)
+        return leaf.coded(BlockScaled(codes, scales, whole, name, inputs, met))
+
+    def _input_steps(self, rounding: Rounding, statistics: Statistics | None) -> Steps:
+        """How scales of rounded inputs are stored."""
+        import torch
+
+        from ...solvers.grid import Steps
+
+        known = statistics is not None and statistics.informed
+        largest = float(statistics.sums["peak"].max()) if statistics is not None and known else 1.0
+        return Steps.of(rounding, torch.float32, _ROOM * largest)
 
 
-def quantized(codes: Tensor, grid: Grid, leaf: Operator) -> Operator:
-    """An operator of plain numbers with codes `[rows, columns]` on a grid in their place."""
+def _over(steps: Steps, device: torch.device) -> Tensor:
+    """What scales are divided by, as stored."""
     import torch
 
-    from ...solvers.numbers import Integers
+    return torch.full((1,), 1 / steps.unit, device=device)
 
-    assert isinstance(grid.numbers, Integers)
-    zeros = None if grid.zeros is None else grid.zeros.to(torch.int8)
-    return leaf.coded(codes.to(torch.int8), grid.scales.to(grid.stored), zeros, grid.numbers.bits, grid.group_size)
+
+def _bytes_of(rounding: Rounding) -> torch.dtype:
+    import torch
+
+    from ....kernels.numbers import Integers
+
+    return torch.int8 if isinstance(rounding.numbers, Integers) else torch.uint8

@@ -10,15 +10,15 @@ from pydantic import Field
 from ...events import Event, LayerDone
 from ..base import Need
 from .calibrated import ROWS
-from .quantizer import Quantizer, quantized
+from .quantizer import Quantizer
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from ....calibrate.stage import StageWork
     from ....calibrate.statistics import Statistics
     from ....runtime.schemes import Operator
+    from ...solvers.grid import Steps
 
 
 class Rtn(Quantizer):
@@ -31,68 +31,78 @@ class Rtn(Quantizer):
 
     @property
     def needs(self) -> frozenset[Need]:
-        return frozenset({"reference", "moment"} if self.search else ())
+        return super().needs | frozenset({"reference", "moment"} if self.search else ())
 
     def flops(self, rows: int, columns: int) -> float:
         return (600.0 if self.search else 10.0) * rows * columns
 
     def memory(self, operators: Sequence[Operator]) -> float:
-        return max(
-            22.0 * min(rows, ROWS) * columns + (1.0 if operator.kind == "int" else 5.0) * max(0, rows - ROWS) * columns
-            for operator in operators
-            for rows, columns in [operator.shape]
-        )
+        return max(self._memory(operator) for operator in operators)
+
+    def _memory(self, operator: Operator) -> float:
+        from ....kernels.numbers import Integers
+
+        rows, columns = operator.shape
+        # Floats are rounded by their exponents; the whole weight is decoded of what an earlier pass has compressed.
+        at_hand = 22.0 if isinstance(self.rounding(columns).numbers, Integers) else 38.0
+        others = 1.0 if operator.kind in ("dense", "int", "w8a8", "block_scaled") else 5.0
+        return at_hand * min(rows, ROWS) * columns + others * max(0, rows - ROWS) * columns
 
     def apply(self, work: StageWork) -> Iterator[Event]:
-        for name, operator in list(work.linears.items()):
-            if not self.wants(name):
+        for names in work.groups:
+            wanted = [name for name in names if self.wants(name)]
+            if not wanted:
                 continue
-            statistics = work.statistics.get(name)
-            if statistics is not None and not statistics.informed:
-                statistics = None
-            result, error = self._rounded(operator, statistics, work.originals[name].dtype)
-            work.linears[name] = result
-            yield LayerDone.of(name, self.kind, error, result, statistics.tokens if statistics else 0)
+            originals = [work.originals[name] for name in wanted]
+            steps = self.steps(originals, originals[0].dtype)
+            for name in wanted:
+                statistics = work.statistics.get(name)
+                if statistics is not None and not statistics.informed:
+                    statistics = None
+                result, error = self._rounded(work.linears[name], statistics, steps)
+                work.linears[name] = result
+                yield LayerDone.of(name, self.kind, error, result, statistics.tokens if statistics else 0)
 
-    def _rounded(
-        self, operator: Operator, statistics: Statistics | None, stored: torch.dtype
-    ) -> tuple[Operator, float]:
+    def _rounded(self, operator: Operator, statistics: Statistics | None, steps: Steps) -> tuple[Operator, float]:
         """The operator, its floats rounded, and their relative error weighted by what they meet where that is known."""
         import torch
 
         from ....runtime.schemes import Composite, Dense, with_factors
-        from ...solvers.grid import Grid, range_grid, searched_grid
+        from ...solvers.grid import RANGES, Grid, searched_grid
 
         if operator.factors:
             most = 0.0
             for number, part in enumerate(operator.factors):
                 if number and statistics is not None:
                     statistics = _seen(statistics, operator.between)
-                result, error = self._rounded(getattr(operator, part), statistics, stored)
+                factor = getattr(operator, part)
+                own = self.steps([factor.dense()], steps.dtype) if steps.dtype.itemsize == 1 else steps
+                result, error = self._rounded(factor, statistics, own)
                 operator, most = with_factors(operator, **{part: result}), max(most, error)
             return operator, most
         if isinstance(operator, Composite):
             if statistics is not None:
                 statistics = _seen(statistics, operator.seen)
-            inner, error = self._rounded(operator.inner, statistics, stored)
+            inner, error = self._rounded(operator.inner, statistics, steps)
             return operator.with_inner(inner), error
         weight = operator.weight if isinstance(operator, Dense) else operator.dense()
-        options = (self.bits, self.group_for(weight.shape[1]), self.symmetric, stored)
-        importance = torch.ones(weight.shape[1], device=weight.device)
-        if statistics is not None:
+        rounding = self.rounding(weight.shape[1])
+        importance, ranges = torch.ones(weight.shape[1], device=weight.device), RANGES[rounding.scales]
+        if statistics is not None and "moment" in statistics.sums:
             importance = statistics.moment.diagonal().clone()
+            if self.search and not steps.coarse:
+                ranges = tuple(share * wide for wide in ranges for share in torch.linspace(1.1, 0.4, 57).tolist())
         grids, codes, lost, scale = [], [], 0.0, 0.0
         for rows in weight.split(ROWS):
             exact = rows.float()
-            searched = self.search and statistics is not None
-            grid = searched_grid(exact, importance, *options) if searched else range_grid(exact, *options)
+            grid = searched_grid(exact, importance, rounding, steps, ranges)
             nearest = grid.codes(exact)
             lost += float((grid.values(nearest) - exact).square().mul_(importance).sum())
             scale += float(exact.square().mul_(importance).sum())
             grids.append(grid)
-            codes.append(nearest.to(torch.int8))
+            codes.append(rounding.numbers.as_bytes(nearest))
         relative = lost / max(scale, torch.finfo(torch.float32).tiny)
-        return quantized(torch.cat(codes), Grid.stacked(grids), operator), relative
+        return self.quantized(torch.cat(codes), Grid.stacked(grids), operator, statistics), relative
 
 
 def _seen(statistics: Statistics, moved: Callable[[Tensor], Tensor]) -> Statistics:

@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ..base import LinearPass, Need
+from .quantizer import SCHEMES, Quantizer
 from .scaling import Scaling
-from .w8a8 import W8A8Pass
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class SmoothQuant(Scaling):
     """Move scales between what feeds linears and these, for the pass behind to round weights and inputs better."""
 
-    behind: ClassVar[str] = "w8a8 with type: int"
+    behind: ClassVar[str] = "rtn or gptq (with scheme: int8 or int-a8)"
     kind: Literal["smoothquant"]
 
     @property
@@ -32,11 +32,16 @@ class SmoothQuant(Scaling):
         return frozenset({"reference", "moment", "sample"})
 
     def rounds(self, step: LinearPass) -> bool:
-        return isinstance(step, W8A8Pass) and step.type == "int"  # steps of float8 are a share of each number
+        # Steps of float8 are a share of each number.
+        return isinstance(step, Quantizer) and SCHEMES[step.scheme].inputs == "int8"
 
     def reader(self, step: LinearPass, weight: Tensor, statistics: Statistics) -> Reader:
         from ...solvers.scales import Reader
 
         sample = statistics.sums["sample"]
         times = (statistics.tokens or statistics.lent) / max(1, int(sample.any(1).sum()))
-        return Reader(weight, statistics.moment.diagonal().clone(), -1, True, sample, times)
+        assert isinstance(step, Quantizer)
+        rounding = step.rounding(weight.shape[1])
+        times *= 4.0 ** (rounding.bits - 8)  # of weights in fewer steps
+        energy = statistics.moment.diagonal().clone()
+        return Reader(weight, energy, rounding.columns, rounding.symmetric, sample, times)
