@@ -135,8 +135,8 @@ def scaled_blocks(
 
 
 def rounded(x: Tensor, rounding: Rounding, global_scale: Tensor | None = None) -> Tensor:
-    """`[..., columns]` rounded as it comes, each block of a row over its largest size. Where scales are powers of two, it
-    is the power below that size over the power below the largest number; sizes from 7/8 of a power on count as that.
+    """`[..., columns]` rounded as it comes, each block of a row over its largest size. Where scales are powers of two,
+    that is the power below it over the power below the largest number; sizes from 7/8 of a power on count as that.
 
     Args:
         global_scale: `[1]`, that scales of 8 bits are over.

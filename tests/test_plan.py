@@ -14,6 +14,7 @@ from safetensors import safe_open
 from compressor import compress
 from compressor.compress.apply import Job, apply
 from compressor.compress.guards import open_source
+from compressor.compress.passes.linear.rtn import Rtn
 from compressor.compress.plan import Plan, make_plan, rows
 from compressor.compress.recipe import parse_recipe
 from compressor.runtime.errors import RecipeError
@@ -150,6 +151,19 @@ def test_a_plan_that_no_survey_changes_is_made_once(
         assert apply(job, lambda event: None) is made[-1]
         assert len(made) == count
         made.clear()
+
+
+def test_groups_are_the_largest_that_others_take(pico: Pico) -> None:
+    [step] = parse_recipe("passes: [{kind: rtn}]").passes
+    assert isinstance(step, Rtn)
+    found = [step.rounding(columns).columns for columns in (576, 1536, 4096, 96, 128, 100, 1000, 11008, 160)]
+    assert found == [64, 128, 128, -1, 128, -1, 128, 128, 32]  # of 1000 columns they take nothing but a scale a row
+    ragged = pico(hidden_size=192, head_dim=32, num_attention_heads=6, num_key_value_heads=2)
+    plan = make_plan(parse_recipe("passes: [{kind: rtn}]"), Skeleton(open_source(ragged)))
+    assert plan.format.name == "compressed-tensors"
+    plan = make_plan(parse_recipe("passes: [{kind: rtn, group_size: 128}]"), Skeleton(open_source(ragged)))
+    assert plan.format.name == "compressor"
+    assert plan.obstacle.endswith("(int4 g128, 192 columns, which group_size: auto would divide)")
 
 
 def test_a_missing_text_is_said_before_anything_else(pico: Pico) -> None:

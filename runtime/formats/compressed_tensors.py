@@ -95,7 +95,7 @@ class CompressedTensors(Format):
             found = found or "experts that lie in one tensor"
         for name, operator in stored.items():
             if not found and not _readers(operator):
-                found = f"{name} ({operator.description}, {operator.shape[1]} columns)"
+                found = f"{name} ({operator.description}, {operator.shape[1]} columns{_way_out(operator)})"
         return found
 
     def readers(self, linears: Mapping[str, Operator], around: Around) -> tuple[str, ...]:
@@ -209,6 +209,12 @@ def _readers(operator: Operator) -> tuple[str, ...]:
         if scheme["bits"] == 4 and whole:
             found.append(VLLM_CPU)
     return tuple(found)
+
+
+def _way_out(operator: Operator) -> str:
+    """What to set where groups do not divide the columns of an operator."""
+    size = operator.group_size if isinstance(operator, IntQuantized) else -1
+    return ", which group_size: auto would divide" if size > 32 and operator.shape[1] % size else ""
 
 
 def _layout(scheme: Mapping[str, Any]) -> str:

@@ -50,6 +50,7 @@ SCHEMES: dict[Name, Scheme] = {
     "mxfp8": Scheme("mxfp8", "mxfp8"),
     "mxint8a16": Scheme("mxint8", None),
 }
+_SIZES = (128, 64, 32)
 _ROOM = 2.0  # above the largest input that calibration met, for scales of inputs that a number for all is part of
 
 
@@ -66,16 +67,18 @@ class Quantizer(LinearPass):
         "mxfp4 that meets inputs in mxfp8",
     )
     bits: Literal[2, 3, 4, 5, 6, 8] = Field(4, description="bits of an integer, scales not counted")
-    group_size: int = Field(
-        128, description="columns of integers that share a scale: 16, 32, 64, 128 or 256; -1: one scale a row"
+    group_size: int | Literal["auto"] = Field(
+        "auto",
+        description="columns of integers that share a scale: 16, 32, 64, 128 or 256; -1: one scale a row; auto: the "
+        "largest of 128, 64 and 32 that divides the columns of a linear, as other engines want it, or 128 if none does",
     )
     symmetric: bool = Field(True, description="signed full-range scales; false: a zero point for each group")
 
     @field_validator("group_size")
     @classmethod
-    def _known_size(cls, value: int) -> int:
-        if value not in (-1, 16, 32, 64, 128, 256):
-            raise ValueError("group_size is 16, 32, 64, 128, 256 or -1 (one scale a row)")
+    def _known_size(cls, value: int | str) -> int | str:
+        if value not in ("auto", -1, 16, 32, 64, 128, 256):
+            raise ValueError("group_size is 16, 32, 64, 128, 256, -1 (one scale a row) or auto")
         return value
 
     @model_validator(mode="after")
@@ -100,7 +103,10 @@ class Quantizer(LinearPass):
         name = SCHEMES[self.scheme].weights
         if name is not None:
             return ROUNDINGS[name]
-        return Rounding.integers(self.bits, self.group_size if self.group_size <= columns else -1, self.symmetric)
+        wanted, widest = self.group_size, _SIZES[0]
+        fitting = (size for size in _SIZES if columns <= widest or columns % size == 0)
+        size = next(fitting, widest) if wanted == "auto" else wanted
+        return Rounding.integers(self.bits, size if size <= columns else -1, self.symmetric)
 
     def steps(self, weights: Sequence[Tensor], dtype: torch.dtype) -> Steps:
         """How scales of weights are stored that read the same input.
