@@ -309,23 +309,46 @@ def verify(folder: FolderArgument, as_json: JsonOption = False) -> None:
 @app.command()
 def export(
     folder: FolderArgument,
-    out: Annotated[Path, typer.Argument(help="the folder to write")],
-    form: Annotated[str, typer.Option("--format", help="dense: plain weights that every tool reads")] = "dense",
+    out: Annotated[Path, typer.Argument(help="the folder to write, or the file if it is one")],
+    form: Annotated[
+        str,
+        typer.Option("--format", help="dense: plain weights that every tool reads; gguf: a file that llama.cpp runs"),
+    ] = "dense",
+    like: Annotated[
+        Path | None,
+        typer.Option(help="for gguf: a GGUF file of the same model in 16 bits, as llama.cpp's converter makes it"),
+    ] = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Decode FOLDER into another format."""
+    from ..compress.output.gguf import export_gguf
     from ..compress.output.verify import export_dense
     from ..runtime.errors import RecipeError
 
-    if form != "dense":
-        raise RecipeError(f"--format {form}: only 'dense' can be exported")
-    export_dense(folder, out, overwrite=overwrite)
-    size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
-    if as_json:
-        render.document({"out": str(out), "format": form, "bytes": size})
+    if form not in ("dense", "gguf"):
+        raise RecipeError(f"--format {form}: only 'dense' and 'gguf' can be exported")
+    if (like is None) == (form == "gguf"):
+        raise RecipeError(
+            "--format gguf and --like FILE.gguf go together: FILE is the same model in 16 bits, which llama.cpp makes "
+            "by `convert_hf_to_gguf.py DENSE --outtype bf16` of what `compressor export OUT DENSE` writes"
+        )
+    more: dict[str, Any] = {}
+    if like is not None:
+        written = export_gguf(folder, out, like, overwrite=overwrite)
+        size, more = written.size, {"tensors": written.kinds, "scales_rounded_by": written.rounded}
+        kinds = ", ".join(f"{count} {kind}" for kind, count in written.kinds.items())
+        said = f"a file for llama.cpp, {human_size(size)}: {kinds}"
+        if written.rounded:
+            said += f"; scales in half precision, which is off by {written.rounded:.1e} at most"
     else:
-        render.out.print(f"{out}: a plain model folder, {human_size(size)}")
+        export_dense(folder, out, overwrite=overwrite)
+        size, said = sum(path.stat().st_size for path in out.glob("*.safetensors")), "a plain model folder"
+        said += f", {human_size(size)}"
+    if as_json:
+        render.document({"out": str(out), "format": form, "bytes": size, **more})
+    else:
+        render.out.print(f"{out}: {said}")
 
 
 @app.command()
