@@ -200,8 +200,8 @@ def _readers(operator: Operator) -> tuple[str, ...]:
         # asymmetric experts fail in any case (huggingface/transformers#47430).
         return ()
     found = [*OURS, "transformers"]  # tests/test_formats.py
-    if scheme.get("inputs") is not None:
-        return tuple(found)
+    if scheme.get("inputs") is not None:  # by the schemes that its source has for them
+        return (*found, VLLM_GPU) if scheme["bits"] == 4 and scheme["group_size"] > 0 else tuple(found)
     if scheme["bits"] in (4, 8) and scheme["group_size"] in (-1, 32, 64, 128):
         found.append(VLLM_GPU)  # by the kernels that its source names (Machete, Marlin)
         # vLLM 0.32 ran these; it refuses 8 bits, and rows that it cannot cut into groups of 128 of its own.
