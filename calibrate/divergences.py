@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..runtime.model.skeleton import Skeleton
+from ..runtime.model.skeleton import HEAD_ROWS, Skeleton
 from .chains import BATCH_TOKENS, Chains, Spill
 from .drive import drive
 from .statistics import Statistics
@@ -20,9 +21,9 @@ from .statistics import Statistics
 
 @dataclass(frozen=True)
 class Seen:
-    """What a survey sees at a block: the second moment of the observed inputs, and the block as it runs."""
+    """What a survey sees at a block: the second moment of the observed inputs, if any are, and the block as it runs."""
 
-    moment: Tensor
+    moment: Tensor | None
     runner: Any
     hidden: Tensor
 
@@ -48,7 +49,7 @@ def divergences(
     skeleton: Skeleton,
     windows: Tensor,
     scratch: Path,
-    observed: str,
+    observed: str | None,
     changes: Callable[[int, Seen], Changes],
     done: Callable[[int], None],
 ) -> dict[str, float]:
@@ -60,7 +61,8 @@ def divergences(
     Args:
         windows: token ids `[samples, tokens]`, of which the first are read.
         scratch: a folder to be made and deleted again; holds what is carried, and two activations of the original.
-        observed: the linear inside each block, by its name in memory, of whose inputs the second moment is taken.
+        observed: the linear inside each block, by its name in memory, of whose inputs the second moment is
+            taken, if any.
         changes: `(block, what is seen there) →` what to try there.
         done: told each block that is behind.
     """
@@ -75,11 +77,16 @@ def divergences(
         layer, hidden = block.layer, chains.read(index, block.chain)[every]
         for spill in changed.values():
             spill[every] = skeleton.run(block.runner, spill[every])
-        statistics = Statistics.empty(layer.get_submodule(observed).in_features, ("moment",), skeleton.device)
-        handle = layer.get_submodule(observed).register_forward_pre_hook(_observer(statistics, skeleton.dtype))
-        last = block.carry()
-        handle.remove()
-        moment = statistics.moment / statistics.tokens
+        moment = None
+        if observed is None:
+            last = block.carry()
+        else:
+            linear = layer.get_submodule(observed)
+            statistics = Statistics.empty(linear.in_features, ("moment",), skeleton.device)
+            handle = linear.register_forward_pre_hook(_observer(statistics, skeleton.dtype))
+            last = block.carry()
+            handle.remove()
+            moment = statistics.moment / statistics.tokens
         for label, weights in changes(index, Seen(moment, block.runner, hidden)).items():
             kept = {name: layer.get_submodule(name).weight for name in weights}
             for name, weight in weights.items():
@@ -90,6 +97,31 @@ def divergences(
                 layer.get_submodule(name).weight = parameter
         done(index)
     return _compared(skeleton, last[rows][:, length], changed)
+
+
+def divergences_cost(
+    skeleton: Skeleton, samples: int, tokens: int, changes: int, held: int
+) -> tuple[float, float, float]:
+    """Bytes of memory and of disk, and floating-point operations, of `divergences`.
+
+    Args:
+        samples, tokens: the windows.
+        changes: of all blocks together.
+        held: numbers of the weights that are tried in one block.
+    """
+    length = min(tokens, BATCH_TOKENS)
+    windows = min(samples, max(1, BATCH_TOKENS // tokens))
+    seen, each = windows * length, math.prod(carried(skeleton.blocks, windows, length))
+    blocks = [[linear.weight.shape for linear in skeleton.linears(n).values()] for n in range(skeleton.blocks)]
+    block = max(sum(rows * columns for rows, columns in shapes) for shapes in blocks)
+    widest = max(max(shape) for shapes in blocks for shape in shapes)
+    vocabulary, hidden = skeleton.config.vocab_size, skeleton.config.hidden_size
+    # What entered the block and a copy that runs, the residual stream behind attention and its norm; gate, up and
+    # their product.
+    running = 4 * (block + held) + 4 * seen * (3 * widest + 4 * hidden)
+    comparing = 5 * 4 * max(LOGITS, 32 * vocabulary) + 4 * hidden * min(vocabulary, HEAD_ROWS)
+    flops = 2.0 * each * changes * (skeleton.blocks / 2 * block + vocabulary * hidden)
+    return max(running, comparing), 4 * hidden * (changes * each + 2 * seen), flops
 
 
 def _compared(skeleton: Skeleton, hidden: Tensor, changed: Mapping[str, Spill]) -> dict[str, float]:

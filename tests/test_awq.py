@@ -145,14 +145,14 @@ def test_each_pass_behind_has_the_cost_of_what_it_does() -> None:
     ]
     rtn, gptq, w8a8 = (parse_recipe(f"passes: [{text}]").passes[0] for text in passes)
     awq, smooth = parse_recipe("passes: [{kind: awq}, {kind: smoothquant}]").passes
-    reader = awq.reader(rtn, weight, statistics)
+    reader = awq.reader(rtn, "x", weight, statistics)
     assert (reader.group_size, reader.symmetric, reader.inputs) == (16, False, None)
     assert torch.equal(reader.energy, plain)
     system = damped_system(statistics.moment, 1e-3)
-    reader = awq.reader(gptq, weight, statistics)
+    reader = awq.reader(gptq, "x", weight, statistics)
     torch.testing.assert_close(reader.energy, conditional_energy(system.factor, system.order))
     assert bool((reader.energy < 0.9 * plain)[:12].all())  # the last ones have nothing behind them
-    reader = smooth.reader(w8a8, weight, statistics)
+    reader = smooth.reader(w8a8, "x", weight, statistics)
     assert torch.equal(reader.energy, plain)
     assert torch.equal(reader.inputs, statistics.sums["sample"])
     assert reader.times == 400 / 256

@@ -13,6 +13,7 @@ from compressor.compress.passes.linear.eora import Eora
 from compressor.compress.passes.linear.gptq import Gptq
 from compressor.compress.passes.linear.rtn import Rtn
 from compressor.compress.passes.linear.sparse24 import SparsePass, sparse_operator
+from compressor.compress.solvers.grid import Steps
 from compressor.compress.solvers.lowrank import best_low_rank, refit_up
 from compressor.compress.solvers.stored_factors import stored_blocks
 from compressor.runtime.schemes import (
@@ -150,16 +151,16 @@ def test_rounding_weighs_errors_by_what_each_part_meets() -> None:
     met = Statistics(100, {"moment": moment.float()})
 
     def alone(part: Operator, seen: Tensor) -> Operator:
-        return step._rounded(part, Statistics(100, {"moment": seen}), torch.float32)[0]
+        return step._rounded("x", part, Statistics(100, {"moment": seen}), Steps(torch.float32))[0]
 
     armor = random_armor()
-    found, _ = step._rounded(armor, met, torch.float32)
+    found, _ = step._rounded("x", armor, met, Steps(torch.float32))
     assert isinstance(found, Armor)
     assert identical(found.core, alone(armor.core, armor.seen(met.moment)))
     assert not identical(found.core, alone(armor.core, met.moment))
     generator = torch.Generator().manual_seed(0)
     up, down = (torch.randn(shape, generator=generator) for shape in ((ROWS, 8), (8, COLUMNS)))
-    factors, _ = step._rounded(LowRank(Dense(up), Dense(down)), met, torch.float32)
+    factors, _ = step._rounded("x", LowRank(Dense(up), Dense(down)), met, Steps(torch.float32))
     assert isinstance(factors, LowRank)
     below = factors.down.dense()
     assert identical(factors.down, alone(Dense(down), met.moment))

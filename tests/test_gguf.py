@@ -24,7 +24,7 @@ from compressor.compress.passes.linear.rtn import Rtn
 from compressor.compress.recipe import parse_recipe
 from compressor.runtime.errors import ModelError, RecipeError, ResourceError
 from compressor.runtime.model.checkpoint import Checkpoint
-from compressor.runtime.schemes import Dense
+from compressor.runtime.schemes import Dense, Operator
 from compressor.runtime.stored import StoredModel
 
 Pico = Callable[..., Path]
@@ -42,6 +42,11 @@ def compress(model: Path, out: Path, passes: str) -> Path:
     text = f"passes: [{passes}]\n"
     apply(Job(parse_recipe(text), text, (), model, out, str(model)), lambda event: None)
     return out
+
+
+def nearest(step: Rtn, weight: Tensor) -> Operator:
+    steps = step.steps([weight], step.rounding(weight.shape[1], "x"), weight.dtype)
+    return step._rounded("x", Dense(weight), None, steps)[0]
 
 
 def turned(weight: Tensor, heads: int) -> Tensor:
@@ -100,7 +105,7 @@ def test_integers_are_held_as_they_are(
 ) -> None:
     weight = torch.randn(rows, 32 * blocks, generator=torch.Generator().manual_seed(seed)).to(torch.float16)
     step = Rtn(kind="rtn", bits=bits, symmetric=symmetric, group_size=group)
-    made, _ = step._rounded(Dense(weight), None, step.steps([weight], torch.float16))
+    made = nearest(step, weight)
     kind = fitting(made)
     if not symmetric and bits > 5:
         assert kind is None
@@ -119,7 +124,7 @@ def test_integers_are_held_as_they_are(
 def test_blocks_are_held_as_they_are(scheme: Any) -> None:
     weight = torch.randn(12, 192, generator=torch.Generator().manual_seed(0)).to(torch.float16)
     step = Rtn(kind="rtn", scheme=scheme)
-    made, _ = step._rounded(Dense(weight), None, step.steps([weight], torch.float16))
+    made = nearest(step, weight)
     kind = fitting(made)
     assert kind == {"int8": "Q8_0", "mxfp4a16": "MXFP4", "nvfp4a16": "NVFP4"}[scheme]
     found = torch.from_numpy(dequantize(packed(made).numpy(), GGMLQuantizationType[kind]))
@@ -136,7 +141,7 @@ def test_what_no_type_holds() -> None:
     ):
         weight = torch.randn(4, columns)
         step = Rtn(kind="rtn", **options)  # type: ignore[arg-type]
-        made, _ = step._rounded(Dense(weight), None, step.steps([weight], torch.float32))
+        made = nearest(step, weight)
         assert fitting(made) is None
 
 

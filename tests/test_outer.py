@@ -167,10 +167,10 @@ def test_rows_of_a_large_matrix_are_rounded_some_at_a_time(pico: Pico) -> None:
     weight = Dense(torch.randn(200, 64).to(torch.bfloat16))
     [step] = parse_recipe("passes: [{kind: rtn, group_size: 32}]\n").passes
     [bytewise] = parse_recipe("passes: [{kind: rtn, scheme: int8}]\n").passes
-    whole = [one._rounded(weight, None, Steps(torch.bfloat16)) for one in (step, bytewise)]
+    whole = [one._rounded("x", weight, None, Steps(torch.bfloat16)) for one in (step, bytewise)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rtn, "ROWS", 48)
-        parts = [one._rounded(weight, None, Steps(torch.bfloat16)) for one in (step, bytewise)]
+        parts = [one._rounded("x", weight, None, Steps(torch.bfloat16)) for one in (step, bytewise)]
     for (one, error), (other, its) in zip(whole, parts, strict=True):
         assert identical(one, other)
         assert error == pytest.approx(its)

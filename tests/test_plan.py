@@ -156,7 +156,7 @@ def test_a_plan_that_no_survey_changes_is_made_once(
 def test_groups_are_the_largest_that_others_take(pico: Pico) -> None:
     [step] = parse_recipe("passes: [{kind: rtn}]").passes
     assert isinstance(step, Rtn)
-    found = [step.rounding(columns).columns for columns in (576, 1536, 4096, 96, 128, 100, 1000, 11008, 160)]
+    found = [step.rounding(columns, "x").columns for columns in (576, 1536, 4096, 96, 128, 100, 1000, 11008, 160)]
     assert found == [64, 128, 128, -1, 128, -1, 128, 128, 32]  # of 1000 columns they take nothing but a scale a row
     ragged = pico(hidden_size=192, head_dim=32, num_attention_heads=6, num_key_value_heads=2)
     plan = make_plan(parse_recipe("passes: [{kind: rtn}]"), Skeleton(open_source(ragged)))

@@ -69,7 +69,7 @@ def test_all_mistakes_at_once_each_with_its_place() -> None:
     )
     assert mistakes(text) == [
         "r.yaml:2:12: data.samples: Input should be a valid integer, unable to parse string as an integer",
-        "r.yaml:5:11: passes.0.bits: Input should be 2, 3, 4, 5, 6 or 8",
+        "r.yaml:5:11: passes.0.bits: Input should be 2, 3, 4, 5, 6, 8 or 'mixed'",
         "r.yaml:6:5: passes.0.group_sise: unknown key (did you mean 'group_size'?)",
         "r.yaml:7:11: passes.1.kind: unknown pass 'gtpq' (did you mean 'gptq'?)",
         "r.yaml:8:5: passes.2: a pass needs a 'kind'; known: rtn, gptq, awq, smoothquant, sparse24, armor, eora, "

@@ -35,11 +35,11 @@ class Awq(Scaling):
     def rounds(self, step: LinearPass) -> bool:
         return isinstance(step, Quantizer) and SCHEMES[step.scheme].inputs is None
 
-    def reader(self, step: LinearPass, weight: Tensor, statistics: Statistics) -> Reader:
+    def reader(self, step: LinearPass, name: str, weight: Tensor, statistics: Statistics) -> Reader:
         from ...solvers.scales import Reader
 
         assert isinstance(step, Quantizer)
-        rounding = step.rounding(weight.shape[1])
+        rounding = step.rounding(weight.shape[1], name)
         return Reader(weight, _energy(step, statistics), rounding.columns, rounding.symmetric)
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -76,18 +76,21 @@ class Gptq(Quantizer, Calibrated):
             aims = [_aim(operator, target) for operator, target in zip(group.operators, targets, strict=True)]
             alone = [number for number, (base, _) in enumerate(aims) if base.moves_inputs and group.system]
             stacked = [number for number in range(len(aims)) if number not in alone]
-            for which in self._stacks(stacked, aims):
+            for which in self._stacks(group, stacked, aims):
                 yield from self._apply_stacked(work, group, which, [aims[n] for n in which])
             for number in alone:
                 yield from self._apply_armor(work, group, number, *aims[number])
 
-    def _stacks(self, numbers: list[int], aims: list[tuple[Operator, Tensor]]) -> list[list[int]]:
-        """Which linears are solved for together: those that are 2:4, and those that are not; each on its own where rows
+    def _stacks(self, group: Group, numbers: list[int], aims: list[tuple[Operator, Tensor]]) -> list[list[int]]:
+        """Which linears are solved for together: those that are rounded alike, 2:4 or not; each on its own where rows
         of one share their scales."""
-        if numbers and self.rounding(aims[numbers[0]][1].shape[1]).rows > 1:
-            return [[number] for number in numbers]
-        sparse = [number for number in numbers if _leaf(aims[number][0]).keep is not None]
-        return [stack for stack in ([n for n in numbers if n not in sparse], sparse) if stack]
+        found: dict[Any, list[int]] = {}
+        for number in numbers:
+            base, target = aims[number]
+            rounding = self.rounding(target.shape[1], group.names[number])
+            own = number if rounding.rows > 1 else -1
+            found.setdefault((own, rounding, _leaf(base).keep is not None), []).append(number)
+        return list(found.values())
 
     def _finish(
         self, work: StageWork, group: Group, number: int, result: Operator, error: float, reason: str
@@ -108,7 +111,8 @@ class Gptq(Quantizer, Calibrated):
         weight = torch.cat([leaf.dense(group.originals[0].dtype) for leaf in leaves])
         kept = [leaf.keep for leaf in leaves if leaf.keep is not None]
         target = torch.cat([target for _, target in aims])
-        solution, reason = self._solve(weight, target, torch.cat(kept) if kept else None, group)
+        rounding = self.rounding(weight.shape[1], group.names[which[0]])
+        solution, reason = self._solve(weight, target, torch.cat(kept) if kept else None, rounding, group)
         start = 0
         for number, leaf in zip(which, leaves, strict=True):
             rows = slice(start, start + leaf.shape[0])
@@ -128,10 +132,11 @@ class Gptq(Quantizer, Calibrated):
         system = group.system
         assert isinstance(base, Armor)
         assert system is not None
-        steps = self.steps(group.originals, group.originals[0].dtype)
         core = base.core.dense()
-        shrinks = self._shrinks(self.rounding(core.shape[1]), steps)
-        grids = [self._grid(core, steps, group.energy, shrink) for shrink in shrinks]
+        rounding = self.rounding(core.shape[1], group.names[number])
+        steps = self.steps(group.originals, rounding, group.originals[0].dtype)
+        shrinks = self._shrinks(rounding, steps)
+        grids = [_grid(core, rounding, steps, group.energy, shrink) for shrink in shrinks]
         result, lost, scale = quantize_core(base, target, system.moment, grids, self.refinements)
         codes, grid = result.codes, result.grid
         coded = self.quantized(grid.rounding.numbers.as_bytes(codes.T.contiguous()), grid, base.core)
@@ -146,25 +151,9 @@ class Gptq(Quantizer, Calibrated):
         # number, not of the range.
         return _SHRINKS if self.search and not steps.coarse and rounding.numbers != E4M3 else _SHRINKS[:1]
 
-    def _grid(self, weight: Tensor, steps: Steps, energy: Tensor, shrink: float = 1.0) -> Grid:
-        from ...solvers.grid import RANGES, searched_grid
-
-        rounding = self.rounding(weight.shape[1])
-        ranges = [shrink * share for share in RANGES[rounding.scales]]
-        return searched_grid(weight, energy, rounding, steps, ranges)
-
-    def _rounded(self, weight: Tensor, steps: Steps, energy: Tensor) -> Solution:
-        """The nearest codes; losses are squared errors of the weight."""
-        import torch
-
-        exact = weight.float()
-        grid = self._grid(exact, steps, energy)
-        codes = grid.codes(exact)
-        losses = (grid.values(codes) - exact).square().sum(1)
-        everything = torch.ones_like(losses, dtype=torch.bool)
-        return Solution(grid, grid.rounding.numbers.as_bytes(codes), losses, exact.square().sum(1), everything)
-
-    def _solve(self, weight: Tensor, target: Tensor, keep: Tensor | None, group: Group) -> tuple[Solution, str]:
+    def _solve(
+        self, weight: Tensor, target: Tensor, keep: Tensor | None, rounding: Rounding, group: Group
+    ) -> tuple[Solution, str]:
         """The best solution for rows of a group, and why it is the simple one where it is.
 
         Args:
@@ -172,30 +161,33 @@ class Gptq(Quantizer, Calibrated):
             target: what it aims at, float32.
             keep: bool alike, false where zeros are to stay; None for nowhere.
         """
-        steps = self.steps(group.originals, weight.dtype)
+        steps = self.steps(group.originals, rounding, weight.dtype)
         if group.system is None:
-            return self._rounded(weight, steps, group.energy), f"rounded to nearest, for {group.reason}"
+            return _rounded(weight, rounding, steps, group.energy), f"rounded to nearest, for {group.reason}"
         parts = []
         for start in range(0, len(weight), ROWS):
             rows = slice(start, start + ROWS)
             kept = None if keep is None else keep[rows]
-            parts.append(self._solve_rows(weight[rows], target[rows], kept, steps, group))
+            parts.append(self._solve_rows(weight[rows], target[rows], kept, rounding, steps, group))
         solution = Solution.joined(parts)
         return solution, "rounded to nearest, which had the lower loss" if solution.simple.all() else ""
 
-    def _solve_rows(self, weight: Tensor, target: Tensor, keep: Tensor | None, steps: Steps, group: Group) -> Solution:
+    def _solve_rows(
+        self, weight: Tensor, target: Tensor, keep: Tensor | None, rounding: Rounding, steps: Steps, group: Group
+    ) -> Solution:
         import torch
 
         from ...solvers.refine import differences, refine, row_losses
         from ...solvers.sweep import best_sweep
 
-        exact, system, rounding = weight.float(), group.system, self.rounding(weight.shape[1])
+        exact, system = weight.float(), group.system
         assert system is not None
         # What is sparse was solved for already, values and pattern together: the sweep starts from that.
         start = target if keep is None else exact
-        grids = [self._grid(start, steps, group.energy, shrink) for shrink in self._shrinks(rounding, steps)]
+        shrinks = self._shrinks(rounding, steps)
+        grids = [_grid(start, rounding, steps, group.energy, shrink) for shrink in shrinks]
         # Rows that share their scales have the same ones either way.
-        simple = grids[0] if rounding.rows > 1 else self._grid(exact, steps, group.energy)
+        simple = grids[0] if rounding.rows > 1 else _grid(exact, rounding, steps, group.energy)
         rounded = simple.codes(exact).T.contiguous()
         same, start, target = start is target, start.T.contiguous(), target.T.contiguous()
         kept = None if keep is None else keep.T.contiguous()
@@ -214,6 +206,24 @@ class Gptq(Quantizer, Calibrated):
         worse = simple_losses < losses
         codes = torch.where(worse, rounded, rounding.numbers.as_bytes(codes)).T.contiguous()
         return Solution(grid.where(~worse, simple), codes, torch.minimum(losses, simple_losses), scale, worse)
+
+
+def _grid(weight: Tensor, rounding: Rounding, steps: Steps, energy: Tensor, shrink: float = 1.0) -> Grid:
+    from ...solvers.grid import RANGES, searched_grid
+
+    return searched_grid(weight, energy, rounding, steps, [shrink * share for share in RANGES[rounding.scales]])
+
+
+def _rounded(weight: Tensor, rounding: Rounding, steps: Steps, energy: Tensor) -> Solution:
+    """The nearest codes; losses are squared errors of the weight."""
+    import torch
+
+    exact = weight.float()
+    grid = _grid(exact, rounding, steps, energy)
+    codes = grid.codes(exact)
+    losses = (grid.values(codes) - exact).square().sum(1)
+    everything = torch.ones_like(losses, dtype=torch.bool)
+    return Solution(grid, rounding.numbers.as_bytes(codes), losses, exact.square().sum(1), everything)
 
 
 def _wrapped(operator: Operator) -> bool:

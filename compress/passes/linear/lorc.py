@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -263,6 +262,7 @@ class Lorc(Calibrated):
             found = {}
             for name, metric in zip(names, metrics, strict=True):
                 weight, shape = skeleton.checkpoint.tensor(name + ".weight").to(skeleton.device), self._shapes[name]
+                assert seen.moment is not None
                 components = Components.of(weight.float(), seen.moment, metric, shape.groups)
                 curves[name] = components.tail()[: shape.width + 1]
                 probed[name] = _probed(curves[name], self._ranks[name], shape.groups)
@@ -292,25 +292,12 @@ class Lorc(Calibrated):
 
     def survey_cost(self, skeleton: Skeleton, samples: int, sequence_length: int) -> Cost:
         """Of cutting every projection once, where ranks are found on data."""
-        from ....calibrate.chains import BATCH_TOKENS
-        from ....calibrate.divergences import LOGITS, carried
-        from ....runtime.model.skeleton import HEAD_ROWS
+        from ....calibrate.divergences import divergences_cost
 
         if not (self._nominal and self.calibrated):
             return Cost()
-        length = min(sequence_length, BATCH_TOKENS)
-        windows = min(samples, max(1, BATCH_TOKENS // sequence_length))
-        tokens, each = windows * length, math.prod(carried(skeleton.blocks, windows, length))
-        blocks = [[linear.weight.shape for linear in skeleton.linears(n).values()] for n in range(skeleton.blocks)]
-        block = max(sum(rows * columns for rows, columns in shapes) for shapes in blocks)
-        widest = max(max(shape) for shapes in blocks for shape in shapes)
-        vocabulary, hidden, names = skeleton.config.vocab_size, skeleton.config.hidden_size, len(self._shapes)
-        # What entered the block and a copy that runs, the residual stream behind attention and its norm; gate, up and
-        # their product.
-        running = 4 * block + 4 * tokens * (3 * widest + 4 * hidden)
-        comparing = 5 * 4 * max(LOGITS, 32 * vocabulary) + 4 * hidden * min(vocabulary, HEAD_ROWS)
-        flops = 2.0 * each * names * (skeleton.blocks / 2 * block + vocabulary * hidden)
-        return Cost(BUFFERS + max(running, comparing), 4 * hidden * (names * each + 2 * tokens), 0.0, flops)
+        memory, disk, flops = divergences_cost(skeleton, samples, sequence_length, len(self._shapes), 0)
+        return Cost(BUFFERS + memory, disk, 0.0, flops)
 
     @property
     def _ranks(self) -> dict[str, int]:

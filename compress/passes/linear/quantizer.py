@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from pydantic import Field, field_validator, model_validator
 
 from ....runtime.errors import RecipeError
-from ..base import LinearPass, Need
+from ..base import Need
 from .calibrated import plain_floats
+from .mixed import Mixed
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +55,7 @@ _SIZES = (128, 64, 32)
 _ROOM = 2.0  # above the largest input that calibration met, for scales of inputs that a number for all is part of
 
 
-class Quantizer(LinearPass):
+class Quantizer(Mixed):
     """Options of every quantizer."""
 
     scheme: Name = Field(
@@ -66,7 +67,6 @@ class Quantizer(LinearPass):
         "or 32 with scales of 8 bits, inputs alike; those ending in a16: the same, inputs as they come; mxfp4-a8: "
         "mxfp4 that meets inputs in mxfp8",
     )
-    bits: Literal[2, 3, 4, 5, 6, 8] = Field(4, description="bits of an integer, scales not counted")
     group_size: int | Literal["auto"] = Field(
         "auto",
         description="columns of integers that share a scale: 16, 32, 64, 128 or 256; -1: one scale a row; auto: the "
@@ -96,19 +96,29 @@ class Quantizer(LinearPass):
         more: set[Need] = {"peak"} if found else {"reference", "peak"}
         return found | more
 
-    def rounding(self, columns: int) -> Rounding:
-        """What a row of `columns` is rounded to: one shorter than a group of integers is one group, -1."""
-        from ....kernels.numbers import ROUNDINGS, Rounding
+    def rounding(self, columns: int, name: str) -> Rounding:
+        """What a row of a linear, of `columns`, is rounded to.
 
-        name = SCHEMES[self.scheme].weights
-        if name is not None:
-            return ROUNDINGS[name]
+        Args:
+            name: on disk; of a factor, with its part behind it.
+        """
+        from ....kernels.numbers import ROUNDINGS
+
+        scheme = SCHEMES[self.scheme].weights
+        if scheme is not None:
+            return ROUNDINGS[scheme]
+        return self._integers(self.width(name), columns)
+
+    def _integers(self, bits: int, columns: int) -> Rounding:
+        """A row shorter than a group is one group, -1."""
+        from ....kernels.numbers import Rounding
+
         wanted, widest = self.group_size, _SIZES[0]
         fitting = (size for size in _SIZES if columns <= widest or columns % size == 0)
         size = next(fitting, widest) if wanted == "auto" else wanted
-        return Rounding.integers(self.bits, size if size <= columns else -1, self.symmetric)
+        return Rounding.integers(bits, size if size <= columns else -1, self.symmetric)
 
-    def steps(self, weights: Sequence[Tensor], dtype: torch.dtype) -> Steps:
+    def steps(self, weights: Sequence[Tensor], rounding: Rounding, dtype: torch.dtype) -> Steps:
         """How scales of weights are stored that read the same input.
 
         Args:
@@ -116,17 +126,14 @@ class Quantizer(LinearPass):
         """
         from ...solvers.grid import Steps
 
-        rounding, largest = self.rounding(weights[0].shape[1]), 1.0
+        largest = 1.0
         if rounding.scales == "e4m3":
             largest = max(float(weight.abs().max()) for weight in weights)
         return Steps.of(rounding, dtype, largest)
 
     def planned(self, name: str, operator: Operator, group: Mapping[str, Dense]) -> Operator:
         """Codes, scales and zero points on `meta`, in the place of the plain floats of whatever holds them."""
-        import torch
-
         from ....runtime.schemes import Composite
-        from ...solvers.grid import Grid, Steps
 
         if isinstance(operator, Composite):
             return operator.with_inner(self.planned(name, operator.inner, group))
@@ -136,22 +143,34 @@ class Quantizer(LinearPass):
                 "take scheme nvfp4a16, which leaves inputs as they come"
             )
         dtype = plain_floats(self.kind, name, operator.numbers).weight.dtype
-        rows, columns = operator.shape
-        rounding = self.rounding(columns)
+        columns = operator.shape[1]
+        rounding = self.rounding(columns, name)
         if rounding.bits < 8 and SCHEMES[self.scheme].weights and columns % rounding.columns:
             raise RecipeError(
                 f"{self.kind} cannot store {name} as {self.scheme}: its {columns} columns are not blocks of "
                 f"{rounding.columns}; ignore it, or use integers"
             )
-        scales = torch.empty(rows, -(-columns // rounding.span(columns)), dtype=dtype, device="meta")
-        grid = Grid(scales, None if rounding.symmetric else scales, rounding, Steps.of(rounding, dtype))
-        codes = torch.empty(rows, columns, dtype=_bytes_of(rounding), device="meta")
         try:
-            return self.quantized(codes, grid, operator)
+            return self._outline(operator, rounding, dtype)
         except NotImplementedError as error:
             raise RecipeError(
                 f"{self.kind} cannot store {name} as {self.scheme}: {error}; ignore it, or leave scheme out"
             ) from None
+
+    def _outline(self, operator: Operator, rounding: Rounding, dtype: torch.dtype | None = None) -> Operator:
+        """What becomes of plain floats, on `meta`."""
+        import torch
+
+        from ....runtime.schemes import Dense
+        from ...solvers.grid import Grid, Steps
+
+        rows, columns = operator.shape
+        dtype = operator.weight.dtype if isinstance(operator, Dense) else dtype
+        assert dtype is not None
+        scales = torch.empty(rows, -(-columns // rounding.span(columns)), dtype=dtype, device="meta")
+        grid = Grid(scales, None if rounding.symmetric else scales, rounding, Steps.of(rounding, dtype))
+        codes = torch.empty(rows, columns, dtype=_bytes_of(rounding), device="meta")
+        return self.quantized(codes, grid, operator)
 
     def quantized(self, codes: Tensor, grid: Grid, leaf: Operator, statistics: Statistics | None = None) -> Operator:
         """An operator of plain numbers with codes on a grid in their place.

@@ -10,7 +10,7 @@ from pydantic import Field
 from ...events import Event, LayerDone
 from ..base import Need
 from .calibrated import ROWS
-from .quantizer import Quantizer
+from .quantizer import SCHEMES, Quantizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,11 +40,12 @@ class Rtn(Quantizer):
         return max(self._memory(operator) for operator in operators)
 
     def _memory(self, operator: Operator) -> float:
-        from ....kernels.numbers import Integers
+        from ....kernels.numbers import ROUNDINGS, Integers
 
         rows, columns = operator.shape
         # Floats are rounded by their exponents; the whole weight is decoded of what an earlier pass has compressed.
-        at_hand = 22.0 if isinstance(self.rounding(columns).numbers, Integers) else 38.0
+        scheme = SCHEMES[self.scheme].weights
+        at_hand = 22.0 if scheme is None or isinstance(ROUNDINGS[scheme].numbers, Integers) else 38.0
         others = 1.0 if operator.kind in ("dense", "int", "w8a8", "block_scaled") else 5.0
         return at_hand * min(rows, ROWS) * columns + others * max(0, rows - ROWS) * columns
 
@@ -54,16 +55,18 @@ class Rtn(Quantizer):
             if not wanted:
                 continue
             originals = [work.originals[name] for name in wanted]
-            steps = self.steps(originals, originals[0].dtype)
-            for name in wanted:
+            for name, original in zip(wanted, originals, strict=True):
+                steps = self.steps(originals, self.rounding(original.shape[1], name), original.dtype)
                 statistics = work.statistics.get(name)
                 if statistics is not None and not statistics.informed:
                     statistics = None
-                result, error = self._rounded(work.linears[name], statistics, steps)
+                result, error = self._rounded(name, work.linears[name], statistics, steps)
                 work.linears[name] = result
                 yield LayerDone.of(name, self.kind, error, result, statistics.tokens if statistics else 0)
 
-    def _rounded(self, operator: Operator, statistics: Statistics | None, steps: Steps) -> tuple[Operator, float]:
+    def _rounded(
+        self, name: str, operator: Operator, statistics: Statistics | None, steps: Steps
+    ) -> tuple[Operator, float]:
         """The operator, its floats rounded, and their relative error weighted by what they meet where that is known."""
         import torch
 
@@ -76,17 +79,19 @@ class Rtn(Quantizer):
                 if number and statistics is not None:
                     statistics = _seen(statistics, operator.between)
                 factor = getattr(operator, part)
-                own = self.steps([factor.dense()], steps.dtype) if steps.dtype.itemsize == 1 else steps
-                result, error = self._rounded(factor, statistics, own)
+                own = steps
+                if steps.dtype.itemsize == 1:
+                    own = self.steps([factor.dense()], self.rounding(factor.shape[1], name), steps.dtype)
+                result, error = self._rounded(name, factor, statistics, own)
                 operator, most = with_factors(operator, **{part: result}), max(most, error)
             return operator, most
         if isinstance(operator, Composite):
             if statistics is not None:
                 statistics = _seen(statistics, operator.seen)
-            inner, error = self._rounded(operator.inner, statistics, steps)
+            inner, error = self._rounded(name, operator.inner, statistics, steps)
             return operator.with_inner(inner), error
         weight = operator.weight if isinstance(operator, Dense) else operator.dense()
-        rounding = self.rounding(weight.shape[1])
+        rounding = self.rounding(weight.shape[1], name)
         importance, ranges = torch.ones(weight.shape[1], device=weight.device), RANGES[rounding.scales]
         if statistics is not None and "moment" in statistics.sums:
             importance = statistics.moment.diagonal().clone()

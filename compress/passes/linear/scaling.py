@@ -39,11 +39,12 @@ class Scaling(LinearPass):
         """Whether this pass may come before another."""
         raise NotImplementedError
 
-    def reader(self, step: LinearPass, weight: Tensor, statistics: Statistics) -> Reader:
+    def reader(self, step: LinearPass, name: str, weight: Tensor, statistics: Statistics) -> Reader:
         """What `step` will round.
 
         Args:
-            weight: float32 rows of linears that share an input.
+            name: of the first of some linears that share an input.
+            weight: float32 rows of them.
             statistics: of that input.
         """
         raise NotImplementedError
@@ -105,5 +106,5 @@ class Scaling(LinearPass):
         found = []
         for step, names in groups:
             rows = some_rows(torch.cat([work.originals[name] for name in names]), max(1, ROWS // len(groups)))
-            found.append(self.reader(step, rows, work.statistics[names[0]]))
+            found.append(self.reader(step, names[0], rows, work.statistics[names[0]]))
         return found

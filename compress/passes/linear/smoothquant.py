@@ -35,13 +35,13 @@ class SmoothQuant(Scaling):
         # Steps of float8 are a share of each number.
         return isinstance(step, Quantizer) and SCHEMES[step.scheme].inputs == "int8"
 
-    def reader(self, step: LinearPass, weight: Tensor, statistics: Statistics) -> Reader:
+    def reader(self, step: LinearPass, name: str, weight: Tensor, statistics: Statistics) -> Reader:
         from ...solvers.scales import Reader
 
         sample = statistics.sums["sample"]
         times = (statistics.tokens or statistics.lent) / max(1, int(sample.any(1).sum()))
         assert isinstance(step, Quantizer)
-        rounding = step.rounding(weight.shape[1])
+        rounding = step.rounding(weight.shape[1], name)
         times *= 4.0 ** (rounding.bits - 8)  # of weights in fewer steps
         energy = statistics.moment.diagonal().clone()
         return Reader(weight, energy, rounding.columns, rounding.symmetric, sample, times)

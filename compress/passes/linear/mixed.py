@@ -1,0 +1,260 @@
+"""Bits where they matter: how many each weight gets, by what rounding it does to the answers of the model.
+
+Every set of linears that read the same input, all experts of a block together, is rounded to `PROBED` bits on its own
+while the rest of the model stays as it is, and KL(original ‖ so rounded) is measured at the end of the model. At other
+widths it is taken to be as the squares of the errors: KL has no linear term. Sets then get bits so that the sum of KLs
+is least for so many bytes (`compress/solvers/bits.py`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, PrivateAttr, field_validator, model_validator
+
+from ....runtime.errors import RecipeError
+from ..base import BUFFERS, Cost, LinearPass, Need
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from typing_extensions import Self
+
+    from ....calibrate.divergences import Seen
+    from ....kernels.numbers import Rounding
+    from ....runtime.model.skeleton import Skeleton
+    from ....runtime.schemes import Operator
+    from ..base import Survey
+
+PROBED = 3
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+
+Sets = Mapping[str, tuple[str, ...]]  # the first of some linears, an expert's number aside → their disk names
+RoundingAt = Callable[[int, int], "Rounding"]  # of so many bits, for so many columns
+
+
+class Mixed(LinearPass):
+    """Options of a pass that stores integers: how many bits, or how they are found."""
+
+    bits: Literal[2, 3, 4, 5, 6, 8, "mixed"] = Field(
+        4,
+        description="bits of an integer, scales not counted; mixed: as many for each linear as serve the model best, "
+        "average_bits in all, found on calibration text; linears that read the same input get the same",
+    )
+    average_bits: float | None = Field(
+        None, gt=0, le=16, description="with bits: mixed, bits per weight of what targets name, scales counted"
+    )
+    choices: tuple[Literal[2, 3, 4, 5, 6, 8], ...] = Field(
+        (2, 3, 4, 5, 6, 8), description="with bits: mixed, the bits among which each linear's are chosen"
+    )
+    widths: dict[str, Literal[2, 3, 4, 5, 6, 8]] | None = Field(
+        None,
+        description="with bits: mixed, the bits of each linear by its name; default: what the survey finds and fills "
+        "in here",
+    )
+    _sets: list[Sets] = PrivateAttr(default_factory=list)
+    _nominal: bool = PrivateAttr(default=False)  # whether the widths are there to be replaced
+    _budget: float = PrivateAttr(default=0.0)  # bytes
+
+    @field_validator("choices")
+    @classmethod
+    def _rising(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(value)) < 2:
+            raise ValueError("choices are two numbers of bits at least")
+        return tuple(sorted(set(value)))
+
+    @model_validator(mode="after")
+    def _average_is_of_mixed(self) -> Self:
+        if self.bits != "mixed":
+            self._refuse_idle("without bits: mixed", "average_bits", "choices", "widths")
+        elif self.average_bits is None and self.widths is None:
+            raise ValueError("bits: mixed needs average_bits")
+        return self
+
+    def _integers(self, bits: int, columns: int) -> Rounding:
+        """What rows of so many columns are rounded to in so many bits."""
+        raise NotImplementedError
+
+    def _outline(self, operator: Operator, rounding: Rounding) -> Operator:
+        """What becomes of plain floats, on `meta`."""
+        raise NotImplementedError
+
+    def width(self, name: str) -> int:
+        """The bits of a linear, or of a factor of one."""
+        if self.bits != "mixed":
+            return self.bits
+        assert self.widths is not None
+        return self.widths.get(name) or self.widths[name.rpartition(".")[0]]
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        open_yet = self.bits == "mixed" and (self.widths is None or self._nominal)
+        return super().needs | frozenset({"text"} if open_yet else ())
+
+    def wants(self, name: str) -> bool:
+        if self.widths is not None:
+            return name in self.widths
+        return super().wants(name)
+
+    def prepare(self, skeleton: Skeleton) -> Self:
+        """With the same bits everywhere, which the survey distributes.
+
+        Raises:
+            RecipeError: not even the fewest bits are so few.
+        """
+        if self.bits != "mixed" or self.widths is not None:
+            return self
+        result = self.model_copy()
+        result._sets = sets_of(skeleton, self.wants)
+        if not any(result._sets):
+            raise RecipeError(f"{self.kind} finds no linear to work on: targets and ignore leave none")
+        nbytes = result._nbytes(skeleton)
+        weights = sum(skeleton.linears(index)[name].weight.numel() for index, name in result._named())
+        assert self.average_bits is not None
+        result._budget = self.average_bits * weights / 8
+        least = sum(costs[0] for costs in nbytes.values())
+        if least > result._budget:
+            raise RecipeError(
+                f"{self.kind}: {self.choices[0]} bits everywhere are {8 * least / weights:.2f} bits per weight, scales "
+                f"counted; ask for more than average_bits: {self.average_bits:g}"
+            )
+        return result._with_widths(even_widths(nbytes, result._budget), nominal=True)
+
+    def _named(self) -> Iterator[tuple[int, str]]:
+        """Block and name of each linear."""
+        for index, sets in enumerate(self._sets):
+            for names in sets.values():
+                yield from ((index, name) for name in names)
+
+    def _nbytes(self, skeleton: Skeleton) -> dict[str, list[float]]:
+        """Bytes of each set of linears at each choice."""
+        import torch
+
+        from ....runtime.schemes import Dense
+
+        found: dict[str, list[float]] = {}
+        for index, sets in enumerate(self._sets):
+            linears = skeleton.linears(index)
+            for label, names in sets.items():
+                found[label] = [0.0] * len(self.choices)
+                for name in names:
+                    shape = linears[name].weight.shape
+                    plain = Dense(torch.empty(shape, dtype=skeleton.checkpoint.dtype, device="meta"))
+                    for number, bits in enumerate(self.choices):
+                        found[label][number] += self._outline(plain, self._integers(bits, shape[1])).nbytes
+        return found
+
+    def _with_widths(self, numbers: Mapping[str, int], *, nominal: bool = False) -> Self:
+        """This pass with a choice for each label."""
+        chosen = {label: self.choices[number] for label, number in numbers.items()}
+        widths = {name: chosen[label] for sets in self._sets for label, names in sets.items() for name in names}
+        result = self.model_copy(update={"widths": widths})
+        result._nominal = nominal
+        return result
+
+    @property
+    def to_survey(self) -> bool:
+        return self._nominal
+
+    def survey(self, skeleton: Skeleton, survey: Survey) -> Self:
+        """With the bits that rounding each set of linears on its own calls for."""
+        from ...solvers.bits import allocated
+
+        if not self._nominal:
+            return self
+        losses = probed(skeleton, survey, self._sets, self.choices, self._integers)
+        return self._with_widths(allocated(losses, self._nbytes(skeleton), self._budget))
+
+    def survey_cost(self, skeleton: Skeleton, samples: int, sequence_length: int) -> Cost:
+        from ....calibrate.divergences import divergences_cost
+
+        if not self._nominal:
+            return Cost()
+        linears = [skeleton.linears(index) for index in range(skeleton.blocks)]
+        held = max(sum(linear.weight.numel() for linear in block.values()) for block in linears)
+        count = sum(len(sets) for sets in self._sets)
+        memory, disk, flops = divergences_cost(skeleton, samples, sequence_length, count, held)
+        return Cost(BUFFERS + memory, disk, 0.0, flops)
+
+    @property
+    def note(self) -> str:
+        if self.widths is None:
+            return ""
+        counts = Counter(self.widths.values())
+        found = ", ".join(f"{counts[bits]} of {bits}" for bits in sorted(counts))
+        return f"linears by bits: {found}" + ("; the survey will share them out anew" if self._nominal else "")
+
+
+def sets_of(skeleton: Skeleton, wants: Callable[[str], bool]) -> list[Sets]:
+    """For each block, the linears that get the same bits: those that engines fuse, and experts."""
+    found: list[Sets] = []
+    for index in range(skeleton.blocks):
+        own: dict[str, list[str]] = {}
+        for group in (group for stage in skeleton.stages(index) for group in stage):
+            names = [name for name in (skeleton.disk_name(index, name) for name in group.linears) if wants(name)]
+            if names:
+                own.setdefault(_EXPERT.sub(".experts.*.", names[0]), []).extend(names)
+        found.append({label: tuple(names) for label, names in own.items()})
+    return found
+
+
+def even_widths(nbytes: Mapping[str, Sequence[float]], budget: float) -> dict[str, int]:
+    """One number of a choice for all labels, the largest within a budget; the cheapest at least.
+
+    Args:
+        nbytes: label → of each choice.
+    """
+    counts = range(len(next(iter(nbytes.values()))))
+    fitting = [number for number in counts if sum(costs[number] for costs in nbytes.values()) <= budget]
+    return dict.fromkeys(nbytes, max(fitting, default=0))
+
+
+def probed(
+    skeleton: Skeleton, survey: Survey, sets: Sequence[Sets], choices: Sequence[int], rounding: RoundingAt
+) -> dict[str, list[float]]:
+    """Label → KL per token in nats at each of the choices (of bits).
+
+    Raises:
+        RecipeError: there is no text.
+    """
+    import torch
+
+    from ....calibrate.divergences import divergences
+    from ....runtime.model.skeleton import Skeleton
+
+    if survey.windows is None:
+        raise RecipeError("bits: mixed needs calibration text")
+    errors: dict[str, list[float]] = {}
+
+    def changes(index: int, seen: Seen) -> dict[str, dict[str, Tensor]]:
+        found: dict[str, dict[str, Tensor]] = {}
+        for label, names in sets[index].items():
+            errors[label] = [0.0] * (len(choices) + 1)
+            found[label] = {}
+            for name in names:
+                weight = skeleton.checkpoint.tensor(name + ".weight").to(skeleton.device).float()
+                for number, bits in enumerate((*choices, PROBED)):
+                    rounded = _nearest(weight, rounding(bits, weight.shape[1]))
+                    errors[label][number] += float((rounded - weight).square().sum())
+                found[label][skeleton.family.inside(name)] = rounded
+        return found
+
+    exact = Skeleton(skeleton.checkpoint, torch.float32, skeleton.device)
+    passed = survey.passed(skeleton.blocks)
+    lost = divergences(exact, survey.windows, survey.folder, None, changes, passed)
+    tiny = torch.finfo(torch.float32).tiny
+    return {
+        label: [max(lost[label], 0.0) * error / max(of_probe, tiny) for error in of_choices]
+        for label, (*of_choices, of_probe) in errors.items()
+    }
+
+
+def _nearest(weight: Tensor, rounding: Rounding) -> Tensor:
+    import torch
+
+    from ...solvers.grid import Steps, range_grid
+
+    grid = range_grid(weight, rounding, Steps(torch.float32))
+    return grid.values(grid.codes(weight))

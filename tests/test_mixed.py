@@ -1,0 +1,171 @@
+"""Bits where they matter: how they are shared out, and that engines find the same bits where they want them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from compressor.compress.apply import Job, apply
+from compressor.compress.output.verify import verify
+from compressor.compress.plan import make_plan
+from compressor.compress.recipe import parse_recipe
+from compressor.compress.solvers.bits import allocated
+from compressor.runtime import load
+from compressor.runtime.errors import RecipeError
+from compressor.runtime.model.checkpoint import Checkpoint
+from compressor.runtime.model.skeleton import Skeleton
+from compressor.runtime.stored import StoredModel
+
+Pico = Callable[..., Path]
+IDS = torch.arange(40)[None]
+GIVEN = {
+    "hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
+
+
+def compress(model: Path, out: Path, text: Path, passes: str) -> Path:
+    recipe = f"data: {{source: '{text}', samples: 4, sequence_length: 64}}\npasses: [{passes}]\n"
+    apply(Job(parse_recipe(recipe), recipe, (), model, out, str(model)), lambda event: None)
+    return out
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = model(IDS).logits
+    return result
+
+
+def widths(out: Path) -> dict[str, int]:
+    [step] = yaml.safe_load((out / "recipe.resolved.yaml").read_text())["passes"]
+    found: dict[str, int] = step["widths"]
+    return found
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    seed=st.integers(0, 2**20), names=st.integers(1, 4), choices=st.integers(2, 4), share=st.floats(0, 1),
+    convex=st.booleans(),
+)  # fmt: skip
+def test_few_could_share_bits_out_better(seed: int, names: int, choices: int, share: float, convex: bool) -> None:
+    """And by no more than a step saves, the one that did not fit."""
+    draw = torch.Generator().manual_seed(seed)
+    costs = {str(n): (torch.rand(choices, generator=draw) + 0.1).cumsum(0).tolist() for n in range(names)}
+    losses = {str(n): (4.0 ** -torch.arange(choices) * torch.rand(1, generator=draw)).tolist() for n in range(names)}
+    if not convex:
+        losses = {name: torch.rand(choices, generator=draw).sort(descending=True).values.tolist() for name in losses}
+    least, most = (sum(cost[end] for cost in costs.values()) for end in (0, -1))
+    budget = least + share * (most - least)
+
+    def total(table: dict[str, list[float]], found: dict[str, int]) -> float:
+        return sum(table[name][number] for name, number in found.items())
+
+    every = [dict(zip(costs, each, strict=True)) for each in itertools.product(range(choices), repeat=names)]
+    found = allocated(losses, costs, budget)
+    assert total(costs, found) <= budget + 1e-9
+    best = min(total(losses, each) for each in every if total(costs, each) <= budget + 1e-9)
+    ahead = max(loss[0] - loss[-1] for loss in losses.values())  # what one step saves at most
+    assert total(losses, found) <= best + ahead + 1e-9
+
+
+def test_optimal_where_the_hull_is_met() -> None:
+    losses = {"a": [8.0, 2.0, 0.5], "b": [4.0, 1.0, 0.25], "c": [1.0, 0.9, 0.0]}
+    costs = {"a": [1.0, 2.0, 3.0], "b": [1.0, 2.0, 3.0], "c": [1.0, 2.0, 3.0]}
+    assert allocated(losses, costs, 3.0) == {"a": 0, "b": 0, "c": 0}
+    assert allocated(losses, costs, 4.0) == {"a": 1, "b": 0, "c": 0}
+    assert allocated(losses, costs, 5.0) == {"a": 1, "b": 1, "c": 0}
+    assert allocated(losses, costs, 6.0) == {"a": 2, "b": 1, "c": 0}
+    assert allocated(losses, costs, 7.0) == {"a": 2, "b": 2, "c": 0}
+    assert allocated(losses, costs, 8.0) == {"a": 2, "b": 2, "c": 1}  # beyond the last corner that fits
+    assert allocated(losses, costs, 9.0) == {"a": 2, "b": 2, "c": 2}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_what_matters_gets_more(family: str, pico: Pico, calibration_text: Path, tmp_path: Path) -> None:
+    """And linears that read the same input, and all experts of a block, get the same."""
+    source = pico(family, **GIVEN)
+    model = tmp_path / "model"
+    model.mkdir()
+    for path in source.iterdir():
+        if path.name != "model.safetensors":
+            (model / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(source / "model.safetensors")
+    last = max(Skeleton(Checkpoint(source)).linears(0))  # some linear that the answers will hang on
+    tensors[last + ".weight"] *= 30
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    passes = "{kind: rtn, bits: mixed, average_bits: 4, group_size: 32}"
+    out = compress(model, tmp_path / "out", calibration_text, passes)
+    found = widths(out)
+    mean = sum(found.values()) / len(found)
+    assert found[last] > mean
+    assert len(set(found.values())) > 1
+    for index in (0, 1):
+        for parts in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("down_proj",)):
+            alike = {bits for name, bits in found.items() if f"layers.{index}." in name and name.endswith(parts)}
+            assert len(alike) == 1
+    stored = StoredModel(out)
+    assert all(stored.schemes[name]["bits"] == bits for name, bits in found.items())
+    weights = sum(Checkpoint(model).tensors[name + ".weight"].nbytes // 2 for name in found)
+    bits = 8 * sum(stored.operator(name).nbytes for name in found) / weights
+    assert 3.4 < bits <= 4
+    assert verify(out) == []
+    if family == "llama":
+        assert stored.format.name == "compressed-tensors"
+        stock = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+        ours, theirs = logits(load(out, dtype=torch.float32)), logits(stock)
+        assert (ours - theirs).norm() < 1e-5 * ours.norm()
+
+
+def test_what_was_found_is_kept(pico: Pico, calibration_text: Path, tmp_path: Path) -> None:
+    """In the resolved recipe, which needs no survey, and no text where the pass needs none."""
+    model = pico(**GIVEN)
+    passes = "{kind: rtn, bits: mixed, average_bits: 3.5, choices: [8, 2, 4, 4], group_size: 32, ignore: '*.o_proj'}"
+    out = compress(model, tmp_path / "out", calibration_text, passes)
+    found = widths(out)
+    assert set(found.values()) <= {2, 4, 8}
+    assert not any("o_proj" in name for name in found)
+    resolved = (out / "recipe.resolved.yaml").read_text()
+    recipe = parse_recipe(resolved)
+    [step] = recipe.passes
+    assert step.needs == frozenset()
+    again = tmp_path / "again"
+    apply(Job(recipe, resolved, (), model, again, str(model)), lambda event: None)
+    one, other = (load_file(folder / "model.safetensors") for folder in (out, again))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    assert json.loads((out / "compressor.json").read_text())["format"] == "compressed-tensors"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("bits: mixed", "bits: mixed needs average_bits"),
+        ("bits: 4, average_bits: 3", "average_bits does nothing without bits: mixed"),
+        ("scheme: nvfp4a16, bits: mixed, average_bits: 3", "bits does nothing with scheme: nvfp4a16"),
+        ("bits: mixed, average_bits: 3, choices: [4]", "choices"),
+    ],
+)
+def test_options_that_do_not_go_together(options: str, said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        parse_recipe(f"passes: [{{kind: rtn, {options}}}]")
+
+
+def test_plans_know_the_bytes(pico: Pico, tmp_path: Path) -> None:
+    skeleton = Skeleton(Checkpoint(pico(**GIVEN)))
+    plans = [
+        make_plan(parse_recipe(f"passes: [{{kind: rtn, {options}}}]"), skeleton)
+        for options in ("bits: 3", "bits: mixed, average_bits: 3.9", "bits: mixed, average_bits: 3.2")
+    ]
+    assert plans[0].bytes_after == plans[1].bytes_after == plans[2].bytes_after  # until the survey
+    with pytest.raises(RecipeError, match=r"2 bits everywhere are 2\.\d\d bits per weight, scales counted; ask for"):
+        make_plan(parse_recipe("passes: [{kind: rtn, bits: mixed, average_bits: 2}]"), skeleton)
