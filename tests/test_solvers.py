@@ -40,7 +40,7 @@ def solved(step: Gptq, weight: Tensor, statistics: Statistics) -> tuple[Solution
     work = StageWork({"x": Dense(weight)}, {"x": weight}, [["x"]], {"x": statistics})
     (group,) = groups_of(step, work, act_order=step.act_order)
     (target,) = group.targets()
-    return step._solve(weight, target, None, group)
+    return step._solve(weight, target, None, step.rounding(weight.shape[1], "x"), group)
 
 
 def losses_of(delta: Tensor, moment: Tensor) -> Tensor:
