@@ -160,6 +160,12 @@ def test_options_that_do_not_go_together(options: str, said: str) -> None:
         parse_recipe(f"passes: [{{kind: rtn, {options}}}]")
 
 
+def test_widths_of_another_model_are_refused(pico: Pico) -> None:
+    text = "passes: [{kind: rtn, bits: mixed, widths: {model.layers.9.mlp.up_proj: 4}}]"
+    with pytest.raises(RecipeError, match=r"widths names model\.layers\.9\.mlp\.up_proj, which is no linear"):
+        make_plan(parse_recipe(text), Skeleton(Checkpoint(pico())))
+
+
 def test_plans_know_the_bytes(pico: Pico, tmp_path: Path) -> None:
     skeleton = Skeleton(Checkpoint(pico(**GIVEN)))
     plans = [

@@ -102,9 +102,14 @@ class Mixed(LinearPass):
         """With the same bits everywhere, which the survey distributes.
 
         Raises:
-            RecipeError: not even the fewest bits are so few.
+            RecipeError: not even the fewest bits are so few, or widths name what is not there.
         """
-        if self.bits != "mixed" or self.widths is not None:
+        if self.bits != "mixed":
+            return self
+        if self.widths is not None:
+            known = {name for index in range(skeleton.blocks) for name in skeleton.linears(index)}
+            if unknown := set(self.widths) - known:
+                raise RecipeError(f"{self.kind}: widths names {min(unknown)}, which is no linear of a block")
             return self
         result = self.model_copy()
         result._sets = sets_of(skeleton, self.wants)
