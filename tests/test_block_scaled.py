@@ -24,6 +24,7 @@ from compressor.compress.passes.linear.quantizer import SCHEMES, Name
 from compressor.compress.passes.linear.rtn import Rtn
 from compressor.compress.recipe import parse_recipe
 from compressor.compress.solvers.grid import RANGES, Steps, range_grid, searched_grid
+from compressor.compress.solvers.refine import differences, refine, row_losses
 from compressor.compress.solvers.sweep import gptq_codes
 from compressor.compress.solvers.system import damped_system
 from compressor.kernels.numbers import E2M1, E4M3, ROUNDINGS, Integers, Numbers
@@ -177,6 +178,28 @@ def test_the_sweep_is_that_of_any_grid(name: str) -> None:
     torch.testing.assert_close(grid.values(codes.T), kept)
     delta = kept - weight
     torch.testing.assert_close(losses, ((delta @ system.moment.double()) * delta).sum(1))
+
+
+@pytest.mark.parametrize(("name", "moves"), [("nvfp4", True), ("mxfp4", False), ("fp8_block", False)])
+def test_refinement_moves_scales_that_are_one_row_s_and_have_neighbours(name: str, moves: bool) -> None:
+    rounding, weight = ROUNDINGS[name], random(140, 256)
+    x = random(500, 256, 3)
+    moment = x.T @ x
+    grid = range_grid(weight, rounding, Steps.of(rounding, torch.bfloat16, float(weight.abs().max())))
+    codes, target = grid.codes(weight).T.contiguous(), weight.T.contiguous()
+    delta = differences(codes, grid, target)
+    before = float(row_losses(delta, moment).sum())
+    refined = refine(codes, delta, grid, moment)
+    assert float(row_losses(delta, moment).sum()) < before
+    torch.testing.assert_close(delta, refined.values(codes.T).T - target, rtol=1e-3, atol=1e-4)
+    assert torch.equal(refined.scales, grid.scales) is not moves
+
+
+def test_linears_that_engines_fuse_have_one_global_scale() -> None:
+    step, small, large = Rtn(kind="rtn", scheme="nvfp4a16"), torch.randn(4, 32), 100 * torch.randn(4, 32)
+    rounding = ROUNDINGS["nvfp4"]
+    both, alone = (step.steps(weights, rounding, torch.bfloat16) for weights in ([small, large], [large]))
+    assert both == alone != step.steps([small], rounding, torch.bfloat16)
 
 
 @pytest.mark.parametrize("scheme", [name for name in STORED if SCHEMES[name].weights != "mxint8"])

@@ -89,6 +89,8 @@ def test_optimal_where_the_hull_is_met() -> None:
     assert allocated(losses, costs, 7.0) == {"a": 2, "b": 2, "c": 0}
     assert allocated(losses, costs, 8.0) == {"a": 2, "b": 2, "c": 1}  # beyond the last corner that fits
     assert allocated(losses, costs, 9.0) == {"a": 2, "b": 2, "c": 2}
+    bent = {"a": [8.0, 7.9, 0.0], "b": [4.0, 2.0, 1.9]}  # of a, the middle choice serves no budget
+    assert allocated(bent, {name: [1.0, 2.0, 3.0] for name in bent}, 4.0) == {"a": 2, "b": 0}
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
