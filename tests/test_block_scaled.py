@@ -22,6 +22,7 @@ from compressor.compress.events import Event, LayerDone
 from compressor.compress.output.verify import export_dense, verify
 from compressor.compress.passes.linear.quantizer import SCHEMES, Name
 from compressor.compress.passes.linear.rtn import Rtn
+from compressor.compress.plan import make_plan
 from compressor.compress.recipe import parse_recipe
 from compressor.compress.solvers.grid import RANGES, Steps, range_grid, searched_grid
 from compressor.compress.solvers.refine import differences, refine, row_losses
@@ -29,6 +30,9 @@ from compressor.compress.solvers.sweep import gptq_codes
 from compressor.compress.solvers.system import damped_system
 from compressor.kernels.numbers import E2M1, E4M3, ROUNDINGS, Integers, Numbers
 from compressor.runtime import load
+from compressor.runtime.errors import RecipeError
+from compressor.runtime.model.checkpoint import Checkpoint
+from compressor.runtime.model.skeleton import Skeleton
 from compressor.runtime.schemes import BlockScaled, Dense, from_tensors, identical, stored_linear
 from compressor.runtime.stored import StoredModel
 
@@ -227,3 +231,22 @@ def test_stock_transformers_reads_the_weights(scheme: Name, pico: Pico, calibrat
         spread = (exact - logits(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32))).norm()
         assert 0 < (ours - exact).norm() < 3 * spread
         assert (ours - theirs).norm() < 0.05 * (ours - exact).norm()
+
+
+def test_inputs_of_factors_are_not_known(pico: Pico, calibration_text: Path) -> None:
+    """Nothing is measured between the two, which NVFP4 needs for its inputs."""
+    data = f"data: {{source: '{calibration_text}', samples: 4, sequence_length: 64}}\n"
+    passes = "{kind: lorc, ratio: .5, rank_step: 16}, {kind: gptq, scheme: nvfp4}"
+    skeleton = Skeleton(Checkpoint(pico(head_dim=32)))
+    with pytest.raises(RecipeError, match=r"does not know what enters the factors of .*take scheme nvfp4a16"):
+        make_plan(parse_recipe(f"{data}passes: [{passes}]"), skeleton)
+
+
+def test_a_missing_scale_of_inputs_is_missed() -> None:
+    weight = random(4, 32).to(torch.bfloat16)
+    step = Rtn(kind="rtn", scheme="nvfp4")
+    made, _ = step._rounded("x", Dense(weight), None, step.steps([weight], ROUNDINGS["nvfp4"], torch.bfloat16))
+    tensors = made.to_tensors()
+    del tensors["input_global_scale"]
+    with pytest.raises(KeyError):
+        from_tensors(tensors, made.scheme())

@@ -54,7 +54,7 @@ def turned(weight: Tensor, heads: int) -> Tensor:
     return weight.reshape(heads, 2, len(weight) // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def plain(folder: Path, path: Path, kind: str = "F32", plus: float = 0.0) -> Path:
+def plain(folder: Path, path: Path, kind: str = "F32", plus: float = 0.0, without: str = "") -> Path:
     """A plain folder as llama.cpp's converter makes it: what counts here of it."""
     model = Checkpoint(folder)
     config = model.config
@@ -77,6 +77,8 @@ def plain(folder: Path, path: Path, kind: str = "F32", plus: float = 0.0) -> Pat
             weight = turned(weight, config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"])
         if weight.dim() == 1 and "norm" in name:
             weight = weight + plus
+        if there == without:
+            continue
         if ".experts." in name:
             experts.setdefault(there, []).append(weight)
             continue
@@ -189,6 +191,11 @@ def test_other_files_are_refused(pico: Pico, tmp_path: Path) -> None:
         export_gguf(out, target, plain(model, tmp_path / "q8.gguf", kind="Q8_0"), overwrite=True)
     with pytest.raises(ResourceError, match="exists"):
         export_gguf(out, target, like)
+    with pytest.raises(ResourceError, match="is the file that --like names"):
+        export_gguf(out, like, like, overwrite=True)
+    tied = plain(model, tmp_path / "tied.gguf", without="output.weight")
+    with pytest.raises(RecipeError, match=r"has no output\.weight, which lm_head\.weight would be"):
+        export_gguf(out, target, tied, overwrite=True)
     (tmp_path / "no.gguf").write_bytes(b"no")
     with pytest.raises(ModelError, match="not readable as a GGUF file"):
         export_gguf(out, target, tmp_path / "no.gguf", overwrite=True)
@@ -196,3 +203,11 @@ def test_other_files_are_refused(pico: Pico, tmp_path: Path) -> None:
         export_gguf(model, target, like, overwrite=True)
     assert sorted(path.name for path in tmp_path.glob("*.part")) == []
     assert isinstance(StoredModel(out), StoredModel)
+
+
+def test_experts_that_went_are_missed(pico: Pico, tmp_path: Path) -> None:
+    many, few = (pico("qwen3_moe", **WIDE, moe_intermediate_size=64, num_experts=count) for count in (8, 4))
+    out = compress(few, tmp_path / "out", "{kind: rtn, bits: 4, group_size: 32, targets: '*.experts.*'}")
+    with pytest.raises(RecipeError, match=r"has 8 experts, .* 4|is not what it is"):
+        export_gguf(out, tmp_path / "out.gguf", plain(many, tmp_path / "like.gguf"))
+    assert not (tmp_path / "out.gguf").exists()

@@ -6,6 +6,7 @@ that for every family. It is taken from a file of the same model in 16 bits, who
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ...runtime.errors import ModelError, RecipeError, ResourceError
+from ...runtime.files import sync_folder
 from ...runtime.schemes import BlockScaled, Operator
 from ...runtime.stored import StoredModel, open_model
 from .ggml import fitting, packed, rounded_scales
@@ -56,11 +58,16 @@ def export_gguf(folder: Path, out: Path, like: Path, *, overwrite: bool = False)
         raise ModelError(f"{folder}: nothing in it is compressed; llama.cpp's converter makes a GGUF file of it")
     if out.exists() and not overwrite:
         raise ResourceError(f"{out}: exists; --overwrite replaces it")
+    if out.exists() and out.samefile(like):
+        raise ResourceError(f"{out}: is the file that --like names; write another")
     export = _Export(model, reader, like)
     part = out.with_name(out.name + ".part")
     try:
         kinds = export.write(part)
+        with open(part, "rb") as written:
+            os.fsync(written.fileno())
         part.replace(out)
+        sync_folder(out.parent)
     except OSError as error:
         raise ResourceError(f"{out}: cannot be written ({error.strerror or error})") from None
     finally:
@@ -102,7 +109,9 @@ class _Export:
             if there is None:
                 raise RecipeError(f"{like}: there is no place for {name} in a {self.architecture} model")
             self.ours.setdefault(there, []).append(name)
-        missing = set(self.ours) - {tensor.name for tensor in reader.tensors} - {"output.weight"}  # which may be tied
+        missing = set(self.ours) - {tensor.name for tensor in reader.tensors}
+        if model.config.get("tie_word_embeddings"):
+            missing -= {"output.weight"}
         if missing:
             raise RecipeError(f"{like}: has no {min(missing)}, which {self.ours[min(missing)][0]} would be")
 
@@ -178,7 +187,10 @@ class _Export:
         compressed = bool(self._operators(tensor))
         rows, scales = [], []
         theirs = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()) if names else torch.empty(0)
-        for name, one in zip(names, theirs if len(names) > 1 else theirs[None], strict=False):
+        pieces = list(theirs) if len(names) > 1 else [theirs][: len(names)]
+        if len(pieces) != len(names):
+            raise RecipeError(f"{self.like}: {tensor.name} has {len(pieces)} experts, {self.model.path} {len(names)}")
+        for name, one in zip(names, pieces, strict=True):
             operator = self.model.operator(name.removesuffix(".weight")) if compressed else None
             ours = self.model.tensor(name).float() if operator is None else operator.dense()
             order = self._order(name, one, ours, _NEAR if operator is None else _LIKE)

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from ...kernels.numbers import E4M3, Integers, Rounding
 from ...kernels.reference import expand_groups
 
-_E4M3_ROOM = 1.5  # of the largest scale, that may be wanted times as large (`RANGES`)
 # Shares of its range that a group may be given, the best of which it takes. Of floats of 4 bits the largest may be
 # their 6 or their 4, whose neighbours lie closer (four over six, arXiv:2512.02010); powers of two leave two to choose.
 RANGES = {"float": (1.0,), "e4m3": (1.0, 1.5), "e8m0": (1.0, 0.5)}
@@ -42,7 +41,7 @@ class Steps:
             return cls(model)
         if rounding.scales == "e8m0":
             return cls(torch.float8_e8m0fnu)
-        top = max(largest, 1e-30) / rounding.numbers.high * _E4M3_ROOM
+        top = max(largest, 1e-30) / rounding.numbers.high * max(RANGES["e4m3"])
         return cls(torch.float8_e4m3fn, 2.0 ** math.ceil(math.log2(top / E4M3.high)))
 
     @property

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...kernels import cpu, reference
+from ...kernels import cpu, layouts, reference
 from ...kernels.numbers import ROUNDINGS, Rounding
 from .base import Operator, register, rounded_inputs
 from .linear import RowsLinear
@@ -74,7 +74,7 @@ class BlockScaled(Operator):
 
     def to_tensors(self) -> dict[str, Tensor]:
         if self.rounding.bits == 4:
-            tensors = {"weight_packed": self.codes[:, ::2] | self.codes[:, 1::2] << 4}
+            tensors = {"weight_packed": layouts.pack_indices(self.codes)}
         else:
             integers = self.codes.dtype == torch.int8
             tensors = {"weight": self.codes if integers else self.codes.view(torch.float8_e4m3fn)}
@@ -93,18 +93,17 @@ class BlockScaled(Operator):
         rounding = ROUNDINGS[scheme["name"]]
         if rounding.bits == 4:
             packed = tensors["weight_packed"]
-            codes = torch.stack([packed & 15, packed >> 4], 2).flatten(1)
+            codes = layouts.unpack_indices(packed, 2 * packed.shape[1])
         else:
             codes = tensors["weight"]
             codes = codes.view(torch.uint8) if codes.dtype == torch.float8_e4m3fn else codes
         whole = tensors["weight_global_scale"] if rounding.scales == "e4m3" else None
-        return cls(
-            codes, tensors["weight_scale"], whole, scheme["name"], scheme["inputs"], tensors.get("input_global_scale")
-        )
+        met = tensors["input_global_scale"] if scheme["inputs"] == "nvfp4" else None
+        return cls(codes, tensors["weight_scale"], whole, scheme["name"], scheme["inputs"], met)
 
 
 class BlockScaledLinear(RowsLinear):
-    """BlockScaled that share a scale, kept as on disk.
+    """Blocks that share a scale, kept as on disk.
 
     Attributes:
         packed, scales, factor, input_factor: as stored (`BlockScaled`), but as bytes, so that a cast of the model to
@@ -131,9 +130,8 @@ class BlockScaledLinear(RowsLinear):
         start, stop, _ = rows.indices(self.out_features)
         packed = self.packed[start:stop]
         if self.rounding.bits == 4:
-            values = numbers.of_bytes(torch.stack([packed & 15, packed >> 4], 2).flatten(1), torch.float32)
-        else:
-            values = numbers.of_bytes(packed, torch.float32)
+            packed = layouts.unpack_indices(packed, 2 * packed.shape[1])
+        values = numbers.of_bytes(packed, torch.float32)
         first = start // height
         scales = self.scales.view(self.scale_dtype)[first : -(-stop // height)]
         lead = start - first * height

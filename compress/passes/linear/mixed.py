@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
@@ -116,7 +116,10 @@ class Mixed(LinearPass):
         if not any(result._sets):
             raise RecipeError(f"{self.kind} finds no linear to work on: targets and ignore leave none")
         nbytes = result._nbytes(skeleton)
-        weights = sum(skeleton.linears(index)[name].weight.numel() for index, name in result._named())
+        weights = 0
+        for index, sets in enumerate(result._sets):
+            linears = skeleton.linears(index)
+            weights += sum(linears[name].weight.numel() for names in sets.values() for name in names)
         assert self.average_bits is not None
         result._budget = self.average_bits * weights / 8
         least = sum(costs[0] for costs in nbytes.values())
@@ -126,12 +129,6 @@ class Mixed(LinearPass):
                 f"counted; ask for more than average_bits: {self.average_bits:g}"
             )
         return result._with_widths(even_widths(nbytes, result._budget), nominal=True)
-
-    def _named(self) -> Iterator[tuple[int, str]]:
-        """Block and name of each linear."""
-        for index, sets in enumerate(self._sets):
-            for names in sets.values():
-                yield from ((index, name) for name in names)
 
     def _nbytes(self, skeleton: Skeleton) -> dict[str, list[float]]:
         """Bytes of each set of linears at each choice."""

@@ -131,17 +131,20 @@ class Quantizer(Mixed):
             largest = max(float(weight.abs().max()) for weight in weights)
         return Steps.of(rounding, dtype, largest)
 
+    def plan(self, name: str, operator: Operator, group: Mapping[str, Dense]) -> Operator:
+        if operator.factors and self.scheme == "nvfp4":
+            raise RecipeError(
+                f"{self.kind} does not know what enters the factors of {name}: ignore it, or take scheme nvfp4a16, "
+                "which leaves inputs as they come"
+            )
+        return super().plan(name, operator, group)
+
     def planned(self, name: str, operator: Operator, group: Mapping[str, Dense]) -> Operator:
         """Codes, scales and zero points on `meta`, in the place of the plain floats of whatever holds them."""
         from ....runtime.schemes import Composite
 
         if isinstance(operator, Composite):
             return operator.with_inner(self.planned(name, operator.inner, group))
-        if self.scheme == "nvfp4" and name not in group:
-            raise RecipeError(
-                f"{self.kind} does not know the inputs of {name}, a part of what an earlier pass made: ignore it, or "
-                "take scheme nvfp4a16, which leaves inputs as they come"
-            )
         dtype = plain_floats(self.kind, name, operator.numbers).weight.dtype
         columns = operator.shape[1]
         rounding = self.rounding(columns, name)
