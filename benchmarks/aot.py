@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from compressor.kernels import dispatch
-from compressor.kernels.triton import common, grouped, int_linear, latent_attention, sparse24, w8a8
+from compressor.kernels.triton import common, group_linear, grouped, latent_attention, sparse24, w8a8
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -132,20 +132,22 @@ def int_cases(target: str, bits: int, group: int, dtype: torch.dtype) -> Iterato
     shared = {"BITS": bits, "GROUP": group, "EVEN": True, "ASM": device.assembly}
     plain = {"HAS_BIAS": False, "HAS_RESIDUAL": False}
     what = f"int{bits} group {group} {FLOAT[dtype][1:]}"
-    for tile in dict.fromkeys(dispatch.tiles("int_linear", device).values()):
+    for tile in dict.fromkeys(dispatch.tiles("group_linear", device).values()):
         sizes = {"BM": tile.tokens, "BN": tile.rows}
         for split in (True, False):
-            types = _typed(int_linear.gemm_kernel, {**words, "OUT": "*fp32"} if split else words, dtype)
+            types = _typed(group_linear.gemm_kernel, {**words, "OUT": "*fp32"} if split else words, dtype)
             ends = plain if split else {"HAS_BIAS": True, "HAS_RESIDUAL": True}
-            name = f"int_linear {what} tile {tile.tokens}x{tile.rows}{' split' if split else ''}"
-            yield Case(name, int_linear.gemm_kernel, types, {**shared, **ends, **sizes, "SPLIT": split}, *tile[2:])
+            name = f"group_linear {what} tile {tile.tokens}x{tile.rows}{' split' if split else ''}"
+            yield Case(name, group_linear.gemm_kernel, types, {**shared, **ends, **sizes, "SPLIT": split}, *tile[2:])
     tile = dispatch.GEMV
-    types = _typed(int_linear.gemv_kernel, {**words, "OUT": "*fp32"}, dtype)
+    types = _typed(group_linear.gemv_kernel, {**words, "OUT": "*fp32"}, dtype)
     sizes = {"BN": tile.rows, "STAGES": tile.stages}
-    yield Case(f"int_linear {what} gemv", int_linear.gemv_kernel, types, {**shared, **sizes}, *tile[2:], matrix=False)
+    name = f"group_linear {what} gemv"
+    yield Case(name, group_linear.gemv_kernel, types, {**shared, **sizes}, *tile[2:], matrix=False)
     without = {key: shared[key] for key in ("BITS", "GROUP", "ASM")}
-    types = _typed(int_linear.expand_kernel, words, dtype)
-    yield Case(f"int_linear {what} expand", int_linear.expand_kernel, types, {**without, "BN": 64}, 4, 2, matrix=False)
+    types = _typed(group_linear.expand_kernel, words, dtype)
+    name = f"group_linear {what} expand"
+    yield Case(name, group_linear.expand_kernel, types, {**without, "BN": 64}, 4, 2, matrix=False)
     for tile in dict.fromkeys(dispatch.tiles("experts", device).values()):
         slots = {**words, "SLOTS": "*i32", "OWNERS": "*i32"}
         sizes = {"BM": tile.tokens, "BN": tile.rows}

@@ -70,7 +70,7 @@ class Linear:
         half = 2 ** (bits - 1)
         codes = torch.randint(-half, half, (rows, kept), device=DEVICE, generator=generator).to(torch.int8)
         scales = torch.rand(rows, -(-kept // group), device=DEVICE, generator=generator).to(DTYPE) / half / columns**0.5
-        self.kind = ("armor_linear" if block else "sparse_linear") if sparse else "int_linear"
+        self.kind = ("armor_linear" if block else "sparse_linear") if sparse else "group_linear"
         self.rival: list[Any] | None = None
         if sparse:
             order = torch.rand(rows, columns // 4, 4, device=DEVICE, generator=generator).argsort(2).argsort(2)
@@ -96,7 +96,7 @@ class Linear:
     def call(self, x: Tensor) -> Callable[[Launch], Call]:
         def by(launch: Launch) -> Call:
             if not self.sparse:
-                return lambda number: ops.run_int_linear(launch, x, self.copies[number], self.rows)
+                return lambda number: ops.run_group_linear(launch, x, self.copies[number], self.rows)
             b, a = self.blocks or (None, None)
             return lambda number: ops.run_sparse_linear(
                 launch, ops.four_planes(x, b, None), self.copies[number], self.rows, a
@@ -192,7 +192,7 @@ class Mixture:
         touched = self.nbytes * top_k // count  # by a single token
         self.copies = [[part.clone() for part in stacks] for _ in range(copies_for(touched))]
 
-    def _made(self, rows: int, columns: int) -> tuple[Tensor, list[layouts.IntWords]]:
+    def _made(self, rows: int, columns: int) -> tuple[Tensor, list[layouts.GroupWords]]:
         codes = torch.randint(-8, 8, (self.count, rows, columns), device=DEVICE).to(torch.int8)
         scales = torch.rand(self.count, rows, columns // 128, device=DEVICE).to(DTYPE) / columns**0.5 / 4
         both = list(zip(codes, scales, strict=True))

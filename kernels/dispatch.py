@@ -94,8 +94,8 @@ def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and gpu_capability(device).trusted
 
 
-def has_int_linear(bits: int, group_size: int, columns: int) -> bool:
-    """Whether `int_linear` takes groups of a size: whole tiles share a scale, or whole planes that fill a tile."""
+def has_group_linear(bits: int, group_size: int, columns: int) -> bool:
+    """Whether `group_linear` takes groups of a size: whole tiles share a scale, or whole planes that fill a tile."""
     if group_size >= columns:
         return True
     return group_size % 128 == 0 or (128 % group_size == 0 and group_size >= (16 if bits in (2, 3) else 32))
@@ -167,7 +167,7 @@ class Launch(NamedTuple):
 
 # By the number of tokens up to which it serves; a family without a table of its own has that of Ampere.
 TILES: dict[str, dict[str, dict[int, Tile]]] = {
-    "int_linear": {
+    "group_linear": {
         "hopper": {8: Tile(8, 64, 4, 5), 16: Tile(16, 64, 4, 4), 32: Tile(32, 128, 4, 4), 64: Tile(64, 128, 4, 3),
                    192: Tile(128, 128, 8, 3)},
         "ampere": {8: Tile(8, 64, 4, 4), 16: Tile(16, 64, 4, 4), 32: Tile(32, 64, 4, 3), 64: Tile(64, 64, 8, 2),
@@ -266,7 +266,7 @@ def linear_launch(
     """How a product runs.
 
     Args:
-        kernel: `int_linear`, `sparse_linear`, or `armor_linear`, which is that between A and B.
+        kernel: `group_linear`, `sparse_linear`, or `armor_linear`, which is that between A and B.
         tokens, rows, columns: of the inputs and the weight.
         bits, group_size: of its codes.
         depth: columns of a tile.

@@ -186,7 +186,7 @@ def unpack_latents(packed: Tensor, rank: int, bits: int, dtype: torch.dtype) -> 
     return (codes * scales.float().repeat_interleave(LATENT_SPLIT, -1)[..., :rank]).to(dtype)
 
 
-class IntWords(NamedTuple):
+class GroupWords(NamedTuple):
     """Group-quantized integers as the GPU kernels read them (`swizzle_int`).
 
     Attributes:
@@ -221,7 +221,7 @@ def zero_offset(bits: int, dtype: torch.dtype) -> int:
 
 def swizzle_int(
     codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, dtype: torch.dtype
-) -> IntWords:
+) -> GroupWords:
     """Integers → the kernels' layout.
 
     Args:
@@ -243,10 +243,10 @@ def swizzle_int(
         words = _planes(tiles & (2**lower - 1), lower).to(torch.int16)
         high = _planes(tiles >> 2 & 1, 1).to(torch.uint8) if bits == 3 else None
     pairs = _scale_pairs(scales, zeros, bits, group_size, columns, dtype)
-    return IntWords(words.contiguous(), high, pairs, bits, group_size if group_size < columns else 0)
+    return GroupWords(words.contiguous(), high, pairs, bits, group_size if group_size < columns else 0)
 
 
-def stacked_rows(parts: Sequence[IntWords]) -> IntWords:
+def stacked_rows(parts: Sequence[GroupWords]) -> GroupWords:
     """Weights of the same columns and scheme one below the other, each with its padding."""
     highs = [part.high for part in parts if part.high is not None]
     return parts[0]._replace(
@@ -259,7 +259,7 @@ def stacked_rows(parts: Sequence[IntWords]) -> IntWords:
 def _scale_pairs(
     scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, columns: int, dtype: torch.dtype
 ) -> Tensor:
-    """`IntWords.pairs` of `[rows, groups]`, with groups for the padding of the columns too."""
+    """`GroupWords.pairs` of `[rows, groups]`, with groups for the padding of the columns too."""
     rows = scales.shape[0]
     shifted = torch.full_like(scales, zero_offset(bits, dtype), dtype=dtype)
     if zeros is not None:
@@ -278,7 +278,7 @@ def _planes(codes: Tensor, bits: int) -> Tensor:
     return (lanes << shifts[:, None]).sum(2, dtype=torch.int32)
 
 
-def unswizzle_int(stored: IntWords, rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def unswizzle_int(stored: GroupWords, rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """The inverse of `swizzle_int`: codes int8 `[rows, columns]`, scales `[rows, groups]`, zeros int8 alike."""
     words, high, pairs, bits, group_size = stored
     if bits == 8:
@@ -306,7 +306,7 @@ class SparseWords(NamedTuple):
         values: the first and the second kept entry of every group: floats or int8 `[tiles * 8, rows, width]`, for each
             quarter first and second; of 4 bits int16 `[tiles * 2, rows, width]`, a word for the four of two quarters.
         kept: int16 `[tiles, rows, width]`: of each quarter four bits, bit p telling that column p of the group is kept.
-        pairs: as in `IntWords`; empty for floats.
+        pairs: as in `GroupWords`; empty for floats.
         bits: of a value: 4, 8 or 16.
         group_size: columns of the sparse matrix that share a scale; 0 for the whole row.
         width: 16 or 32.

@@ -72,14 +72,14 @@ def _power(count: int) -> int:
 
 
 torch.library.define(
-    "compressor::int_linear",
+    "compressor::group_linear",
     "(Tensor x, Tensor words, Tensor? high, Tensor pairs, int rows, int bits, int group_size, Tensor? bias=None, "
     "Tensor? up=None, Tensor? down=None) -> Tensor",
 )
 
 
-@_implementation("int_linear")
-def _int_linear(
+@_implementation("group_linear")
+def _group_linear(
     x: Tensor, words: Tensor, high: Tensor | None, pairs: Tensor, rows: int, bits: int, group_size: int,
     bias: Tensor | None = None, up: Tensor | None = None, down: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
@@ -87,18 +87,20 @@ def _int_linear(
     assert flat is not None
     tokens, columns = flat.shape
     gpu = dispatch.gpu_capability(x.device)
-    launch = dispatch.linear_launch("int_linear", tokens, rows, columns, bits, group_size, layouts.TILE, x.dtype, gpu)
-    out = run_int_linear(launch, flat, layouts.IntWords(words, high, pairs, bits, group_size), rows, bias, up, down)
+    shape = rows, columns, bits, group_size, layouts.TILE
+    launch = dispatch.linear_launch("group_linear", tokens, *shape, x.dtype, gpu)
+    weight = layouts.GroupWords(words, high, pairs, bits, group_size)
+    out = run_group_linear(launch, flat, weight, rows, bias, up, down)
     return out.view(*x.shape[:-1], rows)
 
 
-@torch.library.register_fake("compressor::int_linear")
+@torch.library.register_fake("compressor::group_linear")
 def _(x: Tensor, words: Tensor, high: Any, pairs: Tensor, rows: int, *others: Any, **more: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], rows)
 
 
-def run_int_linear(
-    launch: dispatch.Launch, x: Tensor, weight: layouts.IntWords, rows: int, bias: Tensor | None = None,
+def run_group_linear(
+    launch: dispatch.Launch, x: Tensor, weight: layouts.GroupWords, rows: int, bias: Tensor | None = None,
     up: Tensor | None = None, down: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`x Wᵀ + bias + down upᵀ` as `launch` says.
@@ -108,7 +110,7 @@ def run_int_linear(
         rows: of the weight, without its padding.
         bias: `[rows]`; up: `[rows, rank]`; down: `[tokens, rank]`; each may be missing.
     """
-    kernels = _kernels("int_linear")
+    kernels = _kernels("group_linear")
     (tokens, columns), tile = x.shape, launch.tile
     common = {
         "WORDS": weight.words, "HIGH": weight.words if weight.high is None else weight.high, "PAIRS": weight.pairs,
@@ -224,7 +226,7 @@ def run_sparse_linear(
         planes: x as `four_planes` gives it.
         rows: of the weight, without its padding.
         a: `[rows, block]`, or int8 with a_scales `[rows]`.
-        others: as `run_int_linear` takes them.
+        others: as `run_group_linear` takes them.
     """
     kernels, tile = _kernels("sparse24"), launch.tile
     tokens, columns = planes.shape[1], 4 * planes.shape[2]
@@ -356,7 +358,7 @@ def _int_experts(
 
     Args:
         x: `[tokens, hidden_size]`; index, coefficients: `[tokens, top_k]`.
-        gate_words, ...: of all experts, `[experts, ...]` as `layouts.IntWords` has them, the padded rows of gate in
+        gate_words, ...: of all experts, `[experts, ...]` as `layouts.GroupWords` has them, the padded rows of gate in
             front of those of up.
         bits, group_sizes: of gate and up, and of down.
 
@@ -471,7 +473,7 @@ def _(x: Tensor, codes: Tensor, scales: Tensor, bias: Any = None) -> Tensor:
 
 
 # What the runtime calls: through torch's dispatcher, so that compiled graphs keep them whole.
-int_linear = torch.ops.compressor.int_linear
+group_linear = torch.ops.compressor.group_linear
 sparse_linear = torch.ops.compressor.sparse_linear
 latent_attention = torch.ops.compressor.latent_attention
 int_experts = torch.ops.compressor.int_experts

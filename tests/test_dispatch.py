@@ -20,7 +20,7 @@ MI300 = GpuCapability("AMD Instinct MI300X", "hip", 94, 304, 65536)
 
 
 def launch(tokens: int, gpu: GpuCapability = H200, rows: int = 4096, columns: int = 4096) -> Launch:
-    return dispatch.linear_launch("int_linear", tokens, rows, columns, 4, 128, 128, torch.bfloat16, gpu)
+    return dispatch.linear_launch("group_linear", tokens, rows, columns, 4, 128, 128, torch.bfloat16, gpu)
 
 
 @pytest.fixture(autouse=True)
@@ -67,8 +67,8 @@ def write(gpu: GpuCapability, launches: dict[str, Launch]) -> None:
 
 
 def test_a_tuned_configuration_wins_and_serves_its_neighbours() -> None:
-    key = dispatch.config_key("int_linear", 4, 4096, 4096, 4, 128, torch.bfloat16)
-    large = dispatch.config_key("int_linear", 4, 28672, 8192, 4, 128, torch.bfloat16)
+    key = dispatch.config_key("group_linear", 4, 4096, 4096, 4, 128, torch.bfloat16)
+    large = dispatch.config_key("group_linear", 4, 28672, 8192, 4, 128, torch.bfloat16)
     first, second = Launch("gemm", Tile(16, 32, 2, 5), 3), Launch("gemm", Tile(16, 128, 4, 3), 1)
     write(H200, {key: first, large: second})
     assert launch(4) == launch(3) == first  # 3 tokens run like 4
@@ -79,10 +79,10 @@ def test_a_tuned_configuration_wins_and_serves_its_neighbours() -> None:
 
 
 def test_groups_that_the_kernels_take() -> None:
-    taken = [size for size in (16, 32, 48, 64, 96, 128, 160, 256, 384) if dispatch.has_int_linear(4, size, 1024)]
+    taken = [size for size in (16, 32, 48, 64, 96, 128, 160, 256, 384) if dispatch.has_group_linear(4, size, 1024)]
     assert taken == [32, 64, 128, 256, 384]  # with 96, a plane of the tile after would have another scale
-    assert dispatch.has_int_linear(2, 16, 1024)
-    assert dispatch.has_int_linear(4, 96, 96)  # a scale for the whole row
+    assert dispatch.has_group_linear(2, 16, 1024)
+    assert dispatch.has_group_linear(4, 96, 96)  # a scale for the whole row
     assert [size for size in (16, 32, 64, 96) if dispatch.has_sparse_linear(size, 512)] == [32, 64, 96]
 
 
@@ -132,6 +132,6 @@ def test_importing_the_kernels_touches_no_driver() -> None:
         "torch.cuda.init = torch.cuda._lazy_init = torch.cuda.get_device_properties = refuse\n"
         "from compressor.kernels import cpu, dispatch, layouts, ops, reference\n"
         "import sys; assert 'triton' not in sys.modules\n"
-        "from compressor.kernels.triton import grouped, int_linear, latent_attention, sparse24, w8a8\n"
+        "from compressor.kernels.triton import grouped, latent_attention, group_linear, sparse24, w8a8\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

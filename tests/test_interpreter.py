@@ -29,7 +29,7 @@ def interpreted(*command: str) -> str:
 
 @pytest.mark.parametrize(
     "names",
-    [("int_linear", "sparse24"), ("latent_attention", "w8a8"), pytest.param(("grouped",), marks=pytest.mark.long)],
+    [("group_linear", "sparse24"), ("latent_attention", "w8a8"), pytest.param(("grouped",), marks=pytest.mark.long)],
 )
 def test_kernels_do_what_their_twins_do(names: tuple[str, ...]) -> None:
     options = ["-q", "-p", "no:cacheprovider", "--confcutdir", "tests/kernels"]
@@ -77,5 +77,5 @@ def test_the_gpu_benchmark_runs(tmp_path: Path) -> None:
     lines += interpreted("benchmarks/gpu.py", *few, "--only", "experts", "attention")
     assert "mixture of 4 experts" in lines
     kept = json.loads((tmp_path / "interpreter.json").read_text())["launches"]
-    assert {key.split()[0] for key in kept} == {"int_linear", "experts", "attention"}  # of both runs
+    assert {key.split()[0] for key in kept} == {"group_linear", "experts", "attention"}  # of both runs
     assert (tmp_path / "interpreter.txt").read_text() == lines

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .common import TILE
-from .int_linear import accumulate
+from .group_linear import accumulate
 
 
 @triton.jit

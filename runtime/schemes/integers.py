@@ -118,7 +118,7 @@ class IntLinear(RowsLinear):
 
     Attributes:
         packed, scales, zeros: as stored (`IntQuantized`), zeros unpacked to int8; or, for GPUs,
-        words, high, pairs: in the layout of the kernels (`layouts.IntWords`).
+        words, high, pairs: in the layout of the kernels (`layouts.GroupWords`).
     """
 
     packed: Tensor
@@ -133,7 +133,7 @@ class IntLinear(RowsLinear):
         super().__init__(*operator.shape)
         self.bits, self.group_size, self.span = operator.bits, operator.group_size, operator.span
         self.dtype, self.inputs, device = dtype, operator.inputs, operator.codes.device
-        if dispatch.has_kernels(device, dtype) and dispatch.has_int_linear(self.bits, self.span, self.in_features):
+        if dispatch.has_kernels(device, dtype) and dispatch.has_group_linear(self.bits, self.span, self.in_features):
             self._swizzle(operator)
             return
         self.register_buffer("packed", tensors["weight_packed"], persistent=False)
@@ -146,13 +146,13 @@ class IntLinear(RowsLinear):
         self._keep(words=words.words, high=words.high, pairs=words.pairs)
 
     @property
-    def stored(self) -> layouts.IntWords:
+    def stored(self) -> layouts.GroupWords:
         """The weight in the kernels' layout."""
-        return layouts.IntWords(self.words, self.high, self.pairs, *self.layout)
+        return layouts.GroupWords(self.words, self.high, self.pairs, *self.layout)
 
     def fused(self, x: Tensor, *ends: Tensor | None) -> Tensor:
         x = rounded_inputs(x, self.inputs)
-        result: Tensor = ops.int_linear(x, self.words, self.high, self.pairs, self.out_features, *self.layout, *ends)
+        result: Tensor = ops.group_linear(x, self.words, self.high, self.pairs, self.out_features, *self.layout, *ends)
         return result
 
     def decode(self, rows: slice, dtype: torch.dtype, scratch: cpu.Scratch | None = None) -> Tensor:

@@ -15,7 +15,7 @@ Guard = Callable[[Tensor], Tensor]
 
 def stacked(
     shape: tuple[int, int, int], parts: int, bits: int, group: int, dtype: torch.dtype
-) -> tuple[list[Tensor], list[layouts.IntWords]]:
+) -> tuple[list[Tensor], list[layouts.GroupWords]]:
     """Weights of all experts, dense; and for each expert words of `parts` matrices one below the other."""
     experts, rows, columns = shape
     generator = torch.Generator().manual_seed(rows + columns)

@@ -30,7 +30,7 @@ def twin(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, group: 
     return x.double() @ weight.double().T
 
 
-def stored(guarded: Guard, parts: tuple[Tensor, ...], bits: int, group: int, dtype: torch.dtype) -> layouts.IntWords:
+def stored(guarded: Guard, parts: tuple[Tensor, ...], bits: int, group: int, dtype: torch.dtype) -> layouts.GroupWords:
     codes, scales, *zeros = parts
     words = layouts.swizzle_int(codes, scales, zeros[0] if zeros else None, bits, group, dtype)
     high = None if words.high is None else guarded(words.high)
@@ -49,7 +49,7 @@ def test_every_width_and_path(
     parts = weights(rows, columns, bits, group, symmetric, dtype)
     x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(1)).to(dtype)
     launch = dispatch.Launch(kernel, dispatch.Tile(16, 64, 4, 2), splits)
-    result = ops.run_int_linear(launch, guarded(x), stored(guarded, parts, bits, group, dtype), rows)
+    result = ops.run_group_linear(launch, guarded(x), stored(guarded, parts, bits, group, dtype), rows)
     assert result.dtype == dtype
     close(result, twin(x, parts[0], parts[1], parts[2] if len(parts) > 2 else None, group, dtype), kernel)
 
@@ -65,7 +65,7 @@ def test_ragged_shapes_and_groups(
     for tokens, kernel in ((1, "gemv"), (3, "gemm"), (17, "gemm"), (2, "expand")):
         x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(2)).to(dtype)
         launch = dispatch.Launch(kernel, dispatch.Tile(16, 64, 4, 2), 1)
-        result = ops.run_int_linear(launch, guarded(x), weight, rows)
+        result = ops.run_group_linear(launch, guarded(x), weight, rows)
         close(result, twin(x, *parts, group, dtype), f"{kernel} {tokens}")
 
 
@@ -81,7 +81,7 @@ def test_bias_and_residual(
     down = (10 * torch.randn(6, rank, generator=generator)).to(dtype)
     launch = dispatch.Launch(kernel, dispatch.Tile(16, 64, 4, 2), splits)
     weight = stored(guarded, parts, 4, 128, dtype)
-    result = ops.run_int_linear(launch, guarded(x), weight, rows, guarded(bias), guarded(up), guarded(down))
+    result = ops.run_group_linear(launch, guarded(x), weight, rows, guarded(bias), guarded(up), guarded(down))
     exact = twin(x, *parts, None, 128, dtype) + bias.double() + down.double() @ up.double().T
     close(result, exact, kernel)
 
@@ -98,7 +98,7 @@ def test_operators_run_where_their_inputs_are(device: torch.device, monkeypatch:
     parts = weights(64, 128, 4, 64, True, torch.float16)
     words, high, pairs, bits, group = layouts.swizzle_int(*parts, None, 4, 64, torch.float16)
     x = torch.ones(3, 128, dtype=torch.float16, device=device)
-    ops.int_linear(x, words.to(device), high, pairs.to(device), 64, bits, group)
+    ops.group_linear(x, words.to(device), high, pairs.to(device), 64, bits, group)
     assert [one.data_ptr() for one in entered] == [x.data_ptr()]
 
 
@@ -108,10 +108,13 @@ def test_the_operator(device: torch.device, close: Callable[..., None]) -> None:
     words, high, pairs, bits, group = layouts.swizzle_int(*parts, None, 4, 64, dtype)
     x = torch.randn(2, 3, columns, generator=torch.Generator().manual_seed(4)).to(dtype)
     arguments = (x.to(device), words.to(device), high, pairs.to(device), rows, bits, group)
-    result = ops.int_linear(*arguments)
+    result = ops.group_linear(*arguments)
     close(result, twin(x, *parts, None, 64, dtype), "operator")
     torch.library.opcheck(
-        torch.ops.compressor.int_linear.default, arguments, test_utils=("test_schema", "test_faketensor")
+        torch.ops.compressor.group_linear.default, arguments, test_utils=("test_schema", "test_faketensor")
     )
-    compiled = torch.compile(lambda x: ops.int_linear(x + 1, *arguments[1:]) * 2, backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(arguments[0]), ops.int_linear(arguments[0] + 1, *arguments[1:]) * 2)
+
+    def inside(x: Tensor) -> Tensor:
+        return 2 * ops.group_linear(x + 1, *arguments[1:])
+
+    assert torch.equal(torch.compile(inside, backend="aot_eager", fullgraph=True)(arguments[0]), inside(arguments[0]))
