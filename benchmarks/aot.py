@@ -35,7 +35,7 @@ TARGETS = {
 SHARED = {"sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "gfx942": 65536}  # bytes that a program may have
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ALIGNED = ("N", "NP", "K", "key_stride", "value_stride", "words_stride", "high_stride", "pairs_stride")
-SIZES = ("M", "N", "NP", "K", "RANK")
+SIZES = ("M", "N", "NP", "K", "RANK", "SHIFT")
 MATRIX = ("HMMA", "HGMMA", "IMMA", "v_mfma")
 _SASS = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]+)", re.M)
 
@@ -125,13 +125,13 @@ def _typed(kernel: Any, names: dict[str, str], dtype: torch.dtype) -> dict[str, 
     }
 
 
-def int_cases(target: str, bits: int, group: int, dtype: torch.dtype) -> Iterator[Case]:
-    """The products with integers, by the tables of `kernels/dispatch.py`."""
+def group_cases(target: str, bits: int, group: int, dtype: torch.dtype, floats: bool = False) -> Iterator[Case]:
+    """The products with integers or floats, by the tables of `kernels/dispatch.py`."""
     device = gpu(target)
     words = {"WORDS": "*i8" if bits == 8 else "*i16", "HIGH": "*u8", "PAIRS": "*i32"}
-    shared = {"BITS": bits, "GROUP": group, "EVEN": True, "ASM": device.assembly}
+    shared = {"BITS": bits, "FLOATS": floats, "GROUP": group, "EVEN": True, "ASM": device.assembly}
     plain = {"HAS_BIAS": False, "HAS_RESIDUAL": False}
-    what = f"int{bits} group {group} {FLOAT[dtype][1:]}"
+    what = f"{'float' if floats else 'int'}{bits} group {group} {FLOAT[dtype][1:]}"
     for tile in dict.fromkeys(dispatch.tiles("group_linear", device).values()):
         sizes = {"BM": tile.tokens, "BN": tile.rows}
         for split in (True, False):
@@ -139,21 +139,23 @@ def int_cases(target: str, bits: int, group: int, dtype: torch.dtype) -> Iterato
             ends = plain if split else {"HAS_BIAS": True, "HAS_RESIDUAL": True}
             name = f"group_linear {what} tile {tile.tokens}x{tile.rows}{' split' if split else ''}"
             yield Case(name, group_linear.gemm_kernel, types, {**shared, **ends, **sizes, "SPLIT": split}, *tile[2:])
+    without = {key: shared[key] for key in ("BITS", "FLOATS", "GROUP", "ASM")}
+    types, name = _typed(group_linear.expand_kernel, words, dtype), f"group_linear {what} expand"
+    yield Case(name, group_linear.expand_kernel, types, {**without, "BN": 64}, 4, 2, matrix=False)
+    if floats:
+        return
     tile = dispatch.GEMV
     types = _typed(group_linear.gemv_kernel, {**words, "OUT": "*fp32"}, dtype)
     sizes = {"BN": tile.rows, "STAGES": tile.stages}
     name = f"group_linear {what} gemv"
     yield Case(name, group_linear.gemv_kernel, types, {**shared, **sizes}, *tile[2:], matrix=False)
-    without = {key: shared[key] for key in ("BITS", "GROUP", "ASM")}
-    types = _typed(group_linear.expand_kernel, words, dtype)
-    name = f"group_linear {what} expand"
-    yield Case(name, group_linear.expand_kernel, types, {**without, "BN": 64}, 4, 2, matrix=False)
     for tile in dict.fromkeys(dispatch.tiles("experts", device).values()):
         slots = {**words, "SLOTS": "*i32", "OWNERS": "*i32"}
         sizes = {"BM": tile.tokens, "BN": tile.rows}
+        given = {key: value for key, value in shared.items() if key != "FLOATS"}
         for kernel in (grouped.gate_up_kernel, grouped.down_kernel):
             name = f"experts {kernel.__name__.removesuffix('_kernel')} {what} tile {tile.tokens}x{tile.rows}"
-            yield Case(name, kernel, _typed(kernel, slots, dtype), {**shared, **sizes}, *tile[2:])
+            yield Case(name, kernel, _typed(kernel, slots, dtype), {**given, **sizes}, *tile[2:])
 
 
 def sparse_cases(target: str, bits: int, width: int, dtype: torch.dtype) -> Iterator[Case]:
@@ -237,7 +239,10 @@ def every_case(target: str) -> Iterator[Case]:
     """All widths, groups and dtypes."""
     for dtype in FLOAT:
         for bits, group in itertools.product((2, 3, 4, 8), (0, 32, 64, 128)):
-            yield from int_cases(target, bits, group, dtype)
+            yield from group_cases(target, bits, group, dtype)
+    for bits, group in ((4, 16), (4, 32), (8, 32), (8, 128)):
+        yield from group_cases(target, bits, group, torch.bfloat16, floats=True)
+    for dtype in FLOAT:
         for bits, width in itertools.product((4, 8, 16), (16, 32)):
             yield from sparse_cases(target, bits, width, dtype)
         for codes in (False, True):

@@ -30,8 +30,9 @@ if find_spec("compressor") is None:
 import triton  # noqa: E402
 from gpu_timing import DEVICE, DTYPE, INTERPRETED, Call, ceilings, copies_for, error, fastest, microseconds  # noqa: E402
 
-from compressor.kernels import dispatch, layouts, ops, reference  # noqa: E402
+from compressor.kernels import dispatch, layouts, ops, reference, swizzles  # noqa: E402
 from compressor.kernels.dispatch import Launch, Tile  # noqa: E402
+from compressor.kernels.numbers import E2M1, E4M3  # noqa: E402
 
 TOKENS = (1, 4, 16, 32, 64, 128, 256, 512)
 
@@ -59,11 +60,33 @@ def candidates(tokens: int, rows: int, columns: int, depth: int, processors: int
     return found[:3] if INTERPRETED else found
 
 
+class Scheme(NamedTuple):
+    """Of a weight.
+
+    Attributes:
+        bits: of a number.
+        group: columns that share a scale, half of them kept where sparse.
+        block: of the wrappers.
+    """
+
+    name: str
+    bits: int
+    group: int
+    sparse: bool = False
+    block: int = 0
+    floats: bool = False
+
+    @property
+    def numbers(self) -> str:
+        return f"{'float' if self.floats else 'int'}{self.bits}"
+
+
 class Linear:
     """A random weight of a shape in a scheme, in copies, and its products."""
 
-    def __init__(self, rows: int, columns: int, bits: int, group: int, sparse: bool, block: int) -> None:
-        self.rows, self.columns, self.bits, self.group, self.sparse = rows, columns, bits, group, sparse
+    def __init__(self, rows: int, columns: int, scheme: Scheme) -> None:
+        self.rows, self.columns, self.scheme = rows, columns, scheme
+        _, bits, group, sparse, block, floats = scheme
         generator = torch.Generator(DEVICE).manual_seed(0)
         dense = torch.randn(rows, columns, device=DEVICE, dtype=DTYPE, generator=generator) / columns**0.5
         kept = columns // 2 if sparse else columns
@@ -76,18 +99,23 @@ class Linear:
             order = torch.rand(rows, columns // 4, 4, device=DEVICE, generator=generator).argsort(2).argsort(2)
             values, indices = layouts.compress24(dense, (order < 2).view(rows, columns))
             entries, used = (values, None) if bits == 16 else (codes, scales)
-            stored: Any = layouts.swizzle_sparse24(entries, indices, used, None, bits, group, DTYPE)
+            stored: Any = swizzles.swizzle_sparse24(entries, indices, used, None, bits, group, DTYPE)
             values = values if bits == 16 else reference.dequantize_int(codes, scales, None, group, DTYPE)
             self.weight = layouts.expand24(values, indices)
+        elif floats:
+            numbers, codes = E2M1 if bits == 4 else E4M3, codes.view(torch.uint8) & (15 if bits == 4 else 0xFE)
+            powers = torch.exp2(scales.float().log2().round())  # which every form of scales holds
+            stored = swizzles.swizzle_floats(codes, powers, bits, group)
+            self.weight = (numbers.of_bytes(codes) * reference.expand_groups(powers, columns, group)).to(DTYPE)
         else:
-            stored = layouts.swizzle_int(codes, scales, None, bits, group, DTYPE)
+            stored = swizzles.swizzle_int(codes, scales, None, bits, group, DTYPE)
             self.weight = reference.dequantize_int(codes, scales, None, group, DTYPE)
         self.nbytes = sum(part.nbytes for part in stored if isinstance(part, Tensor))
         self.blocks = None
         if block:
             self.blocks = [torch.randn(n, block, device=DEVICE, dtype=DTYPE) / block**0.5 for n in (columns, rows)]
             self.nbytes += sum(part.nbytes for part in self.blocks)
-        self.depth = 16 * stored.width if sparse else layouts.TILE
+        self.depth = 16 * stored.width if sparse else swizzles.TILE
         self.copies = [
             type(stored)(*(part.clone() if isinstance(part, Tensor) else part for part in stored))
             for _ in range(copies_for(self.nbytes))
@@ -95,7 +123,7 @@ class Linear:
 
     def call(self, x: Tensor) -> Callable[[Launch], Call]:
         def by(launch: Launch) -> Call:
-            if not self.sparse:
+            if not self.scheme.sparse:
                 return lambda number: ops.run_group_linear(launch, x, self.copies[number], self.rows)
             b, a = self.blocks or (None, None)
             return lambda number: ops.run_sparse_linear(
@@ -114,11 +142,11 @@ class Linear:
 
 def linears(options: argparse.Namespace, limits: dict[str, float], found: dict[str, Launch]) -> None:
     """Tables of products with one weight."""
-    for name, bits, group, sparse, block in options.schemes:
+    for scheme in options.schemes:
         for rows, columns in options.shapes:
-            layer = Linear(rows, columns, bits, group, sparse, block)
+            layer = Linear(rows, columns, scheme)
             dense = [layer.weight.clone() for _ in range(copies_for(2 * rows * columns))]
-            options.say(f"\n{name}, {rows} x {columns}, {8 * layer.nbytes / rows / columns:.2f} bits a weight")
+            options.say(f"\n{scheme.name}, {rows} x {columns}, {8 * layer.nbytes / rows / columns:.2f} bits a weight")
             options.say(
                 " tokens       us     GB/s  % copy  TFLOP/s  % GEMM  x dense  x gemlite    error  configuration"
             )
@@ -133,18 +161,18 @@ def linear_row(
 ) -> str:  # fmt: skip
     """One number of tokens."""
     gpu, group = dispatch.gpu_capability(DEVICE), layer.copies[0].group_size
-    rows, columns, bits = layer.rows, layer.columns, layer.bits
+    rows, columns, scheme = layer.rows, layer.columns, layer.scheme
     x = torch.randn(tokens, columns, device=DEVICE, dtype=DTYPE)
-    tried = [dispatch.linear_launch(layer.kind, tokens, rows, columns, bits, group, layer.depth, DTYPE, gpu)]
+    tried = [dispatch.linear_launch(layer.kind, tokens, rows, columns, scheme.numbers, group, layer.depth, DTYPE, gpu)]
     if not options.no_tune:
-        tried += candidates(tokens, rows, columns, layer.depth, gpu.processors, layer.sparse)
+        tried += candidates(tokens, rows, columns, layer.depth, gpu.processors, scheme.sparse or scheme.floats)
     best, elapsed = fastest(tried, layer.call(x), len(layer.copies))
     wrong = error(layer.call(x)(best)(0), layer.exact(x))
     assert wrong < 1e-2, f"{layer.kind}, {rows} x {columns}, {tokens} tokens, {best}: error {wrong}"
     if tokens == dispatch.bucket(tokens):
-        found[dispatch.config_key(layer.kind, tokens, rows, columns, bits, group, DTYPE)] = best
+        found[dispatch.config_key(layer.kind, tokens, rows, columns, scheme.numbers, group, DTYPE)] = best
     cublas = microseconds(lambda number: F.linear(x, dense[number]), len(dense))
-    other = None if layer.sparse else gemlite_time(layer, x)
+    other = None if scheme.sparse else gemlite_time(layer, x)
     rate, flops = layer.nbytes / elapsed * 1e6, 2 * tokens * rows * columns / elapsed * 1e6
     beside = f"{other / elapsed:.2f}" if other else "-"
     return (
@@ -156,17 +184,18 @@ def linear_row(
 
 def gemlite_time(layer: Linear, x: Tensor) -> float | None:
     """Microseconds of gemlite's 4-bit product of the same shape, where that package is at hand."""
-    if INTERPRETED or layer.bits != 4 or find_spec("gemlite") is None:
+    if INTERPRETED or layer.scheme.numbers != "int4" or find_spec("gemlite") is None:
         return None
     try:
         from gemlite.helper import A16Wn  # type: ignore[import-not-found]
 
         if layer.rival is None:
             codes = torch.randint(0, 16, (layer.rows, layer.columns), device=DEVICE).to(torch.uint8)
-            scales = torch.rand(layer.rows, layer.columns // layer.group, device=DEVICE).to(DTYPE) / 1024
+            scales = torch.rand(layer.rows, layer.columns // layer.scheme.group, device=DEVICE).to(DTYPE) / 1024
             make = A16Wn(device=str(DEVICE), dtype=DTYPE)
             layer.rival = [
-                make.from_weights(codes, scales, torch.full_like(scales, 8), 4, layer.group) for _ in layer.copies
+                make.from_weights(codes, scales, torch.full_like(scales, 8), 4, layer.scheme.group)
+                for _ in layer.copies
             ]
         rival = layer.rival
         rival[0](x)  # it tunes itself at the first call of a shape
@@ -184,7 +213,7 @@ class Mixture:
         (gate, first), (up, second), (down, third) = (
             self._made(*shape) for shape in ((inner, hidden), (inner, hidden), (hidden, inner))
         )
-        joined = [layouts.stacked_rows(pair) for pair in zip(first, second, strict=True)]
+        joined = [swizzles.stacked_rows(pair) for pair in zip(first, second, strict=True)]
         both = itertools.product((joined, third), ("words", "pairs"))
         stacks = [torch.stack([getattr(one, part) for one in each]) for each, part in both]
         self.dense = torch.cat([gate, up], 1), down
@@ -192,12 +221,12 @@ class Mixture:
         touched = self.nbytes * top_k // count  # by a single token
         self.copies = [[part.clone() for part in stacks] for _ in range(copies_for(touched))]
 
-    def _made(self, rows: int, columns: int) -> tuple[Tensor, list[layouts.GroupWords]]:
+    def _made(self, rows: int, columns: int) -> tuple[Tensor, list[swizzles.GroupWords]]:
         codes = torch.randint(-8, 8, (self.count, rows, columns), device=DEVICE).to(torch.int8)
         scales = torch.rand(self.count, rows, columns // 128, device=DEVICE).to(DTYPE) / columns**0.5 / 4
         both = list(zip(codes, scales, strict=True))
         dense = torch.stack([reference.dequantize_int(c, s, None, 128, DTYPE) for c, s in both])
-        return dense, [layouts.swizzle_int(c, s, None, 4, 128, DTYPE) for c, s in both]
+        return dense, [swizzles.swizzle_int(c, s, None, 4, 128, DTYPE) for c, s in both]
 
 
 def experts(options: argparse.Namespace, limits: dict[str, float], found: dict[str, Launch]) -> None:
@@ -214,7 +243,7 @@ def experts(options: argparse.Namespace, limits: dict[str, float], found: dict[s
 def experts_row(options: argparse.Namespace, found: dict[str, Launch], layer: Mixture, tokens: int) -> str:
     """One number of tokens."""
     gpu, each = dispatch.gpu_capability(DEVICE), tokens * layer.top_k // layer.count
-    shape = (each, layer.inner, layer.hidden, 4, 128, DTYPE)
+    shape = (each, layer.inner, layer.hidden, "int4", 128, DTYPE)
     key = dispatch.config_key("experts", *shape)
     x = torch.randn(tokens, layer.hidden, device=DEVICE, dtype=DTYPE)
     weights, index = torch.rand(tokens, layer.count, device=DEVICE).topk(layer.top_k)
@@ -376,13 +405,17 @@ def bytes_products(options: argparse.Namespace, limits: dict[str, float], found:
 
 
 PARTS = {"linear": linears, "w8a8": bytes_products, "experts": experts, "attention": attention}
-SCHEMES = [  # name, bits, columns that share a scale (half of them kept where sparse), sparse, block of the wrappers
-    ("int4", 4, 128, False, 0),
-    ("2:4-bf16", 16, 64, True, 0),
-    ("armor-bf16", 16, 64, True, 64),
-    ("armor-int4", 4, 64, True, 64),
-    ("int8", 8, 128, False, 0),
-    ("int3", 3, 128, False, 0),
+SCHEMES = [
+    Scheme("int4", 4, 128),
+    Scheme("2:4-bf16", 16, 64, sparse=True),
+    Scheme("armor-bf16", 16, 64, sparse=True, block=64),
+    Scheme("armor-int4", 4, 64, sparse=True, block=64),
+    Scheme("int8", 8, 128),
+    Scheme("int3", 3, 128),
+    Scheme("nvfp4", 4, 16, floats=True),
+    Scheme("mxfp4", 4, 32, floats=True),
+    Scheme("mxfp8", 8, 32, floats=True),
+    Scheme("fp8-block", 8, 128, floats=True),
 ]
 
 
@@ -391,7 +424,7 @@ def main() -> None:
     parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS))
     parser.add_argument("--shapes", nargs="+", default=["4096x4096", "14336x4096", "8192x8192", "28672x8192"])
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
-    names = [scheme[0] for scheme in SCHEMES]
+    names = [scheme.name for scheme in SCHEMES]
     parser.add_argument("--schemes", choices=names, nargs="+", default=names, help="of the weights of --only linear")
     parser.add_argument("--no-tune", action="store_true", help="time what would run as things are")
     parser.add_argument("--write", action="store_true", help="keep configurations and tables")
@@ -403,7 +436,7 @@ def main() -> None:
     lines: list[str] = []
     options.say = lambda line: (lines.append(line), print(line, flush=True))
     options.shapes = [tuple(int(n) for n in shape.split("x")) for shape in options.shapes]
-    options.schemes = [scheme for scheme in SCHEMES if scheme[0] in options.schemes]
+    options.schemes = [scheme for scheme in SCHEMES if scheme.name in options.schemes]
     small = INTERPRETED
     options.mixtures = [(4, 2, 128, 128)] if small else [(8, 2, 4096, 14336), (64, 8, 2048, 1408)]
     options.heads = (2, 2, 32) if small else (8, 4, 128)

@@ -28,6 +28,7 @@ RECIPES = {
     "w4a16, rtn": "{kind: rtn, bits: 4, group_size: 128}",
     "w4a16, gptq": "{kind: gptq, bits: 4, group_size: 128}",
     "fp8": "{kind: rtn, scheme: fp8}",
+    "nvfp4, rtn": "{kind: rtn, scheme: nvfp4a16}",
     "2:4": "{kind: sparse24}",
     "armor int4": "{kind: armor, block_size: 64, solver: als, iterations: 8}, {kind: gptq, bits: 4, group_size: 128}",
     "latents half": "{kind: lorc, ratio: 0.5, calibrated: true}",

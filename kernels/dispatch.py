@@ -94,11 +94,9 @@ def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and gpu_capability(device).trusted
 
 
-def has_group_linear(bits: int, group_size: int, columns: int) -> bool:
+def has_group_linear(group_size: int, columns: int) -> bool:
     """Whether `group_linear` takes groups of a size: whole tiles share a scale, or whole planes that fill a tile."""
-    if group_size >= columns:
-        return True
-    return group_size % 128 == 0 or (128 % group_size == 0 and group_size >= (16 if bits in (2, 3) else 32))
+    return group_size >= columns or group_size % 128 == 0 or (128 % group_size == 0 and group_size >= 16)
 
 
 def has_sparse_linear(group_size: int, kept: int) -> bool:
@@ -214,11 +212,11 @@ def bucket(tokens: int) -> int:
 
 
 def config_key(
-    kernel: str, tokens: int, rows: int, columns: int, bits: int, group_size: int, dtype: torch.dtype
+    kernel: str, tokens: int, rows: int, columns: int, numbers: str, group_size: int, dtype: torch.dtype
 ) -> str:
     """The name of a tuned configuration."""
     kind = str(dtype).removeprefix("torch.")
-    return f"{kernel} int{bits} group {group_size} {kind} tokens {bucket(tokens)} shape {rows}x{columns}"
+    return f"{kernel} {numbers} group {group_size} {kind} tokens {bucket(tokens)} shape {rows}x{columns}"
 
 
 def config_file(gpu: GpuCapability) -> Path:
@@ -260,7 +258,7 @@ def _size(shape: str) -> int:
 
 
 def linear_launch(
-    kernel: str, tokens: int, rows: int, columns: int, bits: int, group_size: int, depth: int, dtype: torch.dtype,
+    kernel: str, tokens: int, rows: int, columns: int, numbers: str, group_size: int, depth: int, dtype: torch.dtype,
     gpu: GpuCapability,
 ) -> Launch:  # fmt: skip
     """How a product runs.
@@ -268,11 +266,11 @@ def linear_launch(
     Args:
         kernel: `group_linear`, `sparse_linear`, or `armor_linear`, which is that between A and B.
         tokens, rows, columns: of the inputs and the weight.
-        bits, group_size: of its codes.
+        numbers, group_size: of its codes: `int4`, `float4`, ..., and how many share a scale.
         depth: columns of a tile.
         dtype: of the activations.
     """
-    if found := nearest(config_key(kernel, tokens, rows, columns, bits, group_size, dtype), tuned(gpu)):
+    if found := nearest(config_key(kernel, tokens, rows, columns, numbers, group_size, dtype), tuned(gpu)):
         return found
     tile = heuristic_tile(kernel, tokens, gpu)
     if tile is None:
@@ -282,10 +280,10 @@ def linear_launch(
 
 
 def experts_tile(
-    pairs: int, rows: int, columns: int, bits: int, group_size: int, dtype: torch.dtype, gpu: GpuCapability
+    pairs: int, rows: int, columns: int, numbers: str, group_size: int, dtype: torch.dtype, gpu: GpuCapability
 ) -> Tile:
     """What a program of a mixture works on, by the pairs of token and choice that an expert has on average."""
-    found = nearest(config_key("experts", pairs, rows, columns, bits, group_size, dtype), tuned(gpu))
+    found = nearest(config_key("experts", pairs, rows, columns, numbers, group_size, dtype), tuned(gpu))
     tile = heuristic_tile("experts", pairs, gpu) if found is None else found.tile
     assert tile is not None
     return tile

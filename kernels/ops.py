@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import dispatch, layouts
+from . import dispatch, layouts, swizzles
 
 DEVICES = ("cpu", "cuda")  # of the CPU only under Triton's interpreter
 EXPAND_BYTES = 1 << 26  # of a decoded part of a weight
@@ -73,23 +73,23 @@ def _power(count: int) -> int:
 
 torch.library.define(
     "compressor::group_linear",
-    "(Tensor x, Tensor words, Tensor? high, Tensor pairs, int rows, int bits, int group_size, Tensor? bias=None, "
-    "Tensor? up=None, Tensor? down=None) -> Tensor",
+    "(Tensor x, Tensor words, Tensor? high, Tensor pairs, int rows, int bits, int group_size, bool floats, "
+    "int shift, Tensor? bias=None, Tensor? up=None, Tensor? down=None) -> Tensor",
 )
 
 
 @_implementation("group_linear")
 def _group_linear(
-    x: Tensor, words: Tensor, high: Tensor | None, pairs: Tensor, rows: int, bits: int, group_size: int,
-    bias: Tensor | None = None, up: Tensor | None = None, down: Tensor | None = None,
+    x: Tensor, words: Tensor, high: Tensor | None, pairs: Tensor, rows: int, bits: int, group_size: int, floats: bool,
+    shift: int, bias: Tensor | None = None, up: Tensor | None = None, down: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     flat, down = (None if part is None else _flat(part) for part in (x, down))
     assert flat is not None
     tokens, columns = flat.shape
     gpu = dispatch.gpu_capability(x.device)
-    shape = rows, columns, bits, group_size, layouts.TILE
+    shape = rows, columns, f"{'float' if floats else 'int'}{bits}", group_size, swizzles.TILE
     launch = dispatch.linear_launch("group_linear", tokens, *shape, x.dtype, gpu)
-    weight = layouts.GroupWords(words, high, pairs, bits, group_size)
+    weight = swizzles.GroupWords(words, high, pairs, bits, group_size, floats, shift)
     out = run_group_linear(launch, flat, weight, rows, bias, up, down)
     return out.view(*x.shape[:-1], rows)
 
@@ -100,7 +100,7 @@ def _(x: Tensor, words: Tensor, high: Any, pairs: Tensor, rows: int, *others: An
 
 
 def run_group_linear(
-    launch: dispatch.Launch, x: Tensor, weight: layouts.GroupWords, rows: int, bias: Tensor | None = None,
+    launch: dispatch.Launch, x: Tensor, weight: swizzles.GroupWords, rows: int, bias: Tensor | None = None,
     up: Tensor | None = None, down: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`x Wᵀ + bias + down upᵀ` as `launch` says.
@@ -114,17 +114,18 @@ def run_group_linear(
     (tokens, columns), tile = x.shape, launch.tile
     common = {
         "WORDS": weight.words, "HIGH": weight.words if weight.high is None else weight.high, "PAIRS": weight.pairs,
-        "NP": weight.words.shape[1], "K": columns, "BITS": weight.bits, "GROUP": weight.group_size,
-        "ASM": dispatch.gpu_capability(x.device).assembly, "num_warps": tile.warps,
+        "NP": weight.words.shape[1], "K": columns, "BITS": weight.bits, "FLOATS": weight.floats,
+        "GROUP": weight.group_size, "ASM": dispatch.gpu_capability(x.device).assembly, "num_warps": tile.warps,
     }  # fmt: skip
     if launch.kernel == "expand":
 
         def decoded(first: int, part: Tensor) -> None:
-            grid = (math.ceil(len(part) / 64), math.ceil(columns / layouts.TILE))
-            kernels.expand_kernel[grid](OUT=part, first_row=first, N=first + len(part), BN=64, **common)
+            grid = (math.ceil(len(part) / 64), math.ceil(columns / swizzles.TILE))
+            own = {"first_row": first, "N": first + len(part), "SHIFT": weight.shift}
+            kernels.expand_kernel[grid](OUT=part, BN=64, **own, **common)
 
         return _expanded(x, rows, columns, decoded, bias, up, down)
-    common["EVEN"] = columns % layouts.TILE == 0
+    common["EVEN"] = columns % swizzles.TILE == 0
     out = x.new_empty(tokens, rows)
     finish = _finish_arguments(out, None, None, bias, up, down)
     split = launch.kernel == "gemv" or launch.splits > 1
@@ -136,8 +137,9 @@ def run_group_linear(
         grid = (math.ceil(rows / tile.rows), math.ceil(tokens / tile.tokens), launch.splits)
         own = {key: value for key, value in finish.items() if key not in ("A", "ASCALE", "BLOCK", "A_CODES")}
         kernels.gemm_kernel[grid](
-            X=x, OUT=target, SPLIT=split, BM=tile.tokens, BN=tile.rows, num_stages=tile.stages, **common, **own
-        )
+            X=x, OUT=target, SHIFT=weight.shift, SPLIT=split, BM=tile.tokens, BN=tile.rows, num_stages=tile.stages,
+            **common, **own,
+        )  # fmt: skip
     if split:
         _reduce(target, out, finish, 64)
     return out
@@ -147,7 +149,7 @@ def _expanded(
     x: Tensor, rows: int, columns: int, decoded: Any, bias: Tensor | None, up: Tensor | None, down: Tensor | None
 ) -> Tensor:
     """A dense product over parts of a weight that `decoded(first row, part)` fills."""
-    step = min(rows, max(layouts.TILE, EXPAND_BYTES // (columns * x.element_size()) // layouts.TILE * layouts.TILE))
+    step = min(rows, max(swizzles.TILE, EXPAND_BYTES // (columns * x.element_size()) // swizzles.TILE * swizzles.TILE))
     room = x.new_empty(step, columns)
     if step == rows:
         decoded(0, room)
@@ -184,10 +186,10 @@ def _sparse_linear(
     assert flat is not None
     tokens, columns = flat.shape
     launch = dispatch.linear_launch(
-        "sparse_linear" if a is None else "armor_linear", tokens, rows, columns, bits, group_size, 16 * width, x.dtype,
-        dispatch.gpu_capability(x.device),
+        "sparse_linear" if a is None else "armor_linear", tokens, rows, columns, f"int{bits}", group_size, 16 * width,
+        x.dtype, dispatch.gpu_capability(x.device),
     )  # fmt: skip
-    weight = layouts.SparseWords(values, kept, pairs, bits, group_size, width)
+    weight = swizzles.SparseWords(values, kept, pairs, bits, group_size, width)
     planes = four_planes(flat, b, b_scales)
     out = run_sparse_linear(launch, planes, weight, rows, a, a_scales, bias, up, down)
     return out.view(*x.shape[:-1], rows)
@@ -217,7 +219,7 @@ def four_planes(x: Tensor, b: Tensor | None, b_scales: Tensor | None) -> Tensor:
 
 
 def run_sparse_linear(
-    launch: dispatch.Launch, planes: Tensor, weight: layouts.SparseWords, rows: int, a: Tensor | None = None,
+    launch: dispatch.Launch, planes: Tensor, weight: swizzles.SparseWords, rows: int, a: Tensor | None = None,
     a_scales: Tensor | None = None, bias: Tensor | None = None, up: Tensor | None = None, down: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`A W x + bias + up down` as `launch` says.
@@ -287,7 +289,7 @@ def _latent_attention(
     """One new token of each sequence over a cache of latents (`triton/latent_attention.py`).
 
     Args:
-        queries: `[batch, kv_heads, queries, head_dim]`, rotated, channels in the order of `layouts.pair_order`.
+        queries: `[batch, kv_heads, queries, head_dim]`, rotated, channels in the order of `swizzles.pair_order`.
         keys, values: `[batch, tokens, rank]` in the dtype of the queries, or uint8 of `layouts.pack_latents` in 8 bits;
             with pages `[count, page, rank]`.
         up: `[kv_heads, rank / key_groups, head_dim]`; bias: `[kv_heads, head_dim]`; norm: `[head_dim]`; channels alike.
@@ -358,7 +360,7 @@ def _int_experts(
 
     Args:
         x: `[tokens, hidden_size]`; index, coefficients: `[tokens, top_k]`.
-        gate_words, ...: of all experts, `[experts, ...]` as `layouts.GroupWords` has them, the padded rows of gate in
+        gate_words, ...: of all experts, `[experts, ...]` as `swizzles.GroupWords` has them, the padded rows of gate in
             front of those of up.
         bits, group_sizes: of gate and up, and of down.
 
@@ -369,7 +371,7 @@ def _int_experts(
     (tokens, columns), (_, top_k), experts = x.shape, index.shape, len(gate_words)
     gpu = dispatch.gpu_capability(x.device)
     tile = dispatch.experts_tile(
-        tokens * top_k // experts, intermediate_size, columns, bits[0], group_sizes[0], x.dtype, gpu
+        tokens * top_k // experts, intermediate_size, columns, f"int{bits[0]}", group_sizes[0], x.dtype, gpu
     )
     slots, owners = sorted_slots(index, experts, tile.tokens)
     inner = x.new_empty(tokens * top_k, intermediate_size)
@@ -400,7 +402,7 @@ def _stacked(
 ) -> dict[str, Any]:
     return {
         "WORDS": words, "HIGH": words if high is None else high, "PAIRS": pairs, "K": columns, "BITS": bits,
-        "GROUP": group_size, "EVEN": columns % layouts.TILE == 0, "words_stride": words.stride(0),
+        "GROUP": group_size, "EVEN": columns % swizzles.TILE == 0, "words_stride": words.stride(0),
         "high_stride": 0 if high is None else high.stride(0), "pairs_stride": pairs.stride(0),
     }  # fmt: skip
 

@@ -71,7 +71,7 @@ class RotaryTable:
         return cosines[:length], sines[:length]
 
     def halves(self, length: int, like: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-        """`[length or more, head_dim / 2]` each: those of the pairs of `layouts.pair_order`, all channels of a head."""
+        """`[length or more, head_dim / 2]` each: the pairs of `swizzles.pair_order`, all channels of a head."""
         cosines, sines = self._whole(length, like)
         known = self._halves.get(like.dtype)
         if known is None or known[0] is not cosines:

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels import dispatch, layouts, ops
+from ..kernels import dispatch, layouts, ops, swizzles
 
 HEAD_DIMS = (32, 64, 128, 256)  # whose halves fill the kernel's tiles
 
 
 class LatentDecode(nn.Module):
-    """What the kernel needs of a layer, in its order of channels (`layouts.pair_order`).
+    """What the kernel needs of a layer, in its order of channels (`swizzles.pair_order`).
 
     Attributes:
         up: `[kv_heads, rank / groups, head_dim]`; bias: `[kv_heads, head_dim]` or None; norm: `[head_dim]` or None.
@@ -54,7 +54,7 @@ class LatentDecode(nn.Module):
         self.value_rank = attention.values.rank
         device = _device(attention)
         table = attention._rotary(1, torch.empty(0, dtype=dtype, device=device))[0]
-        self.register_buffer("order", layouts.pair_order(head_dim, table.shape[1]).to(device), persistent=False)
+        self.register_buffer("order", swizzles.pair_order(head_dim, table.shape[1]).to(device), persistent=False)
         if keys.keeps_latents:
             up = keys.up.whole(dtype).view(heads, head_dim, width)[:, self.order]
         else:  # keys are cached as they are

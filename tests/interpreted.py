@@ -17,9 +17,11 @@ from compressor.kernels import dispatch
 from compressor.runtime import load
 from compressor.runtime.attention import LatentAttention
 from compressor.runtime.model.experts import PackedExperts
-from compressor.runtime.schemes import ArmorLinear, IntLinear, RowsLinear, Sparse24Linear, W8A8Linear
+from compressor.runtime.schemes import ArmorLinear, BlockScaledLinear, IntLinear, RowsLinear, Sparse24Linear, W8A8Linear
 
-KINDS: dict[type, str] = {IntLinear: "int", Sparse24Linear: "sparse24", W8A8Linear: "w8a8"}
+KINDS: dict[type, str] = {
+    IntLinear: "int", BlockScaledLinear: "block_scaled", Sparse24Linear: "sparse24", W8A8Linear: "w8a8"
+}  # fmt: skip
 
 
 def executed(model: Any) -> set[str]:
@@ -58,14 +60,15 @@ def run(folder: Path) -> None:
     ids = torch.randint(1, 60, (2, 7), generator=generator)
     mask = torch.ones_like(ids)
     mask[0, :2] = 0  # padded on the left
+    dtype = torch.bfloat16 if folder.name == "block_scaled" else torch.float16  # floats are decoded to bfloat16 alone
     with pretended():  # as on a GPU: nothing of the CPU may get into it
-        model = load(folder, "cuda", torch.float16)
+        model = load(folder, "cuda", dtype)
         kinds = executed(model)
         by_kernels = logits(model, ids.to("cuda"), mask.to("cuda")).cpu()
         for packed in (module for module in model.modules() if isinstance(module, PackedExperts)):
             check_dtypes(packed, model.config.hidden_size)
     with mock.patch.object(dispatch, "has_kernels", return_value=False):
-        plain = load(folder, "cpu", torch.float16)
+        plain = load(folder, "cpu", dtype)
         assert not executed(plain)
         exact, by_hand = logits(load(folder, "cpu", torch.float32), ids, mask), logits(plain, ids, mask)
     errors = [float((one - exact).norm() / exact.norm()) for one in (by_kernels, by_hand)]

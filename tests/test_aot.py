@@ -19,9 +19,16 @@ aot = benchmark("aot")
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_products_with_integers(target: str) -> None:
-    for case in aot.int_cases(target, 4, 128, torch.bfloat16):
+    for case in aot.group_cases(target, 4, 128, torch.bfloat16):
         found = aot.check(case, target)
         assert found.instructions["I2F"] <= 3, case.name  # decoding converts no integers; divisions of sizes may
+
+
+@pytest.mark.parametrize(("target", "bits", "group"), [("sm_80", 4, 32), ("sm_90", 4, 16), ("sm_90", 8, 128)])
+def test_products_with_floats(target: str, bits: int, group: int) -> None:
+    for case in aot.group_cases(target, bits, group, torch.bfloat16, floats=True):
+        found = aot.check(case, target)
+        assert found.instructions["I2F"] <= 3, case.name
 
 
 @pytest.mark.parametrize(("target", "bits"), [("sm_80", 16), ("sm_89", 16), ("sm_90", 4)])
@@ -40,7 +47,7 @@ def test_attention_over_latents(target: str, codes: bool) -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_products_without_instructions_of_nvidia(bits: int) -> None:
     """Decoding by shifts, for AMD's GPUs."""
-    for case in aot.int_cases("gfx942", bits, 128, torch.float16 if bits == 8 else torch.bfloat16):
+    for case in aot.group_cases("gfx942", bits, 128, torch.float16 if bits == 8 else torch.bfloat16):
         aot.check(case, "gfx942")
 
 
@@ -50,14 +57,14 @@ def test_what_follows_a_product() -> None:
 
 
 def test_a_single_token_is_a_constant() -> None:
-    case = next(iter(aot.int_cases("sm_90", 4, 128, torch.bfloat16)))
+    case = next(iter(aot.group_cases("sm_90", 4, 128, torch.bfloat16)))
     aot.check(case._replace(constants={**case.constants, "M": 1}), "sm_90")
 
 
 def test_the_gate_can_fail() -> None:
-    case = next(iter(aot.int_cases("sm_80", 4, 128, torch.bfloat16)))
+    case = next(iter(aot.group_cases("sm_80", 4, 128, torch.bfloat16)))
     with pytest.raises(AssertionError, match="spills"):
         aot.check(case._replace(constants={**case.constants, "BM": 128, "BN": 128}, stages=12), "sm_80")
-    gemv = next(case for case in aot.int_cases("sm_80", 4, 128, torch.bfloat16) if not case.matrix)
+    gemv = next(case for case in aot.group_cases("sm_80", 4, 128, torch.bfloat16) if not case.matrix)
     with pytest.raises(AssertionError, match="no matrix instruction"):
         aot.check(gemv._replace(matrix=True), "sm_80")

@@ -29,6 +29,11 @@ RECIPES = {
         "[{kind: rtn, bits: 4, group_size: 32, search: true, targets: '*.mlp.*'}, "
         "{kind: rtn, scheme: fp8, ignore: '*.mlp.*'}]",
     ),
+    "blocks": (
+        "llama",
+        "[{kind: gptq, scheme: nvfp4a16, targets: '*.mlp.*'}, {kind: rtn, scheme: fp8-block, targets: '*.q_proj'}, "
+        "{kind: gptq, scheme: mxfp4a16, targets: ['*.k_proj', '*.v_proj', '*.o_proj']}]",
+    ),
     "scaled": ("qwen3_moe", "[{kind: awq}, {kind: gptq, bits: 4, group_size: 32}]"),
     "sparse": (
         "llama",

@@ -20,7 +20,7 @@ MI300 = GpuCapability("AMD Instinct MI300X", "hip", 94, 304, 65536)
 
 
 def launch(tokens: int, gpu: GpuCapability = H200, rows: int = 4096, columns: int = 4096) -> Launch:
-    return dispatch.linear_launch("group_linear", tokens, rows, columns, 4, 128, 128, torch.bfloat16, gpu)
+    return dispatch.linear_launch("group_linear", tokens, rows, columns, "int4", 128, 128, torch.bfloat16, gpu)
 
 
 @pytest.fixture(autouse=True)
@@ -67,8 +67,8 @@ def write(gpu: GpuCapability, launches: dict[str, Launch]) -> None:
 
 
 def test_a_tuned_configuration_wins_and_serves_its_neighbours() -> None:
-    key = dispatch.config_key("group_linear", 4, 4096, 4096, 4, 128, torch.bfloat16)
-    large = dispatch.config_key("group_linear", 4, 28672, 8192, 4, 128, torch.bfloat16)
+    key = dispatch.config_key("group_linear", 4, 4096, 4096, "int4", 128, torch.bfloat16)
+    large = dispatch.config_key("group_linear", 4, 28672, 8192, "int4", 128, torch.bfloat16)
     first, second = Launch("gemm", Tile(16, 32, 2, 5), 3), Launch("gemm", Tile(16, 128, 4, 3), 1)
     write(H200, {key: first, large: second})
     assert launch(4) == launch(3) == first  # 3 tokens run like 4
@@ -79,10 +79,9 @@ def test_a_tuned_configuration_wins_and_serves_its_neighbours() -> None:
 
 
 def test_groups_that_the_kernels_take() -> None:
-    taken = [size for size in (16, 32, 48, 64, 96, 128, 160, 256, 384) if dispatch.has_group_linear(4, size, 1024)]
-    assert taken == [32, 64, 128, 256, 384]  # with 96, a plane of the tile after would have another scale
-    assert dispatch.has_group_linear(2, 16, 1024)
-    assert dispatch.has_group_linear(4, 96, 96)  # a scale for the whole row
+    taken = [size for size in (8, 16, 32, 48, 64, 96, 128, 160, 256, 384) if dispatch.has_group_linear(size, 1024)]
+    assert taken == [16, 32, 64, 128, 256, 384]  # with 96, a plane of the tile after would have another scale
+    assert dispatch.has_group_linear(96, 96)  # a scale for the whole row
     assert [size for size in (16, 32, 64, 96) if dispatch.has_sparse_linear(size, 512)] == [32, 64, 96]
 
 
@@ -92,7 +91,7 @@ def test_what_is_tuned_serves_every_number_of_tokens() -> None:
 
 def test_experts_have_a_tile_for_any_number_of_tokens() -> None:
     for tokens in (0, 1, 100, 10**6):
-        assert dispatch.experts_tile(tokens, 1408, 2048, 4, 128, torch.bfloat16, H200).tokens >= 16
+        assert dispatch.experts_tile(tokens, 1408, 2048, "int4", 128, torch.bfloat16, H200).tokens >= 16
 
 
 def test_gpus_that_are_trusted_with_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ MODELS = {
     "int": (  # and some that no kernel takes
         "llama",
         {},
-        "[{kind: rtn, bits: 4, group_size: 16, targets: ['*.down_proj']}, "
+        "[{kind: sparse24, targets: ['*.down_proj']}, {kind: rtn, bits: 4, group_size: 16, targets: ['*.down_proj']}, "
         "{kind: rtn, bits: 4, group_size: 32, ignore: ['*.down_proj']}]",
     ),
     "int,latents": ("qwen2", WIDE, "[{kind: lorc, ratio: .5, rank_step: 16}, {kind: rtn, bits: 3, group_size: 32}]"),
@@ -52,6 +52,15 @@ MODELS = {
         "[{kind: armor, block_size: 16, iterations: 1, wrapper_bits: 8}, {kind: rtn, bits: 4, group_size: 64}]",
     ),
     "w8a8": ("qwen2", {}, "[{kind: rtn, scheme: int8}, {kind: eora, rank: 4}]"),
+    "block_scaled": (
+        "llama",
+        {"hidden_size": 96, "intermediate_size": 192},
+        "[{kind: rtn, scheme: nvfp4a16, targets: ['*.q_proj', '*.k_proj']}, "
+        "{kind: rtn, scheme: mxfp4a16, targets: ['*.v_proj', '*.o_proj']}, "
+        "{kind: rtn, scheme: fp8-block, targets: ['*.down_proj']}, "
+        "{kind: rtn, scheme: mxint8a16, targets: ['*.up_proj']}, "
+        "{kind: rtn, scheme: mxfp8a16, targets: ['*.gate_proj']}]",
+    ),
     "experts,int": ("mixtral", {}, "[{kind: rtn, bits: 4, group_size: -1}]"),
 }
 
@@ -70,9 +79,10 @@ def test_models_run_by_the_kernels(pico: Callable[..., Path], calibration_text: 
 
 
 def test_the_gpu_benchmark_runs(tmp_path: Path) -> None:
-    few = ["--shapes", "128x256", "--tokens", "4", "--schemes", "int4", "--write", "--out", str(tmp_path)]
+    few = ["--shapes", "128x256", "--tokens", "4", "--schemes", "int4", "nvfp4", "--write", "--out", str(tmp_path)]
     lines = interpreted("benchmarks/gpu.py", *few, "--only", "linear", "w8a8")
     assert "int4, 128 x 256, 4.25 bits a weight" in lines
+    assert "nvfp4, 128 x 256, 4.50 bits a weight" in lines
     assert "int8, inputs too, 128 x 256" in lines
     lines += interpreted("benchmarks/gpu.py", *few, "--only", "experts", "attention")
     assert "mixture of 4 experts" in lines

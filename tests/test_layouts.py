@@ -8,15 +8,12 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compressor.kernels.layouts import (
+from compressor.kernels.layouts import compress24, pack_codes, packed_words, unpack_codes
+from compressor.kernels.swizzles import (
     TILE,
-    compress24,
-    pack_codes,
-    packed_words,
     pair_order,
     swizzle_int,
     swizzle_sparse24,
-    unpack_codes,
     unswizzle_int,
     unswizzle_sparse24,
 )  # fmt: skip

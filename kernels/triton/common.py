@@ -13,7 +13,7 @@ import triton.language as tl
 
 # Triton's interpreter keeps bfloat16 as bare 16-bit integers and knows no assembly: there, arithmetic is float32.
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
-TILE = tl.constexpr(128)  # `layouts.TILE`
+TILE = tl.constexpr(128)  # `swizzles.TILE`
 
 
 @triton.jit
@@ -46,6 +46,15 @@ def halves(pair, dtype: tl.constexpr):
     return rounded(low, dtype), rounded(high, dtype)
 
 
+@triton.jit
+def raw(bits):
+    """int16 → the bfloat16 that it is; float32 in the interpreter."""
+    if INTERPRET:
+        return (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return bits.to(tl.bfloat16, bitcast=True)
+
+
 @triton.constexpr_function
 def _lop3(shift, bits, dtype):
     """`(words >> shift & mask) | exponent` for the two codes of a register: one shift and one LOP3 (NVIDIA)."""
@@ -64,7 +73,7 @@ def decode(words, high, PLANE: tl.constexpr, BITS: tl.constexpr, dtype: tl.const
 
     Returns:
         `code + 2**7` in bfloat16 and `code + 2**10` in float16, since an integer in the lowest bits of such a float
-        needs no conversion; the zero points have the same offset (`layouts.swizzle_int`). Of 8 bits, the code.
+        needs no conversion; the zero points have the same offset (`swizzles.swizzle_int`). Of 8 bits, the code.
     """
     offset: tl.constexpr = 128 if dtype == tl.bfloat16 else 1024
     lower: tl.constexpr = 2 if BITS == 3 else BITS
@@ -87,6 +96,52 @@ def decode(words, high, PLANE: tl.constexpr, BITS: tl.constexpr, dtype: tl.const
             code |= (high >> PLANE) & 4
         exponent: tl.constexpr = 0x4300 if dtype == tl.bfloat16 else 0x6400
         return (code | exponent).to(dtype, bitcast=True)
+
+
+@triton.constexpr_function
+def _e2m1(place):
+    """The sign to bit 15 and the other bits to 8, 7 and 6, of the two codes of a register (NVIDIA)."""
+    shift = 4 * place - 6
+    move = f"shr.u32 t, $1, {shift};" if shift > 0 else f"shl.b32 t, $1, {-shift};"
+    sign = f"shl.b32 s, $1, {12 - 4 * place}; and.b32 s, s, 0x80008000;"
+    return f"{{ .reg .b32 s, t; {move} {sign} lop3.b32 $0, t, 0x01c001c0, s, 0xea; }}"
+
+
+@triton.constexpr_function
+def _e4m3(half):
+    """Two of the four codes of a register, each in the upper byte of 16 bits, then as `_e2m1`."""
+    spread = f"prmt.b32 s, $2, 0, {'0x1404' if half == 0 else '0x3424'};"
+    return f"{spread} shr.u32 t, s, 4; and.b32 s, s, 0x80008000; lop3.b32 ${half}, t, 0x07f007f0, s, 0xea;"
+
+
+@triton.jit
+def decode_floats(words, PLACE: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
+    """One plane of floats, E2M1 of 4 bits or E4M3 of 8, as bfloat16 of too small an exponent.
+
+    Their bits are taken for those of a wider exponent, which is 2**126 or 2**120 times too small: scales make that good
+    (`swizzles.swizzle_floats`).
+
+    Args:
+        words: int16, four codes each, of which PLACE is taken; or int8, one.
+    """
+    if INTERPRET:
+        wide = words.to(tl.int32) >> (4 * PLACE if BITS == 4 else 0)
+        if BITS == 4:
+            return ((wide & 7) << 22 | (wide & 8) << 28).to(tl.float32, bitcast=True)
+        return ((wide & 127) << 20 | (wide & 128) << 24).to(tl.float32, bitcast=True)
+    elif BITS == 4:
+        if ASM:
+            asm: tl.constexpr = _e2m1(PLACE)
+            return tl.inline_asm_elementwise(asm, "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2)
+        else:
+            moved = words << (6 - 4 * PLACE) if PLACE < 2 else words >> (4 * PLACE - 6)
+            return raw(moved & 0x01C0 | (words << (12 - 4 * PLACE)) & -0x8000)
+    elif ASM:
+        both: tl.constexpr = "{ .reg .b32 s, t; " + _e4m3(0) + _e4m3(1) + " }"
+        return tl.inline_asm_elementwise(both, "=r,=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=4)
+    else:
+        wide = words.to(tl.int16)  # the sign fills the upper byte
+        return raw((wide << 4) & 0x07F0 | wide & -0x8000)
 
 
 @triton.jit

@@ -36,8 +36,8 @@ def gate_up_kernel(
     rows = tl.minimum(slot, pairs_count - 1).to(tl.int64) // top_k
     gate, up = tl.zeros((BN, BM), tl.float32), tl.zeros((BN, BM), tl.float32)
     for tile in tl.range(0, tl.cdiv(K, TILE)):
-        gate = accumulate(gate, X, rows, WORDS, HIGH, PAIRS, tile, rn, 2 * NP, K, BITS, GROUP, EVEN, ASM)
-        up = accumulate(up, X, rows, WORDS, HIGH, PAIRS, tile, rn + NP, 2 * NP, K, BITS, GROUP, EVEN, ASM)
+        gate = accumulate(gate, X, rows, WORDS, HIGH, PAIRS, 0, tile, rn, 2 * NP, K, BITS, False, GROUP, EVEN, ASM)
+        up = accumulate(up, X, rows, WORDS, HIGH, PAIRS, 0, tile, rn + NP, 2 * NP, K, BITS, False, GROUP, EVEN, ASM)
     result = gate / (1 + tl.exp(-gate)) * up
     place = OUT + slot.to(tl.int64)[None, :] * N + rn[:, None]
     tl.store(place, result.to(OUT.dtype.element_ty), mask=(rn < N)[:, None] & (slot < pairs_count)[None, :])
@@ -58,7 +58,7 @@ def down_kernel(
     rows = tl.minimum(slot, pairs_count - 1).to(tl.int64)
     acc = tl.zeros((BN, BM), tl.float32)
     for tile in tl.range(0, tl.cdiv(K, TILE)):
-        acc = accumulate(acc, X, rows, WORDS, HIGH, PAIRS, tile, rn, NP, K, BITS, GROUP, EVEN, ASM)
+        acc = accumulate(acc, X, rows, WORDS, HIGH, PAIRS, 0, tile, rn, NP, K, BITS, False, GROUP, EVEN, ASM)
     acc *= tl.load(COEFFICIENTS + rows).to(tl.float32)[None, :]
     place = OUT + slot.to(tl.int64)[None, :] * N + rn[:, None]
     tl.store(place, acc.to(OUT.dtype.element_ty), mask=(rn < N)[:, None] & (slot < pairs_count)[None, :])

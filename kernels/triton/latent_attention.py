@@ -2,7 +2,7 @@
 
 A program serves all queries of a key-value head over a span of tokens: it makes keys from latents a tile at a time,
 adds the bias, norms and rotates them, and sums the values' latents by the softmax's weights. Spans are put together by
-their log-sum-exp. Of a head's channels the first ones of the rotary pairs come first (`layouts.pair_order`).
+their log-sum-exp. Of a head's channels the first ones of the rotary pairs come first (`swizzles.pair_order`).
 """
 
 from __future__ import annotations

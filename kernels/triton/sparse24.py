@@ -82,7 +82,7 @@ def quarter_tile(
     kept, VALUES, PAIRS, tile, QUARTER: tl.constexpr, rn, NP, BITS: tl.constexpr, GROUP: tl.constexpr,
     WIDTH: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Four dense planes `[BN, WIDTH]` of a quarter of a tile (`layouts.swizzle_sparse24`)."""
+    """Four dense planes `[BN, WIDTH]` of a quarter of a tile (`swizzles.swizzle_sparse24`)."""
     inner = rn[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     size = tl.cast(NP, tl.int64) * WIDTH
     if BITS == 4:  # a word holds both entries of two quarters

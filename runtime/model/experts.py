@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels import ops
-from ...kernels.layouts import stacked_rows
+from ...kernels.swizzles import stacked_rows
 from ..schemes import IntLinear
 
 
@@ -69,7 +69,7 @@ class PackedExperts(nn.Module):
     """Quantized experts of a layer as one stack that a kernel runs, in place of `Experts`.
 
     Attributes:
-        gate_up_words, gate_up_high, gate_up_pairs: `[experts, ...]` as `layouts.GroupWords` has them, gate above up.
+        gate_up_words, gate_up_high, gate_up_pairs: `[experts, ...]` as `swizzles.GroupWords` has them, gate above up.
         down_words, down_high, down_pairs: alike.
         dtype: of the activations that the kernel takes.
     """

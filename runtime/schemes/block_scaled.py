@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...kernels import cpu, layouts, reference
-from ...kernels.numbers import ROUNDINGS, Rounding
+from ...kernels import cpu, dispatch, layouts, reference, swizzles
+from ...kernels.numbers import ROUNDINGS, Floats, Rounding
 from .base import Operator, register, rounded_inputs
-from .linear import RowsLinear
+from .linear import GroupLinear
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,8 @@ class BlockScaled(Operator):
         return cls(codes, tensors["weight_scale"], whole, scheme["name"], scheme["inputs"], met)
 
 
-class BlockScaledLinear(RowsLinear):
-    """Blocks that share a scale, kept as on disk.
+class BlockScaledLinear(GroupLinear):
+    """Blocks that share a scale, kept as on disk, or in the layout of a GPU's kernel.
 
     Attributes:
         packed, scales, factor, input_factor: as stored (`BlockScaled`), but as bytes, so that a cast of the model to
@@ -113,17 +113,20 @@ class BlockScaledLinear(RowsLinear):
     packed: Tensor
     scales: Tensor
     factor: Tensor | None
-    input_factor: Tensor | None
 
     def __init__(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any], dtype: torch.dtype) -> None:
         operator = BlockScaled.from_tensors(tensors, scheme)
         super().__init__(*operator.shape)
         self.rounding, self.dtype, self.inputs = operator.rounding, dtype, operator.inputs
-        self.scale_dtype = operator.scales.dtype
+        if operator.input_scale is not None:
+            self.register_buffer("input_factor", _bytes(operator.input_scale), persistent=False)
+        if dispatch.has_kernels(operator.codes.device, dtype) and (words := _swizzled(operator, dtype)) is not None:
+            self.keep_words(words)
+            return
+        self.scale_dtype, whole = operator.scales.dtype, operator.global_scale
         self.register_buffer("packed", _bytes(tensors.get("weight_packed", tensors.get("weight"))), persistent=False)
         self.register_buffer("scales", _bytes(operator.scales), persistent=False)
-        for name, number in (("factor", operator.global_scale), ("input_factor", operator.input_scale)):
-            self.register_buffer(name, None if number is None else _bytes(number), persistent=False)
+        self.register_buffer("factor", None if whole is None else _bytes(whole), persistent=False)
 
     def decode(self, rows: slice, dtype: torch.dtype, scratch: cpu.Scratch | None = None) -> Tensor:
         numbers, height = self.rounding.numbers, self.rounding.rows
@@ -138,12 +141,22 @@ class BlockScaledLinear(RowsLinear):
         whole = None if self.factor is None else self.factor.view(torch.float32)
         return reference.scaled_blocks(values, scales, whole, self.rounding, lead).to(dtype)
 
-    def tiled(self, x: Tensor) -> Tensor:
-        scale = None if self.input_factor is None else self.input_factor.view(torch.float32)
-        return super().tiled(rounded_inputs(x, self.inputs, scale))
-
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.rounding}"
+
+
+def _swizzled(operator: BlockScaled, dtype: torch.dtype) -> swizzles.GroupWords | None:
+    """In the layout of the kernel, where that takes such groups and has room for such scales."""
+    rounding, (rows, columns) = operator.rounding, operator.shape
+    span, bits = rounding.span(columns), rounding.bits
+    if dtype != torch.bfloat16 or not dispatch.has_group_linear(span, columns):
+        return None
+    groups = torch.ones(rows, operator.scales.shape[1], device=operator.codes.device)
+    per_group = Rounding(rounding.numbers, 1, rows=rounding.rows, scales=rounding.scales)
+    exact = reference.scaled_blocks(groups, operator.scales, operator.global_scale, per_group)
+    if isinstance(rounding.numbers, Floats):
+        return swizzles.swizzle_floats(operator.codes, exact, bits, span)
+    return swizzles.swizzle_int(operator.codes, exact, None, bits, span, dtype)
 
 
 def _bytes(tensor: Tensor | None) -> Tensor:

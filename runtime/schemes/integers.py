@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...kernels import cpu, dispatch, layouts, ops, reference
+from ...kernels import cpu, dispatch, layouts, reference, swizzles
 from .base import Operator, register, rounded_inputs
-from .linear import RowsLinear
+from .linear import GroupLinear
 
 
 @dataclass(frozen=True)
@@ -113,47 +113,30 @@ class IntQuantized(Operator):
         return cls(codes, tensors["weight_scale"], zeros, bits, scheme["group_size"], scheme.get("inputs"))
 
 
-class IntLinear(RowsLinear):
+class IntLinear(GroupLinear):
     """Group-quantized integers, kept packed.
 
     Attributes:
-        packed, scales, zeros: as stored (`IntQuantized`), zeros unpacked to int8; or, for GPUs,
-        words, high, pairs: in the layout of the kernels (`layouts.GroupWords`).
+        packed, scales, zeros: as stored (`IntQuantized`), zeros unpacked to int8; none of them in the kernel's layout.
     """
 
     packed: Tensor
     scales: Tensor
     zeros: Tensor | None
-    words: Tensor
-    high: Tensor | None
-    pairs: Tensor
 
     def __init__(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any], dtype: torch.dtype) -> None:
         operator = IntQuantized.from_tensors(tensors, scheme)
         super().__init__(*operator.shape)
         self.bits, self.group_size, self.span = operator.bits, operator.group_size, operator.span
         self.dtype, self.inputs, device = dtype, operator.inputs, operator.codes.device
-        if dispatch.has_kernels(device, dtype) and dispatch.has_group_linear(self.bits, self.span, self.in_features):
-            self._swizzle(operator)
+        if dispatch.has_kernels(device, dtype) and dispatch.has_group_linear(self.span, self.in_features):
+            self.keep_words(
+                swizzles.swizzle_int(operator.codes, operator.scales, operator.zeros, self.bits, self.span, dtype)
+            )
             return
         self.register_buffer("packed", tensors["weight_packed"], persistent=False)
         self.register_buffer("scales", operator.scales, persistent=False)
         self.register_buffer("zeros", operator.zeros, persistent=False)
-
-    def _swizzle(self, operator: IntQuantized) -> None:
-        words = layouts.swizzle_int(operator.codes, operator.scales, operator.zeros, self.bits, self.span, self.dtype)
-        self.layout = words.bits, words.group_size
-        self._keep(words=words.words, high=words.high, pairs=words.pairs)
-
-    @property
-    def stored(self) -> layouts.GroupWords:
-        """The weight in the kernels' layout."""
-        return layouts.GroupWords(self.words, self.high, self.pairs, *self.layout)
-
-    def fused(self, x: Tensor, *ends: Tensor | None) -> Tensor:
-        x = rounded_inputs(x, self.inputs)
-        result: Tensor = ops.group_linear(x, self.words, self.high, self.pairs, self.out_features, *self.layout, *ends)
-        return result
 
     def decode(self, rows: slice, dtype: torch.dtype, scratch: cpu.Scratch | None = None) -> Tensor:
         zeros = None if self.zeros is None else self.zeros[rows]
@@ -161,10 +144,9 @@ class IntLinear(RowsLinear):
         return cpu.decode_packed(packed, scales, zeros, self.bits, self.in_features, self.span, dtype, scratch)
 
     def tiled(self, x: Tensor) -> Tensor:
-        x = rounded_inputs(x, self.inputs)
         if self.bits > 4 or x.dtype != torch.bfloat16 or x.device.type != "cpu":
             return super().tiled(x)
-        return cpu.packed_linear(x, self.packed, self.scales, self.zeros, self.bits, self.span)
+        return cpu.packed_linear(self.entering(x), self.packed, self.scales, self.zeros, self.bits, self.span)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, int{self.bits}, group_size={self.group_size}"

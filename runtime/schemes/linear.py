@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...kernels import cpu
+from ...kernels import cpu, ops, swizzles
+from .base import rounded_inputs
 
 Blocks = tuple[Tensor | None, Tensor | None]  # diagonal blocks one below the other, and the scales of their rows
 
@@ -110,3 +111,46 @@ class RowsLinear(StoredLinear):
         self.device_layout = True
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
+
+
+class GroupLinear(RowsLinear):
+    """Numbers that share scales in groups: packed as on disk, or in the layout of a GPU's kernel.
+
+    Attributes:
+        words, high, pairs: as `swizzles.GroupWords` has them, on a GPU.
+        inputs, input_factor: what inputs are rounded to, as `rounded_inputs` takes it, the latter as bytes.
+    """
+
+    words: Tensor
+    high: Tensor | None
+    pairs: Tensor
+    inputs: str | None = None
+    input_factor: Tensor | None
+
+    def __init__(self, out_features: int, in_features: int) -> None:
+        super().__init__(out_features, in_features)
+        self.register_buffer("input_factor", None, persistent=False)
+
+    def keep_words(self, words: swizzles.GroupWords) -> None:
+        """The kernel's layout, in place of what is on disk."""
+        self.layout = words[3:]
+        self._keep(words=words.words, high=words.high, pairs=words.pairs)
+
+    @property
+    def stored(self) -> swizzles.GroupWords:
+        """The weight in the kernel's layout."""
+        return swizzles.GroupWords(self.words, self.high, self.pairs, *self.layout)
+
+    def entering(self, x: Tensor) -> Tensor:
+        """Inputs as the product takes them."""
+        factor = None if self.input_factor is None else self.input_factor.view(torch.float32)
+        return rounded_inputs(x, self.inputs, factor)
+
+    def fused(self, x: Tensor, *ends: Tensor | None) -> Tensor:
+        result: Tensor = ops.group_linear(
+            self.entering(x), self.words, self.high, self.pairs, self.out_features, *self.layout, *ends
+        )
+        return result
+
+    def tiled(self, x: Tensor) -> Tensor:
+        return super().tiled(self.entering(x))

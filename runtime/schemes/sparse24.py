@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...kernels import cpu, dispatch, layouts, ops
+from ...kernels import cpu, dispatch, layouts, ops, swizzles
 from .base import Operator, below, build, from_tensors, prefixed, register
 from .integers import IntQuantized
 from .linear import Blocks, RowsLinear
@@ -87,7 +87,7 @@ class Sparse24Linear(RowsLinear):
     Attributes:
         values: holds the kept entries `[out_features, in_features / 2]`; indices: as stored, two groups a byte; or,
             for GPUs,
-        entries, kept, pairs: in the layout of the kernels (`layouts.SparseWords`).
+        entries, kept, pairs: in the layout of the kernels (`swizzles.SparseWords`).
     """
 
     values: RowsLinear
@@ -111,11 +111,11 @@ class Sparse24Linear(RowsLinear):
 
     def _swizzle(self, values: Operator, indices: Tensor) -> None:
         if isinstance(values, IntQuantized):
-            words = layouts.swizzle_sparse24(
+            words = swizzles.swizzle_sparse24(
                 values.codes, indices, values.scales, values.zeros, values.bits, values.span, self.dtype
             )
         else:
-            words = layouts.swizzle_sparse24(values.dense(self.dtype), indices, None, None, 16, 0, self.dtype)
+            words = swizzles.swizzle_sparse24(values.dense(self.dtype), indices, None, None, 16, 0, self.dtype)
         self.layout = words.bits, words.group_size, words.width
         self._keep(entries=words.values, kept=words.kept, pairs=words.pairs)
 

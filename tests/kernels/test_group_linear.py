@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressor.kernels import dispatch, layouts, ops, reference
+from compressor.kernels import dispatch, ops, reference, swizzles
+from compressor.kernels.numbers import E2M1, E4M3
 
 Guard = Callable[[Tensor], Tensor]
 DTYPES = (torch.bfloat16, torch.float16)
@@ -30,9 +31,9 @@ def twin(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, group: 
     return x.double() @ weight.double().T
 
 
-def stored(guarded: Guard, parts: tuple[Tensor, ...], bits: int, group: int, dtype: torch.dtype) -> layouts.GroupWords:
+def stored(guarded: Guard, parts: tuple[Tensor, ...], bits: int, group: int, dtype: torch.dtype) -> swizzles.GroupWords:
     codes, scales, *zeros = parts
-    words = layouts.swizzle_int(codes, scales, zeros[0] if zeros else None, bits, group, dtype)
+    words = swizzles.swizzle_int(codes, scales, zeros[0] if zeros else None, bits, group, dtype)
     high = None if words.high is None else guarded(words.high)
     return words._replace(words=guarded(words.words), high=high, pairs=guarded(words.pairs))
 
@@ -54,7 +55,9 @@ def test_every_width_and_path(
     close(result, twin(x, parts[0], parts[1], parts[2] if len(parts) > 2 else None, group, dtype), kernel)
 
 
-@pytest.mark.parametrize(("rows", "columns", "group"), [(40, 160, 32), (64, 200, 64), (130, 96, 96), (33, 288, 128)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "group"), [(40, 160, 32), (64, 200, 64), (130, 96, 96), (33, 288, 128), (40, 176, 16)]
+)
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_ragged_shapes_and_groups(
     device: torch.device, guarded: Guard, close: Callable[..., None], rows: int, columns: int, group: int, bits: int
@@ -67,6 +70,36 @@ def test_ragged_shapes_and_groups(
         launch = dispatch.Launch(kernel, dispatch.Tile(16, 64, 4, 2), 1)
         result = ops.run_group_linear(launch, guarded(x), weight, rows)
         close(result, twin(x, *parts, group, dtype), f"{kernel} {tokens}")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("columns", "group"), [(256, 16), (176, 16), (200, 32), (300, 128), (96, 96)])
+def test_floats_of_every_pattern(
+    device: torch.device, guarded: Guard, close: Callable[..., None], columns: int, group: int, bits: int
+) -> None:
+    """All the bits that a number has, the smallest ones and both zeros among them; scales as far apart as E4M3's."""
+    rows, generator = 72, torch.Generator().manual_seed(columns + bits)
+    codes = torch.arange(rows * columns).view(rows, columns).remainder(2**bits).to(torch.uint8)
+    if bits == 8:
+        codes[codes & 127 == 127] = 0  # not a number
+    groups = -(-columns // group)
+    scales = torch.exp2(torch.randint(-20, -2, (rows, groups), generator=generator).float())
+    if group != 32:
+        scales *= 1 + torch.randint(0, 8, (rows, groups), generator=generator) / 8  # so that products are exact
+    scales[5, 0] = 0
+    weight = swizzles.swizzle_floats(codes, scales, bits, group)
+    assert weight is not None
+    weight = weight._replace(words=guarded(weight.words), pairs=guarded(weight.pairs))
+    numbers = (E2M1 if bits == 4 else E4M3).of_bytes(codes, torch.float64)
+    dense = numbers * reference.expand_groups(scales.double(), columns, group)
+    for tokens, kernel, splits in ((3, "gemm", 1), (17, "gemm", 2), (2, "expand", 1)):
+        x = torch.randn(tokens, columns, generator=generator).to(torch.bfloat16)
+        launch = dispatch.Launch(kernel, dispatch.Tile(16, 64, 4, 2), splits)
+        result = ops.run_group_linear(launch, guarded(x), weight, rows)
+        close(result, x.double() @ dense.T, f"{kernel} {tokens}")
+    unit = torch.eye(columns, dtype=torch.bfloat16)
+    launch = dispatch.Launch("gemm", dispatch.Tile(16, 64, 4, 2), 1)
+    assert torch.equal(ops.run_group_linear(launch, guarded(unit), weight, rows).double().cpu().T, dense)
 
 
 @pytest.mark.parametrize(("kernel", "splits"), [("gemm", 1), ("gemm", 3), ("expand", 1)])
@@ -96,18 +129,18 @@ def test_operators_run_where_their_inputs_are(device: torch.device, monkeypatch:
 
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
     parts = weights(64, 128, 4, 64, True, torch.float16)
-    words, high, pairs, bits, group = layouts.swizzle_int(*parts, None, 4, 64, torch.float16)
+    words, high, pairs, bits, group, *_ = swizzles.swizzle_int(*parts, None, 4, 64, torch.float16)
     x = torch.ones(3, 128, dtype=torch.float16, device=device)
-    ops.group_linear(x, words.to(device), high, pairs.to(device), 64, bits, group)
+    ops.group_linear(x, words.to(device), high, pairs.to(device), 64, bits, group, False, 0)
     assert [one.data_ptr() for one in entered] == [x.data_ptr()]
 
 
 def test_the_operator(device: torch.device, close: Callable[..., None]) -> None:
     dtype, rows, columns = torch.bfloat16, 64, 128
     parts = weights(rows, columns, 4, 64, True, dtype)
-    words, high, pairs, bits, group = layouts.swizzle_int(*parts, None, 4, 64, dtype)
+    words, high, pairs, bits, group, *_ = swizzles.swizzle_int(*parts, None, 4, 64, dtype)
     x = torch.randn(2, 3, columns, generator=torch.Generator().manual_seed(4)).to(dtype)
-    arguments = (x.to(device), words.to(device), high, pairs.to(device), rows, bits, group)
+    arguments = (x.to(device), words.to(device), high, pairs.to(device), rows, bits, group, False, 0)
     result = ops.group_linear(*arguments)
     close(result, twin(x, *parts, None, 64, dtype), "operator")
     torch.library.opcheck(

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressor.kernels import layouts, ops, reference
+from compressor.kernels import ops, reference, swizzles
 
 Guard = Callable[[Tensor], Tensor]
 
 
 def stacked(
     shape: tuple[int, int, int], parts: int, bits: int, group: int, dtype: torch.dtype
-) -> tuple[list[Tensor], list[layouts.GroupWords]]:
+) -> tuple[list[Tensor], list[swizzles.GroupWords]]:
     """Weights of all experts, dense; and for each expert words of `parts` matrices one below the other."""
     experts, rows, columns = shape
     generator = torch.Generator().manual_seed(rows + columns)
@@ -28,8 +28,8 @@ def stacked(
                 [reference.dequantize_int(c, s, None, group, dtype) for c, s in zip(codes, scales, strict=True)]
             )
         )
-        words.append([layouts.swizzle_int(c, s, None, bits, group, dtype) for c, s in zip(codes, scales, strict=True)])
-    joined = [layouts.stacked_rows(matrices) for matrices in zip(*words, strict=True)]
+        words.append([swizzles.swizzle_int(c, s, None, bits, group, dtype) for c, s in zip(codes, scales, strict=True)])
+    joined = [swizzles.stacked_rows(matrices) for matrices in zip(*words, strict=True)]
     return dense, joined
 
 

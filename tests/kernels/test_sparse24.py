@@ -8,29 +8,29 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressor.kernels import dispatch, layouts, ops, reference
+from compressor.kernels import dispatch, layouts, ops, reference, swizzles
 
 Guard = Callable[[Tensor], Tensor]
 
 
-def sparse(rows: int, columns: int, bits: int, group: int, dtype: torch.dtype) -> tuple[layouts.SparseWords, Tensor]:
+def sparse(rows: int, columns: int, bits: int, group: int, dtype: torch.dtype) -> tuple[swizzles.SparseWords, Tensor]:
     """A weight in the kernels' layout, and dense in float64."""
     generator = torch.Generator().manual_seed(rows + columns + bits)
     keep = torch.rand(rows, columns // 4, 4, generator=generator).argsort(2).argsort(2) < 2
     dense = torch.randn(rows, columns, generator=generator).to(dtype)
     values, indices = layouts.compress24(dense, keep.view(rows, columns))
     if bits == 16:
-        words = layouts.swizzle_sparse24(values, indices, None, None, 16, 0, dtype)
+        words = swizzles.swizzle_sparse24(values, indices, None, None, 16, 0, dtype)
         return words, layouts.expand24(values, indices).double()
     half = 2 ** (bits - 1)
     codes = torch.randint(-half, half, values.shape, generator=generator).to(torch.int8)
     scales = (torch.rand(rows, -(-columns // 2 // group), generator=generator) - 0.3).to(dtype)
     zeros = torch.randint(-half, half, scales.shape, generator=generator).to(torch.int8)
-    words = layouts.swizzle_sparse24(codes, indices, scales, zeros, bits, group, dtype)
+    words = swizzles.swizzle_sparse24(codes, indices, scales, zeros, bits, group, dtype)
     return words, layouts.expand24(reference.dequantize_int(codes, scales, zeros, group, dtype), indices).double()
 
 
-def on(guarded: Guard, words: layouts.SparseWords) -> layouts.SparseWords:
+def on(guarded: Guard, words: swizzles.SparseWords) -> swizzles.SparseWords:
     return words._replace(values=guarded(words.values), kept=guarded(words.kept), pairs=guarded(words.pairs))
 
 
