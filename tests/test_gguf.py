@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,14 @@ def test_other_files_are_refused(pico: Pico, tmp_path: Path) -> None:
         export_gguf(out, target, tmp_path / "no.gguf", overwrite=True)
     with pytest.raises(ModelError, match="nothing in it is compressed"):
         export_gguf(model, target, like, overwrite=True)
+    before, (soft, hard) = target.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))  # as where a disk is full
+    try:
+        with pytest.raises(ResourceError, match=r"cannot be written \(.*\); free some space"):
+            export_gguf(out, target, like, overwrite=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert target.read_bytes() == before
     assert sorted(path.name for path in tmp_path.glob("*.part")) == []
     assert isinstance(StoredModel(out), StoredModel)
 

@@ -69,7 +69,8 @@ def export_gguf(folder: Path, out: Path, like: Path, *, overwrite: bool = False)
         part.replace(out)
         sync_folder(out.parent)
     except OSError as error:
-        raise ResourceError(f"{out}: cannot be written ({error.strerror or error})") from None
+        reason = error.strerror or "no room for all of it"  # which numpy tells without a number
+        raise ResourceError(f"{out}: cannot be written ({reason}); free some space or write elsewhere") from None
     finally:
         part.unlink(missing_ok=True)
     return Written(out.stat().st_size, kinds, export.rounded)
