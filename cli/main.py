@@ -164,6 +164,10 @@ def plan(
     device: DeviceOption = "cpu",
     revision: RevisionOption = None,
     as_json: JsonOption = False,
+    tp: Annotated[
+        int | None,
+        typer.Option("--tp", min=2, help="also what keeps engines from sharing the output out among so many GPUs"),
+    ] = None,
 ) -> None:
     """Print what RECIPE would do to MODEL; reads headers and calibration text, and weights where ranks
     depend on them alone."""
@@ -172,13 +176,15 @@ def plan(
     allowed = _bytes(memory)
 
     from ..compress.guards import source_skeleton
+    from ..compress.parallel import unsplittable
     from ..compress.plan import plan_for_text, rows
     from ..compress.resources import estimated_seconds
 
     result, _ = plan_for_text(parsed, source_skeleton(folder, device), look=True, memory=allowed)
     seconds, free = estimated_seconds(result), shutil.disk_usage(Path.cwd()).free
+    apart = None if tp is None else unsplittable(result, tp)
     if as_json:
-        render.document(_plan_record(result) | {"seconds": seconds, "disk_free": free})
+        render.document(_plan_record(result) | {"seconds": seconds, "disk_free": free, "unsplittable": apart})
         return
     render.out.print(render.plan_table(rows(result)))
     render.out.print(
@@ -194,6 +200,10 @@ def plan(
         render.out.print(f"calibration: {data.tokens:,} tokens, in windows of {data.sequence_length}")
     for warning in result.warnings:
         render.err.print(f"warning: {warning}")
+    for problem in apart or ():
+        render.out.print(f"not over {tp} GPUs: {problem}")
+    if apart == []:
+        render.out.print(f"over {tp} GPUs: every part holds whole groups")
     if any(step.to_survey for step in result.recipe.passes):
         render.out.print("the run begins with a survey of the model, which finds the ranks, experts or weights to keep")
 

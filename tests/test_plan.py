@@ -10,15 +10,18 @@ from typing import Any
 
 import pytest
 from safetensors import safe_open
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from compressor import compress
 from compressor.compress.apply import Job, apply
 from compressor.compress.guards import open_source
+from compressor.compress.parallel import unsplittable
 from compressor.compress.passes.linear.rtn import Rtn
 from compressor.compress.plan import Plan, make_plan, rows
 from compressor.compress.recipe import parse_recipe
 from compressor.runtime.errors import RecipeError
 from compressor.runtime.model.checkpoint import Checkpoint
+from compressor.runtime.model.families import FAMILIES
 from compressor.runtime.model.skeleton import Skeleton
 
 Pico = Callable[..., Path]
@@ -170,3 +173,38 @@ def test_a_missing_text_is_said_before_anything_else(pico: Pico) -> None:
     text = "data: {source: nowhere.txt}\npasses: [{kind: gptq}]"
     with pytest.raises(RecipeError, match=r"nowhere\.txt: no such text file"):
         make_plan(parse_recipe(text), Skeleton(open_source(pico())))
+
+
+def test_what_engines_cannot_share_out(pico: Pico) -> None:
+    model = pico("llama", hidden_size=96, intermediate_size=192, num_attention_heads=6, num_key_value_heads=3)
+    assert unsplittable(planned(model, "  - {kind: rtn, bits: 4, group_size: 32}\n"), 3) == []
+    plan = planned(
+        model,
+        "  - {kind: rtn, bits: 4, group_size: 64, targets: '*.down_proj'}\n"
+        "  - {kind: rtn, scheme: mxfp4a16, targets: '*.o_proj'}\n"
+        "  - {kind: rtn, bits: 4, group_size: -1, ignore: ['*.o_proj', '*.down_proj']}\n",
+    )
+    assert unsplittable(plan, 2) == [
+        f"model.layers.*.{name}: {columns} columns in 2 parts are {columns // 2} each, into which groups of {group} do "
+        f"not fit; groups of {group // 2} do (2 of them)"
+        for name, columns, group in (("self_attn.o_proj", 96, 32), ("mlp.down_proj", 192, 64))
+    ]
+    found = unsplittable(plan, 5)
+    assert found[0] == "6 attention heads are no multiple of 5"
+    assert "model.layers.*.self_attn.q_proj: 96 rows are no multiple of 5 (2 of them)" in found
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_shared_out_is_what_transformers_shares_out(name: str) -> None:
+    said = getattr(CONFIG_MAPPING[name], "base_model_tp_plan", None) or {}
+    family = FAMILIES[name]
+    linears = [one for stage in family.stages for group in stage for one in group.linears]
+    for linear in linears:
+        how = said.get(f"layers.*.{linear}", "").split("_")[0]
+        if how in ("colwise", "rowwise") and "experts" not in linear:
+            assert family.split(linear) == (how == "rowwise"), linear
+    if "self_attn.q_a_proj" in linears:  # a norm reads all of it
+        assert family.split("self_attn.q_a_proj") is None
+        assert family.split("self_attn.q_b_proj") == 0
+    if "mlp.experts.*.down_proj" in linears:
+        assert (family.split("mlp.experts.3.up_proj"), family.split("mlp.experts.3.down_proj")) == (0, 1)

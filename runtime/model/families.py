@@ -6,6 +6,7 @@ three-dimensional parameters; compressor keeps one linear per expert (`experts.p
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -163,6 +164,20 @@ class Family:
     def expert(self, name: str) -> int | None:
         """The number of the routed expert that a linear of a block, named as on disk, is part of; None for others."""
         return self.experts.number(self.inside(name))
+
+    def split(self, name: str) -> int | None:
+        """The dimension of a linear, named as inside a block, that engines share out among GPUs.
+
+        Returns:
+            1, its columns, of what ends attention or an MLP; None of what a norm within attention reads, which every
+            GPU has whole; else 0.
+        """
+        name = re.sub(r"\.\d+\.", ".*.", name)
+        reads = {one: group.reads for stage in self.stages for group in stage for one in group.linears}
+        if name in self.ends.values() or (reads.get(name) and "norm" not in reads[name]):
+            return 1
+        within = {norm.removesuffix("layernorm") for norm in reads.values() if "." in norm and "norm" in norm}
+        return None if any(name.startswith(prefix) for prefix in within) else 0
 
     def inside(self, name: str) -> str:
         """The name that a tensor or module, named as on disk, has inside its block in memory."""

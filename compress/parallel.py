@@ -1,0 +1,59 @@
+"""What keeps engines from sharing a compressed model out among several GPUs (tensor parallelism)."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from ..runtime.model.families import text_config
+from ..runtime.schemes import BlockScaled, IntQuantized, Operator
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
+
+def unsplittable(plan: Plan, parts: int) -> list[str]:
+    """Why a planned output cannot be shared out in `parts`, a sentence for each kind of linear; nothing if it can.
+
+    Engines share out the rows of what reads a norm, by heads or neurons, and the columns of what ends attention or an
+    MLP, whose sums they add up. A part has to hold whole groups.
+    """
+    config, family = text_config(plan.skeleton.checkpoint.config), plan.skeleton.family
+    found: dict[str, int] = {}
+    heads = config.get("num_attention_heads")
+    if heads and heads % parts:
+        found[f"{heads} attention heads are no multiple of {parts}"] = 1
+    for name, operator in plan.rewritten.items():
+        if plan.skeleton.checkpoint.block_index(name + ".weight") is None:
+            continue  # the embedding and the head are padded
+        dimension = family.split(family.inside(name))
+        for problem in _problems(operator, dimension, parts):
+            place = re.sub(r"\.\d+\.", ".*.", name)
+            found[f"{place}: {problem}"] = found.get(f"{place}: {problem}", 0) + 1
+    return [text if count == 1 else f"{text} ({count} of them)" for text, count in found.items()]
+
+
+def _problems(operator: Operator, dimension: int | None, parts: int) -> Iterator[str]:
+    if dimension is None:
+        return
+    what, size = ("rows", "columns")[dimension], operator.shape[dimension]
+    each, group = size / parts, _group(operator)[dimension]
+    if size % parts:
+        yield f"{size:,} {what} are no multiple of {parts}"
+    elif each % group:
+        fits = math.gcd(int(each), group)
+        way = f"; groups of {fits} do" if dimension == 1 and fits >= 16 else ""
+        yield f"{size:,} {what} in {parts} parts are {int(each):,} each, into which groups of {group} do not fit{way}"
+
+
+def _group(operator: Operator) -> tuple[int, int]:
+    """Rows and columns that share a scale; 1 for those of whole rows, which all parts can have."""
+    if isinstance(operator, IntQuantized):
+        rows, columns = 1, operator.span
+    elif isinstance(operator, BlockScaled):
+        rows, columns = operator.rounding.rows, operator.rounding.span(operator.shape[1])
+    else:
+        return 1, 1
+    return rows, columns if columns < operator.shape[1] else 1
