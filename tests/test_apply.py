@@ -69,7 +69,12 @@ def kill_at(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", fsync)
 
 
-def test_killed_at_any_sync_a_run_resumes_to_the_same_bytes(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_at_any_sync_a_run_resumes_to_the_same_bytes(
+    pico: Pico, calibration_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = f"data: {{source: '{calibration_text}', samples: 4, sequence_length: 64}}\noutput: {{shard_size: 0.05MB}}\n"
+    text += "passes: [{kind: gptq, bits: 4, group_size: 32, search: false, refinements: 0}]\n"
+    job = Job(parse_recipe(text), text, (), pico("llama", num_hidden_layers=3), tmp_path / "out", "pico")
     apply(job, quiet)
     expected = contents(job.out)
     shutil.rmtree(job.out)

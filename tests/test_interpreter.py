@@ -28,11 +28,15 @@ def interpreted(*command: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "names",
-    [("group_linear", "sparse24"), ("latent_attention", "w8a8"), pytest.param(("grouped",), marks=pytest.mark.long)],
+    ("marks", "names"),
+    [
+        ("not long", ("group_linear",)),
+        ("not long", ("latent_attention", "sparse24", "w8a8")),
+        pytest.param("long", ("group_linear", "grouped"), marks=pytest.mark.long),
+    ],
 )
-def test_kernels_do_what_their_twins_do(names: tuple[str, ...]) -> None:
-    options = ["-q", "-p", "no:cacheprovider", "--confcutdir", "tests/kernels"]
+def test_kernels_do_what_their_twins_do(marks: str, names: tuple[str, ...]) -> None:
+    options = ["-q", "-p", "no:cacheprovider", "--confcutdir", "tests/kernels", "-m", marks]
     assert " passed" in interpreted("-m", "pytest", *options, *(f"tests/kernels/test_{name}.py" for name in names))
 
 

@@ -13,7 +13,6 @@ from compressor.kernels import dispatch, ops, reference, swizzles
 from compressor.kernels.numbers import E2M1, E4M3
 
 Guard = Callable[[Tensor], Tensor]
-DTYPES = (torch.bfloat16, torch.float16)
 
 
 def weights(rows: int, columns: int, bits: int, group: int, symmetric: bool, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -38,8 +37,15 @@ def stored(guarded: Guard, parts: tuple[Tensor, ...], bits: int, group: int, dty
     return words._replace(words=guarded(words.words), high=high, pairs=guarded(words.pairs))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    ("symmetric", "dtype"),
+    [
+        (True, torch.bfloat16),
+        (False, torch.float16),
+        pytest.param(False, torch.bfloat16, marks=pytest.mark.long),
+        pytest.param(True, torch.float16, marks=pytest.mark.long),
+    ],
+)
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
 @pytest.mark.parametrize(("kernel", "splits"), [("gemm", 1), ("gemm", 2), ("gemv", 2), ("expand", 1)])
 def test_every_width_and_path(
@@ -73,7 +79,7 @@ def test_ragged_shapes_and_groups(
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(("columns", "group"), [(256, 16), (176, 16), (200, 32), (300, 128), (96, 96)])
+@pytest.mark.parametrize(("columns", "group"), [(176, 16), (200, 32), (160, 128), (96, 96)])
 def test_floats_of_every_pattern(
     device: torch.device, guarded: Guard, close: Callable[..., None], columns: int, group: int, bits: int
 ) -> None:
@@ -92,13 +98,13 @@ def test_floats_of_every_pattern(
     weight = weight._replace(words=guarded(weight.words), pairs=guarded(weight.pairs))
     numbers = (E2M1 if bits == 4 else E4M3).of_bytes(codes, torch.float64)
     dense = numbers * reference.expand_groups(scales.double(), columns, group)
-    for tokens, kernel, splits in ((3, "gemm", 1), (17, "gemm", 2), (2, "expand", 1)):
+    for tokens, kernel, splits in ((3, "gemm", 1), (17, "gemm", 2)):
         x = torch.randn(tokens, columns, generator=generator).to(torch.bfloat16)
         launch = dispatch.Launch(kernel, dispatch.Tile(16, 64, 4, 2), splits)
         result = ops.run_group_linear(launch, guarded(x), weight, rows)
         close(result, x.double() @ dense.T, f"{kernel} {tokens}")
     unit = torch.eye(columns, dtype=torch.bfloat16)
-    launch = dispatch.Launch("gemm", dispatch.Tile(16, 64, 4, 2), 1)
+    launch = dispatch.Launch("expand", dispatch.Tile(16, 64, 4, 2), 1)
     assert torch.equal(ops.run_group_linear(launch, guarded(unit), weight, rows).double().cpu().T, dense)
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from compressor.kernels import ops, reference, swizzles
 
+pytestmark = pytest.mark.long
+
 Guard = Callable[[Tensor], Tensor]
 
 
