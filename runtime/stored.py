@@ -86,7 +86,10 @@ class StoredModel(Checkpoint):
     def operator_tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of a compressed linear as its operator has them, by suffix."""
         stored = {suffix: self.stored_tensor(stored_name(name, suffix)) for suffix in self._suffixes[name]}
-        return self.format.operator_tensors(stored, self.schemes[name])
+        try:
+            return self.format.operator_tensors(stored, self.schemes[name])
+        except ValueError as error:
+            raise ModelError(f"{self.path}: {name} is not read here: {error}") from None
 
     def tensor(self, name: str) -> Tensor:
         """A tensor by its original name, decoded where it is compressed."""

@@ -13,13 +13,16 @@ from ..errors import ModelError, RecipeError
 from ..schemes import Operator
 from .base import Around, Format
 from .compressed_tensors import CompressedTensors
+from .gptq import Gptq
 from .native import Native
 from .plain import Plain
 
 __all__ = ["FORMATS", "NATIVE", "PLAIN", "Around", "Format", "choose_format", "format_of"]
 
 PLAIN, NATIVE = Plain(), Native()
-FORMATS: dict[str, Format] = {one.name: one for one in (PLAIN, CompressedTensors(), NATIVE)}  # in order of preference
+FORMATS: dict[str, Format] = {
+    one.name: one for one in (PLAIN, CompressedTensors(), Gptq(), NATIVE)
+}  # in order of preference
 
 
 def choose_format(
@@ -36,6 +39,8 @@ def choose_format(
     """
     around, obstacle = around or Around(), ""
     for one in FORMATS.values():
+        if wanted != one.name and not (wanted == "auto" and one.automatic):
+            continue
         held = linears
         if wanted == one.name:
             held = {name: one.as_written(operator) for name, operator in linears.items()}
@@ -44,7 +49,7 @@ def choose_format(
             raise RecipeError(
                 f"output.format is {wanted!r}, whose readers cannot take {found}; use 'auto', or change that"
             )
-        if not found and wanted in ("auto", one.name):
+        if not found:
             return one, one.readers(held, around), obstacle if one is NATIVE else ""
         obstacle = found
     raise AssertionError(wanted)  # the native format holds everything, and recipes name no other
@@ -61,6 +66,7 @@ def format_of(path: Path, config: Mapping[str, Any]) -> Format:
         return claiming
     if "quantization_config" in config:
         quantization = config["quantization_config"] or {}
+        reads = " and ".join(one.reads for one in FORMATS.values() if one.reads)
         method = quantization.get("format") or quantization.get("quant_method")
-        raise ModelError(f"{path}: quantized as {method!r}, which is not read here; {CompressedTensors.reads} are")
+        raise ModelError(f"{path}: quantized as {method!r}, which is not read here; {reads} are")
     return PLAIN

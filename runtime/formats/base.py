@@ -45,10 +45,14 @@ class Format(ABC):
 
     Attributes:
         name: as recipes ask for it by `output.format`.
+        automatic: whether it is written without being asked for.
+        reads: what of it is read here, for people.
         files: further files of a folder, with their texts.
     """
 
     name: ClassVar[str]
+    automatic: ClassVar[bool] = True
+    reads: ClassVar[str] = ""
     files: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod

@@ -1,0 +1,119 @@
+"""GPTQ's checkpoints: bits where AutoGPTQ put them, both forms, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from compressor.compress.apply import Job, apply
+from compressor.compress.recipe import parse_recipe
+from compressor.runtime import load
+from compressor.runtime.errors import ModelError, RecipeError
+from compressor.runtime.stored import StoredModel
+
+Pico = Callable[..., Path]
+WIDE = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 300}
+
+
+def compress(model: Path, out: Path, *passes: str) -> Path:
+    text = "output: {format: gptq}\npasses:\n" + "".join(f"  - {step}\n" for step in passes)
+    apply(Job(parse_recipe(text), text, (), model, out, "pico"), lambda event: None)
+    return out
+
+
+def stream(words: Tensor, bits: int) -> Tensor:
+    """The unsigned codes that lie along the first dimension, bit by bit."""
+    lines = (words.long()[:, None] >> torch.arange(32)[:, None] & 1).flatten(0, 1)
+    return (lines.unflatten(0, (-1, bits)) << torch.arange(bits)[:, None]).sum(1)
+
+
+def by_the_book(tensors: dict[str, Tensor], bits: int, newer: bool) -> Tensor:
+    """What a reader decodes: `scale * (code - zero)`, of the group that `g_idx` says."""
+    codes, groups = stream(tensors["qweight"], bits), tensors["g_idx"].long()
+    zeros = stream(tensors["qzeros"].T, bits).T + (not newer)
+    scales = tensors["scales"].double()
+    return (scales[groups] * (codes - zeros[groups])).T
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", ["true", "false"])
+def test_bits_are_where_readers_look(pico: Pico, tmp_path: Path, bits: int, symmetric: str) -> None:
+    step = f"{{kind: rtn, bits: {bits}, group_size: 32, symmetric: {symmetric}}}"
+    out = compress(pico("llama", **WIDE), tmp_path / "out", step)
+    told = json.loads((out / "config.json").read_text())["quantization_config"]
+    newer = symmetric == "false"
+    assert (told["checkpoint_format"], told["sym"]) == (("gptq_v2", False) if newer else ("gptq", True))
+    stored, model = load_file(out / "model.safetensors"), StoredModel(out)
+    names = [name.removesuffix(".qweight") for name in stored if name.endswith(".qweight")]
+    assert len(names) == 14
+    for name in names:
+        parts = {part: stored[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx")}
+        assert torch.equal(by_the_book(parts, bits, newer), model.operator(name).dense(torch.float64)), name
+
+
+def test_rules_for_what_differs(pico: Pico, tmp_path: Path) -> None:
+    first = "{kind: rtn, bits: 8, group_size: 32, targets: '*.v_proj'}"
+    second = "{kind: rtn, bits: 4, group_size: 64, targets: '*.k_proj'}"
+    out = compress(pico("llama", **WIDE), tmp_path / "out", first, second)
+    told = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert (told["bits"], told["group_size"]) == (4, 64)
+
+    def rule(name: str) -> dict[str, int] | None:
+        return next((what for key, what in told["dynamic"].items() if re.match(key[2:], name)), None)
+
+    for block in (0, 1):
+        assert rule(f"model.layers.{block}.self_attn.v_proj") == {"bits": 8, "group_size": 32}
+        assert rule(f"model.layers.{block}.self_attn.k_proj") is None
+        assert rule(f"model.layers.{block}.mlp.down_proj") == {}
+        assert f"-:^model\\.layers\\.{block}\\.mlp\\.down_proj$" in told["dynamic"]
+    model = StoredModel(out)
+    assert model.operator("model.layers.1.self_attn.k_proj").description == "int4 g64"
+    assert model.operator("model.layers.1.self_attn.v_proj").description == "int8 g32"
+    with torch.no_grad():
+        assert load(out)(torch.arange(9)[None]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("step", "what"),
+    [
+        ("{kind: rtn, bits: 5, group_size: 32}", "int5"),
+        ("{kind: rtn, scheme: mxfp4a16}", "mxfp4"),
+        ("{kind: rtn, bits: 4, group_size: 64, targets: '*.down_proj'}", "not of whole groups and words"),
+        ("{kind: rtn, bits: 4, group_size: 32, targets: [lm_head]}", "an embedding or a head"),
+    ],
+)
+def test_what_it_does_not_hold(pico: Pico, tmp_path: Path, step: str, what: str) -> None:
+    with pytest.raises(RecipeError, match=what):
+        compress(pico("llama", **WIDE), tmp_path / "out", step)
+
+
+def test_experts_are_none_of_it(pico: Pico, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="experts that are stored otherwise"):
+        compress(pico("mixtral"), tmp_path / "out", "{kind: rtn, bits: 4, group_size: -1}")
+
+
+def test_what_would_decode_to_other_weights_is_refused(pico: Pico, tmp_path: Path) -> None:
+    out = compress(pico("llama", **WIDE), tmp_path / "out", "{kind: rtn, bits: 4, group_size: 32}")
+    whole, config = load_file(out / "model.safetensors"), json.loads((out / "config.json").read_text())
+    name = "model.layers.1.mlp.up_proj"
+
+    def refuses(match: str, tensors: dict[str, Tensor], **told: object) -> None:
+        save_file(tensors, out / "model.safetensors")
+        changed = {**config, "quantization_config": {**config["quantization_config"], **told}}
+        (out / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(ModelError, match=match):
+            load(out)
+
+    moved = whole[f"{name}.g_idx"].flip(0).contiguous()
+    refuses("an order of their own", whole | {f"{name}.g_idx": moved})
+    refuses("it has zero points", whole | {f"{name}.qzeros": whole[f"{name}.qzeros"] + 1})
+    refuses("up_proj is not whole", {key: part for key, part in whole.items() if key != f"{name}.scales"})
+    refuses("with zero points is not read here", whole, sym=False)
+    refuses("'marlin' is not read here", whole, checkpoint_format="marlin")
