@@ -21,15 +21,20 @@ def unsplittable(plan: Plan, parts: int) -> list[str]:
     MLP, whose sums they add up. A part has to hold whole groups.
     """
     config, family = text_config(plan.skeleton.checkpoint.config), plan.skeleton.family
+    heads = config.get("num_attention_heads") or parts
+    key_heads = config.get("num_key_value_heads") or heads
     found: dict[str, int] = {}
-    heads = config.get("num_attention_heads")
-    if heads and heads % parts:
+    if heads % parts:
         found[f"{heads} attention heads are no multiple of {parts}"] = 1
-    for name, operator in plan.rewritten.items():
+    elif key_heads % parts and parts % key_heads:
+        found[f"{key_heads} heads of keys and values neither divide {parts} nor are a multiple of it"] = 1
+    for name, linear in plan.linears.items():
         if plan.skeleton.checkpoint.block_index(name + ".weight") is None:
             continue  # the embedding and the head are padded
-        dimension = family.split(family.inside(name))
-        for problem in _problems(operator, dimension, parts):
+        inside = family.inside(name)
+        # Every GPU has a head of keys and values, be it that of others, too.
+        times = min(parts, key_heads) if inside in (family.keys, family.values) else parts
+        for problem in _problems(linear.operator, family.split(inside), times):
             place = re.sub(r"\.\d+\.", ".*.", name)
             found[f"{place}: {problem}"] = found.get(f"{place}: {problem}", 0) + 1
     return [text if count == 1 else f"{text} ({count} of them)" for text, count in found.items()]
@@ -44,7 +49,7 @@ def _problems(operator: Operator, dimension: int | None, parts: int) -> Iterator
         yield f"{size:,} {what} are no multiple of {parts}"
     elif each % group:
         fits = math.gcd(int(each), group)
-        way = f"; groups of {fits} do" if dimension == 1 and fits >= 16 else ""
+        way = f"; groups of {fits} do" if isinstance(operator, IntQuantized) and fits >= 16 else ""
         yield f"{size:,} {what} in {parts} parts are {int(each):,} each, into which groups of {group} do not fit{way}"
 
 

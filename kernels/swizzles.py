@@ -94,7 +94,7 @@ def swizzle_floats(codes: Tensor, scales: Tensor, bits: int, group_size: int) ->
     columns = codes.shape[1]
     group_size = group_size if group_size < columns else 0
     found = _float_scales(scales, bits, group_size)
-    if found is None:
+    if found is None or (bits == 8 and bool((codes & 127 == 127).any())):  # NaN, which the kernel takes for a number
         return None
     words, shift = found
     nothing = (scales == 0).repeat_interleave(group_size or columns, 1)[:, :columns]
@@ -115,7 +115,8 @@ def _float_scales(scales: Tensor, bits: int, group_size: int) -> tuple[Tensor, i
     whole = scales.to(torch.bfloat16)
     patterns = whole.view(torch.int16).to(torch.int32)
     largest = int((patterns & 0x7FFF).amax())
-    if not torch.equal(whole.float(), scales) or (largest >> 7) + EXPONENTS[bits] > 254:
+    subnormal = bool(((patterns & 0x7F80 == 0) & (scales != 0)).any())
+    if not torch.equal(whole.float(), scales) or subnormal or (largest >> 7) + EXPONENTS[bits] > 254:
         return None
     more = EXPONENTS[bits] << 7
     if group_size not in (16, 32):

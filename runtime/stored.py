@@ -1,4 +1,4 @@
-"""A compressed model folder: what `apply` wrote (or another tool's compressed-tensors integers), decoded on demand."""
+"""A compressed model folder: what `apply` wrote, or another tool in a format that is read here, decoded on demand."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class StoredModel(Checkpoint):
         try:
             return self.format.operator_tensors(stored, self.schemes[name])
         except ValueError as error:
-            raise ModelError(f"{self.path}: {name} is not read here: {error}") from None
+            raise ModelError(f"{self.path}: {name} cannot be decoded: {error}") from None
 
     def tensor(self, name: str) -> Tensor:
         """A tensor by its original name, decoded where it is compressed."""

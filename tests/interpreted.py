@@ -64,12 +64,19 @@ def run(folder: Path) -> None:
     with pretended():  # as on a GPU: nothing of the CPU may get into it
         model = load(folder, "cuda", dtype)
         kinds = executed(model)
+        blocks = {name: one for name, one in model.named_modules() if isinstance(one, BlockScaledLinear)}
+        weights = {name: one.whole(dtype).cpu() for name, one in blocks.items()}
         by_kernels = logits(model, ids.to("cuda"), mask.to("cuda")).cpu()
         for packed in (module for module in model.modules() if isinstance(module, PackedExperts)):
             check_dtypes(packed, model.config.hidden_size)
     with mock.patch.object(dispatch, "has_kernels", return_value=False):
         plain = load(folder, "cpu", dtype)
         assert not executed(plain)
+        for (
+            name,
+            weight,
+        ) in weights.items():  # before inputs are rounded; bfloat16 in the interpreter is not rounded to even
+            torch.testing.assert_close(weight, plain.get_submodule(name).whole(dtype), rtol=2.0**-7, atol=0.0, msg=name)
         exact, by_hand = logits(load(folder, "cpu", torch.float32), ids, mask), logits(plain, ids, mask)
     errors = [float((one - exact).norm() / exact.norm()) for one in (by_kernels, by_hand)]
     print(folder.name, ",".join(sorted(kinds)), *errors)

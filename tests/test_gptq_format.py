@@ -16,6 +16,8 @@ from compressor.compress.apply import Job, apply
 from compressor.compress.recipe import parse_recipe
 from compressor.runtime import load
 from compressor.runtime.errors import ModelError, RecipeError
+from compressor.runtime.formats import Around, choose_format
+from compressor.runtime.schemes import Dense, IntQuantized
 from compressor.runtime.stored import StoredModel
 
 Pico = Callable[..., Path]
@@ -111,9 +113,41 @@ def test_what_would_decode_to_other_weights_is_refused(pico: Pico, tmp_path: Pat
         with pytest.raises(ModelError, match=match):
             load(out)
 
-    moved = whole[f"{name}.g_idx"].flip(0).contiguous()
-    refuses("an order of their own", whole | {f"{name}.g_idx": moved})
-    refuses("it has zero points", whole | {f"{name}.qzeros": whole[f"{name}.qzeros"] + 1})
-    refuses("up_proj is not whole", {key: part for key, part in whole.items() if key != f"{name}.scales"})
+    def part(suffix: str, changed: Tensor) -> dict[str, Tensor]:
+        return whole | {f"{name}.{suffix}": changed.contiguous()}
+
+    scales, zeros = whole[f"{name}.scales"], whole[f"{name}.qzeros"]
+    refuses("an order of their own", part("g_idx", whole[f"{name}.g_idx"].flip(0)))
+    refuses("it has zero points", part("qzeros", zeros + 1))
+    refuses("it has zero points", whole, checkpoint_format="gptq_v2")  # whose middle is one more
+    refuses("up_proj is not whole", {key: tensor for key, tensor in whole.items() if key != f"{name}.scales"})
+    refuses(r"its scales is \[1, 96\]", part("scales", scales[:1]))
+    refuses("scales are no floats", part("scales", scales.int()))
     refuses("with zero points is not read here", whole, sym=False)
     refuses("'marlin' is not read here", whole, checkpoint_format="marlin")
+    for told in (
+        {"group_size": 64},
+        {"group_size": 16},
+        {"group_size": -1},
+        {"dynamic": {".*up_proj": {"group_size": 64}}},
+    ):
+        refuses("but config.json says", whole, **told)
+    for told in ({"bits": "4"}, {"bits": 0}, {"bits": None}, {"group_size": 0}, {"pack_dtype": "int16"}):
+        refuses("is of .* in a way that is not read here", whole, **told)
+    refuses("config.json says that it is not", whole, dynamic={"-:.*up_proj": {}})
+
+
+def test_who_reads_what_differs() -> None:
+    def made(bits: int, symmetric: bool = True) -> IntQuantized:
+        zeros = None if symmetric else torch.zeros(32, 1, dtype=torch.int8)
+        return IntQuantized(torch.zeros(32, 32, dtype=torch.int8), torch.ones(32, 1), zeros, bits, 32)
+
+    around = Around(fused=[["q", "k"]])
+    everyone = ("GPTQModel", "compressor", "vLLM on GPUs")
+    assert choose_format("gptq", {"q": made(4), "k": made(4), "o": made(8)}, around)[1] == everyone
+    for others in ({"k": made(8)}, {"k": Dense(torch.zeros(32, 32))}):
+        assert choose_format("gptq", {"q": made(4), **others}, around)[1] == everyone[:2]
+    with pytest.raises(RecipeError, match="zero points beside others without"):
+        choose_format("gptq", {"q": made(4), "k": made(4, False)}, around)
+    with pytest.raises(RecipeError, match="no linear is stored otherwise"):
+        choose_format("gptq", {"q": Dense(torch.zeros(32, 32))}, around)

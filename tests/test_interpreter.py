@@ -63,7 +63,7 @@ MODELS = {
         "{kind: rtn, scheme: mxfp4a16, targets: ['*.v_proj', '*.o_proj']}, "
         "{kind: rtn, scheme: fp8-block, targets: ['*.down_proj']}, "
         "{kind: rtn, scheme: mxint8a16, targets: ['*.up_proj']}, "
-        "{kind: rtn, scheme: mxfp8a16, targets: ['*.gate_proj']}]",
+        "{kind: rtn, scheme: mxfp8, targets: ['*.gate_proj']}]",
     ),
     "experts,int": ("mixtral", {}, "[{kind: rtn, bits: 4, group_size: -1}]"),
 }

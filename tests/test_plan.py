@@ -176,22 +176,31 @@ def test_a_missing_text_is_said_before_anything_else(pico: Pico) -> None:
 
 
 def test_what_engines_cannot_share_out(pico: Pico) -> None:
-    model = pico("llama", hidden_size=96, intermediate_size=192, num_attention_heads=6, num_key_value_heads=3)
+    sizes = {"hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 6}
+    model = pico("llama", **sizes, num_key_value_heads=6)
     assert unsplittable(planned(model, "  - {kind: rtn, bits: 4, group_size: 32}\n"), 3) == []
     plan = planned(
         model,
         "  - {kind: rtn, bits: 4, group_size: 64, targets: '*.down_proj'}\n"
         "  - {kind: rtn, scheme: mxfp4a16, targets: '*.o_proj'}\n"
-        "  - {kind: rtn, bits: 4, group_size: -1, ignore: ['*.o_proj', '*.down_proj']}\n",
+        "  - {kind: rtn, bits: 4, group_size: -1, targets: '*.q_proj'}\n",
     )
+    place, parts = "model.layers.*", "columns in 2 parts are"
     assert unsplittable(plan, 2) == [
-        f"model.layers.*.{name}: {columns} columns in 2 parts are {columns // 2} each, into which groups of {group} do "
-        f"not fit; groups of {group // 2} do (2 of them)"
-        for name, columns, group in (("self_attn.o_proj", 96, 32), ("mlp.down_proj", 192, 64))
+        f"{place}.self_attn.o_proj: 96 {parts} 48 each, into which groups of 32 do not fit (2 of them)",
+        f"{place}.mlp.down_proj: 192 {parts} 96 each, into which groups of 64 do not fit; groups of 32 do (2 of them)",
     ]
     found = unsplittable(plan, 5)
     assert found[0] == "6 attention heads are no multiple of 5"
     assert "model.layers.*.self_attn.q_proj: 96 rows are no multiple of 5 (2 of them)" in found
+    assert "model.layers.*.mlp.up_proj: 192 rows are no multiple of 5 (2 of them)" in found  # as it is
+
+
+def test_heads_of_keys_are_repeated_but_not_cut(pico: Pico) -> None:
+    sizes = {"hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 6}
+    plan = planned(pico("llama", **sizes, num_key_value_heads=3), "  - {kind: rtn, bits: 4, group_size: 16}\n")
+    assert unsplittable(plan, 2) == ["3 heads of keys and values neither divide 2 nor are a multiple of it"]
+    assert unsplittable(plan, 6) == []  # each head of keys on two
 
 
 @pytest.mark.parametrize("name", FAMILIES)

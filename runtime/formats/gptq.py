@@ -21,6 +21,8 @@ from ..schemes import IntQuantized, Operator, rewritten
 from .base import OURS, VLLM_GPU, Around, Format, Schemes
 
 GPTQMODEL = "GPTQModel"
+BITS = (2, 3, 4, 8)
+_HINT = "is not read here; decode the folder with the tool that wrote it"
 _PARTS = frozenset({"qweight", "qzeros", "scales", "g_idx"})
 
 
@@ -33,22 +35,27 @@ class Gptq(Format):
 
     def obstacle(self, linears: Mapping[str, Operator], around: Around) -> str:
         stored = rewritten(linears)
+        if not stored:
+            return "a model in which no linear is stored otherwise"
         if any(name in around.outer for name in stored):
             return "an embedding or a head that is stored otherwise"
         if any(name in around.experts for name in stored):
             return "experts that are stored otherwise"
-        if len({operator.scheme().get("symmetric") for operator in stored.values()}) > 1:
-            return "linears with zero points beside others without"
         for name, operator in stored.items():
-            if not isinstance(operator, IntQuantized) or operator.inputs or operator.bits not in (2, 3, 4, 8):
+            if not isinstance(operator, IntQuantized) or operator.inputs or operator.bits not in BITS:
                 return f"{name} ({operator.description})"
             rows, columns = operator.shape
             if rows % 32 or columns % 32 or columns % operator.span:
                 return f"{name} ({operator.description}), for {rows} x {columns} is not of whole groups and words"
+        if len({operator.scheme()["symmetric"] for operator in stored.values()}) > 1:
+            return "linears with zero points beside others without"
         return ""
 
     def readers(self, linears: Mapping[str, Operator], around: Around) -> tuple[str, ...]:
-        return tuple(sorted((*OURS, GPTQMODEL, VLLM_GPU)))
+        main = next(iter(rewritten(linears).values())).scheme()
+        # vLLM looks for the rules of a matrix that it fuses under a name that none has.
+        plain = all(linears[name].scheme() == main for group in around.fused for name in group)
+        return tuple(sorted((*OURS, GPTQMODEL, VLLM_GPU) if plain else (*OURS, GPTQMODEL)))
 
     def tensors(self, operator: Operator) -> dict[str, Tensor]:
         if not isinstance(operator, IntQuantized):
@@ -67,25 +74,25 @@ class Gptq(Format):
     def operator_tensors(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any]) -> dict[str, Tensor]:
         if scheme["kind"] != IntQuantized.kind:
             return dict(tensors)
-        (words, rows), groups = tensors["qweight"].shape, len(tensors["scales"])
-        columns = words * 32 // scheme["bits"]
-        shape = torch.tensor([rows, columns], dtype=torch.int64, device="cpu")
+        bits, (words, rows) = scheme["bits"], tensors["qweight"].shape
+        columns = words * 32 // bits
+        span = scheme["group_size"] if scheme["group_size"] > 0 else columns
+        groups = -(-columns // span)
+        expected = {"scales": (groups, rows), "qzeros": (groups, rows * bits // 32), "g_idx": (columns,)}
+        for part, shape in expected.items():
+            if tuple(tensors[part].shape) != shape:
+                raise ValueError(f"its {part} is {list(tensors[part].shape)}, but config.json says {list(shape)}")
+        if not tensors["scales"].is_floating_point() or tensors["qweight"].dtype != torch.int32:
+            raise ValueError("its scales are no floats, or its words not of 32 bits")
+        if not tensors["g_idx"].is_meta:
+            middle = 0 if scheme.get("checkpoint_format") == "gptq_v2" else -1
+            _check_values(tensors, bits, span, middle if scheme["symmetric"] else None)
         found = {
             "weight_packed": tensors["qweight"].T.contiguous(),
             "weight_scale": tensors["scales"].T.contiguous(),
-            "weight_shape": shape,
+            "weight_shape": torch.tensor([rows, columns], dtype=torch.int64, device="cpu"),
         }
-        if not tensors["g_idx"].is_meta:
-            order = torch.arange(columns, device=tensors["g_idx"].device) // -(-columns // groups)
-            if not torch.equal(tensors["g_idx"].long(), order):
-                raise ValueError("its columns are in an order of their own (desc_act)")
-        if not scheme["symmetric"]:
-            found["weight_zero_point"] = tensors["qzeros"].T.contiguous()
-        elif not tensors["qzeros"].is_meta:
-            middles = (pack_codes(torch.full((1, rows), zero, dtype=torch.int8), scheme["bits"]) for zero in (-1, 0))
-            if not any(bool((tensors["qzeros"] == middle.to(tensors["qzeros"].device)).all()) for middle in middles):
-                raise ValueError("it has zero points, though its config says that it is symmetric")
-        return found
+        return found if scheme["symmetric"] else {**found, "weight_zero_point": tensors["qzeros"].T.contiguous()}
 
     def config(
         self, source: Mapping[str, Any], linears: Mapping[str, Operator], dense: Iterable[str], around: Around
@@ -120,18 +127,20 @@ class Gptq(Format):
         form = quantization.get("checkpoint_format") or quantization.get("format") or "gptq"
         symmetric = quantization.get("sym", True)
         if form not in ("gptq", "gptq_v2") or (form == "gptq" and not symmetric):
-            raise ModelError(
-                f"{path}: GPTQ's form {form!r}{'' if symmetric else ' with zero points'} is not read here; decode the "
-                "folder with the tool that wrote it"
-            )
+            raise ModelError(f"{path}: GPTQ's form {form!r}{'' if symmetric else ' with zero points'} {_HINT}")
         found = {}
         for name in (key.removesuffix(".qweight") for key in stored if key.endswith(".qweight")):
             said = {"bits": quantization["bits"], "group_size": quantization["group_size"]}
             for pattern, changes in (quantization.get("dynamic") or {}).items():
-                if pattern.startswith("+:") and re.match(pattern[2:], name):
+                if re.match(pattern.removeprefix("+:").removeprefix("-:"), name):
+                    if pattern.startswith("-:"):
+                        raise ModelError(f"{path}: {name} is quantized, though config.json says that it is not")
                     said |= {key: changes[key] for key in said if key in changes}
                     break
-            found[name] = {"kind": IntQuantized.kind, **said, "symmetric": symmetric}
+            whole = isinstance(said["group_size"], int) and (said["group_size"] > 0 or said["group_size"] == -1)
+            if said["bits"] not in BITS or not whole or quantization.get("pack_dtype", "int32") != "int32":
+                raise ModelError(f"{path}: {name} is of {said}, in a way that {_HINT}")
+            found[name] = {"kind": IntQuantized.kind, **said, "symmetric": symmetric, "checkpoint_format": form}
         return found
 
     def check(self, path: Path, schemes: Schemes, suffixes: Mapping[str, Iterable[str]], stored: Iterable[str]) -> None:
@@ -147,3 +156,18 @@ def _exactly(sign: str, name: str, around: Around, what: dict[str, Any]) -> dict
     """A rule for one linear, by its name on disk and in memory."""
     names = {name, around.names.get(name, name)}
     return {f"{sign}:^{re.escape(one)}$": what for one in sorted(names)}
+
+
+def _check_values(tensors: Mapping[str, Tensor], bits: int, span: int, middle: int | None) -> None:
+    """Refuse what would decode to other weights.
+
+    Args:
+        middle: the zero points that all have, as they are stored, less `2**(bits - 1)`; None where they differ.
+    """
+    order, zeros = tensors["g_idx"], tensors["qzeros"]
+    if not torch.equal(order.long(), torch.arange(len(order), device=order.device) // span):
+        raise ValueError(f"its columns are in an order of their own (desc_act), which {_HINT}")
+    if middle is not None:
+        all_alike = torch.full((1, tensors["scales"].shape[1]), middle, dtype=torch.int8)
+        if not bool((zeros == pack_codes(all_alike, bits).to(zeros.device)).all()):
+            raise ValueError("it has zero points, though config.json says that it is symmetric")

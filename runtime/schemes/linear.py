@@ -147,10 +147,18 @@ class GroupLinear(RowsLinear):
         return rounded_inputs(x, self.inputs, factor)
 
     def fused(self, x: Tensor, *ends: Tensor | None) -> Tensor:
-        result: Tensor = ops.group_linear(
-            self.entering(x), self.words, self.high, self.pairs, self.out_features, *self.layout, *ends
-        )
+        return self._multiplied(self.entering(x), *ends)
+
+    def _multiplied(self, x: Tensor, *ends: Tensor | None) -> Tensor:
+        """A product with inputs as they are."""
+        result: Tensor = ops.group_linear(x, self.words, self.high, self.pairs, self.out_features, *self.layout, *ends)
         return result
+
+    def whole(self, dtype: torch.dtype) -> Tensor:
+        if not self.device_layout:
+            return super().whole(dtype)
+        unit = torch.eye(self.in_features, dtype=self.dtype, device=self.words.device)
+        return self._multiplied(unit).T.to(dtype)
 
     def tiled(self, x: Tensor) -> Tensor:
         return super().tiled(self.entering(x))
