@@ -72,10 +72,7 @@ def run(folder: Path) -> None:
     with mock.patch.object(dispatch, "has_kernels", return_value=False):
         plain = load(folder, "cpu", dtype)
         assert not executed(plain)
-        for (
-            name,
-            weight,
-        ) in weights.items():  # before inputs are rounded; bfloat16 in the interpreter is not rounded to even
+        for name, weight in weights.items():  # before inputs are rounded; the interpreter cuts bfloat16 off
             torch.testing.assert_close(weight, plain.get_submodule(name).whole(dtype), rtol=2.0**-7, atol=0.0, msg=name)
         exact, by_hand = logits(load(folder, "cpu", torch.float32), ids, mask), logits(plain, ids, mask)
     errors = [float((one - exact).norm() / exact.norm()) for one in (by_kernels, by_hand)]
