@@ -15,7 +15,8 @@ demo: .venv/installed
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal -m "not long"
 
-# What `make test` leaves to CI for its minutes: most recipes' baselines, the memory of large models.
+# What `make test` leaves to CI for its minutes: most recipes' baselines, the memory of large models, kernels compiled for
+# GPUs other than Hopper.
 test-long: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal -m long
 

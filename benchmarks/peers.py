@@ -123,8 +123,7 @@ def child(file: str) -> None:
 
 
 def decoded(folder: Path) -> dict[str, Any]:
-    """Plain float32 weights of a result."""
-
+    """Weights of a result as float32, decoded to the dtype that it is stored in, as readers do."""
     from compressor.runtime.stored import open_model
 
     opened = open_model(folder)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from ..runtime.formats.base import OURS
 from ..runtime.model.families import text_config
 from ..runtime.schemes import BlockScaled, IntQuantized, Operator
 
@@ -24,6 +25,8 @@ def unsplittable(plan: Plan, parts: int) -> list[str]:
     heads = config.get("num_attention_heads") or parts
     key_heads = config.get("num_key_value_heads") or heads
     found: dict[str, int] = {}
+    if plan.readers == OURS:
+        found[f"format {plan.format.name} is read by compressor alone, which shares nothing out"] = 1
     if heads % parts:
         found[f"{heads} attention heads are no multiple of {parts}"] = 1
     elif key_heads % parts and parts % key_heads:

@@ -214,3 +214,16 @@ def test_an_error_of_ours_is_not_an_answer(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("internal error: ZeroDivisionError")
+
+
+def test_a_plan_says_what_cannot_be_shared_out(pico: Callable[..., Path], tmp_path: Path) -> None:
+    model = pico("llama", hidden_size=96, intermediate_size=192, num_attention_heads=6, num_key_value_heads=6)
+    edit = "--set", "passes.0.group_size=32"
+    assert (
+        "over 3 GPUs: every part holds whole groups"
+        in run("plan", "w4a16-rtn", model, *edit, "--tp", 3, cwd=tmp_path).stdout
+    )
+    said = run("plan", "w4a16-rtn", model, *edit, "--tp", 4, cwd=tmp_path).stdout
+    assert "not over 4 GPUs: 6 attention heads are no multiple of 4" in " ".join(said.split())
+    found = json.loads(run("plan", "w4a16-rtn", model, *edit, "--tp", 4, "--json", cwd=tmp_path).stdout)
+    assert found["unsplittable"][0] == "6 attention heads are no multiple of 4"

@@ -55,7 +55,7 @@ def test_every_bit_has_its_place() -> None:
 @settings(deadline=None, max_examples=60)
 @given(
     rows=st.integers(1, 140), columns=st.integers(1, 300), bits=st.sampled_from([2, 3, 4, 5, 6, 8]),
-    group=st.sampled_from([32, 64, 128, 1000]), symmetric=st.booleans(), seed=st.integers(0, 9),
+    group=st.sampled_from([16, 32, 64, 128, 1000]), symmetric=st.booleans(), seed=st.integers(0, 9),
     dtype=st.sampled_from([torch.bfloat16, torch.float16]),
 )  # fmt: skip
 def test_unswizzle_undoes_swizzle(

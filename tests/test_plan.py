@@ -187,11 +187,12 @@ def test_what_engines_cannot_share_out(pico: Pico) -> None:
     )
     place, parts = "model.layers.*", "columns in 2 parts are"
     assert unsplittable(plan, 2) == [
+        "format compressor is read by compressor alone, which shares nothing out",
         f"{place}.self_attn.o_proj: 96 {parts} 48 each, into which groups of 32 do not fit (2 of them)",
         f"{place}.mlp.down_proj: 192 {parts} 96 each, into which groups of 64 do not fit; groups of 32 do (2 of them)",
     ]
     found = unsplittable(plan, 5)
-    assert found[0] == "6 attention heads are no multiple of 5"
+    assert found[1] == "6 attention heads are no multiple of 5"
     assert "model.layers.*.self_attn.q_proj: 96 rows are no multiple of 5 (2 of them)" in found
     assert "model.layers.*.mlp.up_proj: 192 rows are no multiple of 5 (2 of them)" in found  # as it is
 
@@ -201,6 +202,9 @@ def test_heads_of_keys_are_repeated_but_not_cut(pico: Pico) -> None:
     plan = planned(pico("llama", **sizes, num_key_value_heads=3), "  - {kind: rtn, bits: 4, group_size: 16}\n")
     assert unsplittable(plan, 2) == ["3 heads of keys and values neither divide 2 nor are a multiple of it"]
     assert unsplittable(plan, 6) == []  # each head of keys on two
+    sizes = {"hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": 128}
+    plan = planned(pico("llama", **sizes, num_key_value_heads=2), "  - {kind: rtn, scheme: fp8-block}\n")
+    assert unsplittable(plan, 4) == []  # a whole block of keys each, though they are two in all
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -108,6 +108,10 @@ def test_floats_of_every_pattern(
     assert torch.equal(ops.run_group_linear(launch, guarded(unit), weight, rows).double().cpu().T, dense)
 
 
+def has_room(codes: Tensor, scales: Tensor, bits: int, group: int) -> bool:
+    return swizzles.swizzle_floats(codes, scales, bits, group) is not None
+
+
 def test_what_the_layout_has_no_room_for() -> None:
     codes = torch.zeros(8, 64, dtype=torch.uint8)
 
@@ -117,20 +121,16 @@ def test_what_the_layout_has_no_room_for() -> None:
         return found
 
     for bits, group, first in ((4, 16, 2.0**-20), (4, 16, 0.0), (4, 32, 2.0**-100), (8, 32, 0.0), (8, 64, -0.3125)):
-        assert layouts_hold(codes, scales(group, first), bits, group)
+        assert has_room(codes, scales(group, first), bits, group)
     too_far, negative, five_digits, subnormal = 2.0**-40, -0.25, 1.0625, 2.0**-130
     for bits, group, first in (
         (4, 16, too_far), (4, 16, negative), (4, 16, five_digits), (4, 32, 1.5), (4, 32, 4.0), (8, 64, 256.0),
         (8, 64, 1 + 2.0**-9), (8, 64, subnormal),
     ):  # fmt: skip
-        assert not layouts_hold(codes, scales(group, first), bits, group), (bits, group, first)
+        assert not has_room(codes, scales(group, first), bits, group), (bits, group, first)
     codes[5, 7] = 0x7F
-    assert layouts_hold(codes & 15, scales(16, 0.25), 4, 16)
-    assert not layouts_hold(codes, scales(32, 0.25), 8, 32)  # not a number
-
-
-def layouts_hold(codes: Tensor, scales: Tensor, bits: int, group: int) -> bool:
-    return swizzles.swizzle_floats(codes, scales, bits, group) is not None
+    assert has_room(codes & 15, scales(16, 0.25), 4, 16)
+    assert not has_room(codes, scales(32, 0.25), 8, 32)  # not a number
 
 
 @pytest.mark.parametrize(("kernel", "splits"), [("gemm", 1), ("gemm", 3), ("expand", 1)])

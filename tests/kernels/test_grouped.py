@@ -36,7 +36,7 @@ def stacked(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("bits", "group"), [(4, 64), (3, 128), (8, 32)])
+@pytest.mark.parametrize(("bits", "group"), [(4, 64), (3, 128), (8, 32), (4, 16)])
 @pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 4, 2), (7, 3, 1), (40, 4, 2)])
 def test_a_mixture(
     device: torch.device, guarded: Guard, close: Callable[..., None], tokens: int, experts: int, top_k: int, bits: int,
