@@ -143,7 +143,7 @@ def _measured(
         texts, reason = texts_to_measure(job.recipe, original.checkpoint, text)
         if texts:
             check_complete(journal.result, plan.skeleton.checkpoint)
-            quality = measure(journal.result, original, texts)
+            quality = measure(journal.result, original, texts, plan.recipe.passes)
         else:
             check_runs(journal.result, plan.skeleton.checkpoint)
             quality = Quality({}, (), reason)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from ..runtime.stored import open_model
 from .evaluate import Divergence, Evaluation
 from .evaluate.blocks import evaluate_blocks
 from .output.folder import events_of
-from .passes.base import ModelPass
+from .passes.base import ModelPass, Pass
 from .plan import Plan
 from .recipe import Limits, Recipe
 from .resources import LEAST, LENGTH, held_out_windows
@@ -116,15 +117,26 @@ def texts_to_measure(recipe: Recipe, checkpoint: Checkpoint, text: Text | None) 
     return {BUILTIN if source == "builtin" else corpus.name: windows}, ""
 
 
-def measure(folder: Path, original: Skeleton, texts: Mapping[str, Tensor]) -> Quality:
+def measure(folder: Path, original: Skeleton, texts: Mapping[str, Tensor], passes: Sequence[Pass] = ()) -> Quality:
     """Compare a written folder with the original.
+
+    Args:
+        passes: prepared, that made the one of the other.
 
     Raises:
         VerifyError: a block gives NaN or infinities.
     """
     output = Skeleton(open_model(folder), original.dtype, original.device)
-    found, drift = evaluate_blocks(original, output, texts)
+    found, drift = evaluate_blocks(original, output, texts, partial(_stream, passes))
     return Quality(found, tuple(drift))
+
+
+def _stream(passes: Sequence[Pass], hidden: Tensor) -> Tensor:
+    """The residual stream of the original as the output has it."""
+    for step in passes:
+        if isinstance(step, ModelPass):
+            hidden = step.stream(hidden)
+    return hidden
 
 
 def most_lost(plan: Plan, out: Path, drift: Sequence[float]) -> str:
@@ -143,7 +155,7 @@ def most_lost(plan: Plan, out: Path, drift: Sequence[float]) -> str:
     where = f"most is lost in block {block}, behind which the stream is {drift[block]:.2g} off ({before:.2g} before it)"
     if block == 0 and True in outside:
         return f"{where}, or in {outside[True]} in front of it"
-    reshaped = [step.kind for step in plan.recipe.passes if isinstance(step, ModelPass)]
+    reshaped = [step.kind for step in plan.recipe.passes if isinstance(step, ModelPass) and not step.exact]
     if reshaped:  # what linears report is how far they are from what these left
         return f"{where}: by {' and '.join(reshaped)} or by what came after"
     block_of = {name: plan.skeleton.checkpoint.block_index(f"{name}.weight") for name in plan.linears}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -20,12 +20,16 @@ LOGITS = 1 << 21  # numbers of logits at a time
 
 @torch.no_grad()
 def evaluate_blocks(
-    original: Skeleton, output: Skeleton, texts: Mapping[str, Tensor]
+    original: Skeleton,
+    output: Skeleton,
+    texts: Mapping[str, Tensor],
+    moved: Callable[[Tensor], Tensor] = lambda hidden: hidden,
 ) -> tuple[dict[str, Evaluation], list[float]]:
     """Run two models over a few windows side by side; both compute in their skeleton's dtype.
 
     Args:
         texts: what it is → windows `[samples, tokens]`, all of one length.
+        moved: what the residual stream of the original would be in the output, had it lost nothing.
 
     Returns:
         An evaluation against the original for each text; and for each block, by how much the residual stream that
@@ -48,7 +52,7 @@ def evaluate_blocks(
         exact, found = streams
         if not bool(found.isfinite().all()):
             raise VerifyError(f"{output.checkpoint.path}: block {index} gives activations that are not finite")
-        drift.append(float(((found - exact).square().sum(-1) / exact.square().sum(-1).clamp(min=1e-30)).mean()))
+        drift.append(sum(_off(found[rows], moved(exact[rows])) for rows in parts) / len(windows))
     answer, reference = output.answers(), original.answers()
     results, start = {}, 0
     for name, ids in texts.items():
@@ -59,6 +63,12 @@ def evaluate_blocks(
             reading.add(answer(after).log_softmax(-1), reference(before).log_softmax(-1))
         results[name] = reading.evaluation()
     return results, drift
+
+
+def _off(found: Tensor, exact: Tensor) -> float:
+    """`‖x − x̃‖² / ‖x‖²`, mean over the tokens of a window, summed over windows."""
+    share: Tensor = (found - exact).square().sum(-1) / exact.square().sum(-1).clamp(min=1e-30)
+    return float(share.mean(-1).sum())
 
 
 def tokens_at_a_time(skeleton: Skeleton) -> int:

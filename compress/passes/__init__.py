@@ -17,6 +17,7 @@ from .linear.smoothquant import SmoothQuant
 from .linear.sparse24 import SparsePass
 from .model.expert_prune import ExpertPrune
 from .model.expert_width import ExpertWidth
+from .model.rotate import Rotate
 
 _ALL: tuple[type[Pass], ...] = (
     Rtn,
@@ -29,6 +30,7 @@ _ALL: tuple[type[Pass], ...] = (
     Lorc,
     ExpertPrune,
     ExpertWidth,
+    Rotate,
 )
 
 

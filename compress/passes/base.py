@@ -156,6 +156,7 @@ class ModelPass(Pass):
     names by `with_made`.
     """
 
+    exact: ClassVar[bool] = False  # whether the model of `rewritten` is the same function
     _made: tuple[Path, ...] = PrivateAttr(default=())
 
     def rewritten(self, checkpoint: Checkpoint, skeleton: Skeleton) -> Checkpoint:
@@ -169,6 +170,10 @@ class ModelPass(Pass):
         checkpoint = self.rewritten(skeleton.checkpoint, skeleton)
         unchanged = checkpoint is skeleton.checkpoint
         return skeleton if unchanged else Skeleton(checkpoint, skeleton.dtype, skeleton.device)
+
+    def stream(self, hidden: Tensor) -> Tensor:
+        """The residual stream `[..., hidden_size]` of the model before, as it is in that of `rewritten`."""
+        return hidden
 
     @property
     def made(self) -> tuple[Path, ...]:

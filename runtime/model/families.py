@@ -114,6 +114,7 @@ class Family:
         segments: segments of names in memory → on disk, where they differ (a bijection).
         places: prefixes of names in memory → on disk, of the decoder and of the head.
         offset_norms: whether norms multiply by one more than their weight.
+        centered: whether norms of the residual stream subtract the mean.
         residual: the key of the config with the factor on what attention and MLP add; empty for none.
         entry: the decoder's attribute with the factor on what enters the first block; empty for none.
         rotates: whether an attention module turns queries and keys by their position.
@@ -128,6 +129,7 @@ class Family:
     segments: Mapping[str, str] = field(default_factory=dict)
     places: Mapping[str, str] = field(default_factory=lambda: _PLAIN)
     offset_norms: bool = False
+    centered: bool = False
     residual: str = ""
     entry: str = ""
     rotates: Callable[[Any], bool] = _always
@@ -254,7 +256,9 @@ FAMILIES: dict[str, Family] = {
     "gemma2": _SANDWICH,
     "gemma3_text": _SANDWICH,
     "cohere2": Family(
-        _attention() + _mlp("input_layernorm"), rotates=lambda attention: attention.sliding_window is not None
+        _attention() + _mlp("input_layernorm"),
+        centered=True,
+        rotates=lambda attention: attention.sliding_window is not None,
     ),
     "glm4": Family(_attention() + _FUSED_MLP),
     "phi3": Family(
@@ -266,6 +270,7 @@ FAMILIES: dict[str, Family] = {
     "starcoder2": Family(
         _attention() + _rows(Group(("mlp.c_fc",), "post_attention_layernorm"), Group(("mlp.c_proj",))),
         ends={"self_attn": "self_attn.o_proj", "mlp": "mlp.c_proj"},
+        centered=True,
     ),
     "qwen2_moe": _STANDARD,
     "qwen3_moe": replace(_STANDARD, experts=Mixture(also=("num_experts", "num_local_experts"))),
@@ -276,6 +281,7 @@ FAMILIES: dict[str, Family] = {
         _STANDARD,
         segments={**_MIXTRAL, "router": "gate"},
         experts=Mixture(router="mlp.router", width="intermediate_size"),
+        centered=True,
     ),
     "granitemoe": Family(
         _attention() + _mlp(sparse="block_sparse_moe"),

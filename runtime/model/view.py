@@ -26,10 +26,12 @@ class Derived:
         sources: names of the tensors of the source that it is made of.
         make: how, of those tensors in order; it works on `meta` too, by which shapes and dtypes are known. None for a
             single one that stays as it is.
+        by_rows: whether each row is made of the same row of the first source.
     """
 
     sources: tuple[str, ...]
     make: Callable[..., Tensor] | None = None
+    by_rows: bool = False
 
 
 class View(Checkpoint):
@@ -77,6 +79,22 @@ class View(Checkpoint):
         part = self._parts[name]
         sources = [self._source.tensor(source) for source in part.sources]
         return sources[0] if part.make is None else part.make(*sources)
+
+    def by_rows(self, name: str) -> bool:
+        part = self._parts[name]
+        if name in self._made:
+            return False
+        return part.by_rows or (part.make is None and self._source.by_rows(part.sources[0]))
+
+    def rows(self, name: str, which: Tensor) -> Tensor:
+        part = self._parts[name]
+        if not self.by_rows(name):
+            return super().rows(name, which)
+        found = self._source.rows(part.sources[0], which)
+        if part.make is None:
+            return found
+        made: Tensor = part.make(found, *map(self._source.tensor, part.sources[1:]))
+        return made.to(self.tensors[name].dtype).float()
 
     def stored_tensor(self, name: str) -> Tensor:
         """The source's, by its own name."""
@@ -144,7 +162,7 @@ def narrower_experts(source: Checkpoint, width: int, made: Sequence[Path] = ()) 
             cut = partial(_first, count=stays, columns=columns)
         if index is None or blocks is None or index < blocks:
             parts[name] = Derived((name,), cut)
-    return View(source, _without_further_layers(source, {experts.width: width}), parts, made)
+    return View(source, without_further_layers(source, {experts.width: width}), parts, made)
 
 
 def pruned_config(source: Checkpoint, counts: set[int]) -> dict[str, Any]:
@@ -152,10 +170,11 @@ def pruned_config(source: Checkpoint, counts: set[int]) -> dict[str, Any]:
     [count] = counts
     experts = source.family.experts
     names = {name for name in experts.counts if name in source.text_config}.union(experts.also)
-    return _without_further_layers(source, dict.fromkeys(sorted(names), count))
+    return without_further_layers(source, dict.fromkeys(sorted(names), count))
 
 
-def _without_further_layers(source: Checkpoint, changes: Mapping[str, Any]) -> dict[str, Any]:
+def without_further_layers(source: Checkpoint, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`config.json` with changes of what it says of the language model, without layers beyond the last block."""
     beyond = {"num_nextn_predict_layers": 0} if "num_nextn_predict_layers" in source.text_config else {}
     return with_text(source.config, {**changes, **beyond})
 
