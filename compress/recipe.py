@@ -79,11 +79,11 @@ class Output(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: Literal["auto", "compressed-tensors", "gptq", "compressor", "dense"] = Field(
+    format: Literal["auto", "compressed-tensors", "gptq", "awq", "compressor", "dense"] = Field(
         "auto",
-        description="auto: compressed-tensors wherever a reader of it can take every tensor, else compressor; gptq: "
-        "integers for GPTQModel and engines that want its checkpoints; dense: decoded to plain weights, which is no "
-        "smaller",
+        description="auto: compressed-tensors wherever a reader of it can take every tensor, else compressor; gptq, "
+        "awq: integers (awq: of 4 bits) for GPTQModel and engines that want such checkpoints; dense: decoded to plain "
+        "weights, which is no smaller",
     )
     shard_size: str = Field("5GB", pattern=r"^\d+(\.\d+)?(MB|GB)$", description="largest weight file, as 500MB or 5GB")
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import ModelError, RecipeError
 from ..schemes import Operator
+from .awq import Awq
 from .base import Around, Format
 from .compressed_tensors import CompressedTensors
 from .gptq import Gptq
@@ -21,7 +22,7 @@ __all__ = ["FORMATS", "NATIVE", "PLAIN", "Around", "Format", "choose_format", "f
 
 PLAIN, NATIVE = Plain(), Native()
 FORMATS: dict[str, Format] = {
-    one.name: one for one in (PLAIN, CompressedTensors(), Gptq(), NATIVE)
+    one.name: one for one in (PLAIN, CompressedTensors(), Gptq(), Awq(), NATIVE)
 }  # in order of preference
 
 

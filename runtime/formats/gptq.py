@@ -18,38 +18,29 @@ from torch import Tensor
 from ...kernels.layouts import pack_codes
 from ..errors import ModelError
 from ..schemes import IntQuantized, Operator, rewritten
-from .base import OURS, VLLM_GPU, Around, Format, Schemes
+from .base import OURS, VLLM_GPU, Around, Schemes
+from .integers import GPTQMODEL, HINT, IntegerFormat, check_parts
 
-GPTQMODEL = "GPTQModel"
 BITS = (2, 3, 4, 8)
-_HINT = "is not read here; decode the folder with the tool that wrote it"
-_PARTS = frozenset({"qweight", "qzeros", "scales", "g_idx"})
 
 
-class Gptq(Format):
+class Gptq(IntegerFormat):
     """Integers of 2, 3, 4 and 8 bits; those with zero points in the newer form, as the older cannot hold the least."""
 
     name: ClassVar[str] = "gptq"
-    automatic: ClassVar[bool] = False
+    parts: ClassVar[frozenset[str]] = frozenset({"qweight", "qzeros", "scales", "g_idx"})
     reads: ClassVar[str] = "GPTQ's, without an order of columns,"
 
-    def obstacle(self, linears: Mapping[str, Operator], around: Around) -> str:
-        stored = rewritten(linears)
-        if not stored:
-            return "a model in which no linear is stored otherwise"
-        if any(name in around.outer for name in stored):
-            return "an embedding or a head that is stored otherwise"
-        if any(name in around.experts for name in stored):
-            return "experts that are stored otherwise"
-        for name, operator in stored.items():
-            if not isinstance(operator, IntQuantized) or operator.inputs or operator.bits not in BITS:
-                return f"{name} ({operator.description})"
-            rows, columns = operator.shape
-            if rows % 32 or columns % 32 or columns % operator.span:
-                return f"{name} ({operator.description}), for {rows} x {columns} is not of whole groups and words"
-        if len({operator.scheme()["symmetric"] for operator in stored.values()}) > 1:
-            return "linears with zero points beside others without"
-        return ""
+    def unheld(self, operator: IntQuantized) -> str:
+        rows, columns = operator.shape
+        if operator.bits not in BITS:
+            return "it has no such width"
+        whole = rows % 32 == columns % 32 == columns % operator.span == 0
+        return "" if whole else f"{rows} x {columns} is not of whole groups and words"
+
+    def at_odds(self, operators: list[IntQuantized]) -> str:
+        kinds = {operator.zeros is None for operator in operators}
+        return "linears with zero points beside others without" if len(kinds) > 1 else ""
 
     def readers(self, linears: Mapping[str, Operator], around: Around) -> tuple[str, ...]:
         main = next(iter(rewritten(linears).values())).scheme()
@@ -78,12 +69,7 @@ class Gptq(Format):
         columns = words * 32 // bits
         span = scheme["group_size"] if scheme["group_size"] > 0 else columns
         groups = -(-columns // span)
-        expected = {"scales": (groups, rows), "qzeros": (groups, rows * bits // 32), "g_idx": (columns,)}
-        for part, shape in expected.items():
-            if tuple(tensors[part].shape) != shape:
-                raise ValueError(f"its {part} is {list(tensors[part].shape)}, but config.json says {list(shape)}")
-        if not tensors["scales"].is_floating_point() or tensors["qweight"].dtype != torch.int32:
-            raise ValueError("its scales are no floats, or its words not of 32 bits")
+        check_parts(tensors, {"scales": (groups, rows), "qzeros": (groups, rows * bits // 32), "g_idx": (columns,)})
         if not tensors["g_idx"].is_meta:
             middle = 0 if scheme.get("checkpoint_format") == "gptq_v2" else -1
             _check_values(tensors, bits, span, middle if scheme["symmetric"] else None)
@@ -119,15 +105,12 @@ class Gptq(Format):
         }
         return {**source, "quantization_config": quantization}
 
-    def claims(self, config: Mapping[str, Any]) -> bool:
-        return bool((config.get("quantization_config") or {}).get("quant_method") == self.name)
-
     def schemes(self, path: Path, config: Mapping[str, Any], stored: Iterable[str]) -> Schemes:
         quantization = config["quantization_config"]
         form = quantization.get("checkpoint_format") or quantization.get("format") or "gptq"
         symmetric = quantization.get("sym", True)
         if form not in ("gptq", "gptq_v2") or (form == "gptq" and not symmetric):
-            raise ModelError(f"{path}: GPTQ's form {form!r}{'' if symmetric else ' with zero points'} {_HINT}")
+            raise ModelError(f"{path}: GPTQ's form {form!r}{'' if symmetric else ' with zero points'} {HINT}")
         found = {}
         for name in (key.removesuffix(".qweight") for key in stored if key.endswith(".qweight")):
             said = {"bits": quantization["bits"], "group_size": quantization["group_size"]}
@@ -139,17 +122,9 @@ class Gptq(Format):
                     break
             whole = isinstance(said["group_size"], int) and (said["group_size"] > 0 or said["group_size"] == -1)
             if said["bits"] not in BITS or not whole or quantization.get("pack_dtype", "int32") != "int32":
-                raise ModelError(f"{path}: {name} is of {said}, in a way that {_HINT}")
+                raise ModelError(f"{path}: {name} is of {said}, in a way that {HINT}")
             found[name] = {"kind": IntQuantized.kind, **said, "symmetric": symmetric, "checkpoint_format": form}
         return found
-
-    def check(self, path: Path, schemes: Schemes, suffixes: Mapping[str, Iterable[str]], stored: Iterable[str]) -> None:
-        for name, found in suffixes.items():
-            if set(found) != _PARTS:
-                raise ModelError(f"{path}: {name} is not whole: it has {', '.join(sorted(found))}")
-
-    def original(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in config.items() if key != "quantization_config"}
 
 
 def _exactly(sign: str, name: str, around: Around, what: dict[str, Any]) -> dict[str, Any]:
@@ -166,7 +141,7 @@ def _check_values(tensors: Mapping[str, Tensor], bits: int, span: int, middle: i
     """
     order, zeros = tensors["g_idx"], tensors["qzeros"]
     if not torch.equal(order.long(), torch.arange(len(order), device=order.device) // span):
-        raise ValueError(f"its columns are in an order of their own (desc_act), which {_HINT}")
+        raise ValueError(f"its columns are in an order of their own (desc_act), which {HINT}")
     if middle is not None:
         all_alike = torch.full((1, tensors["scales"].shape[1]), middle, dtype=torch.int8)
         if not bool((zeros == pack_codes(all_alike, bits).to(zeros.device)).all()):
