@@ -85,6 +85,7 @@ _HALF = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _E2M1 = _HALF + tuple(-value for value in _HALF)  # by their bits
 _PLACES = tuple(_HALF.index(twice / 2) if twice / 2 in _HALF else 0 for twice in range(13))
 
+SUPER = 256  # columns of a block of nested scales
 Numbers = Integers | Floats
 E4M3, E2M1 = Floats(3, -6, 448.0, 8), Floats(1, 0, 6.0, 4)
 
@@ -97,16 +98,19 @@ class Rounding:
         numbers: that are scaled.
         columns: of a row that share a scale; -1: all. The last ones may be fewer.
         rows: that share it with them.
-        scales: what scales are: floats of any sign, in the dtype of the model; powers of two (`e8m0`); or floats of 8
-            bits (`e4m3`) times a number that the whole matrix has.
+        scales: what scales are: floats of any sign, in the dtype of the model; powers of two (`e8m0`); floats of 8 bits
+            (`e4m3`) times a number that the whole matrix has; or integers (`nested`) times a half-precision number that
+            `SUPER` columns have. Zero points are then any number: integers in place of scales, over another such.
+        levels: bits of a nested scale.
         symmetric: whether there are no zero points.
     """
 
     numbers: Numbers
     columns: int
     rows: int = field(default=1, kw_only=True)
-    scales: Literal["float", "e8m0", "e4m3"] = "float"
+    scales: Literal["float", "e8m0", "e4m3", "nested"] = "float"
     symmetric: bool = True
+    levels: int = 0
 
     @classmethod
     def integers(cls, bits: int, group_size: int, symmetric: bool = True) -> Rounding:
@@ -116,12 +120,18 @@ class Rounding:
     def bits(self) -> int:
         return self.numbers.bits
 
+    @property
+    def whole(self) -> int:
+        """Columns of which a row has to have a multiple, where it is stored in blocks."""
+        return SUPER if self.scales == "nested" else self.columns
+
     def span(self, columns: int) -> int:
         """Of so many columns, how many really share a scale."""
         return min(self.columns, columns) if self.columns > 0 else columns
 
 
-# By the names that the field has for them; the blocks of the `mx` ones are those of OCP's Microscaling Formats v1.0.
+# By the names that the field has for them; the blocks of the `mx` ones are those of OCP's Microscaling Formats v1.0,
+# those of the `k` ones are ggml's.
 ROUNDINGS: dict[str, Rounding] = {
     "int8": Rounding(Integers(8), -1),
     "fp8": Rounding(E4M3, -1),
@@ -131,4 +141,9 @@ ROUNDINGS: dict[str, Rounding] = {
     "mxfp4": Rounding(E2M1, 32, scales="e8m0"),
     "mxfp8": Rounding(E4M3, 32, scales="e8m0"),
     "mxint8": Rounding(Integers(8), 32, scales="e8m0"),
+    "q2_k": Rounding(Integers(2), 16, scales="nested", symmetric=False, levels=4),
+    "q3_k": Rounding(Integers(3), 16, scales="nested", levels=6),
+    "q4_k": Rounding(Integers(4), 32, scales="nested", symmetric=False, levels=6),
+    "q5_k": Rounding(Integers(5), 32, scales="nested", symmetric=False, levels=6),
+    "q6_k": Rounding(Integers(6), 16, scales="nested", levels=8),
 }

@@ -38,7 +38,11 @@ from compressor.runtime.stored import StoredModel
 
 Pico = Callable[..., Path]
 IDS = torch.arange(40)[None]
-BLOCKS = [name for name, rounding in ROUNDINGS.items() if rounding.columns > 0 and name != "fp8_group"]
+BLOCKS = [
+    name
+    for name, rounding in ROUNDINGS.items()
+    if rounding.columns > 0 and name != "fp8_group" and rounding.scales != "nested"
+]
 STORED = [name for name, scheme in SCHEMES.items() if scheme.weights in BLOCKS]
 
 

@@ -233,7 +233,7 @@ def test_the_best_scale_is_that_of_least_squares() -> None:
     for group in (slice(0, 16), slice(16, 32)):
         number = group.start // 16
         change = best_scale(
-            grid.scales[:, number], codes.T[group], gradient[group], moment[group, group], Steps(DOUBLE)
+            grid.scales[:, number], codes.T[group], gradient[group], moment[group, group], Steps(DOUBLE).storable
         )
         for row in range(3):
             own = torch.zeros(32, dtype=DOUBLE)

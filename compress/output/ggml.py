@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.reference import expand_groups
-from ...runtime.schemes import W8A8, BlockScaled, IntQuantized, Operator
+from ...runtime.schemes import W8A8, BlockScaled, IntQuantized, KQuantized, Operator
 
 _BLOCK = 32
 _SUPER = 64  # columns of NVFP4, four blocks of 16
@@ -19,6 +19,8 @@ _SUPER = 64  # columns of NVFP4, four blocks of 16
 def fitting(operator: Operator) -> str | None:
     """The ggml type that holds the numbers of an operator, by its name there; None where none does."""
     columns = operator.shape[1]
+    if isinstance(operator, KQuantized):
+        return operator.name.upper()
     if isinstance(operator, W8A8) and operator.codes.dtype == torch.int8 and columns % _BLOCK == 0:
         return "Q8_0"
     if isinstance(operator, BlockScaled) and columns % (_SUPER if operator.name == "nvfp4" else _BLOCK) == 0:
@@ -34,6 +36,8 @@ def packed(operator: Operator) -> Tensor:
     """Its rows in that type: uint8 `[rows, bytes]`."""
     if isinstance(operator, BlockScaled):
         return _floats(operator)
+    if isinstance(operator, KQuantized):
+        return operator.to_tensors()["weight_blocks"]
     assert isinstance(operator, W8A8 | IntQuantized)
     span = operator.shape[1] if isinstance(operator, W8A8) else operator.span
     kind, codes = fitting(operator), operator.codes.unflatten(1, (-1, _BLOCK))

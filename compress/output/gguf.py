@@ -134,8 +134,9 @@ class _Export:
         for key, field in self.reader.fields.items():
             if not key.startswith("GGUF.") and key not in ("general.architecture", "general.file_type"):
                 writer.add_key_value(key, field.contents(), field.types[0], *field.types[1:][-1:])
-        told = f"MOSTLY_{main}"
-        writer.add_file_type(getattr(LlamaFileType, told, LlamaFileType.MOSTLY_BF16))
+        told = [f"MOSTLY_{main}", f"MOSTLY_{main}_M"]
+        known = (getattr(LlamaFileType, name) for name in told if hasattr(LlamaFileType, name))
+        writer.add_file_type(next(known, LlamaFileType.MOSTLY_BF16))
         if "general.quantization_version" not in self.reader.fields:
             writer.add_quantization_version(2)
         for tensor in self.reader.tensors:

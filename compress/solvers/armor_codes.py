@@ -86,13 +86,13 @@ def quantize_core(
     system = damped_system(armor.seen(moment.float()), _DAMPING, act_order=True).to(moment.dtype)
     grid, codes, _ = best_sweep(factors.core, grids, system, _ROWS, keep)
     del system
-    scales = grid.scales.T.contiguous()
+    scales, zeros = grid.scales.T.contiguous(), None if grid.zeros is None else grid.zeros.T
     factors.core = grid.values(codes.T).T.contiguous()
     span = grid.rounding.span(len(codes))
     chunk = math.lcm(span, b.shape[1])
 
     def step(part: slice, values: Tensor, gradient: Tensor, moment: Tensor, metric: Metric) -> None:
-        refine_chunk(part, codes, values, gradient, scales, grid, moment, keep, metric)
+        refine_chunk(part, codes, values, gradient, (scales, zeros), grid, moment, keep, metric)
 
     error = goal - factors.product()
     for _ in range(rounds):
@@ -102,7 +102,7 @@ def quantize_core(
     bits = armor.a.scheme().get("bits", 16)
     fixed = armor.b if armor.shared else None
     left, right = store_wrappers(factors, goal, moment, step, lambda x: stored_blocks(x, dtype, bits), chunk, fixed)
-    grid = grid.with_scales(scales.T.contiguous())
+    grid = grid.moved(scales.T.contiguous(), grid.zeros)
     factors.core = grid.values(codes.T).T.contiguous()
     lost, scale = total_loss(goal - factors.product(), moment), total_loss(goal, moment)
     values = armor.core.dense()

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...kernels.numbers import E4M3, Integers, Rounding
+from ...kernels.numbers import E4M3, SUPER, Integers, Rounding
 from ...kernels.reference import expand_groups
 
 # Shares of its range that a group may be given, the best of which it takes. Of floats of 4 bits the largest may be
 # their 6 or their 4, whose neighbours lie closer (four over six, arXiv:2512.02010); powers of two leave two to choose.
-RANGES = {"float": (1.0,), "e4m3": (1.0, 1.5), "e8m0": (1.0, 0.5)}
+RANGES = {"float": (1.0,), "e4m3": (1.0, 1.5), "e8m0": (1.0, 0.5), "nested": (1.0,)}
+_LEAST = 2.0**-24  # of half precision
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Steps:
         """
         if rounding.scales == "float":
             return cls(model)
+        if rounding.scales == "nested":
+            return cls(torch.float16)
         if rounding.scales == "e8m0":
             return cls(torch.float8_e8m0fnu)
         top = max(largest, 1e-30) / rounding.numbers.high * max(RANGES["e4m3"])
@@ -72,15 +75,18 @@ class Grid:
 
     Attributes:
         scales: `[rows, groups]`, rounded to what will be stored, never zero.
-        zeros: `[rows, groups]` integers in the same dtype, or None when symmetric.
+        zeros: `[rows, groups]` integers in the same dtype (any numbers where scales are nested); None when symmetric.
         rounding: what codes are, and which share a scale.
         steps: how scales are stored.
+        units: of nested scales, `[rows, super-blocks, 1 or 2]`: what scales are multiples of, and with zero points what
+            `(zero - lowest code) * scale` is.
     """
 
     scales: Tensor
     zeros: Tensor | None
     rounding: Rounding
     steps: Steps
+    units: Tensor | None = None
 
     def columns(self, count: int) -> tuple[Tensor, Tensor | None]:
         """Scale and zero of every column: two `[rows, count]`."""
@@ -90,15 +96,16 @@ class Grid:
 
     def rows(self, which: Tensor | slice) -> Grid:
         """The grid of some rows."""
-        zeros = None if self.zeros is None else self.zeros[which]
-        return Grid(self.scales[which], zeros, self.rounding, self.steps)
+        zeros, units = (None if part is None else part[which] for part in (self.zeros, self.units))
+        return Grid(self.scales[which], zeros, self.rounding, self.steps, units)
 
     @staticmethod
     def stacked(grids: Sequence[Grid]) -> Grid:
         """One grid of the rows of several, all alike but for scales and zeros."""
         first = grids[0]
         zeros = None if first.zeros is None else torch.cat([grid.zeros for grid in grids if grid.zeros is not None])
-        return Grid(torch.cat([grid.scales for grid in grids]), zeros, first.rounding, first.steps)
+        units = None if first.units is None else torch.cat([grid.units for grid in grids if grid.units is not None])
+        return Grid(torch.cat([grid.scales for grid in grids]), zeros, first.rounding, first.steps, units)
 
     def where(self, keep: Tensor, other: Grid) -> Grid:
         """This grid in the rows to `keep`, another of the same kind elsewhere."""
@@ -106,8 +113,31 @@ class Grid:
         count = len(keep)
         return stacked.rows(torch.arange(count, device=keep.device) + torch.where(keep, 0, count))
 
-    def with_scales(self, scales: Tensor) -> Grid:
-        return Grid(self.steps.storable(scales), self.zeros, self.rounding, self.steps)
+    def moved(self, scales: Tensor, zeros: Tensor | None) -> Grid:
+        """This grid with other scales, and with nested ones other zero points: those that `refine_chunk` left."""
+        scales = scales if self.units is not None else self.steps.storable(scales)
+        return Grid(scales, zeros, self.rounding, self.steps, self.units)
+
+    def storable(self, scales: Tensor, group: int) -> Tensor:
+        """Scales `[rows]` of a group as they will be read back."""
+        if self.units is None:
+            return self.steps.storable(scales)
+        return nearest_levels(scales, self.unit(group, 0), self.rounding, scales=True)
+
+    def levels(self) -> tuple[Tensor, Tensor | None]:
+        """Nested scales, and what is in the place of zero points, as integers: int16 `[rows, groups]`."""
+        assert self.units is not None
+        units = self.units.repeat_interleave(self.scales.shape[1] // self.units.shape[1], 1)
+        scales = (self.scales / units[..., 0]).round().to(torch.int16)
+        if self.zeros is None:
+            return scales, None
+        offsets = (self.zeros - self.rounding.numbers.low) * self.scales
+        return scales, (offsets / units[..., 1]).round().to(torch.int16)
+
+    def unit(self, group: int, which: int) -> Tensor:
+        """Of a group's nested scales (0) or zero points (1), `[rows]`."""
+        assert self.units is not None
+        return self.units[:, group // (self.scales.shape[1] // self.units.shape[1]), which]
 
     def codes(self, weight: Tensor) -> Tensor:
         """Nearest codes of `[rows, columns]`, as floats."""
@@ -116,7 +146,10 @@ class Grid:
 
     def rounded(self, weight: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
         """Nearest codes of weights that have these scales and zeros, elementwise."""
-        return self.rounding.numbers.nearest(torch.div(weight, scales), zeros)
+        moved = torch.div(weight, scales)
+        if self.units is not None and zeros is not None:  # which are no integers
+            return self.rounding.numbers.nearest(moved.add_(zeros))
+        return self.rounding.numbers.nearest(moved, zeros)
 
     def values(self, codes: Tensor) -> Tensor:
         scales, zeros = self.columns(codes.shape[1])
@@ -141,16 +174,57 @@ def range_grid(weight: Tensor, rounding: Rounding, steps: Steps, shrink: Tensor 
     highest, lowest = padded.amax(2).clamp(min=0), padded.amin(2).clamp(max=0)
     if isinstance(numbers, Integers) and not rounding.symmetric:
         highest, lowest = highest * shrink, lowest * shrink
+        if rounding.scales == "nested":
+            return nested_grid((highest - lowest) / (2**numbers.bits - 1), -lowest, rounding, steps)
         scales = steps.storable((highest - lowest) / (2**numbers.bits - 1))
         zeros = ((-lowest / scales).round() + numbers.low).clamp(numbers.low, numbers.high)
         return Grid(scales, zeros, rounding, steps)
     if isinstance(numbers, Integers) and steps.signed:
         extreme = torch.where(highest > -lowest, highest, lowest) * shrink
+        if rounding.scales == "nested":
+            return nested_grid(extreme / numbers.low, None, rounding, steps)
         return Grid(steps.storable(extreme / numbers.low), None, rounding, steps)
     largest = highest.maximum(-lowest)
     if rounding.rows > 1:
         largest = _shared(largest, rounding.rows)
     return Grid(steps.storable(largest * shrink / numbers.high), None, rounding, steps)
+
+
+def nested_grid(scales: Tensor, offsets: Tensor | None, rounding: Rounding, steps: Steps) -> Grid:
+    """The grid whose nested scales are next to some, and so what it takes away from each group.
+
+    Args:
+        scales, offsets: `[rows, groups]`, of either sign without offsets; offsets are not negative.
+    """
+    groups = SUPER // rounding.columns
+    tops = [scales] if offsets is None else [scales, offsets]
+    units = torch.stack([_unit(top.unflatten(1, (-1, groups)), rounding) for top in tops], 2)
+    wide = units.repeat_interleave(groups, 1)
+    scales = nearest_levels(scales, wide[..., 0], rounding, scales=True)
+    if offsets is None:
+        return Grid(scales, None, rounding, steps, units)
+    offsets = nearest_levels(offsets, wide[..., 1], rounding, scales=False)
+    return Grid(scales, offsets / scales + rounding.numbers.low, rounding, steps, units)
+
+
+def _unit(values: Tensor, rounding: Rounding) -> Tensor:
+    """What the largest of each super-block `[rows, super-blocks, groups]` is the highest multiple of, as stored."""
+    if not rounding.symmetric:
+        unit = values.amax(2) / (2**rounding.levels - 1)
+    else:
+        unit = values.gather(2, values.abs().argmax(2, keepdim=True))[..., 0] / -(2 ** (rounding.levels - 1))
+    unit = unit.half().to(values.dtype)
+    return torch.where(unit.abs() < _LEAST, _LEAST, unit)
+
+
+def nearest_levels(values: Tensor, unit: Tensor, rounding: Rounding, *, scales: bool) -> Tensor:
+    """The nearest multiples of units that are stored: of scales, none is zero."""
+    if rounding.symmetric:
+        low, high = -(2 ** (rounding.levels - 1)), 2 ** (rounding.levels - 1) - 1
+    else:
+        low, high = int(scales), 2**rounding.levels - 1
+    levels = (values / unit).round_().clamp_(low, high)
+    return (torch.where(levels == 0, 1.0, levels) if scales else levels) * unit
 
 
 def _shared(largest: Tensor, rows: int) -> Tensor:

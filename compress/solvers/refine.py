@@ -7,10 +7,13 @@ differences, so that a proposal is off by less than a hundredth of a rounding st
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from .grid import Grid, Steps
+from .grid import Grid, nearest_levels
 from .row_metric import Metric, settle, times_blocks
 from .sweep import LEAF, halves
 
@@ -49,15 +52,15 @@ def refine(codes: Tensor, delta: Tensor, grid: Grid, moment: Tensor, keep: Tenso
     """
     columns = codes.shape[0]
     span = grid.rounding.span(columns)
-    scales = grid.scales.T.contiguous()
+    scales, zeros = grid.scales.T.contiguous(), None if grid.zeros is None else grid.zeros.T.contiguous()
     coarse = delta.to(moment.dtype)
     chunk = span * max(1, _BLOCK // span)
     for start in range(0, columns, chunk):
         part = slice(start, min(start + chunk, columns))
         gradient = (moment[part] @ coarse).to(delta.dtype)
-        refine_chunk(part, codes, delta[part], gradient, scales, grid, moment[part, part], keep)
+        refine_chunk(part, codes, delta[part], gradient, (scales, zeros), grid, moment[part, part], keep)
         coarse[part] = delta[part]
-    return grid.with_scales(scales.T.contiguous())
+    return grid.moved(scales.T.contiguous(), None if zeros is None else zeros.T.contiguous())
 
 
 def refine_chunk(
@@ -65,7 +68,7 @@ def refine_chunk(
     codes: Tensor,
     values: Tensor,
     gradient: Tensor,
-    scales: Tensor,
+    shared: tuple[Tensor, Tensor | None],
     grid: Grid,
     moment: Tensor,
     keep: Tensor | None = None,
@@ -82,18 +85,20 @@ def refine_chunk(
         codes, keep: as in `refine`; codes are overwritten.
         values: what the codes stand for, or their difference to something, `[n, rows]`; overwritten.
         gradient: `[n, rows]`; overwritten.
-        scales: `[groups, rows]`; overwritten.
+        shared: scales `[groups, rows]`, overwritten, and zero points alike, which are where scales are nested.
     """
     span = grid.rounding.span(len(codes))
-    zeros = None if grid.zeros is None else grid.zeros.T
+    scales, zeros = shared
     for left in range(part.start, part.stop, span):
         whole, group = slice(left, min(left + span, part.stop)), left // span
         own = slice(left - part.start, whole.stop - part.start)
         before = values[own].clone()
         zero = None if zeros is None else zeros[group]
-        centred = codes[whole] if zero is None else codes[whole] - zero
-        if grid.rounding.rows == 1:
-            change = best_scale(scales[group], centred, gradient[own], moment[own, own], grid.steps, metric)
+        if grid.units is not None and zero is not None:
+            _move_nested(codes[whole], values[own], gradient[own], scales[group], zero, moment[own, own], grid, group)
+        elif grid.rounding.rows == 1:
+            centred, store = codes[whole] if zero is None else codes[whole] - zero, partial(grid.storable, group=group)
+            change = best_scale(scales[group], centred, gradient[own], moment[own, own], store, metric)
             scales[group] += change
             moved = centred * change
             values[own] += moved
@@ -113,16 +118,21 @@ def times(moment: Tensor, matrix: Tensor) -> Tensor:
 
 
 def best_scale(
-    scale: Tensor, centred: Tensor, gradient: Tensor, moment: Tensor, steps: Steps, metric: Metric | None = None
+    scale: Tensor,
+    centred: Tensor,
+    gradient: Tensor,
+    moment: Tensor,
+    store: Callable[[Tensor], Tensor],
+    metric: Metric | None = None,
 ) -> Tensor:
-    """The change of a group's scale `[rows]` that lowers each row's loss most.
+    """The change of a group's scale `[rows]` that lowers each row's loss most; `store` says how scales are read back.
 
     No change where the scale would move by more than half, or where, as it is stored, it would not lower the loss.
     """
     curvature = torch.linalg.vecdot(centred, times(moment, centred), dim=0)
     slope = torch.linalg.vecdot(centred, gradient, dim=0)
     weight = 1.0 if metric is None else metric.diagonal
-    change = steps.storable(scale - slope / (curvature * weight)) - scale
+    change = store(scale - slope / (curvature * weight)) - scale
     sane = (change.abs() < 0.5 * scale.abs()) & (change * (2 * slope + change * curvature * weight) < 0)
     change = torch.where(sane, change, 0.0)
     if metric is not None:
@@ -130,6 +140,33 @@ def best_scale(
         settle(moved, gradient, moment.to(moved.dtype), metric)
         change = torch.where(moved.any(0), change, 0.0)
     return change
+
+
+def _move_nested(
+    codes: Tensor,
+    values: Tensor,
+    gradient: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    moment: Tensor,
+    grid: Grid,
+    group: int,
+) -> None:
+    """Give a group the best scale with what is taken away from it as it is, and the other way round, in place."""
+    low, rounding = grid.rounding.numbers.low, grid.rounding
+    offset = (zero - low) * scale
+    counts, ones = codes - low, torch.ones_like(codes[:, :1])
+    change = best_scale(scale, counts, gradient, moment, partial(grid.storable, group=group))
+    moved = counts * change
+    lift = times(moment, ones)
+    slope = gradient.sum(0) + (lift * moved).sum(0)
+    best = nearest_levels(offset + slope / lift.sum(), grid.unit(group, 1), rounding, scales=False) - offset
+    best = torch.where(best * (best * lift.sum() - 2 * slope) < 0, best, 0.0)
+    moved -= best
+    values += moved
+    gradient += times(moment, moved)
+    scale += change
+    zero.copy_((offset + best) / scale + low)
 
 
 def _descend(

@@ -25,6 +25,7 @@ from .base import (
 from .block_scaled import BlockScaled, BlockScaledLinear
 from .dense import Dense, DenseLinear
 from .integers import IntLinear, IntQuantized
+from .k_quants import KQuantized
 from .linear import RowsLinear, StoredEmbedding, StoredLinear
 from .lowrank import Latent, LatentLinear, LowRank, LowRankLinear, cached_bytes
 from .residual import ResidualLinear, WithResidual
@@ -43,6 +44,7 @@ __all__ = [
     "DenseLinear",
     "IntLinear",
     "IntQuantized",
+    "KQuantized",
     "Latent",
     "LatentLinear",
     "LowRank",

@@ -33,8 +33,9 @@ class Scheme(NamedTuple):
 
 Name = Literal[
     "int", "int-a8", "int-afp8", "int8", "fp8", "fp8-block", "nvfp4a16", "nvfp4", "mxfp4a16", "mxfp4", "mxfp4-a8",
-    "mxfp8a16", "mxfp8", "mxint8a16",
+    "mxfp8a16", "mxfp8", "mxint8a16", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k",
 ]  # fmt: skip
+K_QUANTS: tuple[Name, ...] = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
 SCHEMES: dict[Name, Scheme] = {
     "int": Scheme(None, None),
     "int-a8": Scheme(None, "int8"),
@@ -50,6 +51,7 @@ SCHEMES: dict[Name, Scheme] = {
     "mxfp8a16": Scheme("mxfp8", None),
     "mxfp8": Scheme("mxfp8", "mxfp8"),
     "mxint8a16": Scheme("mxint8", None),
+    **{name: Scheme(name, None) for name in K_QUANTS},
 }
 _SIZES = (128, 64, 32)
 _ROOM = 2.0  # above the largest input that calibration met, for scales of inputs that a number for all is part of
@@ -65,7 +67,7 @@ class Quantizer(Mixed):
         "int8: 8 bits, one scale a row, inputs alike (W8A8); fp8: the same in float8_e4m3, which bears outliers among "
         "the inputs; fp8-block: one scale for 128 x 128; nvfp4, mxfp4, mxfp8: floats of 4 or 8 bits in blocks of 16 "
         "or 32 with scales of 8 bits, inputs alike; those ending in a16: the same, inputs as they come; mxfp4-a8: "
-        "mxfp4 that meets inputs in mxfp8",
+        "mxfp4 that meets inputs in mxfp8; q2_k to q6_k: the types of llama.cpp that are called so, for export as GGUF",
     )
     group_size: int | Literal["auto"] = Field(
         "auto",
@@ -148,10 +150,10 @@ class Quantizer(Mixed):
         dtype = plain_floats(self.kind, name, operator.numbers).weight.dtype
         columns = operator.shape[1]
         rounding = self.rounding(columns, name)
-        if rounding.bits < 8 and SCHEMES[self.scheme].weights and columns % rounding.columns:
+        if rounding.bits < 8 and SCHEMES[self.scheme].weights and columns % rounding.whole:
             raise RecipeError(
                 f"{self.kind} cannot store {name} as {self.scheme}: its {columns} columns are not blocks of "
-                f"{rounding.columns}; ignore it, or use integers"
+                f"{rounding.whole}; ignore it, or use integers"
             )
         try:
             return self._outline(operator, rounding, dtype)
@@ -171,7 +173,10 @@ class Quantizer(Mixed):
         dtype = operator.weight.dtype if isinstance(operator, Dense) else dtype
         assert dtype is not None
         scales = torch.empty(rows, -(-columns // rounding.span(columns)), dtype=dtype, device="meta")
-        grid = Grid(scales, None if rounding.symmetric else scales, rounding, Steps.of(rounding, dtype))
+        zeros, units = None if rounding.symmetric else scales, None
+        if rounding.scales == "nested":
+            units = torch.empty(rows, columns // rounding.whole, 2 - rounding.symmetric, device="meta")
+        grid = Grid(scales, zeros, rounding, Steps.of(rounding, dtype), units)
         codes = torch.empty(rows, columns, dtype=_bytes_of(rounding), device="meta")
         return self.quantized(codes, grid, operator)
 
@@ -184,13 +189,16 @@ class Quantizer(Mixed):
         """
         import torch
 
-        from ....runtime.schemes import W8A8, BlockScaled, IntQuantized
+        from ....runtime.schemes import W8A8, BlockScaled, IntQuantized, KQuantized
 
         rounding, steps, (name, inputs) = grid.rounding, grid.steps, SCHEMES[self.scheme]
         if name is None:
             zeros = None if grid.zeros is None else grid.zeros.to(torch.int8)
             scales = grid.scales.to(steps.dtype)
             return leaf.coded(IntQuantized(codes, scales, zeros, rounding.bits, rounding.columns, inputs))
+        if grid.units is not None:
+            scales, mins = grid.levels()
+            return leaf.coded(KQuantized(codes, scales, mins, grid.units.half(), name))
         if rounding.columns < 0:
             codes = codes if codes.dtype == torch.int8 else codes.view(torch.float8_e4m3fn)
             return leaf.coded(W8A8(codes, grid.scales.to(steps.dtype)))
