@@ -1,4 +1,4 @@
-"""Quality, time and memory beside llm-compressor and GPTQModel, on the same calibration tokens.
+"""Quality, time and memory beside llm-compressor, GPTQModel and AutoRound, on the same calibration tokens.
 
     python benchmarks/peers.py examples/tiny-llama --bits 4 --seeds 0 1 2 \\
         --llm-compressor LC/bin/python --gptqmodel GQ/bin/python
@@ -6,9 +6,11 @@
         --methods "compressor: w3a16-gptq passes.0.group_size=64" "llm-compressor: gptq 3 64" "gptqmodel: 3 64"
 
 Each tool runs in a process of its own, from an environment of its own. Their results are decoded to plain weights and
-judged by one float32 forward pass on the same windows: KL(original ‖ result) per token, and the paired difference to
-the first method's over windows. What the methods are: `compressor: RECIPE [EDITS]`; `llm-compressor: gptq BITS GROUP`,
-`sparsegpt`, `wanda` (2:4), `experts` (REAP of a quarter, then `gptq 4 128`); `gptqmodel: BITS GROUP`.
+judged by one float32 forward pass on the same windows (with inputs rounded, where they are): KL(original ‖ result) per
+token, and the paired difference to the first method's over windows. What the methods are: `compressor: RECIPE [EDITS]`,
+a shipped recipe or a file; `llm-compressor: gptq BITS GROUP`, `awq BITS GROUP` (with zero points), `gptq PRESET` (as
+NVFP4, MXFP4A16), `smoothquant` (.8, then GPTQ to int8 with inputs), `sparsegpt`, `wanda` (2:4), `experts` (REAP of a
+quarter, then `gptq 4 128`); `gptqmodel: BITS GROUP`; `autoround: BITS GROUP ITERATIONS`.
 
 `--bits` compares integers, `--sparse BLOCK` 2:4: ARMOR with blocks of that size (`armor-24`), without wrappers
 (`sparsegpt-24`), and llm-compressor's SparseGPT and Wanda; `--experts` what a quarter of the experts is worth, ours
@@ -33,7 +35,7 @@ PLAIN = " passes.0.correction=0 passes.0.refinements=0 passes.0.search=false pas
 
 def run_compressor(task: dict[str, Any]) -> None:
     from compressor.compress.apply import Job, apply
-    from compressor.compress.recipe import parse_recipe, shipped
+    from compressor.compress.recipe import parse_recipe, read_recipe
 
     recipe, *edits = task["method"].split()
     # The windows of this seed are those in the task, by construction.
@@ -44,8 +46,8 @@ def run_compressor(task: dict[str, Any]) -> None:
         "seed": task["seed"],
     }
     edits = (*edits, *(f"data.{key}={value}" for key, value in data.items()))
-    text, model = shipped()[recipe], Path(task["model"])
-    job = Job(parse_recipe(text, recipe, edits), text, edits, model, Path(task["out"]), task["model"])
+    (name, text), model = read_recipe(recipe), Path(task["model"])
+    job = Job(parse_recipe(text, name, edits), text, edits, model, Path(task["out"]), task["model"])
     apply(job, lambda event: None)
 
 
@@ -64,19 +66,35 @@ def llm_compressor_modifiers(method: str) -> list[Any]:
 
         return [WandaPruningModifier(sparsity=0.5, mask_structure="2:4", targets=["Linear"], ignore=["re:.*lm_head"])]
     from compressed_tensors.quantization import preset_name_to_scheme
-    from llmcompressor.modifiers.quantization import GPTQModifier
+    from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
 
-    scheme = preset_name_to_scheme("W4A16", ["Linear"])
-    scheme.weights.num_bits, scheme.weights.group_size = map(int, numbers)
-    return [GPTQModifier(ignore=["lm_head", "re:.*mlp.gate$"], config_groups={"group_0": scheme})]
+    before: list[Any] = []
+    if kind == "awq":
+        from llmcompressor.modifiers.transform.awq import AWQModifier
+
+        before.append(AWQModifier())
+    elif kind == "smoothquant":
+        from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+
+        before.append(SmoothQuantModifier(smoothing_strength=0.8))
+        numbers = ["W8A8"]
+    if len(numbers) == 2:
+        scheme = preset_name_to_scheme("W4A16_ASYM" if kind == "awq" else "W4A16", ["Linear"])
+        scheme.weights.num_bits, scheme.weights.group_size = map(int, numbers)
+    else:
+        scheme = preset_name_to_scheme(numbers[0].upper(), ["Linear"])
+    rounds = QuantizationModifier if kind == "awq" else GPTQModifier
+    return [*before, rounds(ignore=["lm_head", "re:.*mlp.gate$"], config_groups={"group_0": scheme})]
 
 
 def run_llm_compressor(task: dict[str, Any]) -> None:
+    import torch
     from datasets import Dataset
     from llmcompressor import oneshot
     from transformers import AutoModelForCausalLM
 
     loaded = AutoModelForCausalLM.from_pretrained(task["model"], dtype="auto")
+    torch.Tensor.pin_memory = lambda self, *more: self  # type: ignore[method-assign]  # which AWQ there calls anywhere
     rows = [{"input_ids": window, "attention_mask": [1] * len(window)} for window in task["ids"]]
     oneshot(
         model=loaded, dataset=Dataset.from_list(rows), max_seq_length=task["length"],
@@ -95,6 +113,26 @@ def run_gptqmodel(task: dict[str, Any]) -> None:
     loaded.save(task["out"])
 
 
+def run_autoround(task: dict[str, Any]) -> None:
+    import torch
+    from auto_round import AutoRound
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    bits, group, iterations = map(int, task["method"].split())
+    loaded = AutoModelForCausalLM.from_pretrained(task["model"], dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(task["model"])
+    more = {"lr": 5e-3} if iterations < 200 else {}  # its own light recipe
+    rounding = AutoRound(
+        loaded, tokenizer, bits=bits, group_size=group, sym=True, iters=iterations, nsamples=len(task["ids"]),
+        seqlen=task["length"], batch_size=8, dataset=[torch.tensor([ids]) for ids in task["ids"]], device_map="cpu",
+        enable_torch_compile=False, low_gpu_mem_usage=False, **more,
+    )  # fmt: skip
+    rounding.quantize_and_save(output_dir=task["out"], format="auto_gptq")
+
+
+RUNS = {"llm-compressor": run_llm_compressor, "gptqmodel": run_gptqmodel, "autoround": run_autoround}
+
+
 def child(file: str) -> None:
     """One tool, its imports told apart; prints JSON."""
     start = time.perf_counter()
@@ -107,15 +145,17 @@ def child(file: str) -> None:
         import llmcompressor.modifiers.quantization  # noqa: F401
     elif task["tool"] == "gptqmodel":
         import gptqmodel  # noqa: F401
+    elif task["tool"] == "autoround":
+        import auto_round  # noqa: F401
     else:
         import compressor.compress.apply  # noqa: F401
     ready, used = time.perf_counter(), time.process_time()
-    {"llm-compressor": run_llm_compressor, "gptqmodel": run_gptqmodel, "compressor": run_compressor}[task["tool"]](task)
+    RUNS.get(task["tool"], run_compressor)(task)
     done = time.perf_counter()
     # Not getrusage, whose peak a child inherits from the process that started it.
     status = Path("/proc/self/status").read_text().splitlines()
     peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1000
-    size = sum(path.stat().st_size for path in Path(task["out"]).glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in Path(task["out"]).rglob("*.safetensors"))
     result = {"imports": ready - start, "work": done - ready, "cpu": time.process_time() - used}
     print("RESULT " + json.dumps({**result, "peak_mb": peak, "bytes": size}))
     sys.stdout.flush()
@@ -130,6 +170,14 @@ def decoded(folder: Path) -> dict[str, Any]:
     return {name: opened.tensor(name).float() for name in opened.tensors}
 
 
+def rounds_inputs(folder: Path) -> bool:
+    """Whether a result's linears round what enters them."""
+    from compressor.runtime.stored import StoredModel, open_model
+
+    opened = open_model(folder)
+    return isinstance(opened, StoredModel) and any(opened.outline(name).rounds_activations for name in opened.schemes)
+
+
 def result_of(method: str, model: str, folder: Path) -> Any:
     """The model that a tool made, in float32."""
     import torch
@@ -141,7 +189,7 @@ def result_of(method: str, model: str, folder: Path) -> Any:
         found, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
         assert not any(info.values()), info
         return found.eval()
-    if method.startswith("compressor"):
+    if method.startswith("compressor") or rounds_inputs(folder):
         return load(folder, dtype=torch.float32)
     found = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     missing = found.load_state_dict(decoded(folder), strict=False)
@@ -162,8 +210,12 @@ def methods_of(options: argparse.Namespace) -> list[str]:
         grid = f"{options.bits} {options.group_size}"
         ours = [f"w{options.bits}a16-gptq passes.0.group_size={options.group_size}{more}" for more in ("", PLAIN)]
         peers = [f"llm-compressor: gptq {grid}", f"gptqmodel: {grid}"]
-    pythons = {"llm-compressor": options.llm_compressor, "gptqmodel": options.gptqmodel}
+    pythons = _pythons(options)
     return [f"compressor: {one}" for one in ours] + [one for one in peers if pythons[one.partition(":")[0]]]
+
+
+def _pythons(options: argparse.Namespace) -> dict[str, str]:
+    return {tool: getattr(options, tool.replace("-", "_")) for tool in RUNS}
 
 
 def arguments() -> argparse.Namespace:
@@ -182,6 +234,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--llm-compressor", help="a Python that has it")
     parser.add_argument("--gptqmodel", help="a Python that has it")
+    parser.add_argument("--autoround", help="a Python that has it")
     parser.add_argument("--time-only", action="store_true")
     parser.add_argument("--out", type=Path, help="append results as JSON lines")
     return parser.parse_args()
@@ -195,7 +248,7 @@ def runs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from compressor.runtime import load
 
     torch.set_num_threads(options.threads)
-    pythons = {"llm-compressor": options.llm_compressor, "gptqmodel": options.gptqmodel, "compressor": sys.executable}
+    pythons = {"compressor": sys.executable, **_pythons(options)}
     calibration, evaluation = (name if name == "builtin" else str(Path(name).resolve()) for name in options.text)
     judge = None
     if not options.time_only:

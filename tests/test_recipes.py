@@ -36,7 +36,13 @@ SMALL = {
 }
 QUICK = ("w4a16-rtn", "w8a8-int8", "lorc-50", "moe-reap-25")
 MODELS = ("tiny-llama", "tiny-moe")
-CASES = [(recipe, name) for recipe in shipped() for name in MODELS if name == "tiny-moe" or "moe" not in recipe]
+# Rows of tiny-moe are not of blocks of 256.
+CASES = [
+    (recipe, name)
+    for recipe in shipped()
+    for name in MODELS
+    if ("gguf" not in recipe if name == "tiny-moe" else "moe" not in recipe)
+]
 
 
 @cache
