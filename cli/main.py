@@ -152,6 +152,11 @@ def _print_applied(done: Any, model: str, out: Path, quality: Any) -> None:
     )
     _print_notes(done)
     render.out.print(quality.summary())
+    if any(part.kind == "k_quant" for linear in done.linears.values() for part in linear.operator.inside()):
+        render.out.print(
+            f"for llama.cpp: compressor export {out} {out}.gguf --format gguf --like PLAIN, which its converter makes "
+            f"of {model} in 16 bits"
+        )
     render.out.print(f"next: compressor eval {out} --against {model}")
 
 

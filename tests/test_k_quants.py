@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from command import run
 from gguf import GGMLQuantizationType, dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -214,3 +215,10 @@ def test_what_they_cannot_hold(pico: Pico, tmp_path: Path, passes: str, what: st
     more: dict[str, Any] = WIDE if "sparse24" in passes else {}
     with pytest.raises(RecipeError, match=what):
         compress(pico("llama", **more), tmp_path / "out", passes)
+
+
+def test_apply_says_how_llama_cpp_gets_it(pico: Pico, tmp_path: Path) -> None:
+    recipe, model = tmp_path / "r.yaml", pico("llama", **WIDE)
+    recipe.write_text("passes: [{kind: rtn, scheme: q5_k}]\n")
+    said = " ".join(run("apply", recipe, model, "out", cwd=tmp_path).stdout.split())
+    assert "for llama.cpp: compressor export out out.gguf --format gguf --like PLAIN" in said
