@@ -128,6 +128,9 @@ def test_scales_and_what_is_taken_away_become_the_best_there_are(name: str) -> N
     grid = range_grid(weight, rounding, HALF)
     assert grid.zeros is not None
     assert grid.units is not None
+    # Mins four levels from those of the range.
+    moved = grid.units.repeat_interleave(grid.scales.shape[1], 1)[..., 1] * torch.where(grid.levels()[1] > 7, -4, 4)
+    grid = grid.moved(grid.scales, grid.zeros + moved / grid.scales)
     target, size = weight.T.contiguous(), rounding.columns
     codes = grid.codes(weight).T.contiguous()
     kept = torch.zeros_like(codes, dtype=torch.bool)  # no code moves

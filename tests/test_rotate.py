@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,22 @@ def test_a_turned_model_is_the_same(pico: Pico, tmp_path: Path, family: str) -> 
             assert wanted <= changed
             assert bool(changed) == bool(whole or values)
             assert float((logits_of(turned, ids) - expected).abs().max()) < 2e-4 * float(expected.abs().max())
+
+
+def test_norms_that_multiply_by_one_more_and_rows_looked_up_alone(pico: Pico) -> None:
+    """Readers take the whole gain; rows of a turned embedding are those of the whole, rounded as these are stored."""
+    skeleton = Skeleton(Checkpoint(pico("llama")))
+    skeleton.family = replace(skeleton.family, offset_norms=True)
+    turn = Rotation(64)
+    turned = rotated(skeleton, turn, None)
+    norm, reader = (f"model.layers.1.{name}.weight" for name in ("post_attention_layernorm", "mlp.up_proj"))
+    assert not turned.tensor(norm).any()
+    gain, weight = (skeleton.checkpoint.tensor(name).float() for name in (norm, reader))
+    torch.testing.assert_close(turned.tensor(reader), turn(weight * (gain + 1)).bfloat16())
+    which = torch.tensor([5, 0, 127])
+    assert turned.by_rows("model.embed_tokens.weight")
+    found = turned.rows("model.embed_tokens.weight", which)
+    assert torch.equal(found, turned.tensor("model.embed_tokens.weight")[which].float())
 
 
 @pytest.mark.parametrize("tied", [False, True])

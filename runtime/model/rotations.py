@@ -2,9 +2,9 @@
 
 `R1` and `R2` of SpinQuant (arXiv:2405.16406), with the orthogonal matrices of QuaRot (arXiv:2404.00456) for any width.
 All that writes to the residual stream puts out `R1ᵀ` of what it did, all that reads it multiplies by R1, and norms,
-whose gains move to their readers, see vectors of the same length. Where norms subtract the mean, what writes to the
-stream does so first, and R1 leaves the vector of ones where it is, so that no norm has anything left to subtract
-(Pre-LN as Pre-RMSNorm, arXiv:2305.14858). R2 turns the values of each head, and what the output projection reads of it.
+whose gains move to their readers, see vectors of the same length. Where norms subtract the mean, R1 leaves the vector
+of ones where it is, so that they subtract the same as before. R2 turns the values of each head, and what the output
+projection reads of it.
 """
 
 from __future__ import annotations
@@ -90,10 +90,6 @@ class Rotation:
             parts = rows.reshape(len(rows), len(factor), -1).transpose(1, 2)
             rows = (parts @ factor.to(rows.device)).reshape(len(rows), -1)
         return rows
-
-    def written(self, rows: Tensor) -> Tensor:
-        """The same for what is added to a stream whose readers subtract its mean, where they do."""
-        return self(rows - rows.mean(-1, keepdim=True) if self.keeps_mean else rows)
 
     def each(self, rows: Tensor) -> Tensor:
         """`[..., n · size]` → every `size` numbers turned."""
@@ -198,7 +194,7 @@ def _turn_ends(skeleton: Skeleton, turn: Rotation, table: dict[str, _Turned]) ->
         table[head] = _Turned(embedding)
     table[head].gain = f"{norm}.weight"
     table[head].columns.append(turn)
-    table[embedding].columns.append(turn.written)
+    table[embedding].columns.append(turn)
     return _plain_norm(skeleton, norm, turn)
 
 
@@ -215,10 +211,10 @@ def _turn_block(skeleton: Skeleton, index: int, turn: Rotation, table: dict[str,
             reader.columns.append(turn)
         norms |= _plain_norm(skeleton, norm, turn)
     for name in writers(skeleton, index):
-        table[skeleton.disk_name(index, f"{name}.weight")].rows.append(turn.written)
+        table[skeleton.disk_name(index, f"{name}.weight")].rows.append(turn)
         bias = skeleton.disk_name(index, f"{name}.bias")
         if bias in table:
-            table[bias].rows.append(turn.written)
+            table[bias].rows.append(turn)
     return norms
 
 

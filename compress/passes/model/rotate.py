@@ -87,7 +87,7 @@ class Rotate(ModelPass):
 
     def stream(self, hidden: Tensor) -> Tensor:
         turn = self._stream
-        return hidden if turn is None else turn.written(hidden)
+        return hidden if turn is None else turn(hidden)
 
     @property
     def note(self) -> str:
