@@ -93,6 +93,36 @@ def test_optimal_where_the_hull_is_met() -> None:
     assert allocated(bent, {name: [1.0, 2.0, 3.0] for name in bent}, 4.0) == {"a": 2, "b": 0}
 
 
+def test_choices_need_not_rise() -> None:
+    losses, costs = {"a": [1.0, 8.0, 3.0], "b": [1.0, 1.0, 4.0]}, {"a": [3.0, 1.0, 2.0], "b": [2.0, 2.0, 1.0]}
+    assert allocated(losses, costs, 2.0) == {"a": 1, "b": 2}
+    assert allocated(losses, costs, 3.0) == {"a": 2, "b": 2}
+    assert allocated(losses, costs, 5.0) == {"a": 0, "b": 0}
+
+
+def test_groups_are_chosen_too(pico: Pico, calibration_text: Path, tmp_path: Path) -> None:
+    """Of each set of linears, bits and groups; the folder says both, and what was found can be used again."""
+    model = pico("llama", **GIVEN)
+    passes = "{kind: rtn, bits: mixed, average_bits: 4, choices: [3, 4], group_sizes: [16, 32, 128]}"
+    out = compress(model, tmp_path / "out", calibration_text, passes)
+    [step] = yaml.safe_load((out / "recipe.resolved.yaml").read_text())["passes"]
+    assert set(step["sizes"]) == set(step["widths"])
+    assert len(set(step["sizes"].values())) > 1
+    stored = StoredModel(out)
+    spent = sum(stored.operator(name).nbytes for name in step["widths"])
+    weights = sum(stored.operator(name).codes.numel() for name in step["widths"])
+    assert 3.8 < 8 * spent / weights <= 4.0 + 0.05  # shapes of tensors are counted there
+    for name, bits in step["widths"].items():
+        assert (stored.schemes[name]["bits"], stored.schemes[name]["group_size"]) == (bits, step["sizes"][name])
+    again = tmp_path / "again.yaml"
+    again.write_text((out / "recipe.resolved.yaml").read_text())
+    text = again.read_text()
+    apply(Job(parse_recipe(text), text, (), model, tmp_path / "again", str(model)), lambda event: None)
+    one, other = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "again"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_what_matters_gets_more(family: str, pico: Pico, calibration_text: Path, tmp_path: Path) -> None:
     """And linears that read the same input, and all experts of a block, get the same."""

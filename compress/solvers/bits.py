@@ -16,9 +16,19 @@ def allocated(
     in the end goes to the steps that save most of those that still fit.
 
     Args:
-        losses, costs: name → of each choice, costs rising.
+        losses, costs: name → of each choice.
         budget: of all costs; the cheapest choices are taken even beyond it.
     """
+    orders = {name: sorted(range(len(own)), key=own.__getitem__) for name, own in costs.items()}
+    losses = {name: [losses[name][number] for number in order] for name, order in orders.items()}
+    costs = {name: [costs[name][number] for number in order] for name, order in orders.items()}
+    return {name: orders[name][place] for name, place in _allocated(losses, costs, budget).items()}
+
+
+def _allocated(
+    losses: Mapping[str, Sequence[float]], costs: Mapping[str, Sequence[float]], budget: float
+) -> dict[str, int]:
+    """The same where costs rise."""
     found = dict.fromkeys(losses, 0)
     left = budget - sum(costs[name][0] for name in losses)
     offers = []
@@ -36,7 +46,7 @@ def allocated(
             ((losses[name][now] - losses[name][end]) / (costs[name][end] - costs[name][now]), name, end)
             for name, now in found.items()
             for end in range(now + 1, len(costs[name]))
-            if costs[name][end] - costs[name][now] <= left
+            if 0 < costs[name][end] - costs[name][now] <= left
         ]
         gain, name, end = max(steps, default=(0.0, "", 0))
         if gain <= 0:

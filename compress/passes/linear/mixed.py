@@ -1,8 +1,8 @@
-"""Bits where they matter: how many each weight gets, by what rounding it does to the answers of the model.
+"""Bits where they matter: how many each weight gets, and in what groups, by what that does to the answers of the model.
 
 Every set of linears that read the same input, all experts of a block together, is rounded to `PROBED` bits on its own
-while the rest of the model stays as it is, and KL(original ‖ so rounded) is measured at the end of the model. At other
-widths it is taken to be as the squares of the errors: KL has no linear term. Sets then get bits so that the sum of KLs
+while the rest of the model stays as it is, and KL(original ‖ so rounded) is measured at the end of the model. Otherwise
+rounded it is taken to be as the squares of the errors: KL has no linear term. Sets then get bits so that the sum of KLs
 is least for so many bytes (`compress/solvers/bits.py`).
 """
 
@@ -32,7 +32,9 @@ PROBED = 3
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 Sets = Mapping[str, tuple[str, ...]]  # the first of some linears, an expert's number aside → their disk names
-RoundingAt = Callable[[int, int], "Rounding"]  # of so many bits, for so many columns
+Size = Literal[16, 32, 64, 128, 256]
+Option = tuple[int, int | None]  # bits, and columns that share a scale; None: as for other bits
+RoundingAt = Callable[[int, int, int | None], "Rounding"]  # of so many bits, for so many columns, in groups
 
 
 class Mixed(LinearPass):
@@ -49,10 +51,18 @@ class Mixed(LinearPass):
     choices: tuple[Literal[2, 3, 4, 5, 6, 8], ...] = Field(
         (2, 3, 4, 5, 6, 8), description="with bits: mixed, the bits among which each linear's are chosen"
     )
+    group_sizes: tuple[Size, ...] = Field(
+        (),
+        description="with bits: mixed, the sizes of groups among which each linear's is chosen, too; default: "
+        "group_size",
+    )
     widths: dict[str, Literal[2, 3, 4, 5, 6, 8]] | None = Field(
         None,
         description="with bits: mixed, the bits of each linear by its name; default: what the survey finds and fills "
         "in here",
+    )
+    sizes: dict[str, Size] | None = Field(
+        None, description="with bits: mixed and group_sizes, those of each linear, as widths are its bits"
     )
     _sets: list[Sets] = PrivateAttr(default_factory=list)
     _nominal: bool = PrivateAttr(default=False)  # whether the widths are there to be replaced
@@ -68,13 +78,13 @@ class Mixed(LinearPass):
     @model_validator(mode="after")
     def _average_is_of_mixed(self) -> Self:
         if self.bits != "mixed":
-            self._refuse_idle("without bits: mixed", "average_bits", "choices", "widths")
+            self._refuse_idle("without bits: mixed", "average_bits", "choices", "group_sizes", "widths", "sizes")
         elif self.average_bits is None and self.widths is None:
             raise ValueError("bits: mixed needs average_bits")
         return self
 
-    def _integers(self, bits: int, columns: int) -> Rounding:
-        """What rows of so many columns are rounded to in so many bits."""
+    def _integers(self, bits: int, columns: int, group_size: int | None = None) -> Rounding:
+        """What rows of so many columns are rounded to in so many bits, by default in groups of `group_size`."""
         raise NotImplementedError
 
     def _outline(self, operator: Operator, rounding: Rounding) -> Operator:
@@ -87,6 +97,17 @@ class Mixed(LinearPass):
             return self.bits
         assert self.widths is not None
         return self.widths.get(name) or self.widths[name.rpartition(".")[0]]
+
+    def size(self, name: str) -> int | None:
+        """The columns that share a scale in a linear, or in a factor of one, where that is its own."""
+        sizes = self.sizes or {}
+        return sizes.get(name) or sizes.get(name.rpartition(".")[0])
+
+    @property
+    def _options(self) -> list[Option]:
+        """What is chosen among, rising in bytes where groups divide rows."""
+        found = [(bits, size) for bits in self.choices for size in self.group_sizes or (None,)]
+        return sorted(found, key=lambda option: option[0] + 16 / (option[1] or 128))
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -125,8 +146,8 @@ class Mixed(LinearPass):
         least = sum(costs[0] for costs in nbytes.values())
         if least > result._budget:
             raise RecipeError(
-                f"{self.kind}: {self.choices[0]} bits everywhere are {8 * least / weights:.2f} bits per weight, scales "
-                f"counted; ask for more than average_bits: {self.average_bits:g}"
+                f"{self.kind}: {self._options[0][0]} bits everywhere are {8 * least / weights:.2f} bits per weight, "
+                f"scales counted; ask for more than average_bits: {self.average_bits:g}"
             )
         return result._with_widths(even_widths(nbytes, result._budget), nominal=True)
 
@@ -140,19 +161,20 @@ class Mixed(LinearPass):
         for index, sets in enumerate(self._sets):
             linears = skeleton.linears(index)
             for label, names in sets.items():
-                found[label] = [0.0] * len(self.choices)
+                found[label] = [0.0] * len(self._options)
                 for name in names:
                     shape = linears[name].weight.shape
                     plain = Dense(torch.empty(shape, dtype=skeleton.checkpoint.dtype, device="meta"))
-                    for number, bits in enumerate(self.choices):
-                        found[label][number] += self._outline(plain, self._integers(bits, shape[1])).nbytes
+                    for number, (bits, size) in enumerate(self._options):
+                        found[label][number] += self._outline(plain, self._integers(bits, shape[1], size)).nbytes
         return found
 
     def _with_widths(self, numbers: Mapping[str, int], *, nominal: bool = False) -> Self:
         """This pass with a choice for each label."""
-        chosen = {label: self.choices[number] for label, number in numbers.items()}
-        widths = {name: chosen[label] for sets in self._sets for label, names in sets.items() for name in names}
-        result = self.model_copy(update={"widths": widths})
+        chosen = {label: self._options[number] for label, number in numbers.items()}
+        options = {name: chosen[label] for sets in self._sets for label, names in sets.items() for name in names}
+        widths, sizes = ({name: option[part] for name, option in options.items()} for part in (0, 1))
+        result = self.model_copy(update={"widths": widths, "sizes": sizes if self.group_sizes else None})
         result._nominal = nominal
         return result
 
@@ -166,7 +188,7 @@ class Mixed(LinearPass):
 
         if not self._nominal:
             return self
-        losses = probed(skeleton, survey, self._sets, self.choices, self._integers)
+        losses = probed(skeleton, survey, self._sets, self._options, self._integers)
         return self._with_widths(allocated(losses, self._nbytes(skeleton), self._budget))
 
     def survey_cost(self, skeleton: Skeleton, samples: int, sequence_length: int) -> Cost:
@@ -184,8 +206,11 @@ class Mixed(LinearPass):
     def note(self) -> str:
         if self.widths is None:
             return ""
-        counts = Counter(self.widths.values())
-        found = ", ".join(f"{counts[bits]} of {bits}" for bits in sorted(counts))
+        counts = Counter((bits, self.size(name)) for name, bits in self.widths.items())
+        found = ", ".join(
+            f"{counts[option]} of {option[0]}" + (f" in groups of {option[1]}" if option[1] else "")
+            for option in sorted(counts, key=lambda option: (option[0], option[1] or 0))
+        )
         return f"linears by bits: {found}" + ("; the survey will share them out anew" if self._nominal else "")
 
 
@@ -208,15 +233,15 @@ def even_widths(nbytes: Mapping[str, Sequence[float]], budget: float) -> dict[st
     Args:
         nbytes: label → of each choice.
     """
-    counts = range(len(next(iter(nbytes.values()))))
-    fitting = [number for number in counts if sum(costs[number] for costs in nbytes.values()) <= budget]
-    return dict.fromkeys(nbytes, max(fitting, default=0))
+    sums = [sum(costs) for costs in zip(*nbytes.values(), strict=True)]
+    fitting = [number for number, total in enumerate(sums) if total <= budget]
+    return dict.fromkeys(nbytes, max(fitting, key=lambda number: sums[number], default=0))
 
 
 def probed(
-    skeleton: Skeleton, survey: Survey, sets: Sequence[Sets], choices: Sequence[int], rounding: RoundingAt
+    skeleton: Skeleton, survey: Survey, sets: Sequence[Sets], options: Sequence[Option], rounding: RoundingAt
 ) -> dict[str, list[float]]:
-    """Label → KL per token in nats at each of the choices (of bits).
+    """Label → KL per token in nats for each of the options.
 
     Raises:
         RecipeError: there is no text.
@@ -233,12 +258,12 @@ def probed(
     def changes(index: int, seen: Seen) -> dict[str, dict[str, Tensor]]:
         found: dict[str, dict[str, Tensor]] = {}
         for label, names in sets[index].items():
-            errors[label] = [0.0] * (len(choices) + 1)
+            errors[label] = [0.0] * (len(options) + 1)
             found[label] = {}
             for name in names:
                 weight = skeleton.checkpoint.tensor(name + ".weight").to(skeleton.device).float()
-                for number, bits in enumerate((*choices, PROBED)):
-                    rounded = _nearest(weight, rounding(bits, weight.shape[1]))
+                for number, (bits, size) in enumerate((*options, (PROBED, None))):
+                    rounded = _nearest(weight, rounding(bits, weight.shape[1], size))
                     errors[label][number] += float((rounded - weight).square().sum())
                 found[label][skeleton.family.inside(name)] = rounded
         return found

@@ -109,13 +109,13 @@ class Quantizer(Mixed):
         scheme = SCHEMES[self.scheme].weights
         if scheme is not None:
             return ROUNDINGS[scheme]
-        return self._integers(self.width(name), columns)
+        return self._integers(self.width(name), columns, self.size(name))
 
-    def _integers(self, bits: int, columns: int) -> Rounding:
+    def _integers(self, bits: int, columns: int, group_size: int | None = None) -> Rounding:
         """A row shorter than a group is one group, -1."""
         from ....kernels.numbers import Rounding
 
-        wanted, widest = self.group_size, _SIZES[0]
+        wanted, widest = group_size or self.group_size, _SIZES[0]
         fitting = (size for size in _SIZES if columns <= widest or columns % size == 0)
         size = next(fitting, widest) if wanted == "auto" else wanted
         return Rounding.integers(bits, size if size <= columns else -1, self.symmetric)
