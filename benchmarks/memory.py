@@ -70,7 +70,7 @@ CASES = {
         _llama(1024, 4096), "{kind: lorc, ratio: 0.5, calibrated: true, latent_bits: 8}, {kind: gptq, bits: 4}"
     ),
     "both ends": (
-        ("llama", {**_llama(512, 1024)[1], "vocab_size": 131072}),
+        ("llama", {**_llama(512, 1024)[1], "vocab_size": 65536}),
         "{kind: rtn, bits: 8, targets: [model.embed_tokens, lm_head]}",
     ),
     "hidden 1024, armor adam": (_llama(1024, 4096), "{kind: armor, block_size: 32, iterations: 3}"),

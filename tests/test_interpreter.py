@@ -33,6 +33,7 @@ def interpreted(*command: str) -> str:
         ("not long", ("group_linear",)),
         ("not long", ("latent_attention", "sparse24", "w8a8")),
         pytest.param("long", ("group_linear", "grouped"), marks=pytest.mark.long),
+        pytest.param("long", ("latent_attention", "sparse24", "w8a8"), marks=pytest.mark.long),
     ],
 )
 def test_kernels_do_what_their_twins_do(marks: str, names: tuple[str, ...]) -> None:

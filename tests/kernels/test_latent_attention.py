@@ -61,7 +61,7 @@ def splits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(dispatch, "attention_splits", lambda *about: request.param)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     ("ranks", "groups"), [((64, 64), (4, 4)), ((48, 96), (1, 1)), ((128, 64), (2, 1)), ((64, 192), (1, 2))]
 )

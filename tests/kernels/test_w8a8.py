@@ -13,7 +13,7 @@ from compressor.kernels import ops, reference
 Guard = Callable[[Tensor], Tensor]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.long)])
 @pytest.mark.parametrize("tokens", [1, 5, 40])
 @pytest.mark.parametrize("biased", [False, True])
 def test_int8(
