@@ -271,7 +271,9 @@ def runs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 assert line is not None, done.stdout[-2000:] + done.stderr[-2000:]
                 result = {"method": method, "seed": seed, "samples": options.samples, **json.loads(line[7:])}
                 if judge is not None:
-                    own, divergences = judge(result_of(method, str(options.model), out))
+                    own, divergences = judge(
+                        result_of(method, str(options.model), next(out.rglob("config.json")).parent)
+                    )
                     result |= {"kl": divergences.tolist(), "ratio": float((own - losses).mean().exp())}
                     result |= {"perplexity": float(own.mean().exp())}
                 yield result
