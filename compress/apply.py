@@ -229,7 +229,9 @@ def _begin(
     events = list(_rewrite_outer(plan, outer, listener if fresh else lambda event: None))
     if fresh:
         writer.start()
-        _store(outer, {}, skeleton.checkpoint.outside_names(), plan, skeleton.checkpoint, writer)
+        names = skeleton.checkpoint.outside_names()
+        for together in [[name] for name in names] if skeleton.checkpoint.anew else [names]:
+            _store(outer, {}, together, plan, skeleton.checkpoint, writer)
         records, hashes = [event.record() for event in events], writer.hashes(files)
         journal.done({"step": "outside", "block": -1, "events": records, "files": hashes})
     if windows is None:

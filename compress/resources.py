@@ -17,6 +17,7 @@ from ..calibrate.chains import BATCH_TOKENS
 from ..calibrate.stage import split_to_fit
 from ..calibrate.statistics import KINDS, paired
 from ..runtime.errors import ResourceError, human_size
+from ..runtime.model.rotations import ROWS
 from ..runtime.model.skeleton import Skeleton, calibration_dtype
 from .evaluate.blocks import evaluation_memory
 from .passes.base import BUFFERS
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 # Tokens that are held out of calibration text, one for so many that are not: a small part of a run, and enough to tell
 # whether it went well.
 LEAST, MOST, SHARE = 1024, 2048, 24
+_MAKING = 16.0  # bytes for each number of a matrix that is made when it is read, ROWS at a time
 LENGTH = 512  # tokens of a window to measure on, at most
 HOST = torch.device("cpu")
 Linears = Mapping[str, "LinearPlan"]
@@ -87,7 +89,7 @@ def stage_memory(recipe: Recipe, skeleton: Skeleton, linears: Linears, needs: fr
         item = skeleton.dtype.itemsize
         sizes = {name: r * c for name, (r, c) in shapes.items()}
         converted = item if skeleton.copies and needs else 0
-        original = 0 if _on_host(skeleton) else skeleton.checkpoint.dtype.itemsize
+        original = _original(skeleton)
         held, block = float(sum(sizes.values()) * converted), list[float]()
         for stage in skeleton.stages(index):
             groups = [[skeleton.disk_name(index, name) for name in group.linears] for group in stage]
@@ -100,6 +102,7 @@ def stage_memory(recipe: Recipe, skeleton: Skeleton, linears: Linears, needs: fr
             block += moments if at_once else []
             working = _working(recipe, skeleton, linears, needs, groups)
             working += float(original * sum(sizes[name] for group in groups for name in group))
+            working = max(working, _MAKING * max(sizes.values()) * skeleton.checkpoint.anew)
             found.append(StageMemory(moments, block, held + working + (BUFFERS if needs else 0)))
             held += sum(
                 sizes[name] * (1 + (item if needs else 0) if wanting[name] else original)
@@ -127,6 +130,11 @@ def comparing_memory(recipe: Recipe, skeleton: Skeleton, linears: Linears, *, ca
     return 2 * block * item + beside, decoding + 2 * 4.0 * tokens * skeleton.config.hidden_size
 
 
+def _original(skeleton: Skeleton) -> int:
+    """Bytes that a number of the checkpoint takes once it is read."""
+    return skeleton.checkpoint.dtype.itemsize if skeleton.checkpoint.anew or not _on_host(skeleton) else 0
+
+
 def _on_host(skeleton: Skeleton) -> bool:
     return skeleton.device.type == "cpu"
 
@@ -141,7 +149,11 @@ def _running(skeleton: Skeleton, tokens: int, widest: int) -> float:
 def outer_memory(recipe: Recipe, skeleton: Skeleton, linears: Linears) -> float:
     """While the embedding and the head are rewritten, then packed and written, and each unpacked to compare."""
     held = peak = packed = largest = 0.0
-    original = 0 if _on_host(skeleton) else skeleton.checkpoint.dtype.itemsize
+    original, hidden = _original(skeleton), skeleton.config.hidden_size
+    if skeleton.checkpoint.anew:  # written one at a time
+        peak = (
+            original * skeleton.checkpoint.vocabulary + _MAKING * min(ROWS, skeleton.checkpoint.vocabulary)
+        ) * hidden
     for name in (name for name in skeleton.outer() if name in linears):
         operator = linears[name].operator
         steps = [step for step in recipe.linear_passes.values() if step.names(name)]

@@ -53,41 +53,52 @@ def packed(parts: Parts, name: str) -> Tensor:
     mins = None if parts.mins is None else parts.mins.unflatten(1, (codes.shape[1], -1))
     units = [parts.units[..., n : n + 1].contiguous().view(torch.uint8) for n in range(parts.units.shape[2])]
     if name == "q6_k":
-        pieces = [_low4_of_halves(codes), _pairs(codes >> 4), groups.to(torch.int8).view(torch.uint8), *units]
+        pieces = [
+            _joined(codes & 15, 4, 64),
+            _joined(codes >> 4, 2, 32),
+            groups.to(torch.int8).view(torch.uint8),
+            *units,
+        ]
     elif name == "q3_k":
-        pieces = [_bits(codes >> 2), _pairs(codes & 3), _six_bits_alone(groups + 32), *units]
+        pieces = [_joined(codes >> 2, 1, 32), _joined(codes & 3, 2, 32), _six_bits_alone(groups + 32), *units]
     elif name == "q2_k":
         assert mins is not None
-        pieces = [(groups | mins << 4).to(torch.uint8), _pairs(codes), *units]
+        pieces = [(groups | mins << 4).to(torch.uint8), _joined(codes, 2, 32), *units]
     else:
         assert mins is not None
-        high = [_bits(codes >> 4)] if name == "q5_k" else []
-        pieces = [*units, _six_bits(groups, mins), *high, _low4(codes)]
+        high = [_joined(codes >> 4, 1, 32)] if name == "q5_k" else []
+        pieces = [*units, _six_bits(groups, mins), *high, _joined(codes & 15, 4, 32)]
     return torch.cat(pieces, 2).flatten(1)
 
 
 def unpacked(blocks: Tensor, name: str) -> Parts:
-    """The inverse of `packed`."""
+    """The inverse of `packed`.
+
+    Raises:
+        KeyError, ValueError: there is no such type, or they are no whole super-blocks of it.
+    """
     numbers = ROUNDINGS[name].numbers
+    if blocks.dtype != torch.uint8 or blocks.shape[1] % BYTES[name]:
+        raise ValueError(f"{blocks.dtype} {list(blocks.shape)} is not of whole blocks of {BYTES[name]} bytes")
     cut = blocks.unflatten(1, (-1, BYTES[name]))
     mins = None
     if name == "q6_k":
         low, high, scales, unit = cut.split([128, 64, 16, 2], 2)
-        codes = _from_low4_of_halves(low) | _from_pairs(high) << 4
+        codes = _parted(low, 4, 64) | _parted(high, 2, 32) << 4
         groups, units = scales.contiguous().view(torch.int8).to(torch.int16), [unit]
     elif name == "q3_k":
         high, low, scales, unit = cut.split([32, 64, 12, 2], 2)
-        codes = _from_pairs(low) | _from_bits(high) << 2
+        codes = _parted(low, 2, 32) | _parted(high, 1, 32) << 2
         groups, units = _from_six_bits_alone(scales) - 32, [unit]
     elif name == "q2_k":
         scales, low, unit, floor = cut.split([16, 64, 2, 2], 2)
-        codes, units = _from_pairs(low), [unit, floor]
+        codes, units = _parted(low, 2, 32), [unit, floor]
         groups, mins = (scales & 15).to(torch.int16), (scales >> 4).to(torch.int16)
     else:
         unit, floor, scales, *more = cut.split([2, 2, 12, *([32] if name == "q5_k" else []), 128], 2)
-        codes, units = _from_low4(more[-1]), [unit, floor]
+        codes, units = _parted(more[-1], 4, 32), [unit, floor]
         if name == "q5_k":
-            codes = codes | _from_bits(more[0]) << 4
+            codes = codes | _parted(more[0], 1, 32) << 4
         groups, mins = _from_six_bits(scales)
     return Parts(
         (codes.to(torch.int16) + int(numbers.low)).to(torch.int8).flatten(1),
@@ -97,50 +108,19 @@ def unpacked(blocks: Tensor, name: str) -> Parts:
     )
 
 
-def _low4(codes: Tensor) -> Tensor:
-    """Of each 64 codes, the lowest four bits of the first 32 below those of the second."""
-    parts = (codes & 15).unflatten(2, (4, 2, 32))
-    return (parts[..., 0, :] | parts[..., 1, :] << 4).flatten(2)
-
-
-def _from_low4(found: Tensor) -> Tensor:
-    parts = found.unflatten(2, (4, 32))
-    return torch.stack([parts & 15, parts >> 4], 3).flatten(2)
-
-
-def _low4_of_halves(codes: Tensor) -> Tensor:
-    """Of each 128 codes, the lowest four bits of the first 64 below those of the second."""
-    parts = (codes & 15).unflatten(2, (2, 2, 64))
-    return (parts[..., 0, :] | parts[..., 1, :] << 4).flatten(2)
-
-
-def _from_low4_of_halves(found: Tensor) -> Tensor:
-    parts = found.unflatten(2, (2, 64))
-    return torch.stack([parts & 15, parts >> 4], 3).flatten(2)
-
-
-def _pairs(codes: Tensor) -> Tensor:
-    """Two bits of each 128 codes: those 32 apart share a byte."""
-    parts = codes.unflatten(2, (2, 4, 32))
-    return (parts[..., 0, :] | parts[..., 1, :] << 2 | parts[..., 2, :] << 4 | parts[..., 3, :] << 6).flatten(2)
-
-
-def _from_pairs(found: Tensor) -> Tensor:
-    parts = found.unflatten(2, (2, 32))
-    return torch.stack([parts >> shift & 3 for shift in (0, 2, 4, 6)], 3).flatten(2)
-
-
-def _bits(codes: Tensor) -> Tensor:
-    """One bit of each of 256 codes: those 32 apart share a byte."""
-    parts = codes.unflatten(2, (8, 32))
+def _joined(codes: Tensor, bits: int, span: int) -> Tensor:
+    """Codes of so many bits `[..., n]` → bytes: those that are `span` apart share one, the first of them lowest."""
+    parts = codes.unflatten(2, (-1, 8 // bits, span))
     found = parts[..., 0, :]
-    for bit in range(1, 8):
-        found = found | parts[..., bit, :] << bit
-    return found
+    for place in range(1, 8 // bits):
+        found = found | parts[..., place, :] << bits * place
+    return found.flatten(2)
 
 
-def _from_bits(found: Tensor) -> Tensor:
-    return torch.cat([found >> bit & 1 for bit in range(8)], 2)
+def _parted(found: Tensor, bits: int, span: int) -> Tensor:
+    """The inverse of `_joined`."""
+    parts = found.unflatten(2, (-1, span))
+    return torch.stack([parts >> shift & 2**bits - 1 for shift in range(0, 8, bits)], 3).flatten(2)
 
 
 def _six_bits(scales: Tensor, mins: Tensor) -> Tensor:
@@ -159,12 +139,9 @@ def _from_six_bits(found: Tensor) -> tuple[Tensor, Tensor]:
 
 def _six_bits_alone(scales: Tensor) -> Tensor:
     """Sixteen scales of six bits, from 0 on: four bits of two in a byte, then two bits of those four apart."""
-    high = (scales >> 4).unflatten(2, (4, 4))
-    highest = high[..., 0, :] | high[..., 1, :] << 2 | high[..., 2, :] << 4 | high[..., 3, :] << 6
-    return torch.cat([scales[..., :8] & 15 | (scales[..., 8:] & 15) << 4, highest], 2).to(torch.uint8)
+    return torch.cat([_joined(scales & 15, 4, 8), _joined(scales >> 4, 2, 4)], 2).to(torch.uint8)
 
 
 def _from_six_bits_alone(found: Tensor) -> Tensor:
     low, high = found.to(torch.int16).split([8, 4], 2)
-    highest = torch.cat([high >> shift & 3 for shift in (0, 2, 4, 6)], 2)
-    return torch.cat([low & 15, low >> 4], 2) | highest << 4
+    return _parted(low, 4, 8) | _parted(high, 2, 4) << 4

@@ -39,8 +39,8 @@ WIDE = {
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3_moe": "qwen3moe"}
 
 
-def compress(model: Path, out: Path, passes: str) -> Path:
-    text = f"passes: [{passes}]\n"
+def compress(model: Path, out: Path, passes: str, more: str = "") -> Path:
+    text = f"{more}passes: [{passes}]\n"
     apply(Job(parse_recipe(text), text, (), model, out, str(model)), lambda event: None)
     return out
 

@@ -12,14 +12,13 @@ from command import run
 from gguf import GGMLQuantizationType, dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_gguf import decoded, plain
+from safetensors.torch import load_file, save_file
+from test_gguf import compress, decoded, plain
 from torch import Tensor
 
-from compressor.compress.apply import Job, apply
 from compressor.compress.output.gguf import export_gguf
 from compressor.compress.output.verify import export_dense, verify
 from compressor.compress.passes.linear.quantizer import K_QUANTS
-from compressor.compress.recipe import parse_recipe
 from compressor.compress.solvers.grid import Grid, Steps, nested_grid, range_grid
 from compressor.compress.solvers.refine import differences, refine, refine_chunk, row_losses
 from compressor.compress.solvers.sweep import gptq_codes
@@ -28,7 +27,7 @@ from compressor.kernels.k_quants import BYTES, Parts, packed, unpacked
 from compressor.kernels.k_quants import decoded as values_of
 from compressor.kernels.numbers import ROUNDINGS, SUPER
 from compressor.runtime import load
-from compressor.runtime.errors import RecipeError
+from compressor.runtime.errors import ModelError, RecipeError
 from compressor.runtime.schemes import KQuantized, bits_per_weight, from_tensors, identical
 from compressor.runtime.stored import StoredModel
 
@@ -41,12 +40,6 @@ WIDE = {
     "head_dim": 64,
 }
 HALF = Steps(torch.float16)
-
-
-def compress(model: Path, out: Path, passes: str, data: str = "") -> Path:
-    text = f"{data}passes: [{passes}]\nlimits: {{kl: null, perplexity_ratio: null}}\n"
-    apply(Job(parse_recipe(text), text, (), model, out, str(model)), lambda event: None)
-    return out
 
 
 def anything(name: str, rows: int, blocks: int, seed: int) -> Parts:
@@ -225,3 +218,19 @@ def test_apply_says_how_llama_cpp_gets_it(pico: Pico, tmp_path: Path) -> None:
     recipe.write_text("passes: [{kind: rtn, scheme: q5_k}]\n")
     said = " ".join(run("apply", recipe, model, "out", cwd=tmp_path).stdout.split())
     assert "for llama.cpp: compressor export out out.gguf --format gguf --like PLAIN" in said
+
+
+def test_what_would_decode_to_other_weights_is_refused(pico: Pico, tmp_path: Path) -> None:
+    out = compress(pico("llama", **WIDE), tmp_path / "out", "{kind: rtn, scheme: q4_k}")
+    name = "model.layers.1.mlp.up_proj.weight_blocks"
+    whole, said = load_file(out / "model.safetensors"), (out / "config.json").read_text()
+    blocks = whole[name]
+    for changed in (blocks[:, :-1], blocks.repeat(1, 2), blocks[:64], blocks.to(torch.int16)):
+        save_file(whole | {name: changed.contiguous()}, out / "model.safetensors")
+        with pytest.raises(ModelError):
+            load(out)
+    save_file(whole, out / "model.safetensors")
+    for kind in ("q6_k", "q9_k"):
+        (out / "config.json").write_text(said.replace("q4_k", kind))
+        with pytest.raises(ModelError):
+            load(out)

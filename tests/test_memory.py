@@ -13,7 +13,10 @@ memory = benchmark("memory")
     [
         "both ends",
         "hidden 1024, rtn",
-        *(pytest.param(case, marks=pytest.mark.long) for case in ("hidden 512", "32 experts", "hidden 1024, lorc")),
+        *(
+            pytest.param(case, marks=pytest.mark.long)
+            for case in ("hidden 512", "32 experts", "hidden 1024, lorc", "turned")
+        ),
     ],
 )
 def test_peak_memory_is_within_a_tenth_of_the_plan(case: str) -> None:

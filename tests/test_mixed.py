@@ -185,6 +185,8 @@ def test_what_was_found_is_kept(pico: Pico, calibration_text: Path, tmp_path: Pa
         ("bits: 4, average_bits: 3", "average_bits does nothing without bits: mixed"),
         ("scheme: nvfp4a16, bits: mixed, average_bits: 3", "bits does nothing with scheme: nvfp4a16"),
         ("bits: mixed, average_bits: 3, choices: [4]", "choices"),
+        ("bits: mixed, average_bits: 3, sizes: {x: 32}", "sizes are of the linears that widths names"),
+        ("bits: mixed, widths: {x: 4, y: 4}, sizes: {x: 32}", "sizes are of the linears that widths names"),
     ],
 )
 def test_options_that_do_not_go_together(options: str, said: str) -> None:

@@ -133,6 +133,11 @@ class Checkpoint:
         part = self._slices.get(name)
         return self.stored_tensor(name) if part is None else part.of(self.stored_tensor(part.stored))
 
+    @property
+    def anew(self) -> bool:
+        """Whether weights are made when they are read, in memory of their own, not mapped from files."""
+        return False
+
     def by_rows(self, name: str) -> bool:
         """Whether rows of a matrix have to be decoded, and can be without the others."""
         return False

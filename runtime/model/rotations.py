@@ -25,7 +25,7 @@ from .view import Derived, View, without_further_layers
 Step = Callable[[Tensor], Tensor]
 
 _FACTOR = 64  # rows of the largest power of two that one product multiplies by
-_ROWS = 16384  # of a matrix, in float32 at a time
+ROWS = 4096  # of a matrix, in float32 at a time
 
 
 def spread(size: int) -> list[Tensor]:
@@ -145,13 +145,17 @@ class _Turned:
     rows: list[Step] = field(default_factory=list)
 
     def derived(self, offset: float) -> Derived:
-        """Args:
-        offset: what is added to a gain.
+        """The same for a view.
+
+        Args:
+            offset: what is added to a gain.
         """
         if not self.columns and not self.rows:
             return Derived((self.source,))
         make = partial(_made, columns=tuple(self.columns), rows=tuple(self.rows), offset=offset)
-        return Derived((self.source, self.gain) if self.gain else (self.source,), make, by_rows=not self.rows)
+        return Derived(
+            (self.source, self.gain) if self.gain else (self.source,), make, by_rows=not self.rows, anew=True
+        )
 
 
 def rotated(skeleton: Skeleton, stream: Rotation | None, values: Rotation | None) -> View:
@@ -270,9 +274,11 @@ def _made(
     tensor: Tensor, gain: Tensor | None = None, *, columns: Sequence[Step], rows: Sequence[Step], offset: float
 ) -> Tensor:
     """A tensor turned, in its own dtype, some rows at a time where each is made of one."""
-    if len(tensor) > _ROWS and not rows:
-        parts = tensor.split(_ROWS)
-        return torch.cat([_made(part, gain, columns=columns, rows=rows, offset=offset) for part in parts])
+    if len(tensor) > ROWS and not rows:
+        result = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        for part, out in zip(tensor.split(ROWS), result.split(ROWS), strict=True):
+            out.copy_(_made(part, gain, columns=columns, rows=rows, offset=offset))
+        return result
     found = tensor.float()
     if gain is not None:
         found = multiplied(found, columns=gain.float() + offset)

@@ -135,7 +135,7 @@ class Skeleton:
     @property
     def copies(self) -> bool:
         """Whether a block's weights take memory of their own: elsewhere they are pages of the checkpoint's files."""
-        return self.dtype != self.checkpoint.dtype or self.device.type != "cpu"
+        return self.dtype != self.checkpoint.dtype or self.device.type != "cpu" or self.checkpoint.anew
 
     @property
     def blocks(self) -> int:

@@ -27,11 +27,13 @@ class Derived:
         make: how, of those tensors in order; it works on `meta` too, by which shapes and dtypes are known. None for a
             single one that stays as it is.
         by_rows: whether each row is made of the same row of the first source.
+        anew: whether what is made takes memory of its own, and is not a part of a mapped file.
     """
 
     sources: tuple[str, ...]
     make: Callable[..., Tensor] | None = None
     by_rows: bool = False
+    anew: bool = False
 
 
 class View(Checkpoint):
@@ -79,6 +81,10 @@ class View(Checkpoint):
         part = self._parts[name]
         sources = [self._source.tensor(source) for source in part.sources]
         return sources[0] if part.make is None else part.make(*sources)
+
+    @property
+    def anew(self) -> bool:
+        return self._source.anew or any(part.anew for part in self._parts.values())
 
     def by_rows(self, name: str) -> bool:
         part = self._parts[name]

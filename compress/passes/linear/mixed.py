@@ -81,6 +81,8 @@ class Mixed(LinearPass):
             self._refuse_idle("without bits: mixed", "average_bits", "choices", "group_sizes", "widths", "sizes")
         elif self.average_bits is None and self.widths is None:
             raise ValueError("bits: mixed needs average_bits")
+        elif self.sizes is not None and self.sizes.keys() != (self.widths or {}).keys():
+            raise ValueError("sizes are of the linears that widths names, all of them")
         return self
 
     def _integers(self, bits: int, columns: int, group_size: int | None = None) -> Rounding:
