@@ -466,7 +466,8 @@ def keep(gpu: dispatch.GpuCapability, found: dict[str, Launch], lines: list[str]
         record = json.loads(file.read_text(encoding="utf-8"))
     for key, one in found.items():
         record["launches"][key] = {"kernel": one.kernel, "tile": list(one.tile), "splits": one.splits}
-    record |= {"device": gpu.name, "torch": torch.__version__, "triton": triton.__version__}
+    record |= {"device": gpu.name, "backend": gpu.backend, "arch": gpu.arch, "processors": gpu.processors}
+    record |= {"torch": torch.__version__, "triton": triton.__version__}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     results = (out or ROOT / "benchmarks" / "results") / file.with_suffix(".txt").name

@@ -63,7 +63,8 @@ def write(gpu: GpuCapability, launches: dict[str, Launch]) -> None:
     entries = {
         key: {"kernel": one.kernel, "tile": list(one.tile), "splits": one.splits} for key, one in launches.items()
     }
-    dispatch.config_file(gpu).write_text(json.dumps({"launches": entries}), encoding="utf-8")
+    device = {"device": gpu.name, "backend": gpu.backend, "arch": gpu.arch, "processors": gpu.processors}
+    dispatch.config_file(gpu).write_text(json.dumps(device | {"launches": entries}), encoding="utf-8")
 
 
 def test_a_tuned_configuration_wins_and_serves_its_neighbours() -> None:
@@ -76,6 +77,27 @@ def test_a_tuned_configuration_wins_and_serves_its_neighbours() -> None:
     assert launch(4, rows=28672, columns=4096) == second
     assert launch(4, A100) not in (first, second)
     assert launch(1) not in (first, second)
+
+
+def test_a_device_without_a_file_runs_as_the_nearest_of_its_architecture() -> None:
+    key = dispatch.config_key("group_linear", 4, 4096, 4096, "int4", 128, torch.bfloat16)
+    small = GpuCapability("NVIDIA H100 PCIe", "cuda", 90, 114, 232448)
+    mine, other = Launch("gemm", Tile(16, 32, 2, 5), 3), Launch("gemm", Tile(16, 128, 4, 3), 1)
+    write(H200, {key: mine})
+    write(GpuCapability("NVIDIA H20", "cuda", 90, 78, 232448), {key: other})
+    assert launch(4, small) == mine
+    assert launch(4, A100) not in (mine, other)
+    dispatch.tuned.cache_clear()
+    write(small, {key: other})
+    assert launch(4, small) == other
+
+
+def test_every_shipped_configuration_tells_whom_it_serves() -> None:
+    for file in (Path(dispatch.__file__).parent / "configs").glob("*.json"):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        assert record["device"].replace(" ", "_") == file.stem
+        gpu = GpuCapability(record["device"], record["backend"], record["arch"], record["processors"], 0)
+        assert (gpu.family, len(record["launches"]) > 200) == ("hopper", True)
 
 
 def test_groups_that_the_kernels_take() -> None:
