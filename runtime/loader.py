@@ -40,7 +40,10 @@ def load(
     model, family = skeleton.model, skeleton.family
     if isinstance(checkpoint, StoredModel):
         for disk_name in checkpoint.schemes:
-            _put_stored(skeleton, checkpoint, disk_name, target, kind)
+            try:
+                _put_stored(skeleton, checkpoint, disk_name, target, kind)
+            except (KeyError, IndexError, ValueError) as error:
+                raise ModelError(f"{path}: {disk_name} is not whole ({error})") from None
     state, beside = {}, skeleton.beside()
     for name, tensor in model.state_dict().items():
         disk_name = beside.get(name) or family.disk_name(name)

@@ -12,6 +12,7 @@ from .linear.awq import Awq
 from .linear.eora import Eora
 from .linear.gptq import Gptq
 from .linear.lorc import Lorc
+from .linear.outlier_columns import OutlierColumns
 from .linear.rtn import Rtn
 from .linear.smoothquant import SmoothQuant
 from .linear.sparse24 import SparsePass
@@ -24,6 +25,7 @@ _ALL: tuple[type[Pass], ...] = (
     Gptq,
     Awq,
     SmoothQuant,
+    OutlierColumns,
     SparsePass,
     ArmorPass,
     Eora,

@@ -23,6 +23,7 @@ from .base import (
     with_factors,
 )
 from .block_scaled import BlockScaled, BlockScaledLinear
+from .columns import ColumnsLinear, WithColumns
 from .dense import Dense, DenseLinear
 from .integers import IntLinear, IntQuantized
 from .k_quants import KQuantized
@@ -39,6 +40,7 @@ __all__ = [
     "ArmorLinear",
     "BlockScaled",
     "BlockScaledLinear",
+    "ColumnsLinear",
     "Composite",
     "Dense",
     "DenseLinear",
@@ -58,6 +60,7 @@ __all__ = [
     "StoredEmbedding",
     "StoredLinear",
     "W8A8Linear",
+    "WithColumns",
     "WithResidual",
     "bits_per_weight",
     "cached_bytes",

@@ -11,7 +11,8 @@ Per group of linears that read the same input (their rows stacked, since rows ar
 
 A 2:4 pattern stays as it is: what is not stored is a zero that the sweep cannot move. The core of an ARMOR matrix is
 swept for the inputs `B x`, and then improved in turns with A and B (`solvers/armor.py`); what has a low-rank residual
-aims at what that leaves.
+aims at what that leaves. Columns that stay floats (`outlier_columns`) come last: all others are solved for with what is
+left of the moment once these have made up for what they can (`Group.without`).
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Gptq(Quantizer, Calibrated):
         rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
         # Solving holds four copies of the moment in bfloat16 at most, the weights, codes and grids of all rows, and
         # about six float32 copies of the rows at hand.
-        if any(_wrapped(operator) for operator in operators):
+        if any(_wrapped(operator) or operator.kind == "columns" for operator in operators):
             return 36.0 * columns**2 + 12.0 * rows * columns
         return max(self.factoring(columns), 8.0 * columns**2 + 4.0 * rows * columns + 24.0 * min(rows, ROWS) * columns)
 
@@ -70,26 +71,28 @@ class Gptq(Quantizer, Calibrated):
 
         # Codes stay on their grid whatever a rounded moment says of directions without energy; wrappers follow it.
         wrapped = any(_wrapped(operator) for operator in work.linears.values())
-        products = torch.float32 if wrapped else None
+        exact = wrapped or any(_apart(operator) for operator in work.linears.values())
+        products = torch.float32 if exact else None
         for group in groups_of(self, work, act_order=self.act_order, products=products, pruned=wrapped):
             targets = group.targets()
             aims = [_aim(operator, target) for operator, target in zip(group.operators, targets, strict=True)]
             alone = [number for number, (base, _) in enumerate(aims) if base.moves_inputs and group.system]
             stacked = [number for number in range(len(aims)) if number not in alone]
             for which in self._stacks(group, stacked, aims):
-                yield from self._apply_stacked(work, group, which, [aims[n] for n in which])
+                yield from self._apply_stacked(work, group, which, aims, targets)
             for number in alone:
                 yield from self._apply_armor(work, group, number, *aims[number])
 
     def _stacks(self, group: Group, numbers: list[int], aims: list[tuple[Operator, Tensor]]) -> list[list[int]]:
-        """Which linears are solved for together: those that are rounded alike, 2:4 or not; each on its own where rows
-        of one share their scales."""
+        """Which linears are solved for together: those that are rounded alike, 2:4 or not, with the same columns apart;
+        each on its own where rows of one share their scales."""
         found: dict[Any, list[int]] = {}
         for number in numbers:
             base, target = aims[number]
             rounding = self.rounding(target.shape[1], group.names[number])
             own = number if rounding.rows > 1 else -1
-            found.setdefault((own, rounding, _leaf(base).keep is not None), []).append(number)
+            alike = own, rounding, _leaf(base).keep is not None, _apart(group.operators[number])
+            found.setdefault(alike, []).append(number)
         return list(found.values())
 
     def _finish(
@@ -102,26 +105,37 @@ class Gptq(Quantizer, Calibrated):
         yield LayerDone.of(name, self.kind, error, result, group.tokens)
 
     def _apply_stacked(
-        self, work: StageWork, group: Group, which: list[int], aims: list[tuple[Operator, Tensor]]
+        self,
+        work: StageWork,
+        group: Group,
+        which: list[int],
+        aims: list[tuple[Operator, Tensor]],
+        targets: list[Tensor],
     ) -> Iterator[Event]:
-        """Linears that are all 2:4, or none of them, their rows stacked."""
+        """Linears that can be solved for together (`_stacks`), their rows stacked."""
         import torch
 
-        leaves = [_leaf(base) for base, _ in aims]
+        from ....runtime.schemes import Problem, WithColumns
+        from .groups import seen
+
+        leaves = [_leaf(aims[number][0]) for number in which]
         weight = torch.cat([leaf.dense(group.originals[0].dtype) for leaf in leaves])
         kept = [leaf.keep for leaf in leaves if leaf.keep is not None]
-        target = torch.cat([target for _, target in aims])
+        target = torch.cat([aims[number][1] for number in which])
         rounding = self.rounding(weight.shape[1], group.names[which[0]])
-        solution, reason = self._solve(weight, target, torch.cat(kept) if kept else None, rounding, group)
+        rest = group.without(_apart(group.operators[which[0]]), self.act_order)
+        solution, reason = self._solve(weight, target, torch.cat(kept) if kept else None, rounding, rest)
         start = 0
         for number, leaf in zip(which, leaves, strict=True):
             rows = slice(start, start + leaf.shape[0])
             start = rows.stop
-            met = work.statistics.get(group.names[number])
-            result = self.quantized(solution.codes[rows], solution.grid.rows(rows), leaf, met)
-            whole = _replaced(group.operators[number], leaf, result)
-            error = relative(solution.losses[rows], solution.scale[rows])
-            yield from self._finish(work, group, number, whole, error, reason)
+            operator, met = group.operators[number], work.statistics.get(group.names[number])
+            result = self.quantized(solution.codes[rows], solution.grid.rows(rows), leaf, seen(met, operator))
+            whole, scale = _replaced(operator, leaf, result), solution.scale[rows]
+            if isinstance(whole, WithColumns) and group.system is not None:
+                problem = Problem(targets[number], group.system.moment)
+                whole, scale = whole.refitted(problem), problem.loss(torch.zeros_like(problem.target))
+            yield from self._finish(work, group, number, whole, relative(solution.losses[rows], scale), reason)
 
     def _apply_armor(
         self, work: StageWork, group: Group, number: int, base: Operator, target: Tensor
@@ -229,6 +243,13 @@ def _rounded(weight: Tensor, rounding: Rounding, steps: Steps, energy: Tensor) -
 def _wrapped(operator: Operator) -> bool:
     """Whether what is quantized of it, or of a factor, meets other inputs than it does."""
     return any(part.moves_inputs for part in operator.inside())
+
+
+def _apart(operator: Operator) -> tuple[int, ...]:
+    """Columns of an operator that stay floats."""
+    from ....runtime.schemes import WithColumns
+
+    return tuple(operator.index.tolist()) if isinstance(operator, WithColumns) else ()
 
 
 def _aim(operator: Operator, target: Tensor) -> tuple[Operator, Tensor]:

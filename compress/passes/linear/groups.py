@@ -12,7 +12,7 @@ from torch import Tensor
 from ....calibrate.stage import StageWork
 from ....calibrate.statistics import HELD, Statistics
 from ....kernels.dispatch import cpu_capability, products_dtype
-from ....runtime.schemes import Dense, LowRank, Operator
+from ....runtime.schemes import Composite, Dense, LowRank, Operator, WithColumns
 from ...solvers.lowrank import refit_up
 from ...solvers.system import NotSolvable, System, damped_system
 from .calibrated import ROWS, Calibrated
@@ -106,6 +106,22 @@ class Group:
             alphas=[self.alphas[n] for n in numbers],
         )
 
+    def without(self, columns: Sequence[int], act_order: bool) -> Group:
+        """Its linears without some columns, which are solved for last, as floats.
+
+        With the error D of all others, `tr((D E) H (D E)ᵀ)` is least for the columns' own `E = -D H_rc H_cc⁻¹`, and
+        `D (H_rr - H_rc H_cc⁻¹ H_cr) Dᵀ` then: the moment that the others see is Schur's complement.
+        """
+        if not columns or self.system is None:
+            return self
+        moment, where = self.system.moment.double(), torch.tensor(columns, device=self.energy.device)
+        cross = moment[where]
+        factor = torch.linalg.cholesky(cross[:, where])
+        moment -= cross.T @ torch.cholesky_solve(cross, factor)
+        moment[where], moment[:, where] = 0, 0
+        system = damped_system(moment.to(self.system.moment.dtype), 0.0, act_order=act_order)
+        return replace(self, system=system, energy=self.energy.index_fill(0, where, 0))
+
     def alive(self, weight: Tensor) -> Tensor:
         """A weight `[rows, columns]` without the columns whose inputs were never anything but zero."""
         return weight * (self.energy > 0)
@@ -121,6 +137,16 @@ class Group:
         moved = torch.cat([self.shift.moved(part) for part in torch.cat(exact).split(ROWS)]).split(rows)
         three = zip(exact, moved, self.alphas, strict=True)
         return [torch.add(weight, change, alpha=alpha) for weight, change, alpha in three]
+
+
+def seen(statistics: Statistics | None, operator: Operator) -> Statistics | None:
+    """Statistics of what enters `inner` of an operator made of others, of what enters that."""
+    if statistics is None or not isinstance(operator, Composite):
+        return statistics
+    sums = {"moment": operator.seen(statistics.moment)} if "moment" in statistics.sums else {}
+    if "peak" in statistics.sums and isinstance(operator, WithColumns):
+        sums["peak"] = operator.entering(statistics.sums["peak"])
+    return Statistics(statistics.tokens, sums, statistics.lent)
 
 
 def groups_of(

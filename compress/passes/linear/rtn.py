@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -13,8 +13,6 @@ from .calibrated import ROWS
 from .quantizer import SCHEMES, Quantizer
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ....calibrate.stage import StageWork
     from ....calibrate.statistics import Statistics
     from ....runtime.schemes import Operator
@@ -70,14 +68,17 @@ class Rtn(Quantizer):
         """The operator, its floats rounded, and their relative error weighted by what they meet where that is known."""
         import torch
 
+        from ....calibrate.statistics import Statistics
         from ....runtime.schemes import Composite, Dense, with_factors
         from ...solvers.grid import RANGES, Grid, searched_grid
+        from .groups import seen
 
         if operator.factors:
             most = 0.0
             for number, part in enumerate(operator.factors):
                 if number and statistics is not None:
-                    statistics = _seen(statistics, operator.between)
+                    moment = operator.between(statistics.moment)
+                    statistics = Statistics(statistics.tokens, {"moment": moment}, statistics.lent)
                 factor = getattr(operator, part)
                 own = steps
                 if steps.dtype.itemsize == 1:
@@ -86,9 +87,7 @@ class Rtn(Quantizer):
                 operator, most = with_factors(operator, **{part: result}), max(most, error)
             return operator, most
         if isinstance(operator, Composite):
-            if statistics is not None:
-                statistics = _seen(statistics, operator.seen)
-            inner, error = self._rounded(name, operator.inner, statistics, steps)
+            inner, error = self._rounded(name, operator.inner, seen(statistics, operator), steps)
             return operator.with_inner(inner), error
         weight = operator.weight if isinstance(operator, Dense) else operator.dense()
         rounding = self.rounding(weight.shape[1], name)
@@ -108,10 +107,3 @@ class Rtn(Quantizer):
             codes.append(rounding.numbers.as_bytes(nearest))
         relative = lost / max(scale, torch.finfo(torch.float32).tiny)
         return self.quantized(torch.cat(codes), Grid.stacked(grids), operator, statistics), relative
-
-
-def _seen(statistics: Statistics, moved: Callable[[Tensor], Tensor]) -> Statistics:
-    """Statistics of what a part of an operator meets."""
-    from ....calibrate.statistics import Statistics
-
-    return Statistics(statistics.tokens, {"moment": moved(statistics.moment)}, statistics.lent)

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import PrivateAttr
-
-from ....runtime.errors import RecipeError
 from ...events import Event, Scaled
-from ..base import LinearPass, Pass
+from ..base import LinearPass
+from .ahead import Ahead
 from .calibrated import ROWS, plain_floats
 
 if TYPE_CHECKING:
@@ -24,20 +22,10 @@ if TYPE_CHECKING:
 _WORTH = 0.995  # of the cost: what leaves more is not moved
 
 
-class Scaling(LinearPass):
+class Scaling(Ahead):
     """A pass that finds the scales of least cost (`solvers/scales.py`) for each seam of a stage."""
 
-    behind: ClassVar[str]  # which passes may round what it scales
-    _later: tuple[Pass, ...] = PrivateAttr(default=())
-
-    def before(self, later: Sequence[Pass]) -> Scaling:
-        result = self.model_copy()
-        result._later = tuple(later)
-        return result
-
-    def rounds(self, step: LinearPass) -> bool:
-        """Whether this pass may come before another."""
-        raise NotImplementedError
+    does: ClassVar[str] = "scales"
 
     def reader(self, step: LinearPass, name: str, weight: Tensor, statistics: Statistics) -> Reader:
         """What `step` will round.
@@ -48,21 +36,6 @@ class Scaling(LinearPass):
             statistics: of that input.
         """
         raise NotImplementedError
-
-    def rounder(self, name: str) -> LinearPass:
-        """The pass that rounds a linear, right behind this one.
-
-        Raises:
-            RecipeError: there is none.
-        """
-        found = next((step for step in self._later if isinstance(step, LinearPass) and step.wants(name)), None)
-        if found is None or not self.rounds(found):
-            why = "nothing does" if found is None else f"{found.kind} does not as this needs it"
-            raise RecipeError(
-                f"{self.kind} scales {name} for the pass behind it to round, which {why}: put {self.behind} right "
-                f"behind it, or let {self.kind} ignore it"
-            )
-        return found
 
     def planned(self, name: str, operator: Operator, group: Mapping[str, Dense]) -> Operator:
         self.rounder(name)
