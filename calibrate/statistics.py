@@ -209,9 +209,14 @@ class Statistics:
                 KINDS[name].add(sums, Inputs(rows, weighed, moved))
 
     @property
+    def met(self) -> bool:
+        """Whether they are of any token at all."""
+        return bool(self.tokens or self.lent)
+
+    @property
     def informed(self) -> bool:
         """Whether there is a second moment, of anything at all."""
-        return "moment" in self.sums and bool(self.tokens or self.lent)
+        return "moment" in self.sums and self.met
 
     def lent_to(self, own: Statistics | None) -> Statistics:
         """These statistics of other tokens, with an expert's own (None: it has none) and of their mean size: they count

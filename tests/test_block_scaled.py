@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from compressor.calibrate.stage import StageWork
+from compressor.calibrate.statistics import Statistics
 from compressor.compress.apply import Job, apply
 from compressor.compress.events import Event, LayerDone
 from compressor.compress.output.verify import export_dense, verify
@@ -33,7 +35,7 @@ from compressor.runtime import load
 from compressor.runtime.errors import RecipeError
 from compressor.runtime.model.checkpoint import Checkpoint
 from compressor.runtime.model.skeleton import Skeleton
-from compressor.runtime.schemes import BlockScaled, Dense, from_tensors, identical, stored_linear
+from compressor.runtime.schemes import BlockScaled, Dense, Operator, from_tensors, identical, stored_linear
 from compressor.runtime.stored import StoredModel
 
 Pico = Callable[..., Path]
@@ -254,3 +256,15 @@ def test_a_missing_scale_of_inputs_is_missed() -> None:
     del tensors["input_global_scale"]
     with pytest.raises(KeyError):
         from_tensors(tensors, made.scheme())
+
+
+def test_scales_of_inputs_are_over_what_calibration_met() -> None:
+    """A unit that suits the largest input, times room: with one that suits 1, inputs beyond 5 would be cut off."""
+    weight, statistics = torch.randn(8, 32).bfloat16(), Statistics.empty(32, ("peak",))
+    statistics.add(40 * torch.randn(50, 32))
+    originals: dict[str, Operator] = {"x": Dense(weight)}
+    work = StageWork(originals, {"x": weight}, [["x"]], {"x": statistics})
+    list(Rtn(kind="rtn", scheme="nvfp4").apply(work))
+    made, x = work.linears["x"], 40 * torch.randn(20, 32, generator=torch.Generator().manual_seed(0))
+    exact = x @ made.dense().T
+    assert float((made.forward(x) - exact).norm() / exact.norm()) < 0.15

@@ -214,7 +214,7 @@ class Quantizer(Mixed):
 
         from ...solvers.grid import Steps
 
-        known = statistics is not None and statistics.informed
+        known = statistics is not None and statistics.met
         largest = float(statistics.sums["peak"].max()) if statistics is not None and known else 1.0
         return Steps.of(rounding, torch.float32, _ROOM * largest)
 

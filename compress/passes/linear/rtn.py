@@ -56,7 +56,7 @@ class Rtn(Quantizer):
             for name, original in zip(wanted, originals, strict=True):
                 steps = self.steps(originals, self.rounding(original.shape[1], name), original.dtype)
                 statistics = work.statistics.get(name)
-                if statistics is not None and not statistics.informed:
+                if statistics is not None and not statistics.met:
                     statistics = None
                 result, error = self._rounded(name, work.linears[name], statistics, steps)
                 work.linears[name] = result
