@@ -109,17 +109,17 @@ def pack_int8(codes: Tensor) -> Tensor:
     return packed
 
 
-def linear_int8(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
+def linear_int8(x: Tensor, packed: Tensor, scales: Tensor, input_scale: Tensor | None = None) -> Tensor:
     """`[..., columns]` → `[..., rows]`: inputs are rounded token by token, sums are exact, padded or not.
 
     Args:
-        packed: of `pack_int8`; scales: float32 `[rows]`.
+        packed: of `pack_int8`; scales: float32 `[rows]`; input_scale: as of `quantize_rows`.
     """
     flat, least = x.reshape(-1, x.shape[-1]), SLOW_SUMS // len(scales) + 1
     result, zeros = flat.new_empty(len(flat), len(scales)), torch.zeros(len(scales), dtype=torch.int32)
     for start in range(0, len(flat), TILE_TOKENS):
         part = slice(start, start + TILE_TOKENS)
-        inputs, factors = quantize_rows(flat[part], torch.int8)
+        inputs, factors = quantize_rows(flat[part], torch.int8, input_scale)
         if len(inputs) < least:
             inputs = F.pad(inputs, (0, 0, 0, least - len(inputs)))
         sums = torch.ops.onednn.qlinear_pointwise(
@@ -134,13 +134,13 @@ def linear_int8(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
 _packed_codes = WeakIdKeyDictionary()
 
 
-@_kept_whole("bytes_linear(Tensor x, Tensor codes, Tensor scales) -> Tensor")
-def bytes_linear(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+@_kept_whole("bytes_linear(Tensor x, Tensor codes, Tensor scales, Tensor? input_scale=None) -> Tensor")
+def bytes_linear(x: Tensor, codes: Tensor, scales: Tensor, input_scale: Tensor | None = None) -> Tensor:
     """`linear_int8` for int8 codes `[rows, columns]`, which the first call packs."""
     packed = _packed_codes.get(codes)
     if packed is None:
         packed = _packed_codes[codes] = pack_int8(codes)
-    return linear_int8(x, packed, scales)
+    return linear_int8(x, packed, scales, input_scale)
 
 
 Scratch = dict[str, Tensor]  # memory to decode into, tile after tile: fresh pages would cost more than the decoding

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import dispatch, layouts, swizzles
+from . import dispatch, layouts, reference, swizzles
 
 DEVICES = ("cpu", "cuda")  # of the CPU only under Triton's interpreter
 EXPAND_BYTES = 1 << 26  # of a decoded part of a weight
@@ -436,16 +436,19 @@ def sorted_slots(index: Tensor, experts: int, block: int) -> tuple[Tensor, Tenso
 
 torch.library.define(
     "compressor::quantized_rows_linear",
-    "(Tensor x, Tensor codes, Tensor scales, Tensor? bias=None) -> Tensor",
+    "(Tensor x, Tensor codes, Tensor scales, Tensor? bias=None, Tensor? input_scale=None) -> Tensor",
 )
 
 
 @_implementation("quantized_rows_linear")
-def _quantized_rows_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A product of 8-bit numbers: activations are scaled by token, weights by row.
+def _quantized_rows_linear(
+    x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None, input_scale: Tensor | None = None
+) -> Tensor:
+    """A product of 8-bit numbers: activations are scaled by token, or all alike, weights by row.
 
     Args:
-        x: `[..., columns]`; codes: int8 or fp8 `[rows, columns]`; scales: float32 `[rows]`; bias: `[rows]`.
+        x: `[..., columns]`; codes: int8 or fp8 `[rows, columns]`; scales: float32 `[rows]`; bias: `[rows]`;
+            input_scale: float32 `[1]`.
     """
     kernels = _kernels("w8a8")
     flat = _flat(x)
@@ -456,8 +459,11 @@ def _quantized_rows_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tenso
     factors = torch.empty(padded, dtype=torch.float32, device=x.device)
     inputs[tokens:].zero_()
     factors[tokens:].zero_()
-    largest = 127.0 if whole else torch.finfo(codes.dtype).max
-    kernels.quantize_kernel[(tokens,)](flat, inputs, factors, columns, LARGEST=largest, BK=1024, num_warps=4)
+    if input_scale is None:
+        largest = 127.0 if whole else torch.finfo(codes.dtype).max
+        kernels.quantize_kernel[(tokens,)](flat, inputs, factors, columns, LARGEST=largest, BK=1024, num_warps=4)
+    else:
+        inputs[:tokens], factors[:tokens] = reference.quantize_rows(flat, codes.dtype, input_scale)
     if whole:
         sums, out = torch._int_mm(inputs, codes.T), x.new_empty(tokens, rows)
         kernels.rescale_kernel[(tokens, math.ceil(rows / 1024))](
@@ -470,7 +476,7 @@ def _quantized_rows_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tenso
 
 
 @torch.library.register_fake("compressor::quantized_rows_linear")
-def _(x: Tensor, codes: Tensor, scales: Tensor, bias: Any = None) -> Tensor:
+def _(x: Tensor, codes: Tensor, scales: Tensor, bias: Any = None, input_scale: Any = None) -> Tensor:
     return x.new_empty(*x.shape[:-1], len(codes))
 
 

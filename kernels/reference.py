@@ -98,17 +98,29 @@ def gated_experts(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, index: Tens
     return result
 
 
-def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Each row of `[rows, columns]` over its largest size: codes in `dtype` (int8, fp8), float32 scales `[rows]`."""
+def quantize_rows(x: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Each row of `[rows, columns]` over its largest size: codes in `dtype` (int8, fp8), float32 scales `[rows]`.
+
+    Args:
+        scale: float32 `[1]`, of all rows in place of their own; what is too large for it becomes the largest number.
+    """
     largest = 127 if dtype == torch.int8 else torch.finfo(dtype).max
-    scales = x.abs().amax(1).float().clamp_min_(1e-12) / largest
-    codes = x / scales[:, None]  # in float32
-    return (codes.round_() if dtype == torch.int8 else codes).to(dtype), scales
+    if scale is None:
+        scales = x.abs().amax(1).float().clamp_min_(1e-12) / largest
+        codes = x / scales[:, None]  # in float32
+        return (codes.round_() if dtype == torch.int8 else codes).to(dtype), scales
+    codes = x / scale
+    codes = codes.round_().clamp_(-128, 127) if dtype == torch.int8 else codes.clamp_(-largest, largest)
+    return codes.to(dtype), scale.expand(len(x))
 
 
-def linear_w8a8(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    """`x @ W.T`, x `[..., columns]` rounded as the weight is: codes (int8, fp8) `[rows, columns]`, scales `[rows]`."""
-    inputs, factors = quantize_rows(x.reshape(-1, x.shape[-1]), codes.dtype)
+def linear_w8a8(x: Tensor, codes: Tensor, scales: Tensor, input_scale: Tensor | None = None) -> Tensor:
+    """`x @ W.T`, x `[..., columns]` rounded as the weight is: codes (int8, fp8) `[rows, columns]`, scales `[rows]`.
+
+    Args:
+        input_scale: as of `quantize_rows`.
+    """
+    inputs, factors = quantize_rows(x.reshape(-1, x.shape[-1]), codes.dtype, input_scale)
     exact = torch.promote_types(x.dtype, torch.float32)
     sums = inputs.to(exact) @ codes.to(exact).T
     return (sums * factors[:, None] * scales).to(x.dtype).view(*x.shape[:-1], len(codes))

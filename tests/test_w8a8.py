@@ -7,15 +7,19 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationConfig
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
+from compressor.calibrate.stage import StageWork
+from compressor.calibrate.statistics import Statistics
 from compressor.compress.apply import Job, apply
 from compressor.compress.output.verify import export_dense, verify
 from compressor.compress.passes.linear.eora import Eora
@@ -27,7 +31,7 @@ from compressor.runtime import load
 from compressor.runtime.errors import ModelError, RecipeError
 from compressor.runtime.model.checkpoint import Checkpoint
 from compressor.runtime.model.skeleton import Skeleton
-from compressor.runtime.schemes import W8A8, Dense, W8A8Linear, from_tensors, stored_linear
+from compressor.runtime.schemes import W8A8, Dense, Operator, W8A8Linear, from_tensors, identical, stored_linear
 from compressor.runtime.stored import StoredModel
 
 Pico = Callable[..., Path]
@@ -101,6 +105,77 @@ def narrow(kind: str, rows: int, columns: int) -> W8A8:
     """One whose sums are exact even where a processor adds pairs of products of bytes in 16 bits."""
     made = operator(kind, rows, columns)
     return W8A8(made.codes.float().clamp_(-63, 63).to(made.codes.dtype), made.scales)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_static_inputs_have_one_scale_and_are_cut_off_beyond_it(kind: str, dtype: torch.dtype) -> None:
+    """By oneDNN's products of bytes, by decoding, and as a GPU's operator rounds them."""
+    plain = narrow(kind, 48, 64)
+    made = replace(plain, input_scale=torch.tensor([0.03125]).bfloat16())
+    again = from_tensors(made.to_tensors(), made.scheme())
+    assert identical(again, made)
+    assert not identical(again, plain)
+    assert made.nbytes == plain.nbytes + 2
+    x = torch.randn(3, 100, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    x[0, 0, :2] = torch.tensor([30.0, -30.0])
+    scaled = x.double() / 0.03125
+    if kind == "int":
+        rounded = scaled.round().clamp(-128, 127)
+    else:
+        rounded = scaled.float().clamp(-448, 448).to(torch.float8_e4m3fn).double()
+    exact = (0.03125 * rounded) @ made.dense(torch.float64).T
+    close = {torch.float32: 1e-5, torch.bfloat16: 4e-3}[dtype]
+    linear = stored_linear(made.to_tensors(), made.scheme(), None, dtype)
+    for found in (made.forward(x), linear(x), F.linear(x, made.dense(dtype)) + made.beyond(x)):
+        assert float((found.double() - exact).norm() / exact.norm()) < (close if found.dtype == dtype else 1e-5)
+    if kind == "int":
+        found = cpu.bytes_linear(x, made.codes, made.scales[:, 0].float(), torch.tensor([0.03125]))
+        assert float((found.double() - exact).norm() / exact.norm()) < close
+    cast = linear.to(torch.float16)
+    assert isinstance(cast, W8A8Linear)
+    assert cast.input_scale is not None
+    assert (cast.input_scale.dtype, float(cast.input_scale)) == (torch.float32, 0.03125)
+    with pytest.raises(ValueError, match="input_scale is of 2 numbers"):
+        from_tensors({**made.to_tensors(), "input_scale": torch.ones(2)}, made.scheme())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_static_scale_is_of_the_largest_input_that_was_met(kind: str) -> None:
+    weight, statistics = torch.randn(8, 32), Statistics.empty(32, ("peak",))
+    x = torch.randn(50, 32)
+    statistics.add(x)
+    linears: dict[str, Operator] = {"x": Dense(weight)}
+    step_ = Rtn(kind="rtn", scheme=SCHEMES[kind], input_scales="tensor")
+    assert step_.needs == {"reference", "peak"}
+    list(step_.apply(StageWork(linears, {"x": weight}, [["x"]], {"x": statistics})))
+    found = linears["x"].to_tensors()["input_scale"]
+    assert float(found) == pytest.approx(float(x.abs().max()) / (127 if kind == "int" else 448), rel=1e-6)
+
+
+@pytest.mark.parametrize("solver", ["rtn", "gptq"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_static_inputs_are_read_by_stock_transformers(
+    kind: str, solver: str, pico: Pico, tmp_path: Path, calibration_text: Path
+) -> None:
+    """One for linears that read the same."""
+    data = f"data: {{source: {calibration_text}, samples: 8, sequence_length: 32}}\n"
+    text = data + f"passes: [{{kind: {solver}, scheme: {SCHEMES[kind]}, input_scales: tensor}}]"
+    model, out = pico("qwen2", dtype=torch.float32), tmp_path / "out"
+    apply(Job(parse_recipe(text), text, (), model, out, str(model)), lambda event: None)
+    assert json.loads((out / "compressor.json").read_text())["format"] == "compressed-tensors"
+    assert verify(out) == []
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    QuantizationConfig.model_validate(config)
+    inputs = config["config_groups"]["group_0"]["input_activations"]
+    assert (inputs["strategy"], inputs["dynamic"]) == ("tensor", False)
+    stored = StoredModel(out)
+    scales = {name: stored.operator(name).to_tensors()["input_scale"] for name in stored.schemes}
+    block = "model.layers.0.self_attn."
+    assert scales[block + "q_proj"] == scales[block + "k_proj"] == scales[block + "v_proj"] != scales[block + "o_proj"]
+    stock, report = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    assert not any(report.values())
+    torch.testing.assert_close(logits(load(out, dtype=torch.float32)), logits(stock), rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture(params=[False, True])
@@ -212,8 +287,8 @@ def test_few_tokens_take_the_fast_product_to_the_same_bits(rows: int, dtype: tor
 
 
 def test_what_follows_the_product_of_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    def kernel(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        return reference.linear_w8a8(x, codes, scales) + bias
+    def kernel(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor, met: None) -> Any:
+        return reference.linear_w8a8(x, codes, scales, met) + bias
 
     made = operator("int", 48, 64)
     linear = stored_linear(made.to_tensors(), made.scheme(), None, torch.bfloat16)

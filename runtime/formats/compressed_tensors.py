@@ -46,6 +46,8 @@ _BLOCKS: dict[str, tuple[str, dict[str, Any]]] = {
 _INPUTS: dict[str, dict[str, Any]] = {
     "int8": {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True},
     "fp8": {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True},
+    "int8_tensor": {"num_bits": 8, "type": "int", "strategy": "tensor", "dynamic": False},
+    "fp8_tensor": {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False},
     "fp8_group": {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 128, "dynamic": True},
     "nvfp4": {**_BLOCKS["nvfp4"][1], "dynamic": "local"},
     "mxfp4": {**_BLOCKS["mxfp4"][1], "dynamic": True},
@@ -171,6 +173,8 @@ class CompressedTensors(Format):
                 known = {"weight_packed", "weight_scale"}
                 if schemes[name]["name"] == "nvfp4":
                     known |= {"weight_global_scale", "input_global_scale"}
+            elif schemes[name].get("inputs") == "tensor":
+                known |= {"input_scale"}
             for suffix in found:
                 if suffix not in known:
                     raise ModelError(f"{path}: {name} has a tensor {suffix}, {hint}")
@@ -188,7 +192,8 @@ def _readers(operator: Operator) -> tuple[str, ...]:
     scheme, columns = operator.scheme(), operator.shape[1]
     if scheme["kind"] == W8A8.kind:
         # tests/test_w8a8.py; vLLM 0.32 on a CPU ran int8, and did not come to an end with fp8.
-        return _EVERYONE if scheme["type"] == "int" else tuple(name for name in _EVERYONE if name != VLLM_CPU)
+        run = scheme["type"] == "int" and "inputs" not in scheme
+        return _EVERYONE if run else tuple(name for name in _EVERYONE if name != VLLM_CPU)
     if scheme["kind"] == BlockScaled.kind:
         rounding = ROUNDINGS[scheme["name"]]
         whole = not columns % rounding.columns and not operator.shape[0] % rounding.rows
@@ -249,6 +254,7 @@ def _arguments(scheme: Mapping[str, Any]) -> dict[str, Any]:
     if scheme["kind"] == W8A8.kind:
         weights: dict[str, Any] = {"num_bits": 8, "type": scheme["type"], "symmetric": True, "strategy": "channel"}
         inputs: str | None = "int8" if scheme["type"] == "int" else "fp8"
+        inputs = f"{inputs}_tensor" if scheme.get("inputs") == "tensor" else inputs
     elif scheme["kind"] == BlockScaled.kind:
         weights, inputs = {"symmetric": True, **_BLOCKS[scheme["name"]][1]}, scheme["inputs"]
     else:
@@ -296,12 +302,13 @@ def _scheme(
     if blocks is not None and symmetric and not weights.get("dynamic"):
         return {"kind": "block_scaled", "name": blocks, "inputs": met}
     by_row = weights.get("strategy") == "channel" and symmetric and bits == 8
-    if by_row and method == f"{kind}-quantized" and met == {"int": "int8", "float": "fp8"}.get(kind):
-        return {"kind": "w8a8", "type": kind}
+    own = {"int": "int8", "float": "fp8"}.get(kind)
+    if by_row and method == f"{kind}-quantized" and met in (own, f"{own}_tensor"):
+        return {"kind": "w8a8", "type": kind, **({} if met == own else {"inputs": "tensor"})}
     raise ModelError(
         f"{path}: {name} is {method} in a way that is not read here: packed integers need scales by group or channel "
         "that are stored; 8-bit weights one scale a row or a block, and inputs of their kind that are rounded as they "
-        "come"
+        "come, or by one scale that is stored"
     )
 
 
@@ -313,7 +320,7 @@ def _met(path: Path, name: str, inputs: Mapping[str, Any] | None) -> str | None:
     if found is None or not inputs.get("symmetric", True) or inputs.get("dynamic") != _INPUTS[found]["dynamic"]:
         raise ModelError(
             f"{path}: {name} rounds its inputs in a way that is not read here: they are rounded as they come, without "
-            "zero points, each token by itself or in the blocks of a known format"
+            "zero points, each token by itself or in the blocks of a known format, or all by one scale"
         )
     return found
 

@@ -18,16 +18,19 @@ from .linear import RowsLinear
 @dataclass(frozen=True)
 class W8A8(Operator):
     """8-bit numbers with a scale a row, `W = codes * scales`, for products of 8-bit numbers: when they run, inputs are
-    rounded alike, with a scale for each token. Stored as compressed-tensors `int-quantized` or `float-quantized`.
+    rounded alike, with a scale for each token, or one that is known before. Stored as compressed-tensors
+    `int-quantized` or `float-quantized`.
 
     Attributes:
         codes: `[out_features, in_features]`, int8 or float8_e4m3fn.
         scales: `[out_features, 1]` in the model's dtype, any sign.
+        input_scale: `[1]` in the model's dtype, of all tokens; None for one each.
     """
 
     kind: ClassVar[str] = "w8a8"
     codes: Tensor
     scales: Tensor
+    input_scale: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -35,27 +38,28 @@ class W8A8(Operator):
 
     @property
     def nbytes(self) -> float:
-        return self.codes.numel() + self.scales.numel() * self.scales.element_size()
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.to_tensors().values())
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         exact = torch.promote_types(dtype, torch.float32)
         return (self.codes.to(exact) * self.scales.to(exact)).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return reference.linear_w8a8(x, self.codes, self.scales[:, 0])
+        return reference.linear_w8a8(x, self.codes, self.scales[:, 0], _wide(self.input_scale))
 
     @property
     def rounds_activations(self) -> bool:
         return True
 
     def beyond(self, x: Tensor) -> Tensor:
-        codes, factors = reference.quantize_rows(x.reshape(-1, x.shape[-1]), self.codes.dtype)
+        codes, factors = reference.quantize_rows(x.reshape(-1, x.shape[-1]), self.codes.dtype, _wide(self.input_scale))
         rounded = (codes.to(x.dtype) * factors[:, None].to(x.dtype)).view(x.shape)
         return F.linear(rounded.sub_(x), self.dense(x.dtype))
 
     @property
     def description(self) -> str:
-        return "w8a8 int8" if self.codes.dtype == torch.int8 else "w8a8 fp8"
+        name = "w8a8 int8" if self.codes.dtype == torch.int8 else "w8a8 fp8"
+        return name if self.input_scale is None else f"{name} static"
 
     @property
     def scales_rows(self) -> bool:
@@ -65,25 +69,37 @@ class W8A8(Operator):
         return replace(self, scales=(self.scales.float() * scale[:, None]).to(self.scales.dtype))
 
     def to_tensors(self) -> dict[str, Tensor]:
-        return {"weight": self.codes, "weight_scale": self.scales}
+        stored = {"weight": self.codes, "weight_scale": self.scales}
+        return stored if self.input_scale is None else {**stored, "input_scale": self.input_scale}
 
     def scheme(self) -> dict[str, Any]:
-        return {"kind": self.kind, "type": "int" if self.codes.dtype == torch.int8 else "float"}
+        told = {"kind": self.kind, "type": "int" if self.codes.dtype == torch.int8 else "float"}
+        return told if self.input_scale is None else {**told, "inputs": "tensor"}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any]) -> W8A8:
-        return cls(tensors["weight"], tensors["weight_scale"])
+        met = tensors["input_scale"] if scheme.get("inputs") == "tensor" else None
+        if met is not None and met.numel() != 1:
+            raise ValueError(f"input_scale is of {met.numel()} numbers, not of one")
+        return cls(tensors["weight"], tensors["weight_scale"], met)
+
+
+def _wide(scale: Tensor | None) -> Tensor | None:
+    """A scale of inputs in float32, `[1]`."""
+    return None if scale is None else scale.float().view(1)
 
 
 class W8A8Linear(RowsLinear):
     """8-bit numbers that meet inputs of 8 bits.
 
     Attributes:
-        codes: int8 or fp8 `[out_features, in_features]`; scales: float32 `[out_features]`.
+        codes: int8 or fp8 `[out_features, in_features]`; scales: float32 `[out_features]`; input_scale: float32 `[1]`
+            or None.
     """
 
     codes: Tensor
     scales: Tensor
+    input_scale: Tensor | None
 
     def __init__(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any], dtype: torch.dtype) -> None:
         operator = W8A8.from_tensors(tensors, scheme)
@@ -95,6 +111,7 @@ class W8A8Linear(RowsLinear):
         )
         self.register_buffer("codes", codes, persistent=False)
         self.register_buffer("scales", operator.scales[:, 0].float(), persistent=False)
+        self.register_buffer("input_scale", _wide(operator.input_scale), persistent=False)
         self._multiplies_bytes = codes.dtype == torch.int8 and dispatch.cpu_capability().int8
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -104,6 +121,7 @@ class W8A8Linear(RowsLinear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> W8A8Linear:
         """Moves what is stored as bytes, so that a cast of the model to another dtype leaves codes and scales alone."""
         stored = {"codes": self.codes.dtype, "scales": self.scales.dtype}
+        stored |= {} if self.input_scale is None else {"input_scale": self.input_scale.dtype}
         self._view_stored(dict.fromkeys(stored, torch.uint8))
         try:
             super()._apply(fn, recurse)
@@ -124,14 +142,14 @@ class W8A8Linear(RowsLinear):
         return self.decode(slice(None), dtype)
 
     def fused(self, x: Tensor, bias: Tensor | None = None, *residual: Tensor | None) -> Tensor:
-        result: Tensor = ops.quantized_rows_linear(x, self.codes, self.scales, bias)
+        result: Tensor = ops.quantized_rows_linear(x, self.codes, self.scales, bias, self.input_scale)
         up, down = residual or (None, None)
         return result if up is None or down is None else result + F.linear(down, up)
 
     def tiled(self, x: Tensor) -> Tensor:
         if self._multiplies_bytes and x.device.type == "cpu":  # a loaded model may be moved
-            return cpu.bytes_linear(x, self.codes, self.scales)
-        inputs, factors = reference.quantize_rows(x.reshape(-1, x.shape[-1]), self.codes.dtype)
+            return cpu.bytes_linear(x, self.codes, self.scales, self.input_scale)
+        inputs, factors = reference.quantize_rows(x.reshape(-1, x.shape[-1]), self.codes.dtype, self.input_scale)
         return super().tiled(inputs.float().mul_(factors[:, None]).to(x.dtype).view(x.shape))
 
 

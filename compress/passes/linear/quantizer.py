@@ -75,6 +75,11 @@ class Quantizer(Mixed):
         "largest of 128, 64 and 32 that divides the columns of a linear, as other engines want it, or 128 if none does",
     )
     symmetric: bool = Field(True, description="signed full-range scales; false: a zero point for each group")
+    input_scales: Literal["token", "tensor"] = Field(
+        "token",
+        description="with scheme: int8 or fp8, what a scale of rounded inputs is of. token: one token, found when the "
+        "model runs; tensor: all that enters a linear, from the largest input of the calibration text (static)",
+    )
 
     @field_validator("group_size")
     @classmethod
@@ -87,14 +92,22 @@ class Quantizer(Mixed):
     def _own_integers(self) -> Self:
         if SCHEMES[self.scheme].weights is not None:
             self._refuse_idle(f"with scheme: {self.scheme}, which says it", "bits", "group_size", "symmetric")
+        if self.scheme not in ("int8", "fp8"):
+            self._refuse_idle(f"with scheme: {self.scheme}", "input_scales")
         return self
+
+    @property
+    def _way_out(self) -> str:
+        """What to set for inputs of which nothing has to be known before; empty where it is so."""
+        if self.scheme == "nvfp4":
+            return "scheme nvfp4a16, which leaves inputs as they come"
+        return "input_scales: token, which finds scales when the model runs" if self.input_scales == "tensor" else ""
 
     @property
     def needs(self) -> frozenset[Need]:
         found = super().needs
-        if self.scheme != "nvfp4":
+        if not self._way_out:
             return found
-        # Of inputs, it rounds to scales of 8 bits over a number that is known before.
         more: set[Need] = {"peak"} if found else {"reference", "peak"}
         return found | more
 
@@ -134,10 +147,9 @@ class Quantizer(Mixed):
         return Steps.of(rounding, dtype, largest)
 
     def plan(self, name: str, operator: Operator, group: Mapping[str, Dense]) -> Operator:
-        if operator.factors and self.scheme == "nvfp4":
+        if operator.factors and self._way_out:
             raise RecipeError(
-                f"{self.kind} does not know what enters the factors of {name}: ignore it, or take scheme nvfp4a16, "
-                "which leaves inputs as they come"
+                f"{self.kind} does not know what enters the factors of {name}: ignore it, or take {self._way_out}"
             )
         return super().plan(name, operator, group)
 
@@ -201,7 +213,8 @@ class Quantizer(Mixed):
             return leaf.coded(KQuantized(codes, scales, mins, grid.units.half(), name))
         if rounding.columns < 0:
             codes = codes if codes.dtype == torch.int8 else codes.view(torch.float8_e4m3fn)
-            return leaf.coded(W8A8(codes, grid.scales.to(steps.dtype)))
+            met = None if self.input_scales == "token" else self._input_scale(rounding, statistics, codes.device)
+            return leaf.coded(W8A8(codes, grid.scales.to(steps.dtype), None if met is None else met.to(steps.dtype)))
         scales = (grid.scales[:: rounding.rows] / steps.unit).to(steps.dtype)
         scales = scales.view(torch.uint8) if steps.coarse else scales
         whole = None if rounding.scales != "e4m3" else _over(steps, scales.device)
@@ -214,9 +227,18 @@ class Quantizer(Mixed):
 
         from ...solvers.grid import Steps
 
-        known = statistics is not None and statistics.met
-        largest = float(statistics.sums["peak"].max()) if statistics is not None and known else 1.0
-        return Steps.of(rounding, torch.float32, _ROOM * largest)
+        return Steps.of(rounding, torch.float32, _ROOM * _largest(statistics))
+
+    def _input_scale(self, rounding: Rounding, statistics: Statistics | None, device: torch.device) -> Tensor:
+        """`[1]`, by which the largest input is the largest number."""
+        import torch
+
+        return torch.full((1,), _largest(statistics) / rounding.numbers.high, device=device)
+
+
+def _largest(statistics: Statistics | None) -> float:
+    """The largest of some inputs; 1 where there were none."""
+    return float(statistics.sums["peak"].max()) or 1.0 if statistics is not None and statistics.met else 1.0
 
 
 def _over(steps: Steps, device: torch.device) -> Tensor:
