@@ -71,8 +71,6 @@ class Mixed(LinearPass):
     @field_validator("choices")
     @classmethod
     def _rising(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if len(set(value)) < 2:
-            raise ValueError("choices are two numbers of bits at least")
         return tuple(sorted(set(value)))
 
     @model_validator(mode="after")
@@ -81,6 +79,8 @@ class Mixed(LinearPass):
             self._refuse_idle("without bits: mixed", "average_bits", "choices", "group_sizes", "widths", "sizes")
         elif self.average_bits is None and self.widths is None:
             raise ValueError("bits: mixed needs average_bits")
+        elif len(self._options) < 2:
+            raise ValueError("bits: mixed needs two choices at least, or two group_sizes")
         elif self.sizes is not None and self.sizes.keys() != (self.widths or {}).keys():
             raise ValueError("sizes are of the linears that widths names, all of them")
         return self
