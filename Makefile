@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-long lint crash clean
+.PHONY: demo test test-long check lint crash clean
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -15,10 +15,14 @@ demo: .venv/installed
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal -m "not long"
 
-# What `make test` leaves to CI for its minutes: most recipes' baselines, the memory of large models, kernels compiled for
-# GPUs other than Hopper.
+# What `make test` leaves to CI for its minutes: the memory of large models, kernels compiled for GPUs other than Hopper.
 test-long: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal -m long
+
+# Every shipped recipe on both bundled models, against the committed baseline.
+check: .venv/installed
+	mkdir -p build
+	OMP_NUM_THREADS=1 $(BIN)/compressor check --baseline tests/baselines.json --jobs 2 --markdown build/check.md
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -28,6 +28,7 @@ from .arguments import (
     RevisionOption,
     SetOption,
 )
+from .check import check
 from .recipes import read, recipes_app
 
 app = typer.Typer(
@@ -36,6 +37,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 the answer is no, 2 could not run, 130 interrupted and resumable.",
 )  # fmt: skip
 app.add_typer(recipes_app, name="recipes")
+app.command()(check)
 
 _state = {"debug": False, "quiet": False, "interrupted": False}
 

@@ -1,0 +1,227 @@
+"""Recipes run on models, measured, and held against a baseline."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from ..runtime.errors import CompressorError
+from ..runtime.files import file_sha256, write_synced
+from ..runtime.text import json_text
+from .baseline import Baseline, Figures, Move, Text, moves
+
+_CODE = ("kernels", "runtime", "calibrate", "compress")
+_IMPORTED = ["compressor.compress.apply", "compressor.compress.evaluate", "transformers.models.llama.modeling_llama"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A recipe on a model.
+
+    Attributes:
+        model: its name in the baseline; folder: where it lies.
+        recipe: a shipped name, or a file; edits: as `--set` takes them.
+        text: what output and model are compared on.
+    """
+
+    model: str
+    folder: str
+    recipe: str
+    edits: tuple[str, ...]
+    text: Text
+
+    @property
+    def name(self) -> str:
+        """Of a folder."""
+        return re.sub(r"[^\w.-]+", "_", f"{self.model} {self.recipe}")
+
+    def __str__(self) -> str:
+        return f"{self.model} / {self.recipe}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a case.
+
+    Attributes:
+        figures: what was measured; None where it failed, for a `reason`.
+        text: sha256 of the text that figures were measured on.
+        moved: its figures against the baseline; None where that has none.
+        seconds: that it took; 0 where an earlier run's result was taken.
+    """
+
+    case: Case
+    figures: Figures | None
+    reason: str
+    text: str
+    moved: tuple[Move, ...] | None
+    seconds: float
+
+    @property
+    def verdict(self) -> str:
+        """`failed`, `new`, or the worst that a figure did: `worse`, `other`, `better`, `same`."""
+        if self.figures is None:
+            return "failed"
+        if self.moved is None:
+            return "new"
+        found = {move.verdict for move in self.moved}
+        return next((verdict for verdict in ("worse", "other", "better") if verdict in found), "same")
+
+    @property
+    def said(self) -> str:
+        """Why it is not `same`, in a line."""
+        if self.figures is None:
+            return self.reason
+        if self.moved is None:
+            return ""
+        return ", ".join(str(move) for move in self.moved if move.verdict != "same")
+
+
+def run_cases(cases: Sequence[Case], baseline: Baseline, jobs: int, work: Path | None) -> Iterator[Outcome]:
+    """Run each case in a process of its own, and compare.
+
+    Args:
+        jobs: cases at a time, which share the processor's threads.
+        work: keeps outputs and what was measured; a case of which nothing has changed since is not run again.
+    """
+    with tempfile.TemporaryDirectory(prefix="compressor-check-") as room:
+        base = Path(room) if work is None else work
+        context = get_context("forkserver")
+        context.set_forkserver_preload(_IMPORTED)
+        with ProcessPoolExecutor(jobs, context, max_tasks_per_child=1) as pool:
+            running = {pool.submit(_run, case, base / case.name, jobs, work is None): case for case in cases}
+            try:
+                for future in as_completed(running):
+                    yield _outcome(running[future], baseline, *future.result())
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in (pool._processes or {}).values():
+                    process.terminate()
+                raise
+
+
+def _outcome(case: Case, baseline: Baseline, found: dict[str, Any], seconds: float) -> Outcome:
+    if "reason" in found:
+        return Outcome(case, None, found["reason"], "", None, seconds)
+    figures, known = Figures.model_validate(found["figures"]), baseline.models.get(case.model)
+    entry = None if known is None else known.recipes.get(case.recipe)
+    moved = None
+    if entry is not None:
+        allowed, same = baseline.tolerances_of(case.model, case.recipe), baseline.text.sha256 == found["text"]
+        moved = tuple(moves(figures, entry.figures, allowed, same_text=same))
+    return Outcome(case, figures, "", found["text"], moved, seconds)
+
+
+def _run(case: Case, folder: Path, jobs: int, once: bool) -> tuple[dict[str, Any], float]:
+    """In a process of its own: what was measured, or why it was not, and the seconds that took.
+
+    Args:
+        folder: of this case alone; jobs: how many run at a time; once: whether nobody will look there again.
+    """
+    import torch
+
+    start = time.monotonic()
+    threads = max(1, torch.get_num_threads() // jobs)
+    torch.set_num_threads(threads)
+    try:
+        key, kept = _fingerprint(case, threads), folder / "figures.json"
+        if kept.is_file() and (found := json.loads(kept.read_text(encoding="utf-8")))["fingerprint"] == key:
+            return found, 0.0
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        found = {"fingerprint": key, **_measured(case, folder / "out")}
+        write_synced(kept, json_text(found))
+        if once:
+            shutil.rmtree(folder / "out")
+        return found, time.monotonic() - start
+    except CompressorError as error:
+        return {"reason": str(error)}, time.monotonic() - start
+    except Exception as error:  # one that is ours to mend; the other cases go on
+        return {"reason": f"internal error: {error!r}"}, time.monotonic() - start
+
+
+def _fingerprint(case: Case, threads: int) -> dict[str, Any]:
+    """What has to be the same for a result to be that of a case: all but the machine."""
+    from ..runtime.hub import resolve_model
+    from .recipe import parse_recipe, read_recipe
+
+    name, text = read_recipe(case.recipe)
+    recipe, folder = parse_recipe(text, name, case.edits), resolve_model(case.folder, None)[0]
+    root = Path(__file__).resolve().parent.parent
+    code = hashlib.sha256()
+    for file in sorted(file for part in _CODE for file in (root / part).rglob("*") if file.suffix in (".py", ".json")):
+        code.update(file.read_bytes())
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    sources = {source for source in (recipe.data.source, case.text.source) if source != "builtin"}
+    return {
+        "model": {file.name: file_sha256(file) for file in files},
+        "recipe": recipe.model_dump(mode="json"),
+        "texts": {source: file_sha256(Path(source)) for source in sorted(sources) if Path(source).is_file()},
+        "text": case.text.model_dump(mode="json", exclude={"sha256"}),
+        "code": code.hexdigest(),
+        "threads": threads,
+    }
+
+
+def _measured(case: Case, out: Path) -> dict[str, Any]:
+    """Figures of a case, and the sha256 of the text that was read for them."""
+    import torch
+
+    from ..calibrate.corpus import builtin_corpus, file_corpus, load_tokenizer, token_windows
+    from ..runtime.hub import resolve_model
+    from ..runtime.loader import load
+    from .apply import Job, apply
+    from .evaluate import evaluate
+    from .recipe import parse_recipe, read_recipe
+
+    (name, recipe), (folder, commit) = read_recipe(case.recipe), resolve_model(case.folder, None)
+    job = Job(parse_recipe(recipe, name, case.edits), recipe, case.edits, folder, out, case.folder, commit)
+    plan = apply(job, lambda event: None, overwrite=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    spec = case.text
+    corpus = builtin_corpus("evaluation") if spec.source == "builtin" else file_corpus(Path(spec.source))
+    tokenizer = load_tokenizer(folder)
+    windows = token_windows(
+        corpus, tokenizer, samples=spec.samples, sequence_length=spec.sequence_length, seed=spec.seed
+    )
+    against = evaluate(load(out, dtype=torch.float32), windows, load(folder, dtype=torch.float32)).against
+    assert against is not None
+    if not math.isfinite(against.kl_mean):
+        return {"reason": "its answers are not finite"}
+    weights = sorted(out.glob("*.safetensors"))
+    figures = Figures(
+        bytes=int(plan.bytes_after),
+        kv_bytes_per_token=plan.kv_after,
+        format=plan.format.name,
+        readers=tuple(plan.readers),
+        kl_mean=against.kl_mean,
+        kl_error=against.kl_error,
+        perplexity_ratio=against.perplexity_ratio,
+        ratio_error=against.ratio_error,
+        peak_memory=peak,
+        digest=hashlib.sha256("".join(f"{file.name} {file_sha256(file)}\n" for file in weights).encode()).hexdigest(),
+    )
+    return {"figures": figures.model_dump(mode="json"), "text": corpus.sha256}
+
+
+def record(outcome: Outcome) -> dict[str, Any]:
+    """For a file."""
+    figures = None if outcome.figures is None else outcome.figures.model_dump(mode="json")
+    moved = None if outcome.moved is None else [asdict(move) for move in outcome.moved]
+    return {
+        "model": outcome.case.model, "recipe": outcome.case.recipe, "set": list(outcome.case.edits),
+        "verdict": outcome.verdict, "said": outcome.said, "seconds": round(outcome.seconds, 1), "figures": figures,
+        "moved": moved,
+    }  # fmt: skip

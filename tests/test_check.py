@@ -1,0 +1,165 @@
+"""`compressor check`: what counts as moved, and the command that people and their CI run."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import yaml
+from command import run
+
+from compressor.cli import ci
+from compressor.cli.check import check
+from compressor.compress.baseline import Baseline, Figures, Tolerances, moves
+from compressor.compress.check import Case, Outcome
+from compressor.runtime.errors import RecipeError
+
+Pico = Callable[..., Path]
+FIGURES = Figures(
+    bytes=1000, kv_bytes_per_token=64.0, format="compressor", readers=("compressor",), kl_mean=0.01, kl_error=0.002,
+    perplexity_ratio=1.02, ratio_error=0.004, peak_memory=500, digest="a",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "verdicts"),
+    [
+        ({}, {}),
+        ({"bytes": 1001}, {"bytes": "worse"}),
+        ({"bytes": 999}, {"bytes": "better"}),
+        ({"kl_mean": 0.0107}, {}),
+        ({"kl_mean": 0.0109}, {"kl_mean": "worse"}),
+        ({"kl_mean": 0.0091}, {"kl_mean": "better"}),
+        ({"kl_mean": float("nan")}, {"kl_mean": "worse"}),
+        ({"perplexity_ratio": 1.03}, {}),
+        ({"perplexity_ratio": 1.04, "peak_memory": 700}, {"perplexity_ratio": "worse", "peak_memory": "worse"}),
+        ({"format": "compressed-tensors"}, {"format": "other"}),
+        ({"readers": ("compressor", "transformers")}, {"readers": "better"}),
+        ({"readers": ("transformers",)}, {"readers": "worse"}),
+        ({"digest": "b", "peak_memory": None, "readers": None}, {}),
+    ],
+)
+def test_what_counts_as_moved(change: dict[str, object], verdicts: dict[str, str]) -> None:
+    found = moves(FIGURES.model_copy(update=change), FIGURES, Tolerances(), same_text=True)
+    assert {move.figure: move.verdict for move in found if move.verdict != "same"} == verdicts
+
+
+def test_another_text_excuses_noise_alone() -> None:
+    def verdict(**change: float) -> set[str]:
+        found = moves(FIGURES.model_copy(update=change), FIGURES, Tolerances(), same_text=False)
+        return {move.figure for move in found if move.verdict != "same"}
+
+    room = 0.005 + 3 * 0.002 * 2**0.5
+    assert verdict(kl_mean=0.01 + 0.99 * room) == set()
+    assert verdict(kl_mean=0.01 + 1.01 * room) == {"kl_mean"}
+    assert verdict(bytes=1001) == {"bytes"}
+    other = FIGURES.model_copy(update={"digest": "b"})
+    assert [move.figure for move in moves(other, FIGURES, Tolerances(digest=True), same_text=True)][-1] == "digest"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "cannot be read as a baseline"),
+        ("[" * 100_000, "cannot be read as a baseline"),
+        ('{"version": 2}', "is no baseline: version"),
+        ('{"models": {"x": {"source": "x", "recipes": {"y": {"set": []}}}}}', r"recipes\.y\.figures: Field required"),
+        ('{"tolerances": {"kl": 1}}', r"tolerances\.kl: Extra inputs"),
+    ],
+)
+def test_what_is_no_baseline(content: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "baseline.json"
+    path.write_text(content)
+    with pytest.raises(RecipeError, match=said):
+        Baseline.read(path)
+
+
+def test_reports_for_machines() -> None:
+    case = Case("tiny", "models/tiny", "w4a16-rtn", (), Baseline().text)
+    worse = moves(FIGURES.model_copy(update={"kl_mean": 1.0}), FIGURES, Tolerances(), same_text=True)
+    outcomes = [
+        Outcome(case, FIGURES, "", "", (), 1.0), Outcome(case, FIGURES, "", "", tuple(worse), 2.0),
+        Outcome(case, None, "no such <file> | 100 %\nor so", "", None, 0.0), Outcome(case, FIGURES, "", "", None, 0.0),
+    ]  # fmt: skip
+    assert [outcome.verdict for outcome in outcomes] == ["same", "worse", "failed", "new"]
+    suite = ElementTree.fromstring(ci.junit(outcomes))
+    assert {key: suite.get(key) for key in ("tests", "failures", "errors", "time")} == {
+        "tests": "4", "failures": "2", "errors": "1", "time": "3.0",
+    }  # fmt: skip
+    assert [[child.tag for child in one] for one in suite] == [[], ["failure"], ["error"], ["failure"]]
+    lines = list(ci.github(outcomes))
+    assert [line.split(" ")[0] for line in lines] == ["::error", "::error", "::warning"]
+    assert lines[1].endswith("no such <file> | 100 %25%0Aor so")
+    table = ci.markdown(outcomes).splitlines()
+    assert table[4].endswith("**worse**: kl_mean 0.01 → 1 |")
+    assert r"no such <file> \| 100 % or so |" in table[5]
+    assert len(table) == 8
+
+
+def test_a_baseline_is_made_kept_and_held_against(pico: Pico, tmp_path: Path) -> None:
+    model, baseline, work = pico(), tmp_path / "baseline.json", tmp_path / "work"
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("passes: [{kind: rtn, bits: 4, group_size: 32}]\nlimits: {kl: null, perplexity_ratio: null}\n")
+    common = ("check", "--baseline", str(baseline), "--work", str(work))
+    missing = run(*common, cwd=tmp_path, code=2)
+    assert "no such file; --update --why TEXT makes it" in missing.stderr
+    run(*common, recipe, "--model", model, "--update", "--why", "the first", cwd=tmp_path)
+    content = json.loads(baseline.read_text())
+    assert content["updates"][0]["why"] == "the first"
+    [(name, entry)] = content["models"].items()
+    figures = entry["recipes"][str(recipe)]["figures"]
+    assert (name, figures["format"]) == (model.name, "compressed-tensors")
+    assert figures["peak_memory"] > 1e8
+    junit, said = tmp_path / "junit.xml", tmp_path / "said.md"
+    again = run(*common, "--junit", junit, "--markdown", said, cwd=tmp_path)
+    assert "as before (kept)" in again.stderr
+    assert ElementTree.fromstring(junit.read_text()).get("failures") == "0"
+    assert "###" in said.read_text()
+    figures |= {"bytes": figures["bytes"] + 1, "kl_mean": figures["kl_mean"] / 2}
+    baseline.write_text(json.dumps(content))
+    moved = run(*common, "--json", cwd=tmp_path, code=1)
+    [found] = json.loads(moved.stdout)["cases"]
+    assert found["verdict"] == "worse"
+    assert {move["figure"]: move["verdict"] for move in found["moved"] if move["verdict"] != "same"} == {
+        "bytes": "better", "kl_mean": "worse",
+    }  # fmt: skip
+    assert "1 worse or failed; if that is meant: compressor check --baseline" in moved.stderr
+    run(*common, "--update", "--why", "it was meant", cwd=tmp_path)
+    assert [one["why"] for one in json.loads(baseline.read_text())["updates"]] == ["the first", "it was meant"]
+    recipe.write_text(recipe.read_text().replace("bits: 4", "bits: 3"))
+    changed = run(*common, recipe, cwd=tmp_path, code=1)
+    assert "kl_mean" in changed.stdout
+    assert "(kept)" not in changed.stderr
+
+
+def test_a_recipe_that_does_not_run_is_told_and_the_others_go_on(pico: Pico, tmp_path: Path) -> None:
+    recipes = []
+    for number, group_size in enumerate((32, 64)):
+        recipes.append(tmp_path / f"{number}.yaml")
+        step = f"passes: [{{kind: rtn, scheme: {'nvfp4a16' if number else 'int'}, targets: [no.such.linear]}}]\n"
+        recipes[-1].write_text(step if number else f"passes: [{{kind: rtn, bits: 4, group_size: {group_size}}}]\n")
+    words = [str(recipe) for recipe in recipes]
+    baseline = tmp_path / "baseline.json"
+    done = run(
+        "check", *words, "--model", pico(), "--baseline", baseline, "--jobs", 2, "--update", "--why", "x",
+        cwd=tmp_path, code=1,
+    )  # fmt: skip
+    assert "1.yaml: failed: " in done.stdout
+    assert list(next(iter(json.loads(baseline.read_text())["models"].values()))["recipes"]) == words[:1]
+
+
+def test_the_docs_name_options_that_there_are() -> None:
+    """And the workflow in them is YAML whose steps run this command."""
+    text = (Path(__file__).resolve().parent.parent / "docs" / "ci.md").read_text(encoding="utf-8")
+    known = {f"--{name.replace('_', '-')}" for name in inspect.signature(check).parameters}
+    known |= {"--set", "--json"} - {"--edits", "--as-json"}
+    workflow = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    commands = [step["run"] for step in workflow["jobs"]["check"]["steps"] if "run" in step]
+    assert any(command.startswith("compressor check ") for command in commands)
+    lines = [line for line in text.splitlines() if "index-url" not in line]
+    assert set(re.findall(r"--[a-z]+", "\n".join(lines))) <= known
