@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+
+def bytes_of(size: str | None) -> float | None:
+    """`16GB` or `500MB` → bytes."""
+    if size is None:
+        return None
+    from ..runtime.errors import ResourceError
+
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(MB|GB)", size)
+    if found is None:
+        raise ResourceError(f"--memory {size}: write it as 16GB or 500MB")
+    return float(found[1]) * {"MB": 1e6, "GB": 1e9}[found[2]]
+
 
 RecipeArgument = Annotated[str, typer.Argument(help="a recipe file, or the name of a shipped recipe")]
 ModelArgument = Annotated[str, typer.Argument(help="a model folder, or a hub id (owner/name)")]

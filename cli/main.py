@@ -4,7 +4,6 @@ come at once."""
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -27,6 +26,7 @@ from .arguments import (
     RecipeArgument,
     RevisionOption,
     SetOption,
+    bytes_of,
 )
 from .check import check
 from .recipes import read, recipes_app
@@ -42,20 +42,19 @@ app.command()(check)
 _state = {"debug": False, "quiet": False, "interrupted": False}
 
 
-def _bytes(size: str | None) -> float | None:
-    """`16GB` or `500MB` → bytes."""
-    if size is None:
-        return None
-    from ..runtime.errors import ResourceError
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
 
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)(MB|GB)", size)
-    if found is None:
-        raise ResourceError(f"--memory {size}: write it as 16GB or 500MB")
-    return float(found[1]) * {"MB": 1e6, "GB": 1e9}[found[2]]
+        render.out.print(f"compressor {version('compressor')}")
+        raise typer.Exit
 
 
 @app.callback()
 def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version and stop", callback=_print_version, is_eager=True)
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress")] = False,
 ) -> None:
@@ -85,7 +84,7 @@ def apply(
         return
     text, parsed = read(recipe, edits)
     folder, commit = _model(model, revision)
-    allowed = _bytes(memory)
+    allowed = bytes_of(memory)
 
     from ..calibrate.corpus import has_tokenizer
     from ..compress.apply import Job
@@ -180,7 +179,7 @@ def plan(
     depend on them alone."""
     _, parsed = read(recipe, edits)
     folder, _ = _model(model, revision)
-    allowed = _bytes(memory)
+    allowed = bytes_of(memory)
 
     from ..compress.guards import source_skeleton
     from ..compress.parallel import unsplittable

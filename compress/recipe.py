@@ -24,6 +24,7 @@ _Path = tuple[str | int, ...]
 
 
 SAMPLES = 128  # windows to calibrate on, where nothing asks for more
+_ENTRIES = 10_000  # of a recipe's text, at most
 TOKENS = 16  # to calibrate on, for each input of the widest linear
 
 
@@ -240,12 +241,19 @@ def _marks(node: yaml.Node, path: _Path, where: dict[_Path, tuple[yaml.Mark, yam
                 place = f"{key.start_mark.line + 1}:{key.start_mark.column + 1}"
                 yield place, f"duplicate key {key.value!r}, first on line {first[key.value]}"
             first.setdefault(key.value, key.start_mark.line + 1)
-            where[here] = key.start_mark, value.start_mark
+            _place(where, here, key.start_mark, value.start_mark)
             yield from _marks(value, here, where)
     elif isinstance(node, yaml.SequenceNode):
         for number, value in enumerate(node.value):
-            where[(*path, number)] = value.start_mark, value.start_mark
+            _place(where, (*path, number), value.start_mark, value.start_mark)
             yield from _marks(value, (*path, number), where)
+
+
+def _place(where: dict[_Path, tuple[yaml.Mark, yaml.Mark]], path: _Path, key: yaml.Mark, value: yaml.Mark) -> None:
+    """Say where a path stands; aliases of aliases may make endlessly many."""
+    if len(where) >= _ENTRIES:
+        raise ValueError(f"it has more than {_ENTRIES:,} entries, aliases followed")
+    where[path] = key, value
 
 
 def _edit_path(edit: str) -> list[str | int]:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -160,6 +161,7 @@ def test_validate_lists_and_exits_1(tmp_path: Path) -> None:
 
 
 def test_recipes_and_doctor_answer(tmp_path: Path) -> None:
+    assert run("--version", cwd=tmp_path).stdout == f"compressor {version('compressor')}\n"
     assert "w4a16-gptq" in json.loads(run("recipes", "list", "--json", cwd=tmp_path).stdout)
     assert "act_order: true" in run("recipes", "show", "w4a16-gptq", cwd=tmp_path).stdout
     assert json.loads(run("recipes", "schema", cwd=tmp_path).stdout)["title"] == "Recipe"

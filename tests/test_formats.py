@@ -232,6 +232,13 @@ def test_small_shards_have_an_index_and_load(pico: Pico, tmp_path: Path) -> None
 def test_damage_is_found(pico: Pico, tmp_path: Path) -> None:
     out = compress(pico(), tmp_path / "out", "{kind: rtn, bits: 4, group_size: 32}")
     file = out / "model.safetensors"
+    for name in ("model.safetensors.index.json", "chat_template.jinja", "other.safetensors"):
+        planted = out / name  # transformers would take them for a part of the model
+        planted.write_bytes(b"{}")
+        assert verify(out) == [f"{planted}: is not in compressor.json, and readers may take it for a part of the model"]
+        planted.unlink()
+    (out / "notes.md").write_text("mine")
+    assert verify(out) == []
     raw = bytearray(file.read_bytes())
     raw[-10] ^= 1
     file.write_bytes(raw)

@@ -167,3 +167,17 @@ def test_a_key_that_does_nothing_is_a_mistake(entry: str, key: str, condition: s
 def test_a_recipe_with_every_default_written_out_is_the_same(name: str) -> None:
     recipe = parse_recipe(shipped()[name])
     assert parse_recipe(resolved_yaml(recipe)) == recipe
+
+
+def test_aliases_of_aliases_are_no_endless_work() -> None:
+    """Nine levels of nine are 387 million entries, of 400 bytes."""
+    lines = ["a: &a [x]"]
+    for one, other in zip("abcdefghi", "bcdefghij", strict=True):
+        lines.append(f"{other}: &{other} [{', '.join([f'*{one}'] * 9)}]")
+    with pytest.raises(RecipeError, match="more than 10,000 entries, aliases followed"):
+        parse_recipe("\n".join([*lines, "passes: [{kind: rtn}]"]))
+    with pytest.raises(RecipeError, match="not a recipe"):
+        parse_recipe("a: &a [*a]\npasses: [{kind: rtn}]")
+    targets = "&t ['*.mlp.*']"
+    steps = parse_recipe(f"passes: [{{kind: rtn, targets: {targets}}}, {{kind: gptq, ignore: *t}}]").passes
+    assert steps[0].targets == steps[1].ignore

@@ -19,6 +19,9 @@ from ..guards import check_output
 from .folder import check_runs
 from .writer import ShardedWriter
 
+# What readers look for beside the weights that they know.
+_READ = frozenset({".safetensors", ".json", ".bin", ".jinja", ".model", ".py"})
+
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """`compressor.json` of an output.
@@ -43,8 +46,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def verify(folder: Path) -> list[str]:
     """What is wrong with an output, a line each; empty when all is well.
 
-    Weight files against the manifest's hashes, headers against the config, decoded weights finite, and sixteen tokens
-    run through every block.
+    Files against the manifest's hashes, files that it does not name, headers against the config, decoded weights, which
+    have to be finite, and sixteen tokens run through every block.
     """
     manifest = read_manifest(folder)
     findings = []
@@ -56,6 +59,9 @@ def verify(folder: Path) -> list[str]:
             findings.append(f"{path}: missing")
         elif file_sha256(path) != sha256:
             findings.append(f"{path}: its hash is not the one in compressor.json; it was changed or damaged")
+    for path in sorted(folder.iterdir()):
+        if path.suffix in _READ and path.name not in {*manifest["files"], "compressor.json"}:
+            findings.append(f"{path}: is not in compressor.json, and readers may take it for a part of the model")
     if findings:
         return findings
     try:
