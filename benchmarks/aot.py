@@ -114,7 +114,7 @@ def gpu(target: str) -> dispatch.GpuCapability:
     """What dispatch would know of a device of this kind."""
     found = TARGETS[target]
     arch = found.arch if isinstance(found.arch, int) else 0
-    return dispatch.GpuCapability(target, found.backend, arch, 132, SHARED[target])
+    return dispatch.GpuCapability("", found.backend, arch, 132, SHARED[target])
 
 
 def _typed(kernel: Any, names: dict[str, str], dtype: torch.dtype) -> dict[str, str]:

@@ -56,7 +56,7 @@ AMPERE_SHARED = 166912  # bytes that a program may have on an A100
 class GpuCapability:
     """What of a GPU the choice depends on."""
 
-    name: str
+    name: str  # empty: of no device, for which nothing is tuned
     backend: str  # "cuda" or "hip"
     arch: int  # 80, 90, 100, ...
     processors: int
@@ -235,7 +235,9 @@ def tuned(gpu: GpuCapability) -> Tuned:
     An H100 and an H200 chose alike in 224 of 271 cases, though their memories differ by half.
     """
     records = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(config_file(gpu).parent.glob("*.json"))]
-    alike = [record for record in records if (record["backend"], record["arch"]) == (gpu.backend, gpu.arch)]
+    alike = [
+        record for record in records if gpu.name and (record["backend"], record["arch"]) == (gpu.backend, gpu.arch)
+    ]
     alike.sort(key=lambda record: (record["device"] != gpu.name, abs(record["processors"] - gpu.processors)))
     found: Tuned = {}
     for key, entry in alike[0]["launches"].items() if alike else ():

@@ -87,6 +87,7 @@ def test_a_device_without_a_file_runs_as_the_nearest_of_its_architecture() -> No
     write(GpuCapability("NVIDIA H20", "cuda", 90, 78, 232448), {key: other})
     assert launch(4, small) == mine
     assert launch(4, A100) not in (mine, other)
+    assert launch(4, GpuCapability("", "cuda", 90, 114, 232448)) not in (mine, other)
     dispatch.tuned.cache_clear()
     write(small, {key: other})
     assert launch(4, small) == other
