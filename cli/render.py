@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from ..compress.plan import Plan, Row
 
 _WIDE = None if sys.stdout.isatty() else 140  # a pipe has no width of its own
-out = Console(highlight=False, soft_wrap=True, width=_WIDE)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Console(markup=False, highlight=False, soft_wrap=True, width=_WIDE)
+err = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
 
 
 def document(content: Any, file: Path | None = None) -> None:

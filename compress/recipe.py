@@ -24,7 +24,7 @@ _Path = tuple[str | int, ...]
 
 
 SAMPLES = 128  # windows to calibrate on, where nothing asks for more
-_ENTRIES = 10_000  # of a recipe's text, at most
+_ENTRIES = 10_000  # that aliases may make of a short text
 TOKENS = 16  # to calibrate on, for each input of the widest linear
 
 
@@ -158,7 +158,7 @@ def parse_recipe(text: str, name: str = "recipe", edits: tuple[str, ...] = ()) -
         if not isinstance(node, yaml.MappingNode):
             raise RecipeError(f"{name}:1:1: a recipe is a mapping with the key 'passes'")
         where: dict[_Path, tuple[yaml.Mark, yaml.Mark]] = {}
-        duplicates = list(_marks(node, (), where))
+        duplicates = list(_marks(node, (), where, max(_ENTRIES, len(text))))  # what is written out takes characters
         document = yaml.safe_load(text)
     except (ValueError, TypeError, RecursionError) as error:  # dates that do not exist, keys that are lists, loops
         raise RecipeError(f"{name}:1:1: not a recipe ({str(error).splitlines()[0]})") from None
@@ -231,8 +231,17 @@ def _allowed(spec: dict[str, Any]) -> str:
     return " ".join([*words, *(f"{sign} {spec[key]}" for key, sign in signs.items() if key in spec)])
 
 
-def _marks(node: yaml.Node, path: _Path, where: dict[_Path, tuple[yaml.Mark, yaml.Mark]]) -> Iterator[tuple[str, str]]:
-    """Fill in where each path stands (key mark, value mark); yield duplicate keys, which PyYAML would drop silently."""
+def _marks(
+    node: yaml.Node, path: _Path, where: dict[_Path, tuple[yaml.Mark, yaml.Mark]], most: int
+) -> Iterator[tuple[str, str]]:
+    """Fill in where each path stands (key mark, value mark), `most` of them; yield duplicate keys, which PyYAML would
+    drop silently.
+
+    Raises:
+        ValueError: there are more, which aliases of aliases can make endlessly many.
+    """
+    if len(where) > most:
+        raise ValueError(f"it has more than {most:,} entries, aliases followed")
     if isinstance(node, yaml.MappingNode):
         first: dict[str, int] = {}
         for key, value in node.value:
@@ -241,19 +250,12 @@ def _marks(node: yaml.Node, path: _Path, where: dict[_Path, tuple[yaml.Mark, yam
                 place = f"{key.start_mark.line + 1}:{key.start_mark.column + 1}"
                 yield place, f"duplicate key {key.value!r}, first on line {first[key.value]}"
             first.setdefault(key.value, key.start_mark.line + 1)
-            _place(where, here, key.start_mark, value.start_mark)
-            yield from _marks(value, here, where)
+            where[here] = key.start_mark, value.start_mark
+            yield from _marks(value, here, where, most)
     elif isinstance(node, yaml.SequenceNode):
         for number, value in enumerate(node.value):
-            _place(where, (*path, number), value.start_mark, value.start_mark)
-            yield from _marks(value, (*path, number), where)
-
-
-def _place(where: dict[_Path, tuple[yaml.Mark, yaml.Mark]], path: _Path, key: yaml.Mark, value: yaml.Mark) -> None:
-    """Say where a path stands; aliases of aliases may make endlessly many."""
-    if len(where) >= _ENTRIES:
-        raise ValueError(f"it has more than {_ENTRIES:,} entries, aliases followed")
-    where[path] = key, value
+            where[(*path, number)] = value.start_mark, value.start_mark
+            yield from _marks(value, (*path, number), where, most)
 
 
 def _edit_path(edit: str) -> list[str | int]:

@@ -236,7 +236,9 @@ def tuned(gpu: GpuCapability) -> Tuned:
     """
     records = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(config_file(gpu).parent.glob("*.json"))]
     alike = [
-        record for record in records if gpu.name and (record["backend"], record["arch"]) == (gpu.backend, gpu.arch)
+        record
+        for record in records
+        if gpu.name and (record.get("backend"), record.get("arch")) == (gpu.backend, gpu.arch)
     ]
     alike.sort(key=lambda record: (record["device"] != gpu.name, abs(record["processors"] - gpu.processors)))
     found: Tuned = {}

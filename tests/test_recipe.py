@@ -178,6 +178,8 @@ def test_aliases_of_aliases_are_no_endless_work() -> None:
         parse_recipe("\n".join([*lines, "passes: [{kind: rtn}]"]))
     with pytest.raises(RecipeError, match="not a recipe"):
         parse_recipe("a: &a [*a]\npasses: [{kind: rtn}]")
+    many = ", ".join(f"l{number}: 4" for number in range(12_000))  # as a survey of a large mixture leaves
+    assert len(parse_recipe(f"passes: [{{kind: rtn, bits: mixed, widths: {{{many}}}}}]").passes[0].widths) == 12_000
     targets = "&t ['*.mlp.*']"
     steps = parse_recipe(f"passes: [{{kind: rtn, targets: {targets}}}, {{kind: gptq, ignore: *t}}]").passes
     assert steps[0].targets == steps[1].ignore

@@ -60,10 +60,10 @@ class WithColumns(Composite):
 
     def refitted(self, problem: Problem) -> WithColumns:
         """The same base, with the columns that then solve a problem best: each row's are a least-squares fit."""
-        where, moment = self.index.long(), problem.moment.double()
-        target = problem.target.double()
-        missing = self.entering(target - self.base.dense(torch.float64))
-        change = torch.linalg.solve(moment[where][:, where], missing @ moment[:, where], left=False)
+        where, moment, target = self.index.long(), problem.moment, problem.target
+        missing = self.entering(target - self.base.dense(target.dtype))
+        own = moment[where][:, where].double()
+        change = torch.linalg.solve(own, (missing @ moment[:, where]).double(), left=False)
         columns = (target[:, where] + change).to(self.columns.weight.dtype)
         return WithColumns(self.base, Dense(columns), self.index)
 

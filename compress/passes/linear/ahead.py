@@ -27,6 +27,13 @@ class Ahead(LinearPass):
         """Whether this pass may come before another."""
         raise NotImplementedError
 
+    def by_rounder(self, names: Sequence[str]) -> dict[LinearPass, list[str]]:
+        """Linears by the pass that rounds them."""
+        found: dict[LinearPass, list[str]] = {}
+        for name in names:
+            found.setdefault(self.rounder(name), []).append(name)
+        return found
+
     def rounder(self, name: str) -> LinearPass:
         """The pass that rounds a linear, right behind this one.
 

@@ -116,6 +116,7 @@ class Gptq(Quantizer, Calibrated):
         import torch
 
         from ....runtime.schemes import Problem, WithColumns
+        from ...solvers.refine import row_losses
         from .groups import seen
 
         leaves = [_leaf(aims[number][0]) for number in which]
@@ -133,8 +134,8 @@ class Gptq(Quantizer, Calibrated):
             result = self.quantized(solution.codes[rows], solution.grid.rows(rows), leaf, seen(met, operator))
             whole, scale = _replaced(operator, leaf, result), solution.scale[rows]
             if isinstance(whole, WithColumns) and group.system is not None:
-                problem = Problem(targets[number], group.system.moment)
-                whole, scale = whole.refitted(problem), problem.loss(torch.zeros_like(problem.target))
+                whole = whole.refitted(Problem(targets[number], group.system.moment))
+                scale = row_losses(targets[number].T, group.system.moment)
             yield from self._finish(work, group, number, whole, relative(solution.losses[rows], scale), reason)
 
     def _apply_armor(

@@ -117,9 +117,9 @@ class Group:
         moment, where = self.system.moment.double(), torch.tensor(columns, device=self.energy.device)
         cross = moment[where]
         factor = torch.linalg.cholesky(cross[:, where])
-        moment -= cross.T @ torch.cholesky_solve(cross, factor)
+        moment = moment.addmm_(cross.T, torch.cholesky_solve(cross, factor), alpha=-1).to(self.system.moment.dtype)
         moment[where], moment[:, where] = 0, 0
-        system = damped_system(moment.to(self.system.moment.dtype), 0.0, act_order=act_order)
+        system = damped_system(moment, 0.0, act_order=act_order)
         return replace(self, system=system, energy=self.energy.index_fill(0, where, 0))
 
     def alive(self, weight: Tensor) -> Tensor:

@@ -67,24 +67,22 @@ class OutlierColumns(Ahead):
         import torch
 
         for members in work.groups:
-            names = [name for name in members if self.wants(name)]
-            if not names:
-                continue
-            weights = [work.originals[name] for name in names]
-            cost = self._cost(self.rounder(names[0]), work.statistics.get(names[0]), weights)
-            count = max(1, round(self.share * len(cost)))
-            index = torch.topk(cost, count).indices.sort().values.to(torch.int32)
-            for name, weight in zip(names, weights, strict=True):
-                if not bool(cost.any()):
-                    yield Fallback(name, self.kind, "the first columns, for no calibration token came by")
-                work.linears[name] = split(weight, index)
+            for step, names in self.by_rounder([name for name in members if self.wants(name)]).items():
+                weights = [work.originals[name] for name in names]
+                count = max(1, round(self.share * weights[0].shape[1]))
+                statistics = work.statistics.get(names[0])
+                known = statistics is not None and statistics.informed
+                index = torch.arange(count, dtype=torch.int32, device=weights[0].device)
+                if statistics is not None and known:
+                    cost = self._cost(step, statistics, weights)
+                    index = torch.topk(cost, count).indices.sort().values.to(torch.int32)
+                for name, weight in zip(names, weights, strict=True):
+                    if not known:
+                        yield Fallback(name, self.kind, "the first columns, for no calibration token came by")
+                    work.linears[name] = split(weight, index)
 
-    def _cost(self, step: LinearPass, statistics: Statistics | None, weights: Sequence[Tensor]) -> Tensor:
+    def _cost(self, step: LinearPass, statistics: Statistics, weights: Sequence[Tensor]) -> Tensor:
         """`[columns]`, what comes of rounding a column of some linears or its inputs."""
-        import torch
-
-        if statistics is None or not statistics.informed:
-            return torch.zeros(weights[0].shape[1], device=weights[0].device)
         assert isinstance(step, Quantizer)
         if SCHEMES[step.scheme].inputs is not None:
             return statistics.sums["peak"]

@@ -77,8 +77,8 @@ class Rtn(Quantizer):
             most = 0.0
             for number, part in enumerate(operator.factors):
                 if number and statistics is not None:
-                    moment = operator.between(statistics.moment)
-                    statistics = Statistics(statistics.tokens, {"moment": moment}, statistics.lent)
+                    known = {"moment": operator.between(statistics.moment)} if statistics.informed else {}
+                    statistics = Statistics(statistics.tokens, known, statistics.lent)
                 factor = getattr(operator, part)
                 own = steps
                 if steps.dtype.itemsize == 1:

@@ -72,10 +72,8 @@ class Scaling(Ahead):
 
         groups: list[tuple[LinearPass, list[str]]] = []
         for members in work.groups:
-            alike: dict[LinearPass, list[str]] = {}
-            for name in (name for name in members if name in seam.linears and work.statistics[name].informed):
-                alike.setdefault(self.rounder(name), []).append(name)
-            groups += alike.items()
+            known = [name for name in members if name in seam.linears and work.statistics[name].informed]
+            groups += self.by_rounder(known).items()
         found = []
         for step, names in groups:
             rows = some_rows(torch.cat([work.originals[name] for name in names]), max(1, ROWS // len(groups)))
