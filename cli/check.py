@@ -53,7 +53,7 @@ def check(
         raise RecipeError("--update and --why TEXT go together: the baseline keeps the reason of a change")
 
     from ..compress.baseline import Baseline
-    from ..compress.check import record, run_cases
+    from ..compress.check import record, run_cases, text_of
 
     for path in (baseline, junit, markdown):
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
@@ -62,15 +62,23 @@ def check(
         raise RecipeError(f"--baseline {baseline}: no such file; --update --why TEXT makes it")
     expected = Baseline.read(baseline) if baseline.exists() else Baseline()
     cases = _cases(expected, recipes or [], model or [], tuple(edits or ()))
+    text = text_of(expected.text).sha256
+    if update:
+        _refuse_part(expected, cases, text, baseline)
     outcomes = []
-    for outcome in run_cases(cases, expected, jobs, work):
-        outcomes.append(outcome)
-        took = f"{outcome.seconds:.0f} s" if outcome.seconds else "kept"
-        render.err.print(f"{len(outcomes)}/{len(cases)} {outcome.case}: {_MEANS[outcome.verdict]} ({took})")
+    try:
+        for outcome in run_cases(cases, expected, jobs, work):
+            outcomes.append(outcome)
+            took = f"{outcome.seconds:.0f} s" if outcome.seconds else "kept"
+            render.err.print(f"{len(outcomes)}/{len(cases)} {outcome.case}: {_MEANS[outcome.verdict]} ({took})")
+    except KeyboardInterrupt:
+        kept = "those that were done are kept" if work else "with --work FOLDER, those that were done would be kept"
+        render.err.print(f"interrupted after {len(outcomes)} of {len(cases)}; {kept}")
+        raise typer.Exit(130) from None
     outcomes.sort(key=lambda outcome: cases.index(outcome.case))
     failed = [outcome for outcome in outcomes if outcome.verdict != "same"]
     if update:
-        _update(expected, outcomes, str(why), baseline)
+        _update(expected, outcomes, text, str(why), baseline)
         failed = [outcome for outcome in failed if outcome.figures is None]
     if as_json:
         render.document({"baseline": str(baseline), "updated": update, "cases": [record(one) for one in outcomes]})
@@ -88,48 +96,60 @@ def check(
 def _cases(baseline: Baseline, recipes: Sequence[str], models: Sequence[str], edits: tuple[str, ...]) -> list[Case]:
     """What to run: of each model the recipes asked for, or all that the baseline has."""
     from ..compress.check import Case
-    from ..compress.recipe import read_recipe
+    from ..compress.recipe import parse_recipe, read_recipe
     from ..runtime.errors import RecipeError
+    from ..runtime.hub import resolve_model
 
-    sources = {Path(source).name: source for source in models} or {
-        name: entry.source for name, entry in baseline.models.items()
-    }
+    named = {source: Path(source).resolve().name if Path(source).is_dir() else source for source in models}
+    if len(set(named.values())) < len(named):
+        raise RecipeError(
+            f"--model: two of {', '.join(named)} have one name, by which a baseline knows them; rename one"
+        )
+    sources = {name: source for source, name in named.items()}
+    sources = sources or {name: entry.source for name, entry in baseline.models.items()}
     if not sources:
         raise RecipeError("the baseline names no model: give one by --model")
     cases = []
     for name, source in sources.items():
+        resolve_model(source, None)
         known = baseline.models[name].recipes if name in baseline.models else {}
         for recipe in recipes or known:
-            read_recipe(recipe)
-            own = known[recipe].edits if recipe in known else ()
-            cases.append(Case(name, source, recipe, edits or own, baseline.text))
+            label, text = read_recipe(recipe)
+            own = edits or (known[recipe].edits if recipe in known else ())
+            parse_recipe(text, label, own)
+            cases.append(Case(name, source, recipe, own, baseline.text))
     if not cases:
         raise RecipeError("the baseline has no recipe for that model: name recipes to run")
     return cases
 
 
-def _update(baseline: Baseline, outcomes: Sequence[Outcome], why: str, path: Path) -> None:
-    """Write what has moved.
-
-    Raises:
-        RecipeError: the text is another one, and not every entry was measured on it.
+def _refuse_part(baseline: Baseline, cases: Sequence[Case], text: str, path: Path) -> None:
     """
-    from datetime import datetime, timezone
-    from importlib.metadata import version
-
-    from ..compress.baseline import Entry, Update, updated
+    Raises:
+        RecipeError: entries that are left as they are would be of another text than those that are written.
+    """
     from ..runtime.errors import RecipeError
 
-    measured = [outcome for outcome in outcomes if outcome.figures is not None]
-    texts = {outcome.text for outcome in measured}
-    other = bool(measured) and texts != {baseline.text.sha256}
     left = {(name, recipe) for name, entry in baseline.models.items() for recipe in entry.recipes}
-    left -= {(outcome.case.model, outcome.case.recipe) for outcome in measured}
-    if other and left:
+    if text != baseline.text.sha256 and left - {(case.model, case.recipe) for case in cases}:
         raise RecipeError(
             f"{path}: its figures are of another text than the one here, so that all have to be measured again: run "
             "check --update without RECIPES or --model"
         )
+
+
+def _update(baseline: Baseline, outcomes: Sequence[Outcome], text: str, why: str, path: Path) -> None:
+    """Write what has moved; nothing where the text is another one and a case failed, which would be of the old one."""
+    from datetime import datetime, timezone
+    from importlib.metadata import version
+
+    from ..compress.baseline import Entry, Update, updated
+
+    measured = [outcome for outcome in outcomes if outcome.figures is not None]
+    other = text != baseline.text.sha256
+    if other and baseline.models and len(measured) < len(outcomes):
+        render.err.print(f"{path}: left as it is, for the text is another one and not all could be measured on it")
+        return
     changes, said = {}, []
     for outcome in measured:
         if other or outcome.verdict != "same":
@@ -144,8 +164,8 @@ def _update(baseline: Baseline, outcomes: Sequence[Outcome], why: str, path: Pat
     new = updated(baseline, changes, {outcome.case.model: outcome.case.folder for outcome in measured})
     date = datetime.now(timezone.utc).date().isoformat()
     entry = Update(date=date, compressor=version("compressor"), why=why, changed=tuple(said))
-    text = baseline.text.model_copy(update={"sha256": texts.pop()})
-    new.model_copy(update={"updates": (*baseline.updates, entry), "text": text}).write(path)
+    spec = baseline.text.model_copy(update={"sha256": text})
+    new.model_copy(update={"updates": (*baseline.updates, entry), "text": spec}).write(path)
     render.err.print(f"{path}: {len(changes)} entries written")
 
 

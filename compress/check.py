@@ -12,15 +12,20 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..runtime.errors import CompressorError
 from ..runtime.files import file_sha256, write_synced
 from ..runtime.text import json_text
 from .baseline import Baseline, Figures, Move, Text, moves
+
+if TYPE_CHECKING:
+    from ..calibrate.corpus import Corpus
+    from .job import Job
 
 _CODE = ("kernels", "runtime", "calibrate", "compress")
 _IMPORTED = ["compressor.compress.apply", "compressor.compress.evaluate", "transformers.models.llama.modeling_llama"]
@@ -45,7 +50,8 @@ class Case:
     @property
     def name(self) -> str:
         """Of a folder."""
-        return re.sub(r"[^\w.-]+", "_", f"{self.model} {self.recipe}")
+        known = hashlib.sha256(f"{self.model} {self.recipe}".encode()).hexdigest()[:8]
+        return re.sub(r"[^\w.-]+", "_", f"{self.model} {Path(self.recipe).stem} {known}")
 
     def __str__(self) -> str:
         return f"{self.model} / {self.recipe}"
@@ -104,7 +110,11 @@ def run_cases(cases: Sequence[Case], baseline: Baseline, jobs: int, work: Path |
             running = {pool.submit(_run, case, base / case.name, jobs, work is None): case for case in cases}
             try:
                 for future in as_completed(running):
-                    yield _outcome(running[future], baseline, *future.result())
+                    try:
+                        found, seconds = future.result()
+                    except BrokenProcessPool:
+                        found, seconds = {"reason": "a process was killed from outside (is the memory full?)"}, 0.0
+                    yield _outcome(running[future], baseline, found, seconds)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 for process in (pool._processes or {}).values():
@@ -136,8 +146,8 @@ def _run(case: Case, folder: Path, jobs: int, once: bool) -> tuple[dict[str, Any
     threads = max(1, torch.get_num_threads() // jobs)
     torch.set_num_threads(threads)
     try:
-        key, kept = _fingerprint(case, threads), folder / "figures.json"
-        if kept.is_file() and (found := json.loads(kept.read_text(encoding="utf-8")))["fingerprint"] == key:
+        key, kept = {} if once else _fingerprint(case, threads), folder / "figures.json"
+        if not once and (found := _kept(kept, key)):
             return found, 0.0
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -152,51 +162,76 @@ def _run(case: Case, folder: Path, jobs: int, once: bool) -> tuple[dict[str, Any
         return {"reason": f"internal error: {error!r}"}, time.monotonic() - start
 
 
+def _kept(path: Path, key: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier run of the same measured, and left whole."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        Figures.model_validate(found["figures"])
+        return found if (found["fingerprint"], type(found["text"])) == (key, str) else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 def _fingerprint(case: Case, threads: int) -> dict[str, Any]:
     """What has to be the same for a result to be that of a case: all but the machine."""
-    from ..runtime.hub import resolve_model
-    from .recipe import parse_recipe, read_recipe
+    from .fingerprint import versions
 
-    name, text = read_recipe(case.recipe)
-    recipe, folder = parse_recipe(text, name, case.edits), resolve_model(case.folder, None)[0]
+    job = _job(case, Path())
     root = Path(__file__).resolve().parent.parent
     code = hashlib.sha256()
     for file in sorted(file for part in _CODE for file in (root / part).rglob("*") if file.suffix in (".py", ".json")):
         code.update(file.read_bytes())
-    files = sorted(file for file in folder.iterdir() if file.is_file())
-    sources = {source for source in (recipe.data.source, case.text.source) if source != "builtin"}
+    files = sorted(file for file in job.model.iterdir() if file.is_file())
+    texts = {str(path) for path in job.inputs} | {case.text.source}
     return {
         "model": {file.name: file_sha256(file) for file in files},
-        "recipe": recipe.model_dump(mode="json"),
-        "texts": {source: file_sha256(Path(source)) for source in sorted(sources) if Path(source).is_file()},
+        "recipe": job.recipe.model_dump(mode="json"),
+        "texts": {path: file_sha256(Path(path)) for path in sorted(texts) if Path(path).is_file()},
+        "versions": versions(),
         "text": case.text.model_dump(mode="json", exclude={"sha256"}),
         "code": code.hexdigest(),
         "threads": threads,
     }
 
 
+def _job(case: Case, out: Path) -> Job:
+    from ..runtime.hub import resolve_model
+    from .job import Job
+    from .recipe import parse_recipe, read_recipe
+
+    (name, recipe), (folder, commit) = read_recipe(case.recipe), resolve_model(case.folder, None)
+    return Job(parse_recipe(recipe, name, case.edits), recipe, case.edits, folder, out, case.folder, commit)
+
+
+def text_of(spec: Text) -> Corpus:
+    """The text that models are compared on.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    from ..calibrate.corpus import builtin_corpus, file_corpus
+
+    return builtin_corpus("evaluation") if spec.source == "builtin" else file_corpus(Path(spec.source))
+
+
 def _measured(case: Case, out: Path) -> dict[str, Any]:
     """Figures of a case, and the sha256 of the text that was read for them."""
     import torch
 
-    from ..calibrate.corpus import builtin_corpus, file_corpus, load_tokenizer, token_windows
-    from ..runtime.hub import resolve_model
+    from ..calibrate.corpus import load_tokenizer, token_windows
     from ..runtime.loader import load
-    from .apply import Job, apply
+    from .apply import apply
     from .evaluate import evaluate
-    from .recipe import parse_recipe, read_recipe
 
-    (name, recipe), (folder, commit) = read_recipe(case.recipe), resolve_model(case.folder, None)
-    job = Job(parse_recipe(recipe, name, case.edits), recipe, case.edits, folder, out, case.folder, commit)
+    job = _job(case, out)
     plan = apply(job, lambda event: None, overwrite=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     spec = case.text
-    corpus = builtin_corpus("evaluation") if spec.source == "builtin" else file_corpus(Path(spec.source))
-    tokenizer = load_tokenizer(folder)
+    corpus, tokenizer = text_of(spec), load_tokenizer(job.model)
     windows = token_windows(
         corpus, tokenizer, samples=spec.samples, sequence_length=spec.sequence_length, seed=spec.seed
     )
-    against = evaluate(load(out, dtype=torch.float32), windows, load(folder, dtype=torch.float32)).against
+    against = evaluate(load(out, dtype=torch.float32), windows, load(job.model, dtype=torch.float32)).against
     assert against is not None
     if not math.isfinite(against.kl_mean):
         return {"reason": "its answers are not finite"}

@@ -32,16 +32,19 @@ def make_fingerprint(
         "recipe": job.recipe.model_dump(mode="json"),
         "corpus": None if corpus is None else {"name": corpus.name, "sha256": corpus.sha256},
         "tokens": None if windows is None else windows.numel(),
-        "versions": {
-            **{name: version(name) for name in ("compressor", "torch", "transformers", "safetensors", "numpy")},
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         "device": str(skeleton.device),
         "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {cpu_capability()}",
         "computes": str(skeleton.dtype).removeprefix("torch."),
         "statistics": None if statistics is None else str(statistics.resolve()),
         "threads": torch.get_num_threads(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of what computes."""
+    found = {name: version(name) for name in ("compressor", "torch", "transformers", "safetensors", "numpy")}
+    return found | {"python": platform.python_version()}
 
 
 def statistics_source(fingerprint: dict[str, Any]) -> dict[str, Any]:
