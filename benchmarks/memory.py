@@ -47,6 +47,7 @@ CASES = {
     "hidden 1024, rtn with search": (_llama(1024, 4096), "{kind: rtn, bits: 4, search: true}"),
     "hidden 1024, w8a8": (_llama(1024, 4096), "{kind: rtn, scheme: int8}"),
     "hidden 1024, w8a8 fp8": (_llama(1024, 4096), "{kind: rtn, scheme: fp8}"),
+    "hidden 1024, outlier columns": (_llama(1024, 4096), "{kind: outlier_columns}, {kind: gptq, bits: 4}"),
     "32 experts": (("qwen3_moe", _MOE), "{kind: gptq, bits: 4}"),
     "32 experts, rtn": (("qwen3_moe", _MOE), "{kind: rtn, bits: 4}"),
     "64 experts, pruned": (("qwen3_moe", _WIDE_MOE), "{kind: expert_prune, keep: 48}"),
