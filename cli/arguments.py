@@ -21,6 +21,13 @@ def bytes_of(size: str | None) -> float | None:
     return float(found[1]) * {"MB": 1e6, "GB": 1e9}[found[2]]
 
 
+def model_folder(source: str, revision: str | None = None) -> tuple[Path, str | None]:
+    """The folder of a model, and the commit of one from the hub."""
+    from ..runtime.hub import resolve_model
+
+    return resolve_model(source, revision)
+
+
 RecipeArgument = Annotated[str, typer.Argument(help="a recipe file, or the name of a shipped recipe")]
 ModelArgument = Annotated[str, typer.Argument(help="a model folder, or a hub id (owner/name)")]
 FolderArgument = Annotated[Path, typer.Argument(help="a folder that apply wrote")]

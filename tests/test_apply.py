@@ -20,7 +20,8 @@ import torch
 import typer
 from safetensors.torch import load_file, save_file
 
-from compressor.cli import main
+from compressor.cli.apply import apply as apply_command
+from compressor.cli.session import session
 from compressor.compress import journal as journal_module
 from compressor.compress.apply import Job, apply
 from compressor.compress.output.verify import export_dense
@@ -271,9 +272,9 @@ def test_a_signal_that_was_lost_in_a_destructor_still_stops_the_run(
 ) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(job.recipe_text)
-    monkeypatch.setitem(main._state, "interrupted", True)
+    monkeypatch.setattr(session, "interrupted", True)
     with pytest.raises(typer.Exit) as end:
-        main.apply(str(recipe), str(job.model), job.out)
+        apply_command(str(recipe), str(job.model), job.out)
     assert end.value.exit_code == 130
     assert "go on with: compressor apply" in capsys.readouterr().err
     apply(job, lambda event: None, resume=True)

@@ -14,7 +14,8 @@ from pretend import pretended
 from safetensors.torch import load_file, save_file
 
 from compressor.calibrate.walk import Block
-from compressor.cli import main
+from compressor.cli.apply import apply as apply_command
+from compressor.cli.apply import plan as plan_command
 from compressor.compress.apply import Job, apply
 from compressor.compress.guards import source_skeleton
 from compressor.compress.plan import make_plan
@@ -154,9 +155,9 @@ def test_a_plan_is_of_the_device(dry: bool, pico: Callable[..., Path], capsys: p
     sizes = {"hidden_size": 128, "max_position_embeddings": 512}
     words, options = ("w4a16-gptq", str(pico("llama", **sizes))), {"as_json": True}
     ask = (
-        partial(main.apply, *words, Path("out"), dry_run=True, **options)
+        partial(apply_command, *words, Path("out"), dry_run=True, **options)
         if dry
-        else partial(main.plan, *words, **options)
+        else partial(plan_command, *words, **options)
     )
     ask()
     host = json.loads(capsys.readouterr().out)

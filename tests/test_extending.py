@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compressor.calibrate.stage import StageWork
-from compressor.cli import main
+from compressor.cli.folders import inspect
 from compressor.compress.apply import Job, apply
 from compressor.compress.events import Event
 from compressor.compress.output.verify import export_dense, verify
@@ -114,7 +114,7 @@ def test_the_scheme_is_written_verified_and_run(
     recipe = parse_recipe(text).model_copy(update={"passes": (Binary(),)})
     apply(Job(recipe, text, (), pico(), tmp_path / "out", "x"), lambda event: None)
     verify(tmp_path / "out")
-    main.inspect(str(tmp_path / "out"))
+    inspect(str(tmp_path / "out"))
     assert "signs" in capsys.readouterr().out
     export_dense(tmp_path / "out", tmp_path / "plain")
     ids = torch.arange(1, 40)[None]

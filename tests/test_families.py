@@ -12,7 +12,7 @@ import pytest
 import torch
 from pico import FAMILIES, stock_logits
 
-from compressor.cli import main
+from compressor.cli.apply import plan
 from compressor.compress.apply import Job, apply
 from compressor.compress.plan import Plan
 from compressor.compress.recipe import parse_recipe
@@ -81,11 +81,11 @@ def test_a_matrix_that_no_group_names_is_told(
 ) -> None:
     whole = KNOWN["llama"]
     monkeypatch.setitem(KNOWN, "llama", replace(whole, stages=whole.stages[:-1]))
-    main.plan("w4a16-rtn", str(pico()), edits=["passes.0.group_size=32"])
+    plan("w4a16-rtn", str(pico()), edits=["passes.0.group_size=32"])
     told = capsys.readouterr().out
     names = [f"model.layers.{index}.mlp.down_proj" for index in range(2)]
     assert f"2 matrices of blocks stay as they are, for their family does not name them: {', '.join(names)}" in told
-    main.plan("w4a16-rtn", str(pico()), edits=["passes.0.group_size=32"], as_json=True)
+    plan("w4a16-rtn", str(pico()), edits=["passes.0.group_size=32"], as_json=True)
     assert json.loads(capsys.readouterr().out)["left"] == names
 
 

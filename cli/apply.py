@@ -1,0 +1,212 @@
+"""`compressor apply` and `plan`: what a recipe does to a model, and what it would do."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..runtime.errors import human_size
+from . import render
+from .arguments import (
+    DeviceOption,
+    JsonOption,
+    MemoryOption,
+    ModelArgument,
+    OverwriteOption,
+    RecipeArgument,
+    RevisionOption,
+    SetOption,
+    bytes_of,
+    model_folder,
+)
+from .recipes import read
+from .session import session
+
+
+def apply(
+    recipe: RecipeArgument,
+    model: ModelArgument,
+    out: Annotated[Path, typer.Argument(help="the folder to write")],
+    edits: SetOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted run")] = False,
+    overwrite: OverwriteOption = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", "-n", help="print the plan and stop")] = False,
+    statistics: Annotated[
+        Path | None, typer.Option(help="folder of the original model's statistics: used if there, else made")
+    ] = None,
+    memory: MemoryOption = None,
+    device: DeviceOption = "cpu",
+    revision: RevisionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compress MODEL by RECIPE into OUT."""
+    if dry_run:
+        plan(recipe, model, edits, memory, device, revision, as_json)
+        return
+    text, parsed = read(recipe, edits)
+    folder, commit = model_folder(model, revision)
+    allowed = bytes_of(memory)
+
+    from ..calibrate.corpus import has_tokenizer
+    from ..compress.apply import Job
+    from ..compress.apply import apply as run_job
+    from ..compress.events import Event, Measured
+    from ..compress.quality import Quality, most_lost
+    from ..runtime.model.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint(folder)
+    blocks = len(checkpoint.block_names())
+    recipe_file = Path(recipe) if Path(recipe).is_file() else None
+    if not has_tokenizer(folder):
+        render.err.print(f"warning: {model} has no tokenizer, so {out} will have none: eval and run will need one")
+    found: list[Quality] = []
+    job = Job(parsed, text, tuple(edits or ()), folder, out, model, commit, recipe_file)
+    try:
+        with render.ApplyProgress(blocks, session.quiet) as progress:
+
+            def listener(event: Event) -> None:
+                progress(event)
+                if isinstance(event, Measured):
+                    found.append(event.quality)
+                if session.interrupted:  # Python drops what a handler raises inside a destructor or a C callback
+                    raise KeyboardInterrupt
+
+            done = run_job(
+                job, listener, resume=resume, overwrite=overwrite, statistics=statistics, memory=allowed, device=device
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        words = ["compressor", "apply", recipe, model, str(out)]
+        for option, values in (
+            ("--set", edits or []),
+            ("--memory", [memory] if memory else []),
+            ("--statistics", [str(statistics)] if statistics else []),
+            ("--device", [device] if device != "cpu" else []),
+            ("--revision", [revision] if revision else []),
+        ):
+            words += [word for value in values for word in (option, value)]
+        words += ["--overwrite"] * overwrite + ["--resume"]
+        render.err.print(f"interrupted; nothing is lost, go on with: {shlex.join(words)}", soft_wrap=True)
+        raise typer.Exit(130) from None
+    [quality], beyond = found, found[0].beyond(parsed.limits)
+    if as_json:
+        render.document(_plan_record(done) | {"out": str(out), "quality": quality.record(), "beyond": beyond})
+    else:
+        _print_applied(done, model, out, quality)
+    if beyond:
+        if quality.main is not None:
+            beyond += f": {most_lost(done, out, quality.drift)}"
+        render.err.print(
+            f"{beyond}; {out} is written, but {'compress less' if quality.main else 'mend that'}, or say in the recipe "
+            "that this is meant (limits)"
+        )
+        raise typer.Exit(1)
+
+
+def _print_applied(done: Any, model: str, out: Path, quality: Any) -> None:
+    """What was done, and what came of it."""
+    from ..compress.plan import rows
+
+    render.out.print(render.plan_table(rows(done)))
+    ratio = done.bytes_before / done.bytes_after
+    render.out.print(
+        f"\n{out}: {human_size(done.bytes_before)} → {human_size(done.bytes_after)}, {ratio:.2f} × smaller; "
+        f"format {done.format.name}, read by {render.readers(done)}"
+    )
+    _print_notes(done)
+    render.out.print(quality.summary())
+    if any(part.kind == "k_quant" for linear in done.linears.values() for part in linear.operator.inside()):
+        render.out.print(
+            f"for llama.cpp: compressor export {out} {out}.gguf --format gguf --like PLAIN, which its converter makes "
+            f"of {model} in 16 bits"
+        )
+    render.out.print(f"next: compressor eval {out} --against {model}")
+
+
+def plan(
+    recipe: RecipeArgument,
+    model: ModelArgument,
+    edits: SetOption = None,
+    memory: MemoryOption = None,
+    device: DeviceOption = "cpu",
+    revision: RevisionOption = None,
+    as_json: JsonOption = False,
+    tp: Annotated[
+        int | None,
+        typer.Option("--tp", min=2, help="also what keeps engines from sharing the output out among so many GPUs"),
+    ] = None,
+) -> None:
+    """Print what RECIPE would do to MODEL; reads headers and calibration text, and weights where ranks
+    depend on them alone."""
+    _, parsed = read(recipe, edits)
+    folder, _ = model_folder(model, revision)
+    allowed = bytes_of(memory)
+
+    from ..compress.guards import source_skeleton
+    from ..compress.parallel import unsplittable
+    from ..compress.plan import plan_for_text, rows
+    from ..compress.resources import estimated_seconds
+
+    result, _ = plan_for_text(parsed, source_skeleton(folder, device), look=True, memory=allowed)
+    seconds, free = estimated_seconds(result), shutil.disk_usage(Path.cwd()).free
+    apart = None if tp is None else unsplittable(result, tp)
+    if as_json:
+        render.document(_plan_record(result) | {"seconds": seconds, "disk_free": free, "unsplittable": apart})
+        return
+    render.out.print(render.plan_table(rows(result)))
+    render.out.print(
+        f"\nweights {human_size(result.bytes_before)} → {human_size(result.bytes_after)} "
+        f"({result.bytes_before / result.bytes_after:.2f} × smaller), format {result.format.name}, read by "
+        f"{render.readers(result)}\nmemory {human_size(result.memory)} beyond the imports (on {device}), disk "
+        f"{human_size(result.disk)} of {human_size(free)} free here (activations in it are deleted at the end), "
+        f"roughly {seconds:.0f} s"
+    )
+    _print_notes(result)
+    data = result.recipe.data
+    if result.needs:
+        render.out.print(f"calibration: {data.tokens:,} tokens, in windows of {data.sequence_length}")
+    for warning in result.warnings:
+        render.err.print(f"warning: {warning}")
+    for problem in apart or ():
+        render.out.print(f"not over {tp} GPUs: {problem}")
+    if apart == []:
+        render.out.print(f"over {tp} GPUs: every part holds whole groups")
+    if any(step.to_survey for step in result.recipe.passes):
+        render.out.print("the run begins with a survey of the model, which finds the ranks, experts or weights to keep")
+
+
+def _plan_record(result: Any) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from ..compress.plan import rows
+
+    return {
+        "rows": [asdict(row) for row in rows(result)],
+        "format": result.format.name,
+        "readers": list(result.readers),
+        "bytes_before": result.bytes_before,
+        "bytes_after": result.bytes_after,
+        "memory": result.memory,
+        "disk": result.disk,
+        "left": list(result.left),
+        "warnings": list(result.warnings),
+        "kv_bytes_per_token_before": result.kv_before,
+        "kv_bytes_per_token_after": result.kv_after,
+    }
+
+
+def _print_notes(result: Any) -> None:
+    """What a plan's table does not show: whole parts that go, and the KV cache, if a pass changes it."""
+    for step in result.recipe.passes:
+        if step.note:
+            render.out.print(f"{step.kind}: {step.note}")
+    if result.kv_after != result.kv_before:
+        render.out.print(render.cache_line(result.kv_before, result.kv_after, result.bytes_after))
+    if result.left:
+        render.out.print(
+            f"{len(result.left)} matrices of blocks stay as they are, for their family does not name them: "
+            f"{', '.join(result.left[:3])}{', …' if len(result.left) > 3 else ''}"
+        )
