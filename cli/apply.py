@@ -91,11 +91,15 @@ def apply(
         words += ["--overwrite"] * overwrite + ["--resume"]
         render.err.print(f"interrupted; nothing is lost, go on with: {shlex.join(words)}", soft_wrap=True)
         raise typer.Exit(130) from None
-    [quality], beyond = found, found[0].beyond(parsed.limits)
+    from ..compress.report.page import write_report
+
+    [quality], beyond, page = found, found[0].beyond(parsed.limits), write_report(out)
     if as_json:
-        render.document(_plan_record(done) | {"out": str(out), "quality": quality.record(), "beyond": beyond})
+        render.document(
+            _plan_record(done) | {"out": str(out), "quality": quality.record(), "beyond": beyond, "report": str(page)}
+        )
     else:
-        _print_applied(done, model, out, quality)
+        _print_applied(done, model, out, quality, page)
     if beyond:
         if quality.main is not None:
             beyond += f": {most_lost(done, out, quality.drift)}"
@@ -106,7 +110,7 @@ def apply(
         raise typer.Exit(1)
 
 
-def _print_applied(done: Any, model: str, out: Path, quality: Any) -> None:
+def _print_applied(done: Any, model: str, out: Path, quality: Any, page: Path) -> None:
     """What was done, and what came of it."""
     from ..compress.plan import rows
 
@@ -123,7 +127,8 @@ def _print_applied(done: Any, model: str, out: Path, quality: Any) -> None:
             f"for llama.cpp: compressor export {out} {out}.gguf --format gguf --like PLAIN, which its converter makes "
             f"of {model} in 16 bits"
         )
-    render.out.print(f"next: compressor eval {out} --against {model}")
+    render.out.print(f"report: {page}")
+    render.out.print(f"next: {shlex.join(['compressor', 'eval', str(out), '--against', model])}")
 
 
 def plan(
@@ -179,30 +184,13 @@ def plan(
 
 
 def _plan_record(result: Any) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    from ..compress.plan import rows
-
-    return {
-        "rows": [asdict(row) for row in rows(result)],
-        "format": result.format.name,
-        "readers": list(result.readers),
-        "bytes_before": result.bytes_before,
-        "bytes_after": result.bytes_after,
-        "memory": result.memory,
-        "disk": result.disk,
-        "left": list(result.left),
-        "warnings": list(result.warnings),
-        "kv_bytes_per_token_before": result.kv_before,
-        "kv_bytes_per_token_after": result.kv_after,
-    }
+    return {**result.record(), "memory": result.memory, "disk": result.disk, "warnings": list(result.warnings)}
 
 
 def _print_notes(result: Any) -> None:
     """What a plan's table does not show: whole parts that go, and the KV cache, if a pass changes it."""
-    for step in result.recipe.passes:
-        if step.note:
-            render.out.print(f"{step.kind}: {step.note}")
+    for note in result.record()["notes"]:
+        render.out.print(note)
     if result.kv_after != result.kv_before:
         render.out.print(render.cache_line(result.kv_before, result.kv_after, result.bytes_after))
     if result.left:

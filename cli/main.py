@@ -19,6 +19,7 @@ from .evaluate import evaluate_command
 from .folders import export, inspect, verify
 from .generate import run
 from .recipes import recipes_app
+from .report import report
 from .session import session
 
 app = typer.Typer(
@@ -27,7 +28,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 the answer is no, 2 could not run, 130 interrupted and resumable.",
 )  # fmt: skip
 app.add_typer(recipes_app, name="recipes")
-for command in (apply, plan, inspect, verify, export, run, check):
+for command in (apply, plan, report, inspect, verify, export, run, check):
     app.command()(command)
 app.command("eval")(evaluate_command)
 

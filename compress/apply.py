@@ -193,14 +193,16 @@ def _run(
     probed = {name for name, step in wanting if "metric" in step.needs}
     for block in walk(skeleton, chains, wanted, first, folder, probed, plan.room):
         start = time.monotonic()
-        events = list(_rewrite(job.recipe, block, listener))
+        seconds: dict[str, float] = {}
+        events = list(_rewrite(job.recipe, block, listener, seconds))
         _store(block.linears, block.tensors, names[block.index], plan, checkpoint, writer)
         if block.index + 1 < skeleton.blocks:
             block.advance()
         events.append(_block_done(events, block, skeleton.blocks))
         hashes = writer.hashes(files[block.index])
         journal.done({"block": block.index, "events": [event.record() for event in events], "files": hashes})
-        journal.timing({"block": block.index, "seconds": round(time.monotonic() - start, 3)})
+        steps = {step: round(spent, 3) for step, spent in seconds.items()}
+        journal.timing({"block": block.index, "seconds": round(time.monotonic() - start, 3), "steps": steps})
         if chains is not None:
             chains.drop(block.index)
         checkpoint.release()
@@ -252,15 +254,18 @@ def _rewrite_outer(plan: Plan, found: dict[str, Operator], listener: Listener) -
         found[name] = work.linears[name]
 
 
-def _rewrite(recipe: Recipe, block: Block, listener: Listener) -> Iterator[Event]:
+def _rewrite(recipe: Recipe, block: Block, listener: Listener, seconds: dict[str, float]) -> Iterator[Event]:
+    """Every stage of a block through the passes; the `seconds` that each takes are added up by its kind."""
     for work in block.stages():
         for name, tokens in work.starved.items():
             listener(starved := Starved(name, tokens))
             yield starved
         for step in recipe.linear_passes.values():
+            start = time.monotonic()
             for event in step.apply(work):
                 listener(event)
                 yield event
+            seconds[step.kind] = seconds.get(step.kind, 0.0) + time.monotonic() - start
 
 
 def _store(

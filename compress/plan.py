@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,20 @@ class Plan:
     def rewritten(self) -> dict[str, Operator]:
         """Disk name → operator, of the linears that are stored in another form than as plain weights."""
         return rewritten({name: plan.operator for name, plan in self.linears.items()})
+
+    def record(self) -> dict[str, Any]:
+        """What becomes of the model, for a file."""
+        return {
+            "rows": [asdict(row) for row in rows(self)],
+            "format": self.format.name,
+            "readers": list(self.readers),
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "kv_bytes_per_token_before": self.kv_before,
+            "kv_bytes_per_token_after": self.kv_after,
+            "left": list(self.left),
+            "notes": [f"{step.kind}: {step.note}" for step in self.recipe.passes if step.note],
+        }
 
 
 @dataclass(frozen=True)

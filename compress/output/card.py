@@ -13,15 +13,30 @@ if TYPE_CHECKING:
     from ..quality import Quality
 
 
+def loading(folder: str, readers: Sequence[str], *, alone: bool) -> dict[str, str]:
+    """How readers open a folder, by their names.
+
+    Args:
+        folder: as it stands in what is shown.
+        alone: whether the model is a language model and nothing else.
+    """
+    kind, place = "CausalLM" if alone else "ImageTextToText", folder if folder == "folder" else repr(folder)
+    found = {"compressor": f"from compressor.runtime import load\nmodel = load({place})"}
+    if "transformers" in readers:
+        lines = f"from transformers import AutoModelFor{kind}\nmodel = AutoModelFor{kind}.from_pretrained({place})"
+        found["transformers"] = lines
+    if any(reader.startswith("vLLM") for reader in readers):
+        found["vLLM"] = f"vllm serve {folder}"
+    return found
+
+
 def model_card(
     job: Job, plan: Plan, fingerprint: Mapping[str, Any], events: Sequence[Mapping[str, Any]], quality: Quality
 ) -> str:
     """`README.md` of the output, from the plan and what happened."""
-    load = "from compressor.runtime import load\nmodel = load(folder)"
-    if "transformers" in plan.readers:
-        checkpoint = plan.skeleton.checkpoint
-        kind = "CausalLM" if checkpoint.text_config is checkpoint.config else "ImageTextToText"
-        load = f"from transformers import AutoModelFor{kind}\nmodel = AutoModelFor{kind}.from_pretrained(folder)"
+    checkpoint = plan.skeleton.checkpoint
+    snippets = loading("folder", plan.readers, alone=checkpoint.text_config is checkpoint.config)
+    load = snippets.get("transformers") or snippets["compressor"]
     edits = "".join(f" --set {edit}" for edit in job.edits)
     made_with = f"`recipe.yaml` and `{edits[1:]}`" if edits else "`recipe.yaml`"
     ratio = plan.bytes_before / plan.bytes_after

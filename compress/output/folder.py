@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from ..quality import Quality
 
 
+PLAN, TIMINGS = "report/plan.json", "report/timings.jsonl"
+
+
 def write_beside(folder: Path, job: Job, plan: Plan) -> None:
     """Write what a folder of weights needs to be loaded: config, tokenizer, index; and the recipe."""
     skeleton, checkpoint = plan.skeleton, plan.skeleton.checkpoint
@@ -51,12 +54,13 @@ def finish_folder(
     report = folder / "report"
     report.mkdir(exist_ok=True)
     write_synced(report / "quality.json", json_text(quality.record()))
+    write_synced(folder / PLAN, json_text(plan.record()))
     events = [event for entry in entries for event in entry.get("events", ())]
     write_synced(report / "layers.jsonl", "".join(json.dumps(event) + "\n" for event in events))
     hashes = {name: sha256 for entry in entries for name, sha256 in entry.get("files", {}).items()}
     write_synced(folder / "README.md", model_card(job, plan, fingerprint, events, quality))
     # The timings are the one file that differs between equal runs; the manifest may be there from before a crash.
-    left_out = {*hashes, "report/timings.jsonl", "compressor.json", "compressor.json.partial"}
+    left_out = {*hashes, TIMINGS, "compressor.json", "compressor.json.partial"}
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     small = [name for name in names if name not in left_out]
     manifest = {
