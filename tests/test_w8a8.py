@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -284,6 +287,22 @@ def test_few_tokens_take_the_fast_product_to_the_same_bits(rows: int, dtype: tor
         for tokens in (1, 2, 5, 256, 257, 300):
             assert torch.equal(cpu.linear_int8(x[:tokens], packed, scales), exact[:tokens])
     assert min(sums.seen) > 256
+
+
+@pytest.mark.skipif(not dispatch.cpu_capability().int8, reason="the processor multiplies no bytes")
+def test_no_product_of_bytes_is_left_to_what_takes_them_one_by_one() -> None:
+    script = (
+        "import torch\nfrom compressor.kernels import cpu\n"
+        "packed = cpu.pack_int8(torch.ones(64, 96, dtype=torch.int8))\n"
+        "for tokens in (1, 5, 300):\n    cpu.linear_int8(torch.randn(tokens, 96), packed, torch.ones(64))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, "ONEDNN_VERBOSE": "1"}, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    products = [line.split(",")[6] for line in done.stdout.splitlines() if ",exec,cpu,matmul," in line]
+    assert len(products) == 4, "300 tokens come in two parts"
+    assert not [name for name in products if name.startswith("ref")]
 
 
 def test_what_follows_the_product_of_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
