@@ -24,6 +24,8 @@ from ..runtime.text import json_text
 from .baseline import Baseline, Figures, Move, Text, moves
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..calibrate.corpus import Corpus
     from .job import Job
 
@@ -50,7 +52,7 @@ class Case:
     @property
     def name(self) -> str:
         """Of a folder."""
-        known = hashlib.sha256(f"{self.model} {self.recipe}".encode()).hexdigest()[:8]
+        known = hashlib.sha256(f"{self.model} {self.recipe} {self.edits}".encode()).hexdigest()[:8]
         return re.sub(r"[^\w.-]+", "_", f"{self.model} {Path(self.recipe).stem} {known}")
 
     def __str__(self) -> str:
@@ -216,12 +218,8 @@ def text_of(spec: Text) -> Corpus:
 
 def _measured(case: Case, out: Path) -> dict[str, Any]:
     """Figures of a case, and the sha256 of the text that was read for them."""
-    import torch
-
     from ..calibrate.corpus import load_tokenizer, token_windows
-    from ..runtime.loader import load
     from .apply import apply
-    from .evaluate import evaluate
 
     job = _job(case, out)
     plan = apply(job, lambda event: None, overwrite=True)
@@ -231,9 +229,8 @@ def _measured(case: Case, out: Path) -> dict[str, Any]:
     windows = token_windows(
         corpus, tokenizer, samples=spec.samples, sequence_length=spec.sequence_length, seed=spec.seed
     )
-    against = evaluate(load(out, dtype=torch.float32), windows, load(job.model, dtype=torch.float32)).against
-    assert against is not None
-    if not math.isfinite(against.kl_mean):
+    lost = judged(out, job.model, windows)
+    if not math.isfinite(lost["kl_mean"]):
         return {"reason": "its answers are not finite"}
     weights = sorted(out.glob("*.safetensors"))
     figures = Figures(
@@ -241,14 +238,23 @@ def _measured(case: Case, out: Path) -> dict[str, Any]:
         kv_bytes_per_token=plan.kv_after,
         format=plan.format.name,
         readers=tuple(plan.readers),
-        kl_mean=against.kl_mean,
-        kl_error=against.kl_error,
-        perplexity_ratio=against.perplexity_ratio,
-        ratio_error=against.ratio_error,
         peak_memory=peak,
         digest=hashlib.sha256("".join(f"{file.name} {file_sha256(file)}\n" for file in weights).encode()).hexdigest(),
+        **lost,
     )
     return {"figures": figures.model_dump(mode="json"), "text": corpus.sha256}
+
+
+def judged(out: Path, base: Path, windows: Tensor) -> dict[str, float]:
+    """Figures of how far an output's answers are from those of the model it came from, both in float32."""
+    import torch
+
+    from ..runtime.loader import load
+    from .evaluate import evaluate
+
+    against = evaluate(load(out, dtype=torch.float32), windows, load(base, dtype=torch.float32)).against
+    assert against is not None
+    return {key: getattr(against, key) for key in ("kl_mean", "kl_error", "perplexity_ratio", "ratio_error")}
 
 
 def record(outcome: Outcome) -> dict[str, Any]:

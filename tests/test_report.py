@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import re
 import shutil
 import subprocess
@@ -17,7 +16,6 @@ from command import run
 from compressor.compress.apply import apply
 from compressor.compress.job import Job
 from compressor.compress.recipe import parse_recipe
-from compressor.compress.report import figures
 from compressor.compress.report.content import Content
 from compressor.compress.report.page import REPORT, Sample, write_report
 from compressor.runtime.errors import VerifyError
@@ -115,18 +113,6 @@ def test_what_fits_beside_the_weights(mixture: Path) -> None:
     assert content.cached[1] < content.cached[0]
     assert after * cached <= memory * 1e9 - weights < (after + 1) * cached
     assert before < after
-
-
-def test_the_front_is_what_nothing_beats() -> None:
-    draw = random.Random(0)
-    points = [(str(n), float(draw.randrange(6)), float(draw.randrange(6)), 0.0) for n in range(40)]
-    for name, x, y, _ in points:
-        beaten = any((a <= x and b <= y) and (a, b) != (x, y) for _, a, b, _ in points)
-        assert (name in figures.front(points)) is not beaten
-    drawn = figures.svg(figures.pareto(points, "bytes"), 3.0)
-    assert drawn.startswith("<svg")
-    assert "var(--first)" in drawn
-    assert figures.picture(figures.pareto(points, "bytes"), 3.0).startswith(b"\x89PNG")
 
 
 def test_what_is_no_output_or_an_old_one(dense: Path, tmp_path: Path) -> None:

@@ -165,20 +165,11 @@ def stacked(parts: Mapping[str, Sequence[float]], label: str) -> str:
 Point = tuple[str, float, float, float]  # name, its place on the x axis, KL, and that one's standard error
 
 
-def front(points: Sequence[Point]) -> set[str]:
-    """Names of the points of which no other is as good in one and better in the other."""
-    return {
-        name
-        for name, x, y, _ in points
-        if not any(a <= x and b <= y and (a < x or b < y) for _, a, b, _ in points)
-    }  # fmt: skip
-
-
-def pareto(points: Sequence[Point], label: str) -> Draw:
-    """KL over bytes of some kind, those that none is better than joined by a line."""
+def pareto(points: Sequence[Point], best: set[str], label: str) -> Draw:
+    """KL over bytes of some kind, the best of them, by name, joined by a line."""
 
     def draw(axes: Any, figure: Figure, colours: Palette) -> None:
-        best = front(points)
+        middle = (min(x for _, x, _, _ in points) + max(x for _, x, _, _ in points)) / 2
         joined = sorted((x, y) for name, x, y, _ in points if name in best)
         axes.plot(
             [x for x, _ in joined], [y for _, y in joined], color=colours.first, linewidth=1.2, drawstyle="steps-post"
@@ -187,9 +178,10 @@ def pareto(points: Sequence[Point], label: str) -> Draw:
             colour = colours.first if name in best else colours.faint
             noise = None if not math.isfinite(error) else min(error, 0.9 * y)
             axes.errorbar(x, y, yerr=noise, marker="o", markersize=5, color=colour, ecolor=colour, linestyle="none")
-            axes.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", color=colours.ink, fontsize=7.5)
-        if all(y > 0 for _, _, y, _ in points):
-            axes.set_yscale("log")
+            side = -1 if x > middle else 1  # towards the middle, where there is room
+            place = {"xytext": (5 * side, 4), "textcoords": "offset points", "ha": "right" if side < 0 else "left"}
+            axes.annotate(name, (x, y), color=colours.ink, fontsize=7.5, **place)
+        axes.set_yscale("log")
         axes.margins(x=0.18, y=0.15)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_size(value).replace(".00", "")))
         axes.xaxis.set_major_locator(MaxNLocator(4))
