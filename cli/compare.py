@@ -154,8 +154,9 @@ def _table(rows: Sequence[Row], best: set[str]) -> Table:
     for name, figures in rows:
         error = figures.kl_error
         noise = f"{error:.5f}" if error is not None and math.isfinite(error) else "–"
+        kept = f"{figures.kv_bytes_per_token:,.0f}"
         table.add_row(
-            f"{'*' if name in best else ' '} {name}", f"{figures.kl_mean:.5f}", noise, f"{figures.perplexity_ratio:.4f}",
-            human_size(figures.bytes), f"{figures.kv_bytes_per_token:,.0f}", figures.format,
+            f"{'*' if name in best else ' '} {name}", f"{figures.kl_mean:.5f}", noise,
+            f"{figures.perplexity_ratio:.4f}", human_size(figures.bytes), kept, figures.format,
         )  # fmt: skip
     return table
