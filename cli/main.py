@@ -14,11 +14,12 @@ import typer
 from . import render
 from .apply import apply, plan
 from .arguments import JsonOption
+from .bench import bench
 from .check import check
 from .compare import compare, sweep
 from .evaluate import evaluate_command
 from .folders import export, inspect, verify
-from .generate import run
+from .generate import chat, run
 from .recipes import recipes_app
 from .report import report
 from .session import session
@@ -29,7 +30,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 the answer is no, 2 could not run, 130 interrupted and resumable.",
 )  # fmt: skip
 app.add_typer(recipes_app, name="recipes")
-for command in (apply, plan, report, compare, sweep, inspect, verify, export, run, check):
+for command in (apply, plan, report, compare, sweep, inspect, verify, export, bench, run, chat, check):
     app.command()(command)
 app.command("eval")(evaluate_command)
 

@@ -143,8 +143,18 @@ class IntLinear(GroupLinear):
         packed, scales = self.packed[rows], self.scales[rows]
         return cpu.decode_packed(packed, scales, zeros, self.bits, self.in_features, self.span, dtype, scratch)
 
+    def path(self, tokens: int, dtype: torch.dtype) -> str:
+        packs = not self.device_layout and self._packs(dtype, self.packed.device)
+        if packs and dispatch.int4_path(tokens, dtype, dispatch.cpu_capability()) == "int4pack":
+            return "torch's int4 kernel"
+        return super().path(tokens, dtype)
+
+    def _packs(self, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether torch's kernel for 4 bits may take products."""
+        return self.bits <= 4 and dtype == torch.bfloat16 and device.type == "cpu"
+
     def tiled(self, x: Tensor) -> Tensor:
-        if self.bits > 4 or x.dtype != torch.bfloat16 or x.device.type != "cpu":
+        if not self._packs(x.dtype, x.device):
             return super().tiled(x)
         return cpu.packed_linear(self.entering(x), self.packed, self.scales, self.zeros, self.bits, self.span)
 

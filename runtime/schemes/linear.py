@@ -95,6 +95,10 @@ class RowsLinear(StoredLinear):
         """The product a tile of rows at a time."""
         return cpu.linear_tiles(x, lambda rows, scratch: self.decode(rows, x.dtype, scratch), self.out_features)
 
+    def path(self, tokens: int, dtype: torch.dtype) -> str:
+        """By what so many tokens are multiplied, in words for people."""
+        return "a fused kernel" if self.device_layout else "decoding a tile of rows at a time"
+
     def whole(self, dtype: torch.dtype) -> Tensor:
         return super().whole(dtype) if self.device_layout else self.decode(_ALL, dtype)
 

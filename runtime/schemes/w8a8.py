@@ -146,6 +146,12 @@ class W8A8Linear(RowsLinear):
         up, down = residual or (None, None)
         return result if up is None or down is None else result + F.linear(down, up)
 
+    def path(self, tokens: int, dtype: torch.dtype) -> str:
+        if self.device_layout:
+            return "a fused kernel"
+        bytes_too = self._multiplies_bytes and self.codes.device.type == "cpu"
+        return "oneDNN's products of bytes" if bytes_too else super().path(tokens, dtype)
+
     def tiled(self, x: Tensor) -> Tensor:
         if self._multiplies_bytes and x.device.type == "cpu":  # a loaded model may be moved
             return cpu.bytes_linear(x, self.codes, self.scales, self.input_scale)
