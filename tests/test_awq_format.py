@@ -127,7 +127,7 @@ def test_what_would_decode_to_other_weights_is_refused(pico: Pico, tmp_path: Pat
 
 def test_who_reads_what_differs() -> None:
     around = Around(fused=[["q", "k"]])
-    everyone = ("GPTQModel", "compressor", "vLLM on GPUs")
+    everyone = ("GPTQModel", "compressor", "vLLM on CPUs", "vLLM on GPUs")
     operator = made(32, 32, 32, True)
     assert choose_format("awq", {"q": operator, "k": operator}, around)[1] == everyone
     assert choose_format("awq", {"q": operator, "k": Dense(torch.zeros(32, 32))}, around)[1] == everyone[:2]

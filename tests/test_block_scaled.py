@@ -212,7 +212,7 @@ def test_linears_that_engines_fuse_have_one_global_scale() -> None:
     assert both == alone != step.steps([small], rounding, torch.bfloat16)
 
 
-@pytest.mark.parametrize("scheme", [name for name in STORED if SCHEMES[name].weights != "mxint8"])
+@pytest.mark.parametrize("scheme", [*(name for name in STORED if SCHEMES[name].weights != "mxint8"), "int-a8"])
 def test_stock_transformers_reads_the_weights(scheme: Name, pico: Pico, calibration_text: Path, tmp_path: Path) -> None:
     data = f"data: {{source: '{calibration_text}', samples: 4, sequence_length: 64}}\n"
     wide = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 64, "num_attention_heads": 2}
@@ -236,7 +236,10 @@ def test_stock_transformers_reads_the_weights(scheme: Name, pico: Pico, calibrat
     else:
         spread = (exact - logits(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32))).norm()
         assert 0 < (ours - exact).norm() < 3 * spread
-        assert (ours - theirs).norm() < 0.05 * (ours - exact).norm()
+        if scheme == "int-a8":  # its steps for int8 inputs are smaller by 1/255: other rounding, no less exact
+            assert 0.5 < (theirs - exact).norm() / (ours - exact).norm() < 2
+        else:
+            assert (ours - theirs).norm() < 0.05 * (ours - exact).norm()
 
 
 def test_inputs_of_factors_are_not_known(pico: Pico, calibration_text: Path) -> None:

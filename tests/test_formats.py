@@ -19,11 +19,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from compressor.compress.apply import Job, apply
 from compressor.compress.output.verify import export_dense, verify
+from compressor.compress.passes.linear.rtn import Rtn
 from compressor.compress.recipe import parse_recipe
 from compressor.runtime import load
 from compressor.runtime.errors import CompressorError, ModelError, RecipeError
 from compressor.runtime.formats import NATIVE, Around, choose_format
-from compressor.runtime.schemes import IntQuantized
+from compressor.runtime.schemes import Dense, IntQuantized
 from compressor.runtime.stored import StoredModel
 
 Pico = Callable[..., Path]
@@ -304,6 +305,28 @@ def test_the_trained_moe_reloads_in_stock_transformers(tmp_path: Path, step: str
 
 FOUR, EIGHT = "{kind: rtn, bits: 4, group_size: 32, ", "{kind: rtn, bits: 8, group_size: 32, "
 ATTENTION, EXPERTS = "'*.self_attn.*'", "'*.experts.*'"
+
+
+@pytest.mark.parametrize(
+    ("passes", "expert", "dropped"),
+    [
+        ({"bits": 4, "group_size": 32}, False, set()),
+        ({"bits": 4, "group_size": 32}, True, {"vLLM on CPUs"}),
+        ({"scheme": "int-a8", "group_size": 32}, False, set()),
+        ({"scheme": "int8"}, False, set()),
+        ({"scheme": "fp8"}, False, set()),
+        ({"scheme": "fp8"}, True, {"vLLM on CPUs"}),
+        ({"scheme": "nvfp4a16"}, False, {"vLLM on CPUs"}),
+        ({"scheme": "nvfp4a16"}, True, {"vLLM on CPUs", "transformers"}),
+    ],
+)
+def test_who_reads_is_who_was_seen_to(passes: dict[str, object], expert: bool, dropped: set[str]) -> None:
+    everyone = {"compressor", "transformers", "vLLM on CPUs", "vLLM on GPUs"}
+    plain = {"q": Dense(torch.empty(32, 128, device="meta"))}
+    made = {"q": Rtn.model_validate({"kind": "rtn", **passes}).plan("q", plain["q"], plain)}
+    chosen, readers, _ = choose_format("auto", made, Around(experts=frozenset({"q"} if expert else ())))
+    assert chosen.name == "compressed-tensors"
+    assert set(readers) == everyone - dropped
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,10 @@ def test_who_reads_what_differs() -> None:
     around = Around(fused=[["q", "k"]])
     everyone = ("GPTQModel", "compressor", "vLLM on GPUs")
     assert choose_format("gptq", {"q": made(4), "k": made(4), "o": made(8)}, around)[1] == everyone
+    four = ("GPTQModel", "compressor", "vLLM on CPUs", "vLLM on GPUs")
+    assert choose_format("gptq", {"q": made(4), "k": made(4)}, around)[1] == four
+    for unknown in (made(3), made(4, False)):  # vLLM 0.32 has a name for neither
+        assert choose_format("gptq", {"q": unknown, "k": unknown}, around)[1] == everyone[:2]
     for others in ({"k": made(8)}, {"k": Dense(torch.zeros(32, 32))}):
         assert choose_format("gptq", {"q": made(4), **others}, around)[1] == everyone[:2]
     with pytest.raises(RecipeError, match="zero points beside others without"):

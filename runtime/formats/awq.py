@@ -16,8 +16,8 @@ from torch import Tensor
 from ...kernels.layouts import pack_codes, unpack_codes
 from ..errors import ModelError
 from ..schemes import IntQuantized, Operator, rewritten
-from .base import OURS, VLLM_GPU, Around, Schemes
-from .integers import GPTQMODEL, HINT, IntegerFormat, check_parts
+from .base import Around, Schemes
+from .integers import HINT, IntegerFormat, check_parts
 
 BITS, SIZES = 4, (32, 64, 128)
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # rows of a word's codes, the lowest bits first
@@ -42,10 +42,9 @@ class Awq(IntegerFormat):
         several = " beside others of ".join(map(str, sizes))
         return f"groups of {several}, for it has one size: set group_size" if len(sizes) > 1 else ""
 
-    def readers(self, linears: Mapping[str, Operator], around: Around) -> tuple[str, ...]:
+    def vllm_takes(self, linears: Mapping[str, Operator], around: Around) -> bool:
         stored = rewritten(linears)
-        plain = all(len({name in stored for name in group}) < 2 for group in around.fused)
-        return tuple(sorted((*OURS, GPTQMODEL, VLLM_GPU) if plain else (*OURS, GPTQMODEL)))
+        return all(len({name in stored for name in group}) < 2 for group in around.fused)
 
     def tensors(self, operator: Operator) -> dict[str, Tensor]:
         if not isinstance(operator, IntQuantized):

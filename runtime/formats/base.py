@@ -11,11 +11,21 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..schemes import Operator
+from ..schemes import IntQuantized, Operator
 
 OURS = ("compressor",)
 VLLM_CPU, VLLM_GPU = "vLLM on CPUs", "vLLM on GPUs"
+VLLM_GROUPS = (-1, 32, 64, 128)  # sizes of groups of integers that vLLM takes; -1: a row
+
 Schemes = dict[str, dict[str, Any]]  # name of a compressed linear → its scheme, as `schemes.from_tensors` takes it
+
+
+def runs_on_cpu(operator: IntQuantized) -> bool:
+    """Whether vLLM 0.32 ran such integers of a linear on a CPU (one with AVX-512): it has a kernel for 4 bits, and cuts
+    rows that share one scale into groups of 128 of its own."""
+    rows, columns = operator.shape
+    whole = not columns % (128 if operator.group_size < 0 else 32) and not rows % 32
+    return whole and operator.bits == 4 and operator.group_size in VLLM_GROUPS
 
 
 @dataclass(frozen=True)

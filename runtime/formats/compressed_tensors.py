@@ -14,7 +14,7 @@ from ...kernels.layouts import expand24
 from ...kernels.numbers import ROUNDINGS
 from ..errors import ModelError
 from ..schemes import W8A8, BlockScaled, IntQuantized, Operator, Sparse24, rewritten, stored_name
-from .base import OURS, VLLM_CPU, VLLM_GPU, Around, Format, Schemes, targets
+from .base import OURS, VLLM_CPU, VLLM_GPU, VLLM_GROUPS, Around, Format, Schemes, runs_on_cpu, targets
 
 _EVERYONE = (*OURS, "transformers", VLLM_CPU, VLLM_GPU)
 # Formats of compressed-tensors that are read, and the tensor by which a compressed linear is known.
@@ -103,6 +103,11 @@ class CompressedTensors(Format):
     def readers(self, linears: Mapping[str, Operator], around: Around) -> tuple[str, ...]:
         stored = rewritten(linears)
         found = set(_EVERYONE).intersection(*(_readers(operator) for operator in stored.values()))
+        experts = [operator.scheme() for name, operator in stored.items() if name in around.experts]
+        if experts:
+            found -= {VLLM_CPU}  # refused
+        if any(scheme.get("name") == "nvfp4" for scheme in experts):
+            found -= {"transformers"}  # which does without what all of an expert's scales share (5.23)
         if any(len({repr(linears[name].scheme()) for name in group}) > 1 for group in around.fused):
             found -= {VLLM_CPU, VLLM_GPU}
         if any(name in around.outer for name in stored):
@@ -130,7 +135,7 @@ class CompressedTensors(Format):
             both = [*names, *(around.names[name] for name in names if name in around.names)]
             wanted = ["re:.*[.]experts[.].*"] if names[0] in around.experts else both
             groups[f"group_{number}"] = {
-                "targets": wanted if len(schemes) > 1 else ["Linear"], **_arguments(scheme)
+                "targets": wanted if len(schemes) > 1 else ["Linear"], **_arguments(scheme), "format": _layout(scheme),
             }  # fmt: skip
         quantization = {
             "quant_method": self.name,
@@ -191,8 +196,8 @@ def _readers(operator: Operator) -> tuple[str, ...]:
     """Who reads an operator in this format; nobody where none takes it."""
     scheme, columns = operator.scheme(), operator.shape[1]
     if scheme["kind"] == W8A8.kind:
-        # tests/test_w8a8.py; vLLM 0.32 on a CPU ran int8, and did not come to an end with fp8.
-        run = scheme["type"] == "int" and "inputs" not in scheme
+        # tests/test_w8a8.py; vLLM 0.32 on a CPU ran all but fp8 with one scale for all inputs.
+        run = scheme["type"] == "int" or "inputs" not in scheme
         return _EVERYONE if run else tuple(name for name in _EVERYONE if name != VLLM_CPU)
     if scheme["kind"] == BlockScaled.kind:
         rounding = ROUNDINGS[scheme["name"]]
@@ -205,14 +210,12 @@ def _readers(operator: Operator) -> tuple[str, ...]:
         # asymmetric experts fail in any case (huggingface/transformers#47430).
         return ()
     found = [*OURS, "transformers"]  # tests/test_formats.py
+    assert isinstance(operator, IntQuantized)
     if scheme.get("inputs") is not None:  # by the schemes that its source has for them
-        return (*found, VLLM_GPU) if scheme["bits"] == 4 and scheme["group_size"] > 0 else tuple(found)
-    if scheme["bits"] in (4, 8) and scheme["group_size"] in (-1, 32, 64, 128):
-        found.append(VLLM_GPU)  # by the kernels that its source names (Machete, Marlin)
-        # vLLM 0.32 ran these; it refuses 8 bits, and rows that it cannot cut into groups of 128 of its own.
-        whole = not columns % (32 if scheme["group_size"] > 0 else 128) and not operator.shape[0] % 32
-        if scheme["bits"] == 4 and whole:
-            found.append(VLLM_CPU)
+        taken = scheme["bits"] == 4 and scheme["group_size"] > 0
+    else:  # by the kernels that its source names (Machete, Marlin)
+        taken = scheme["bits"] in (4, 8) and scheme["group_size"] in VLLM_GROUPS
+    found += [VLLM_GPU] * taken + [VLLM_CPU] * runs_on_cpu(operator)
     return tuple(found)
 
 

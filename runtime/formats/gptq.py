@@ -18,8 +18,8 @@ from torch import Tensor
 from ...kernels.layouts import pack_codes
 from ..errors import ModelError
 from ..schemes import IntQuantized, Operator, rewritten
-from .base import OURS, VLLM_GPU, Around, Schemes
-from .integers import GPTQMODEL, HINT, IntegerFormat, check_parts
+from .base import Around, Schemes
+from .integers import HINT, IntegerFormat, check_parts
 
 BITS = (2, 3, 4, 8)
 
@@ -42,11 +42,11 @@ class Gptq(IntegerFormat):
         kinds = {operator.zeros is None for operator in operators}
         return "linears with zero points beside others without" if len(kinds) > 1 else ""
 
-    def readers(self, linears: Mapping[str, Operator], around: Around) -> tuple[str, ...]:
+    def vllm_takes(self, linears: Mapping[str, Operator], around: Around) -> bool:
         main = next(iter(rewritten(linears).values())).scheme()
         # vLLM looks for the rules of a matrix that it fuses under a name that none has.
         plain = all(linears[name].scheme() == main for group in around.fused for name in group)
-        return tuple(sorted((*OURS, GPTQMODEL, VLLM_GPU) if plain else (*OURS, GPTQMODEL)))
+        return plain and main["symmetric"] and main["bits"] in (4, 8)  # all that its configuration has
 
     def tensors(self, operator: Operator) -> dict[str, Tensor]:
         if not isinstance(operator, IntQuantized):

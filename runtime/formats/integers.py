@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from ..schemes import IntQuantized, Operator, rewritten
-from .base import Around, Format, Schemes
+from .base import OURS, VLLM_CPU, VLLM_GPU, Around, Format, Schemes, runs_on_cpu
 
 GPTQMODEL = "GPTQModel"
 HINT = "is not read here; decode the folder with the tool that wrote it"
@@ -42,6 +42,17 @@ class IntegerFormat(Format):
             if why := self.unheld(operator):
                 return f"{name} ({operator.description}), for {why}"
         return self.at_odds([operator for operator in stored.values() if isinstance(operator, IntQuantized)])
+
+    def readers(self, linears: Mapping[str, Operator], around: Around) -> tuple[str, ...]:
+        found, stored = [*OURS, GPTQMODEL], rewritten(linears).values()
+        if self.vllm_takes(linears, around):
+            whole = all(isinstance(operator, IntQuantized) and runs_on_cpu(operator) for operator in stored)
+            found += [VLLM_GPU, *([VLLM_CPU] if whole else [])]
+        return tuple(sorted(found))
+
+    @abstractmethod
+    def vllm_takes(self, linears: Mapping[str, Operator], around: Around) -> bool:
+        """Whether vLLM knows what to do with all of them."""
 
     @abstractmethod
     def unheld(self, operator: IntQuantized) -> str:
