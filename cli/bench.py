@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from ..compress.evaluate.speed import Speed, Work
 
 
+_RATIO = ("ratio",)
+
+
 def bench(
     model: ModelArgument,
     against: Annotated[str | None, typer.Option(help="the model to compare with, timed in turns with it")] = None,
@@ -52,23 +55,22 @@ def bench(
 
 
 def _table(names: Sequence[str], found: Sequence[Speed], work: Work) -> Table:
-    table = Table("", *names, *(["ratio"] if len(found) > 1 else []), box=None)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    lines = [
+    measures = [
         (f"prompt of {work.prompt:,}, tokens/s", [speed.rates(work)["prompt"] for speed in found], "{:,.1f}"),
         ("after it, tokens/s", [speed.rates(work)["decode"] for speed in found], "{:,.1f}"),
         ("first token, ms", [[1000 * seconds for seconds in speed.first] for speed in found], "{:,.1f}"),
     ]
-    for label, numbers, form in lines:
+    lines = []
+    for label, numbers, form in measures:
         middles = [statistics.median(each) for each in numbers]
         spreads = [_spread(each) for each in numbers]
         cells = (" ± ".join(map(form.format, both)) for both in zip(middles, spreads, strict=True))
-        table.add_row(label, *cells, *_ratio(middles))
+        lines.append((label, *cells, *_ratio(middles)))
     memory = [float(speed.memory) for speed in found]
-    table.add_row("memory at most", *(human_size(count) for count in memory), *_ratio(memory))
-    table.add_row("computes in", *(f"{speed.dtype} on {speed.device}" for speed in found), *([""] * (len(found) > 1)))
-    return table
+    lines.append(("memory at most", *(human_size(count) for count in memory), *_ratio(memory)))
+    lines.append(("computes in", *(f"{speed.dtype} on {speed.device}" for speed in found), *([""] * (len(found) > 1))))
+    short = [Path(name).name for name in names]
+    return render.table(("", *(short if len(set(short)) == len(names) else names), *_RATIO[: len(found) - 1]), lines)
 
 
 def _spread(numbers: Sequence[float]) -> float:

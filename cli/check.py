@@ -170,17 +170,16 @@ def _update(baseline: Baseline, outcomes: Sequence[Outcome], text: str, why: str
 
 
 def _table(outcomes: Sequence[Outcome]) -> Table:
-    table = Table("model / recipe", "KL", "± se", "perplexity ×", "bytes", "KV bytes", "verdict", box=None)
-    for column in table.columns[1:6]:
-        column.justify = "right"
+    lines = []
     for outcome in outcomes:
         found = outcome.figures
         cells = ["–"] * 5
         if found is not None:
             cells = [f"{found.kl_mean:.5f}", f"{found.kl_error or 0:.5f}", f"{found.perplexity_ratio:.4f}"]
             cells += [f"{found.bytes:,}", f"{found.kv_bytes_per_token:,.0f}"]
-        table.add_row(str(outcome.case), *cells, _MEANS[outcome.verdict])
-    return table
+        lines.append((str(outcome.case), *cells, _MEANS[outcome.verdict]))
+    headings = ("model / recipe", "KL", "± se", "perplexity ×", "bytes", "KV bytes", "verdict")
+    return render.table(headings, lines, spare=("± se", "KV bytes", "perplexity ×"))
 
 
 def _advice(failed: Sequence[Outcome], baseline: Path) -> str:

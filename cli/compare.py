@@ -147,16 +147,14 @@ def _show(rows: Sequence[Row], title: str, html: Path | None, png: Path | None, 
 
 
 def _table(rows: Sequence[Row], best: set[str]) -> Table:
-    table = Table("", "KL", "± se", "perplexity ×", "weights", "KV B/token", "format", box=None)
-    table.columns[0].overflow = "fold"
-    for column in table.columns[1:6]:
-        column.justify, column.no_wrap = "right", True
+    lines = []
     for name, figures in rows:
         error = figures.kl_error
         noise = f"{error:.5f}" if error is not None and math.isfinite(error) else "–"
-        kept = f"{figures.kv_bytes_per_token:,.0f}"
-        table.add_row(
+        lines.append((
             f"{'*' if name in best else ' '} {name}", f"{figures.kl_mean:.5f}", noise,
-            f"{figures.perplexity_ratio:.4f}", human_size(figures.bytes), kept, figures.format,
-        )  # fmt: skip
-    return table
+            f"{figures.perplexity_ratio:.4f}", human_size(figures.bytes), f"{figures.kv_bytes_per_token:,.0f}",
+            figures.format,
+        ))  # fmt: skip
+    headings = ("", "KL", "± se", "perplexity ×", "weights", "KV B/token", "format")
+    return render.table(headings, lines, spare=("format", "± se", "KV B/token"))

@@ -25,7 +25,7 @@ from .report import report
 from .session import session
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Compress language models: one recipe, composable passes, a checkpoint that runs.",
     epilog="Exit codes: 0 done, 1 the answer is no, 2 could not run, 130 interrupted and resumable.",
 )  # fmt: skip
@@ -67,6 +67,9 @@ def doctor(as_json: JsonOption = False) -> None:
         render.out.print(f"{key}: {value}")
 
 
+_ANYWHERE = ("-q", "--quiet", "--debug")  # which may stand behind a command, too
+
+
 def _full_memory(error: Exception) -> str:
     """What to do about an error by which a device's memory is full; empty for others."""
     kind = getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError)
@@ -91,8 +94,10 @@ def main() -> None:
     # A kernel is compiled and kept for every batch size, and experts see all of them: the default of 1024 is 400 MB.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
+    words = sys.argv[1:]
+    anywhere = [word for word in words if word in _ANYWHERE]
     try:
-        app()
+        app([*anywhere, *(word for word in words if word not in _ANYWHERE)])
     except Exception as error:
         from ..runtime.errors import CompressorError
 

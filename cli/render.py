@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..compress.plan import Plan, Row
 
 _WIDE = None if sys.stdout.isatty() else 140  # a pipe has no width of its own
+_FOLDED = 12  # characters that a column of words has at least
 out = Console(markup=False, highlight=False, soft_wrap=True, width=_WIDE)
 err = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
 
@@ -38,17 +39,42 @@ def document(content: Any, file: Path | None = None) -> None:
     write_synced(file, json_text(content))
 
 
-def plan_table(rows: list[Row]) -> Table:
-    table = Table("linears", "count", "parameters", "passes", "stored as", "bits/weight", "before", "after", box=None)
-    table.columns[0].no_wrap = table.columns[4].no_wrap = True
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for row in rows:
-        table.add_row(
+def table(
+    headings: Sequence[str], lines: Sequence[Sequence[str]], spare: Sequence[str] = (), words: Sequence[str] = ()
+) -> Table:
+    """A table of names and numbers; where the terminal is narrow, columns go, and then words are folded, but no number
+    is cut.
+
+    Args:
+        spare: headings of columns that may go, the first of them first; words: of those that may be folded, as the
+            first column is.
+    """
+    for count in range(len(spare) + 1):
+        kept = [number for number, heading in enumerate(headings) if heading not in spare[:count]]
+        result = Table(box=None)
+        for place, number in enumerate(kept):
+            heading, folds = headings[number], not place or headings[number] in words
+            widest = max(map(len, (heading, *(line[number] for line in lines))))
+            least = min(widest, _FOLDED) if folds else widest
+            side: Literal["left", "right"] = "right" if place else "left"
+            result.add_column(heading, justify=side, no_wrap=not folds, overflow="fold", min_width=least)
+        for line in lines:
+            result.add_row(*(line[number] for number in kept))
+        if out.measure(result, options=out.options.update(width=1 << 12)).maximum <= out.width:
+            break
+    return result
+
+
+def plan_table(rows: Sequence[Row]) -> Table:
+    headings = ("linears", "count", "parameters", "passes", "stored as", "bits/weight", "before", "after")
+    lines = [
+        (
             row.name.removeprefix("model."), str(row.count), f"{row.parameters:,}", " → ".join(row.steps) or "–",
             row.becomes, f"{row.bits:.3f}", human_size(row.before), human_size(row.after),
-        )  # fmt: skip
-    return table
+        )
+        for row in rows
+    ]  # fmt: skip
+    return table(headings, lines, spare=("parameters", "bits/weight", "count"), words=("passes", "stored as"))
 
 
 def cache_line(before: float, after: float, weights: int) -> str:
@@ -61,17 +87,15 @@ def cache_line(before: float, after: float, weights: int) -> str:
 
 def long_table(name: str, results: Sequence[LongEvaluation]) -> Table:
     """Results of a model and, if there is one, of its base."""
-    table = Table("far from the beginning", name, *(["base"] * (len(results) - 1)), box=None)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    lines = []
     for spans in zip(*(result.spans for result in results), strict=True):
         label = f"perplexity at {spans[0].start:,} to {spans[0].end - 1:,}"
-        table.add_row(label, *(f"{span.perplexity:.4f}" for span in spans))
+        lines.append((label, *(f"{span.perplexity:.4f}" for span in spans)))
     for found in zip(*(result.retrievals for result in results), strict=True):
         label = f"hidden number in {found[0].tokens:,} tokens, log probability (if not hidden)"
-        table.add_row(label, *(f"{each.logprob:.3f} ({each.lost:.3f})" for each in found))
-        table.add_row("  found exactly", *(f"{100 * each.exact:.0f} %" for each in found))
-    return table
+        lines.append((label, *(f"{each.logprob:.3f} ({each.lost:.3f})" for each in found)))
+        lines.append(("  found exactly", *(f"{100 * each.exact:.0f} %" for each in found)))
+    return table(("far from the beginning", name, *(["base"] * (len(results) - 1))), lines)
 
 
 def evaluation(name: str, folder: Path, found: Findings) -> None:
@@ -87,23 +111,24 @@ def evaluation(name: str, folder: Path, found: Findings) -> None:
 
 
 def _evaluation_table(name: str, found: Findings) -> Table:
-    table = Table("measure", name, box=None)
-    table.columns[1].justify = "right"
-    table.add_row("tokens predicted", f"{found.exact.tokens:,}")
-    table.add_row("perplexity ± standard error", f"{found.exact.perplexity:.4f} ± {found.exact.perplexity_error:.4f}")
+    lines = [
+        ("tokens predicted", f"{found.exact.tokens:,}"),
+        ("perplexity ± standard error", f"{found.exact.perplexity:.4f} ± {found.exact.perplexity_error:.4f}"),
+    ]
     if (d := found.exact.against) is not None:
-        table.add_row("perplexity of the base", f"{d.base_perplexity:.4f}")
-        table.add_row("ratio", f"{d.perplexity_ratio:.5f} ± {d.ratio_error:.5f}")
-        table.add_row("KL per token in nats, mean", f"{d.kl_mean:.6f} ± {d.kl_error:.6f}")
-        table.add_row("median / p99", f"{d.kl_median:.6f} / {d.kl_p99:.6f}")
-        table.add_row("top-1 agreement", f"{100 * d.top1_agreement:.2f} %")
+        lines += [
+            ("perplexity of the base", f"{d.base_perplexity:.4f}"),
+            ("ratio", f"{d.perplexity_ratio:.5f} ± {d.ratio_error:.5f}"),
+            ("KL per token in nats, mean", f"{d.kl_mean:.6f} ± {d.kl_error:.6f}"),
+            ("median / p99", f"{d.kl_median:.6f} / {d.kl_p99:.6f}"),
+            ("top-1 agreement", f"{100 * d.top1_agreement:.2f} %"),
+        ]
     if (d := found.as_run.against) is not None:
-        table.add_row(
-            f"as it runs ({found.dtype}): ratio to float32", f"{d.perplexity_ratio:.5f} ± {d.ratio_error:.5f}"
-        )
-        table.add_row(f"KL from float32, {found.as_run.tokens:,} tokens", f"{d.kl_mean:.6f} ± {d.kl_error:.6f}")
-    table.add_row("KV cache, bytes a token", f"{found.kv_bytes_per_token[0]:,.0f}")
-    return table
+        ratio = f"{d.perplexity_ratio:.5f} ± {d.ratio_error:.5f}"
+        lines.append((f"as it runs ({found.dtype}): ratio to float32", ratio))
+        lines.append((f"KL from float32, {found.as_run.tokens:,} tokens", f"{d.kl_mean:.6f} ± {d.kl_error:.6f}"))
+    lines.append(("KV cache, bytes a token", f"{found.kv_bytes_per_token[0]:,.0f}"))
+    return table(("measure", name), [(label, value.replace(" ± nan", "")) for label, value in lines])
 
 
 def readers(plan: Plan) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shlex
@@ -14,6 +15,9 @@ from pathlib import Path
 
 import pytest
 from command import run
+from rich.console import Console
+
+from compressor.cli import render
 
 ROOT = Path(__file__).resolve().parent.parent
 Pico = Callable[..., Path]
@@ -229,3 +233,27 @@ def test_a_plan_says_what_cannot_be_shared_out(pico: Callable[..., Path], tmp_pa
     assert "not over 4 GPUs: 6 attention heads are no multiple of 4" in " ".join(said.split())
     found = json.loads(run("plan", "w4a16-rtn", model, *edit, "--tp", 4, "--json", cwd=tmp_path).stdout)
     assert found["unsplittable"][0] == "6 attention heads are no multiple of 4"
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_no_number_is_cut_where_the_terminal_is_narrow(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [("layers.*.mlp.experts.*.down_proj", "1,234", "12.345", "a → b → c", "474.24 kB")] * 2
+    console = Console(width=width, file=io.StringIO(), markup=False)
+    monkeypatch.setattr(render, "out", console)
+    made = render.table(
+        ("linears", "count", "bits", "passes", "after"), lines, spare=("bits", "count"), words=("passes",)
+    )
+    console.print(made)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "474.24 kB" in text
+    headings = [str(column.header) for column in made.columns]
+    assert ("bits" in headings) is (width >= 80)
+    assert all(number in text for number, heading in (("1,234", "count"), ("12.345", "bits")) if heading in headings)
+    assert max(map(len, text.splitlines())) <= width
+
+
+def test_options_may_stand_behind_a_command(tmp_path: Path, pico: Pico) -> None:
+    shown = run("apply", "w4a16-rtn", pico(), "out", "--set", "passes.0.group_size=32", "-q", cwd=tmp_path)
+    assert "block" not in shown.stderr
+    assert "report: out/report/report.html" in shown.stdout
+    run("verify", "out", cwd=tmp_path)
