@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
 from ..runtime.errors import human_size
 from . import render
 from .arguments import JsonOption, ModelArgument, model_folder
-from .session import session
 
 if TYPE_CHECKING:
     from ..compress.evaluate.speed import Speed, Work
@@ -40,10 +38,8 @@ def bench(
     from ..compress.evaluate.speed import bench as time_models
 
     work = Work(batch, prompt, tokens)
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=render.err, transient=True) as bar:
-        task = bar.add_task("", total=rounds + 1, visible=render.err.is_terminal and not session.quiet)
-        found = time_models(folders, work, rounds, lambda _: bar.advance(task))
+    with render.progress("rounds", rounds + 1) as passed:
+        found = time_models(folders, work, rounds, lambda _: passed(1))
     if as_json:
         render.document([{"model": name, **speed.record(work)} for name, speed in zip(names, found, strict=True)])
         return

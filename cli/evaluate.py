@@ -3,23 +3,41 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from . import render
 from .arguments import JsonOption, ModelArgument, model_folder
 
+if TYPE_CHECKING:
+    from ..compress.evaluate import Findings
+
 
 def evaluate_command(
     model: ModelArgument,
     against: Annotated[str | None, typer.Option(help="the model to compare with")] = None,
-    data: Annotated[str, typer.Option(help="'builtin' (its evaluation split), or a .txt or .jsonl file")] = "builtin",
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="'builtin' (its evaluation split, the default), or a .txt or .jsonl file; may be repeated, and the "
+            "first counts for --max-ppl-ratio"
+        ),
+    ] = None,
     samples: Annotated[int, typer.Option(min=1, help="windows; all of the text if it has fewer")] = 128,
     sequence_length: Annotated[int, typer.Option(min=2, help="tokens of a window")] = 512,
     long: Annotated[
         int | None, typer.Option(min=128, help="also windows of this length: perplexity by position, and retrieval")
     ] = None,
+    choices: Annotated[
+        Path | None,
+        typer.Option(help="a .jsonl file of questions, {prompt, choices, answer}: is the right one likeliest?"),
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="tasks of lm-evaluation-harness, as arc_easy,hellaswag (extra: tasks)")
+    ] = None,
+    task_path: Annotated[Path | None, typer.Option(help="with --tasks, a folder of tasks of your own")] = None,
+    task_limit: Annotated[int | None, typer.Option(min=1, help="with --tasks, questions of each; default: all")] = None,
     max_ppl_ratio: Annotated[float | None, typer.Option(help="exit with 1 if the ratio to --against is higher")] = None,
     out: Annotated[Path | None, typer.Option(help="a file to write all figures to, as JSON")] = None,
     as_json: JsonOption = False,
@@ -29,22 +47,53 @@ def evaluate_command(
 
     if max_ppl_ratio is not None and against is None:
         raise RecipeError("--max-ppl-ratio compares with another model: name it with --against")
+    if tasks is None and (task_path is not None or task_limit is not None):
+        raise RecipeError("--task-path and --task-limit are for --tasks: name some")
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise ResourceError(f"--out {out}: is no file in a folder that is there; name one")
-    folder, _ = model_folder(model, None)
-    other = None if against is None else model_folder(against, None)[0]
+    folders = [model_folder(name)[0] for name in (model, against) if name is not None]
 
     from ..compress.evaluate import EvaluationJob, run_evaluation
+    from ..compress.evaluate.tasks import read_questions
 
-    job = EvaluationJob(folder, other, data, samples, sequence_length, long)
-    found = run_evaluation(job, lambda windows: render.reading(windows, sequence_length, long))
-    record = {"model": model, "base": against, **found.record()}
+    questions = None if choices is None else read_questions(choices)
+    found: dict[str, Findings] = {}
+    for text in dict.fromkeys(data or ["builtin"]):
+        job = EvaluationJob(folders[0], folders[1] if against else None, text, samples, sequence_length, long)
+        found[text] = run_evaluation(job, lambda windows: render.reading(windows, sequence_length, long))
+    first, *rest = found.items()
+    record: dict[str, Any] = {"model": model, "base": against, **first[1].record()}
+    if rest:
+        record["texts"] = {text: one.record() for text, one in found.items()}
+    if questions is not None:
+        record["choices"] = _answers(folders, questions)
+    if tasks is not None:
+        record["tasks"] = _tasks(folders, tasks.split(","), task_path, task_limit)
     if out is not None:
         render.document(record, out)
     if as_json:
         render.document(record)
     else:
-        render.evaluation(model, folder, found)
-    if max_ppl_ratio is not None and found.exact.against and not found.exact.against.perplexity_ratio <= max_ppl_ratio:
-        render.err.print(f"the perplexity ratio {found.exact.against.perplexity_ratio:.5f} is above {max_ppl_ratio}")
+        for text, one in found.items():
+            if rest:
+                render.out.print(f"{text}:")
+            render.evaluation(model, folders[0], one)
+        render.scores([name for name in (model, against) if name is not None], record)
+    exact = first[1].exact.against
+    if max_ppl_ratio is not None and exact and not exact.perplexity_ratio <= max_ppl_ratio:
+        render.err.print(f"the perplexity ratio {exact.perplexity_ratio:.5f} is above {max_ppl_ratio}")
         raise typer.Exit(1)
+
+
+def _answers(folders: list[Path], questions: list[Any]) -> list[dict[str, Any]]:
+    """The score of each model."""
+    from ..compress.evaluate.tasks import score
+
+    with render.progress("questions", len(folders) * len(questions)) as passed:
+        return [score(folder, questions, passed).record() for folder in folders]
+
+
+def _tasks(folders: list[Path], tasks: list[str], include: Path | None, limit: int | None) -> list[dict[str, Any]]:
+    from ..compress.evaluate.tasks import harness
+
+    return [harness(folder, tasks, include, limit) for folder in folders]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +16,7 @@ from rich.table import Table
 
 from ..runtime.errors import human_size
 from ..runtime.text import json_text
+from .session import session
 
 if TYPE_CHECKING:
     from ..compress.evaluate import Findings
@@ -142,9 +143,34 @@ def reading(windows: int, tokens: int, long: int | None) -> Iterator[Callable[[i
     err.print(
         f"reading {windows} windows of {tokens} tokens" + ("" if long is None else f", then of {long}: be patient")
     )
-    with Progress(BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=err, transient=True) as bar:
-        task = bar.add_task("", total=windows, visible=err.is_terminal)
-        yield lambda count: bar.advance(task, count)
+    with progress("windows", windows) as passed:
+        yield passed
+
+
+@contextmanager
+def progress(what: str, count: int) -> Iterator[Callable[[int], None]]:
+    """Draws a bar on a terminal, with the time that is left; it is told how many more are behind."""
+    columns = (
+        TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal or session.quiet) as bar:
+        task = bar.add_task("", total=count)
+        yield lambda more: bar.advance(task, more)
+
+
+def scores(names: Sequence[str], record: Mapping[str, Any]) -> None:
+    """Print what questions and tasks came to, of each model."""
+    lines = []
+    if "choices" in record:
+        for label, key in (("right choices", "accuracy"), ("right choices by length", "by_length")):
+            each = [f"{100 * one[key]:.2f} ± {100 * (one[key + '_error'] or 0):.2f} %" for one in record["choices"]]
+            lines.append((f"{label}, of {record['choices'][0]['questions']:,}", *each))
+    for task, first in (record.get("tasks") or [{}])[0].items():
+        for key in (key for key, value in first.items() if isinstance(value, float) and "_stderr" not in key):
+            lines.append((f"{task} {key.removesuffix(',none')}", *(f"{one[task][key]:.4f}" for one in record["tasks"])))
+    if lines:
+        out.print(table(("tasks", *names), lines))
 
 
 class ApplyProgress:
