@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..runtime.files import reserve, sync_folder, write_synced
+from ..runtime.files import checksum, pieces_of, reserve, sync_folder, write_synced
 
 BATCH_TOKENS = 4096  # tokens per micro-batch: enough to fill a GEMM, little enough to stay small beside a block
 
@@ -74,6 +75,10 @@ class Chains:
         size = 4 * int(np.prod(self.shape))
         return all(p.is_file() and p.stat().st_size == size for p in (self._path(generation, n) for n in self.names))
 
+    def checksums(self, generation: int) -> dict[str, str]:
+        """Of a generation's files, by chain."""
+        return {name: checksum(pieces_of(self._path(generation, name))) for name in self.names}
+
     def commit(self, generation: int) -> None:
         for name in self.names:
             with open(self._path(generation, name), "rb+") as file:
@@ -82,16 +87,20 @@ class Chains:
     def advanced(self, generation: int) -> None:
         """Commit a generation and drop the one before, in a walk that has no journal; `reached` then knows of it."""
         self.commit(generation)
-        write_synced(self.folder / "reached", str(generation))
+        write_synced(self.folder / "reached", json.dumps([generation, self.checksums(generation)]))
         sync_folder(self.folder)
         self.drop(generation - 1)
 
     @property
     def reached(self) -> int:
-        """The generation from which an interrupted walk without a journal goes on; -1: none is there."""
-        path = self.folder / "reached"
-        found = path.read_text() if path.is_file() else ""
-        return int(found) if found.isdigit() and self.exists(int(found)) else -1
+        """The generation from which an interrupted walk without a journal goes on; -1: none is there, or it was
+        damaged."""
+        try:
+            generation, checksums = json.loads((self.folder / "reached").read_text(encoding="utf-8"))
+            whole = self.exists(generation) and self.checksums(generation) == checksums
+        except (OSError, ValueError, TypeError):
+            return -1
+        return int(generation) if whole else -1
 
     def drop(self, generation: int) -> None:
         for name in self.names:

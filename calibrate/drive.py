@@ -91,10 +91,10 @@ def drive(
     """
     first = next(iter(skeletons.values()))
     chains = Chains(folder, tuple(skeletons), (*windows.shape, first.config.hidden_size))
-    if chains.reached < 0:
+    if (start := chains.reached) < 0:
         start_chains(first, windows, folder, tuple(skeletons))
-        chains.advanced(0)
-    for index in range(chains.reached, first.blocks):
+        chains.advanced(start := 0)
+    for index in range(start, first.blocks):
         blocks = {}
         for chain, skeleton in skeletons.items():
             layer = skeleton.block(index)

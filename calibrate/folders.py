@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..runtime.errors import ResourceError
-from ..runtime.files import save_synced, write_synced
+from ..runtime.files import read_saved, save_synced, write_synced
 from .routing import Routing
 from .statistics import UNPAIRED, Statistics
 
@@ -63,12 +63,11 @@ class BlockFolder:
 
     def _load(self, block: int) -> tuple[dict[str, Tensor], dict[str, str]]:
         try:
-            with safe_open(self._file(block), framework="pt") as file:
-                names = dict(file.metadata() or {})
-                if names.pop(_SOURCE, "") != self._digest:  # another run began with the same folder
-                    raise ResourceError(f"{self._file(block)}: of another model or text; delete {self.folder}")
-                return {name: file.get_tensor(name) for name in file.keys()}, names  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
+            tensors, names = read_saved(self._file(block))
+            if names.pop(_SOURCE, "") != self._digest:  # another run began with the same folder
+                raise ResourceError(f"{self._file(block)}: of another model or text; delete {self.folder}")
+            return tensors, names
+        except (SafetensorError, OSError, ValueError) as error:
             raise ResourceError(f"{self._file(block)}: not readable ({error}); delete {self.folder}") from None
 
     def finish(self, blocks: Iterable[int]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from ..calibrate.stage import StageWork
 from ..calibrate.statistics import KINDS, UNPAIRED
 from ..calibrate.walk import Block, walk
 from ..runtime.errors import RecipeError, ResourceError, VerifyError, human_size
+from ..runtime.files import file_sha256
 from ..runtime.formats import PLAIN
 from ..runtime.model.checkpoint import Checkpoint
 from ..runtime.model.disk_experts import fuse
@@ -30,6 +32,7 @@ from .guards import check_output, source_skeleton
 from .job import Job
 from .journal import Journal
 from .output.folder import check_complete, check_runs, finish_folder, write_beside
+from .output.verify import changed_files
 from .output.writer import ShardedWriter
 from .passes.base import ModelPass
 from .plan import Plan, make_plan, plan_for_text
@@ -101,12 +104,14 @@ def apply(
         if recipe != plan.recipe:
             plan = make_plan(recipe, skeleton, memory=float("inf") if folder is not None else memory)
         job = replace(job, recipe=plan.recipe)
-        if not any(entry.get("step") == "finished" for entry in journal.entries):
+        if journal.finished is None:
             _run(job, plan, windows, folder, journal, listener)
             write_beside(journal.result, job, plan)
             quality = _measured(job, plan, skeleton, text, journal, listener)
             finish_folder(journal.result, job, plan, fingerprint, journal.entries, quality)
-            journal.done({"step": "finished"})
+            journal.done({"step": "finished", "manifest": file_sha256(journal.result / "compressor.json")})
+        elif journal.result.is_dir() and (not journal.holds(journal.result) or changed_files(journal.result)):
+            raise journal.damaged(str(journal.result))
         listener(Measured(_known_quality(journal)))
         journal.publish(overwrite=overwrite)
     return plan
@@ -168,14 +173,16 @@ def _run(
     skeleton = plan.skeleton
     checkpoint = skeleton.checkpoint
     writer = ShardedWriter(journal.result, plan.tensors, job.recipe.output.shard_bytes)
-    files, names = writer.finished_by(checkpoint.block_index, skeleton.blocks), checkpoint.block_names()
-    done = [entry["block"] for entry in journal.entries if "block" in entry]
+    written, names = writer.written_by(checkpoint.block_index, skeleton.blocks), checkpoint.block_names()
+    files = writer.finished_by(written)
+    done = {entry["block"]: entry for entry in journal.entries if "block" in entry}
     first = max(done) + 1 if done else 0
+    _check_written(writer, written, done, journal)
     if not chain_names(plan.needs) or (folder is not None and folder.complete):
         windows = None  # which nothing is run over
     chains: Chains | None = None
     if first == 0:
-        chains = _begin(plan, windows, writer, files[-1], journal, listener, fresh=not done)
+        chains = _begin(plan, windows, writer, written[-1], files[-1], journal, listener, fresh=not done)
     elif windows is not None:
         chains = Chains(journal.chains, chain_names(plan.needs), (*windows.shape, skeleton.config.hidden_size))
         if first < skeleton.blocks and not chains.exists(first):
@@ -183,6 +190,8 @@ def _run(
                 f"{journal.folder}: the calibration activations are not there (a folder of statistics served in "
                 "their place?); put that folder back, or delete the work folder to start over"
             )
+        if first < skeleton.blocks and chains.checksums(first) != done[first - 1]["chains"]:
+            raise journal.damaged(str(journal.chains))
     if done:
         listener(Resumed(first, skeleton.blocks))
     wanting = [(name, step) for name in plan.linears for step in job.recipe.linear_passes.values() if step.wants(name)]
@@ -196,11 +205,12 @@ def _run(
         seconds: dict[str, float] = {}
         events = list(_rewrite(job.recipe, block, listener, seconds))
         _store(block.linears, block.tensors, names[block.index], plan, checkpoint, writer)
-        if block.index + 1 < skeleton.blocks:
+        went_on = chains is not None and block.index + 1 < skeleton.blocks
+        if went_on:
             block.advance()
         events.append(_block_done(events, block, skeleton.blocks))
-        hashes = writer.hashes(files[block.index])
-        journal.done({"block": block.index, "events": [event.record() for event in events], "files": hashes})
+        entry = _done(block.index, events, writer, written[block.index], files[block.index])
+        journal.done({**entry, "chains": chains.checksums(block.index + 1) if chains is not None and went_on else {}})
         steps = {step: round(spent, 3) for step, spent in seconds.items()}
         journal.timing({"block": block.index, "seconds": round(time.monotonic() - start, 3), "steps": steps})
         if chains is not None:
@@ -211,10 +221,38 @@ def _run(
         folder.finish(range(skeleton.blocks))
 
 
+def _done(
+    block: int, events: Sequence[Event], writer: ShardedWriter, written: Sequence[str], files: Sequence[str]
+) -> dict[str, Any]:
+    """For the journal: what happened to a block, or to what is in none (-1), and how to tell what is on disk.
+
+    Args:
+        written: its tensors; files: that are whole with it.
+    """
+    records, hashes = [event.record() for event in events], writer.hashes(files)
+    return {"block": block, "events": records, "tensors": writer.checksum(written), "files": hashes}
+
+
+def _check_written(
+    writer: ShardedWriter, written: Mapping[int, Sequence[str]], done: Mapping[int, dict[str, Any]], journal: Journal
+) -> None:
+    """
+    Raises:
+        ResourceError: what an interrupted run wrote is not there any more, or not as it was.
+    """
+    if done and not writer.laid_out():
+        raise journal.damaged(str(journal.result))
+    for block, entry in done.items():
+        if writer.checksum(written[block]) != entry["tensors"]:
+            where = "tensors outside the blocks" if block < 0 else f"block {block}"
+            raise journal.damaged(f"{journal.result}: {where}")
+
+
 def _begin(
     plan: Plan,
     windows: Tensor | None,
     writer: ShardedWriter,
+    written: Sequence[str],
     files: Sequence[str],
     journal: Journal,
     listener: Listener,
@@ -225,7 +263,7 @@ def _begin(
 
     Args:
         windows: of text that is run over the model; None for none.
-        files: that are whole with this.
+        written: names of the tensors outside the blocks; files: that are whole with these.
     """
     skeleton, outer = plan.skeleton, dict[str, Operator]()
     events = list(_rewrite_outer(plan, outer, listener if fresh else lambda event: None))
@@ -234,8 +272,7 @@ def _begin(
         names = skeleton.checkpoint.outside_names()
         for together in [[name] for name in names] if skeleton.checkpoint.anew else [names]:
             _store(outer, {}, together, plan, skeleton.checkpoint, writer)
-        records, hashes = [event.record() for event in events], writer.hashes(files)
-        journal.done({"step": "outside", "block": -1, "events": records, "files": hashes})
+        journal.done({"step": "outside", **_done(-1, events, writer, written, files)})
     if windows is None:
         return None
     embedding = next((operator for name, operator in outer.items() if skeleton.outer()[name]), None)

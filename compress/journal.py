@@ -1,12 +1,15 @@
 """The work folder of a run: what is done, for whom, and how to go on after anything.
 
-`OUT.work/` holds `journal.jsonl` (one synced line per finished step), `chains/` (calibration activations), `out/` (the
-output in the making) and, while an old output is being replaced, `replaced/`. OUT itself appears by one rename.
+`OUT.work/` holds `journal.jsonl` (one synced line per finished step), `chains/` (calibration activations, and what
+surveys made), `out/` (the output in the making) and, while an old output is being replaced, `replaced/`. OUT itself
+appears by one rename. A line of the journal ends with a seal, a hash over it and the seal before, so that lines which
+were changed, left out or moved are found; checksums of what lies beside it are in its lines.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -15,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import ResourceError
-from ..runtime.files import sync_folder
+from ..runtime.files import file_sha256, sync_folder
 
 
 class Journal:
@@ -33,6 +36,7 @@ class Journal:
         self.entries: list[dict[str, Any]] = []
         self.fingerprint: dict[str, Any] = {}
         self._lock: Any = None
+        self._seal = ""
 
     @property
     def result(self) -> Path:
@@ -43,6 +47,23 @@ class Journal:
     def chains(self) -> Path:
         return self.folder / "chains"
 
+    @property
+    def finished(self) -> dict[str, Any] | None:
+        """The entry of a run that has only to be published."""
+        return next((entry for entry in self.entries if entry.get("step") == "finished"), None)
+
+    def damaged(self, what: str) -> ResourceError:
+        """An error: something of the work is not as it was left."""
+        return ResourceError(f"{what}: damaged, or changed since it was left; {self._start_over}")
+
+    @property
+    def _start_over(self) -> str:
+        """How to, without losing the output that was being replaced."""
+        replaced = self.folder / "replaced"
+        if replaced.exists() and not self.out.exists():
+            return f"to start over, move {replaced}, which was at {self.out}, back, then delete {self.folder}"
+        return f"delete {self.folder} to start over"
+
     def open(self, fingerprint: dict[str, Any], *, resume: bool) -> None:
         """Start a run or take up an interrupted one.
 
@@ -52,8 +73,7 @@ class Journal:
         """
         self._take_lock()
         self.fingerprint = fingerprint
-        path = self.folder / "journal.jsonl"
-        lines = _whole_lines(path)
+        lines = self._whole_lines()
         if not lines:
             if resume and self.out.is_dir() and any(self.out.iterdir()):
                 self._remove()
@@ -66,12 +86,12 @@ class Journal:
             self._append({"fingerprint": fingerprint})
             return
         if not resume:
-            raise ResourceError(f"{self.folder}: an interrupted run is there; add --resume, or delete that folder")
+            raise ResourceError(f"{self.folder}: an interrupted run is there; add --resume, or {self._start_over}")
         changed = differences(lines[0].get("fingerprint", {}), fingerprint)
         if changed:
             raise ResourceError(
-                f"{self.folder}: cannot resume, since this run differs in {'; '.join(changed)}; "
-                "undo that, or delete the folder to start over"
+                f"{self.folder}: cannot resume, since this run differs in {'; '.join(changed)}; undo that, or "
+                f"{self._start_over}"
             )
         self.entries = lines[1:]
 
@@ -88,8 +108,15 @@ class Journal:
             file.write(json.dumps(entry) + "\n")
 
     def publish(self, *, overwrite: bool) -> None:
-        """Move the finished output to OUT; safe to repeat after a crash at any point of it."""
+        """Move the finished output to OUT; safe to repeat after a crash at any point of it.
+
+        Raises:
+            ResourceError: something else is at OUT, or the output is gone.
+        """
         replaced = self.folder / "replaced"
+        if not self.holds(self.result if self.result.is_dir() else self.out):
+            lost = f"the finished output is neither in it nor at {self.out}"
+            raise ResourceError(f"{self.folder}: {lost}; put it back, or {self._start_over}")
         if self.result.is_dir():
             if self.out.exists() and not any(self.out.iterdir()):
                 self.out.rmdir()
@@ -100,6 +127,12 @@ class Journal:
             os.rename(self.result, self.out)
             sync_folder(self.out.parent)
         self._remove()
+
+    def holds(self, folder: Path) -> bool:
+        """Whether a folder is the output that this run finished, by its manifest."""
+        manifest = folder / "compressor.json"
+        assert self.finished is not None
+        return manifest.is_file() and file_sha256(manifest) == self.finished["manifest"]
 
     def close(self) -> None:
         if self._lock is not None:
@@ -131,28 +164,41 @@ class Journal:
             with suppress(OSError):  # whatever else somebody put there stays
                 self.folder.rmdir()
 
+    def _whole_lines(self) -> list[dict[str, Any]]:
+        """The complete lines of the journal; a torn last line, from a crash while it was written, is cut off."""
+        path, entries = self.folder / "journal.jsonl", list[dict[str, Any]]()
+        if not path.is_file():
+            return []
+        raw = path.read_bytes()
+        whole = raw[: raw.rfind(b"\n") + 1]
+        if len(whole) != len(raw):
+            with open(path, "rb+") as file:
+                file.truncate(len(whole))
+                os.fsync(file.fileno())
+        for line in whole.splitlines():
+            try:
+                entry = json.loads(line)
+                seal = entry.pop("seal")
+            except (ValueError, RecursionError, AttributeError, KeyError, TypeError):
+                raise self.damaged(str(path)) from None
+            self._seal = _sealed(self._seal, entry)
+            if self._seal != seal:
+                raise self.damaged(str(path))
+            entries.append(entry)
+        return entries
+
     def _append(self, entry: dict[str, Any]) -> None:
+        self._seal = _sealed(self._seal, entry)
         with open(self.folder / "journal.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(json.dumps({**entry, "seal": self._seal}) + "\n")
             file.flush()
             os.fsync(file.fileno())
         sync_folder(self.folder)
 
 
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a journal; a torn last line, from a crash while it was written, is cut off."""
-    if not path.is_file():
-        return []
-    raw = path.read_bytes()
-    whole = raw[: raw.rfind(b"\n") + 1]
-    if len(whole) != len(raw):
-        with open(path, "rb+") as file:
-            file.truncate(len(whole))
-            os.fsync(file.fileno())
-    try:
-        return [json.loads(line) for line in whole.decode().splitlines()]
-    except ValueError as error:
-        raise ResourceError(f"{path}: damaged ({error}); delete {path.parent} to start over") from None
+def _sealed(seal: str, entry: dict[str, Any]) -> str:
+    """The seal of an entry that follows one with a seal."""
+    return hashlib.sha256(f"{seal} {json.dumps(entry)}".encode()).hexdigest()[:16]
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:

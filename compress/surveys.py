@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..calibrate.corpus import Corpus, builtin_corpus, drawn_windows, file_corpus, load_tokenizer
 from ..calibrate.folders import RoutingFolder
 from ..runtime.errors import ModelError, RecipeError
+from ..runtime.files import read_saved
 from ..runtime.model.checkpoint import Checkpoint
 from ..runtime.model.skeleton import Skeleton
 from .events import Event, Surveyed
@@ -104,20 +106,42 @@ def surveyed(
 
     for number, step in enumerate(recipe.passes):
         folder, later = journal.chains / f"survey-{number}", recipe.passes[number + 1 :]
+        went_on = folder.is_dir()
         if number in known:
             content = recipe.model_dump(mode="json") | {"passes": [known[number]["pass"]]}
             ready = Recipe.model_validate(content).passes[0].before(later).prepare(skeleton)
             if isinstance(ready, ModelPass):
                 ready = ready.with_made([folder / name for name in known[number]["made"]])
+            _check_made(folder, known[number]["made"], journal)
         else:
             folder.mkdir(parents=True, exist_ok=True)
             ready = step.before(later).prepare(skeleton)
             task = texts[ready.text].windows if ready.text in texts else None
             ready = ready.survey(skeleton, Survey(windows, folder, heard, task, None if number else routing))
-            made = [str(path.relative_to(folder)) for path in ready.made] if isinstance(ready, ModelPass) else []
+            made = _made(folder, ready)
+            if went_on:
+                _check_made(folder, made, journal)
             journal.done({"step": "survey", "number": number, "pass": ready.model_dump(mode="json"), "made": made})
         skeleton.checkpoint.release()
         if isinstance(ready, ModelPass):
             skeleton = ready.view(skeleton)
         passes.append(ready)
     return recipe.model_copy(update={"passes": tuple(passes)})
+
+
+def _made(folder: Path, step: Pass) -> dict[str, list[str]]:
+    """What a pass made in its folder: of each folder there, the names of the files."""
+    made = step.made if isinstance(step, ModelPass) else ()
+    return {str(path.relative_to(folder)): sorted(file.name for file in path.iterdir()) for path in made}
+
+
+def _check_made(folder: Path, made: Mapping[str, Sequence[str]], journal: Journal) -> None:
+    """
+    Raises:
+        ResourceError: a file is not there any more, or not as it was.
+    """
+    for path in (folder / name / file for name, files in made.items() for file in files):
+        try:
+            read_saved(path)
+        except (SafetensorError, OSError, ValueError):
+            raise journal.damaged(str(path)) from None

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from safetensors import SafetensorError
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import ResourceError
+
+PIECE = 1 << 22  # bytes of a file at a time
+_PAGE = 4096  # bytes that are summed
+_CHECKSUM = "checksum"  # in the metadata of files
 
 
 def reserve(file: BinaryIO, size: int) -> None:
@@ -35,14 +42,15 @@ def write_synced(path: Path, text: str) -> None:
 
 
 def save_synced(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file, which is whole or not there.
+    """Write a safetensors file, which is whole or not there, and says itself what its checksum is.
 
     Raises:
         ResourceError: it cannot be written.
     """
     partial = path.with_name(path.name + ".partial")
+    made = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, dict(metadata))
+        save_file(made, partial, {**metadata, _CHECKSUM: _saved_checksum(made, metadata)})
     except SafetensorError as error:  # not an OSError, whatever the reason
         raise ResourceError(
             f"{partial}: cannot be written ({error}); name another folder, or free some space"
@@ -51,6 +59,32 @@ def save_synced(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
         os.fsync(file.fileno())
     partial.replace(path)
     sync_folder(path.parent)
+
+
+def read_saved(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors, memory mapped, and metadata of a file that `save_synced` wrote; all of it is read.
+
+    Raises:
+        ValueError: it is not as it was written.
+        SafetensorError, OSError: it cannot be read.
+    """
+    with safe_open(path, framework="pt") as file:
+        metadata = dict(file.metadata() or {})
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if metadata.pop(_CHECKSUM, "") != _saved_checksum(tensors, metadata):
+        raise ValueError("it is not as it was written")
+    return tensors, metadata
+
+
+def _saved_checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    def pieces() -> Iterator[Any]:
+        yield json.dumps(sorted(metadata.items())).encode()
+        for name, tensor in sorted(tensors.items()):
+            yield f"{name} {tensor.dtype} {list(tensor.shape)}".encode()
+            data = raw_bytes(tensor)
+            yield from (data[start : start + PIECE] for start in range(0, len(data), PIECE))
+
+    return checksum(pieces())
 
 
 def copy_synced(source: Path, target: Path) -> None:
@@ -72,6 +106,37 @@ def sync_folder(folder: Path) -> None:
 def file_sha256(path: Path) -> str:
     with open(path, "rb") as file:
         digest = hashlib.sha256()
-        while chunk := file.read(1 << 22):
+        while chunk := file.read(PIECE):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def checksum(pieces: Iterable[Any]) -> str:
+    """The hash of the sums of all pages: it tells bytes that were damaged or never written, and takes no longer than
+    reading them, where a hash of all bytes would take as long as a GPU does for a block.
+
+    Args:
+        pieces: bytes, or what has a buffer of them; the same bytes in other pieces have another checksum.
+    """
+    digest = hashlib.sha256()
+    for piece in pieces:
+        data = np.frombuffer(piece, np.uint8)
+        whole = len(data) - len(data) % _PAGE
+        digest.update(data[:whole].view(np.uint64).reshape(-1, _PAGE // 8).sum(1).tobytes())
+        digest.update(data[whole:].tobytes())
+    return digest.hexdigest()
+
+
+def pieces_of(path: Path, start: int = 0, size: int | None = None) -> Iterator[bytes]:
+    """A part of a file, or what there is of it, some megabytes at a time."""
+    left = path.stat().st_size if size is None else size
+    with open(path, "rb") as file:
+        file.seek(start)
+        while piece := file.read(min(PIECE, left)):
+            yield piece
+            left -= len(piece)
+
+
+def raw_bytes(tensor: Tensor) -> np.ndarray:
+    """What a tensor's numbers are in memory."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

@@ -14,6 +14,13 @@ from compressor.runtime import load
 from compressor.runtime.errors import ModelError
 
 
+def flip(path: Path, place: int) -> None:
+    """Change a bit of one byte of a file."""
+    raw = bytearray(path.read_bytes())
+    raw[place] ^= 1
+    path.write_bytes(raw)
+
+
 def refuser(out: Path) -> Callable[..., None]:
     """What expects that an output of one file is refused with a message, with other tensors in it and something else
     said of them in `quantization_config`."""

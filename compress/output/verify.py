@@ -49,18 +49,10 @@ def verify(folder: Path) -> list[str]:
     Files against the manifest's hashes, files that it does not name, headers against the config, decoded weights, which
     have to be finite, and sixteen tokens run through every block.
     """
-    manifest = read_manifest(folder)
-    findings = []
-    for name, sha256 in manifest["files"].items():
-        path = folder / name
-        if folder.resolve() not in path.resolve().parents:
-            raise VerifyError(f"{folder}/compressor.json: {name!r} is not a file of this folder")
-        if not path.is_file():
-            findings.append(f"{path}: missing")
-        elif file_sha256(path) != sha256:
-            findings.append(f"{path}: its hash is not the one in compressor.json; it was changed or damaged")
-    for path in sorted(folder.iterdir()):
-        if path.suffix in _READ and path.name not in {*manifest["files"], "compressor.json"}:
+    listed, findings = read_manifest(folder)["files"], changed_files(folder)
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.suffix in _READ and name not in {*listed, "compressor.json"}:
             findings.append(f"{path}: is not in compressor.json, and readers may take it for a part of the model")
     if findings:
         return findings
@@ -71,6 +63,24 @@ def verify(folder: Path) -> list[str]:
             check_runs(folder, model)
     except CompressorError as error:
         findings.append(str(error))
+    return findings
+
+
+def changed_files(folder: Path) -> list[str]:
+    """Files of an output that are not what its manifest says, a line each.
+
+    Raises:
+        VerifyError: there is no manifest, or it is not readable.
+    """
+    findings = []
+    for name, sha256 in read_manifest(folder)["files"].items():
+        path = folder / name
+        if folder.resolve() not in path.resolve().parents:
+            raise VerifyError(f"{folder}/compressor.json: {name!r} is not a file of this folder")
+        if not path.is_file():
+            findings.append(f"{path}: missing")
+        elif file_sha256(path) != sha256:
+            findings.append(f"{path}: its hash is not the one in compressor.json; it was changed or damaged")
     return findings
 
 

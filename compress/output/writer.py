@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ...runtime.errors import VerifyError
-from ...runtime.files import file_sha256, reserve, sync_folder, write_synced
-from ...runtime.model.checkpoint import DTYPES, PIECE
+from ...runtime.files import PIECE, checksum, file_sha256, pieces_of, raw_bytes, reserve, sync_folder, write_synced
+from ...runtime.model.checkpoint import DTYPES
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -95,29 +94,58 @@ class ShardedWriter:
             with open(path, "rb+") as file:
                 for name in names:
                     file.seek(base + self._places[name][1])
-                    file.write(_bytes(tensors[name]).data)
+                    file.write(raw_bytes(tensors[name]).data)
                 file.flush()
                 os.fsync(file.fileno())
 
     def holds(self, name: str, tensor: Tensor) -> bool:
         """Whether a tensor's place in its file has exactly its bytes; a few megabytes are read at a time."""
         path, offset, _, _ = self._places[name]
-        expected = memoryview(_bytes(tensor).data)
+        expected = memoryview(raw_bytes(tensor).data)
         with open(path, "rb") as file:
             file.seek(len(self._headers[path][0]) + offset)
             starts = range(0, len(expected), PIECE)
             return all(file.read(len(part)) == part for part in (expected[s : s + PIECE] for s in starts))
 
-    def finished_by(self, block_index: Callable[[str], int | None], blocks: int) -> dict[int, list[str]]:
-        """Block → the files whose last tensor comes with it; -1 for what is in none of the first `blocks`."""
-        last: dict[str, int] = {}
-        for name, file in self.weight_map.items():
-            index = block_index(name)
-            last[file] = max(last.get(file, -1), -1 if index is None or index >= blocks else index)
+    def written_by(self, block_index: Callable[[str], int | None], blocks: int) -> dict[int, list[str]]:
+        """Block → the tensors that come with it; -1 for what is in none of the first `blocks`."""
         found: dict[int, list[str]] = {block: [] for block in range(-1, blocks)}
-        for file, index in last.items():
-            found[index].append(file)
+        for name in self.weight_map:
+            index = block_index(name)
+            found[-1 if index is None or index >= blocks else index].append(name)
         return found
+
+    def finished_by(self, written: Mapping[int, Iterable[str]]) -> dict[int, list[str]]:
+        """Block → the files whose last tensor comes with it.
+
+        Args:
+            written: as of `written_by`.
+        """
+        last = {self.weight_map[name]: block for block, names in written.items() for name in names}
+        found: dict[int, list[str]] = {block: [] for block in written}
+        for file, block in last.items():
+            found[block].append(file)
+        return found
+
+    def checksum(self, names: Iterable[str]) -> str:
+        """Of what lies in the places of some tensors."""
+
+        def pieces() -> Iterator[bytes]:
+            for name in names:
+                path, offset, dtype, shape = self._places[name]
+                size = torch.Size(shape).numel() * dtype.itemsize
+                yield from pieces_of(path, len(self._headers[path][0]) + offset, size)
+
+        return checksum(pieces())
+
+    def laid_out(self) -> bool:
+        """Whether every file is there, with its header and at its full size."""
+        for path, (header, size) in self._headers.items():
+            if not path.is_file() or path.stat().st_size != len(header) + size:
+                return False
+            if b"".join(pieces_of(path, 0, len(header))) != header:
+                return False
+        return True
 
     def hashes(self, files: Iterable[str]) -> dict[str, str]:
         """File name → sha256."""
@@ -129,7 +157,3 @@ class ShardedWriter:
             total = sum(size for _, size in self._headers.values())
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(self.weight_map.items()))}
             write_synced(self.folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
-
-
-def _bytes(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
