@@ -62,8 +62,9 @@ def check_output(out: Path, *, resume: bool, overwrite: bool, inputs: Sequence[P
 def open_source(model: Path) -> Checkpoint:
     """A plain checkpoint to compress; an already compressed one is refused."""
     checkpoint = Checkpoint(model)
-    quantized = checkpoint.config.get("quantization_config")
-    if quantized or checkpoint.config.get("model_type") == "compressor":
-        method = quantized.get("quant_method", "an unknown method") if quantized else "compressor"
+    ours = checkpoint.config.get("model_type") == "compressor"
+    if ours or "quantization_config" in checkpoint.config:
+        quantization = {"quant_method": "compressor"} if ours else checkpoint.config["quantization_config"]
+        method = quantization.get("quant_method", "unknown method")
         raise ModelError(f"{model}: already compressed ({method}); start from the original model")
     return checkpoint

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...calibrate.corpus import builtin_corpus, file_corpus, first_windows, load_tokenizer
-from ...runtime.errors import RecipeError
+from ...calibrate.corpus import builtin_corpus, file_corpus, first_windows, has_tokenizer, load_tokenizer
+from ...runtime.errors import ModelError, RecipeError
 from ...runtime.loader import load
 from ...runtime.stored import open_model
 from .long_context import LongEvaluation, evaluate_long
@@ -79,7 +79,7 @@ def run_evaluation(job: EvaluationJob, reading: Reading) -> Findings:
         reading: entered once before windows are read, with their number.
 
     Raises:
-        CompressorError: a folder is damaged, or the two models have different vocabularies.
+        CompressorError: a folder is damaged, or the two models have different tokenizers or vocabularies.
         RecipeError: a length is beyond the model's positions.
     """
     corpus = builtin_corpus("evaluation") if job.data == "builtin" else file_corpus(Path(job.data))
@@ -88,6 +88,13 @@ def run_evaluation(job: EvaluationJob, reading: Reading) -> Findings:
     if job.long is not None and limit and job.long > limit:
         raise RecipeError(f"--long {job.long} is beyond the model's {limit} positions")
     windows = first_windows(corpus, tokenizer, job.samples, job.sequence_length)
+    if job.against is not None and has_tokenizer(job.against):
+        theirs = first_windows(corpus, load_tokenizer(job.against), job.samples, job.sequence_length)
+        if not torch.equal(windows, theirs):
+            raise ModelError(
+                f"{job.model} and {job.against} make different tokens of one text, so that figures of the two cannot "
+                "be compared; name the model that the one was made of"
+            )
     far = None if job.long is None else first_windows(corpus, tokenizer, LONG, job.long)
     cached = [] if job.against is None else [cache_per_token(load(job.against), windows[:1])]
     own = load(job.model, dtype=torch.float32)

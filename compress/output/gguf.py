@@ -21,6 +21,7 @@ from ...runtime.files import sync_folder
 from ...runtime.schemes import BlockScaled, Operator
 from ...runtime.stored import StoredModel, open_model
 from .ggml import fitting, packed, rounded_scales
+from .verify import check_files
 
 _NEAR = 0.02  # by how much tensors that are not compressed may differ from those of the file
 _LIKE = 0.7  # and matrices from what they were rounded from; rows in another order differ by 1.4
@@ -51,6 +52,7 @@ def export_gguf(folder: Path, out: Path, like: Path, *, overwrite: bool = False)
 
     Raises:
         RecipeError: the file is of another model, or of one that passes have changed elsewhere than in matrices.
+        VerifyError: the folder is not what its manifest says.
         ResourceError: the output is in the way, or cannot be written.
     """
     model, reader = open_model(folder), _reader(like)
@@ -60,6 +62,7 @@ def export_gguf(folder: Path, out: Path, like: Path, *, overwrite: bool = False)
         raise ResourceError(f"{out}: exists; --overwrite replaces it")
     if out.exists() and out.samefile(like):
         raise ResourceError(f"{out}: is the file that --like names; write another")
+    check_files(folder)
     export = _Export(model, reader, like)
     part = out.with_name(out.name + ".part")
     try:

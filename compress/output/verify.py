@@ -20,7 +20,7 @@ from .folder import check_runs
 from .writer import ShardedWriter
 
 # What readers look for beside the weights that they know.
-_READ = frozenset({".safetensors", ".json", ".bin", ".jinja", ".model", ".py"})
+_READ = frozenset({".safetensors", ".json", ".bin", ".jinja", ".model", ".txt", ".py"})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -49,12 +49,7 @@ def verify(folder: Path) -> list[str]:
     Files against the manifest's hashes, files that it does not name, headers against the config, decoded weights, which
     have to be finite, and sixteen tokens run through every block.
     """
-    listed, findings = read_manifest(folder)["files"], changed_files(folder)
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.suffix in _READ and name not in {*listed, "compressor.json"}:
-            findings.append(f"{path}: is not in compressor.json, and readers may take it for a part of the model")
-    if findings:
+    if findings := changed_files(folder):
         return findings
     try:
         model = open_model(folder)
@@ -66,21 +61,33 @@ def verify(folder: Path) -> list[str]:
     return findings
 
 
+def check_files(folder: Path) -> None:
+    """
+    Raises:
+        VerifyError: the folder is an output of ours, and its files are not those of its manifest.
+    """
+    if (folder / "compressor.json").is_file() and (changed := changed_files(folder)):
+        raise VerifyError(changed[0])
+
+
 def changed_files(folder: Path) -> list[str]:
-    """Files of an output that are not what its manifest says, a line each.
+    """Files of an output that are not what its manifest says, or not in it though readers look for them, a line each.
 
     Raises:
         VerifyError: there is no manifest, or it is not readable.
     """
-    findings = []
-    for name, sha256 in read_manifest(folder)["files"].items():
+    findings, listed = [], read_manifest(folder)["files"]
+    for name, sha256 in listed.items():
         path = folder / name
-        if folder.resolve() not in path.resolve().parents:
+        if Path(name).is_absolute() or ".." in Path(name).parts:  # but links to elsewhere are how hubs keep files
             raise VerifyError(f"{folder}/compressor.json: {name!r} is not a file of this folder")
         if not path.is_file():
             findings.append(f"{path}: missing")
         elif file_sha256(path) != sha256:
             findings.append(f"{path}: its hash is not the one in compressor.json; it was changed or damaged")
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in _READ and path.relative_to(folder).as_posix() not in {*listed, "compressor.json"}:
+            findings.append(f"{path}: is not in compressor.json, and readers may take it for a part of the model")
     return findings
 
 
@@ -92,13 +99,14 @@ def export_dense(folder: Path, out: Path, *, overwrite: bool = False) -> None:
     """Decode an output to a plain folder that every tool reads, one tensor at a time.
 
     Raises:
-        VerifyError: the folder is plain already.
+        VerifyError: the folder is plain already, or not what its manifest says.
         ResourceError: the output is in the way, or cannot be written.
     """
     check_output(out, resume=False, overwrite=overwrite, inputs=[folder])
     model = open_model(folder)
     if not isinstance(model, StoredModel):
         raise VerifyError(f"{folder}: nothing in it is compressed; copy the folder instead")
+    check_files(folder)
     out = out.absolute()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -66,7 +66,7 @@ def format_of(path: Path, config: Mapping[str, Any]) -> Format:
     if claiming is not None:
         return claiming
     if "quantization_config" in config:
-        quantization = config["quantization_config"] or {}
+        quantization = config["quantization_config"]
         reads = " and ".join(one.reads for one in FORMATS.values() if one.reads)
         method = quantization.get("format") or quantization.get("quant_method")
         raise ModelError(f"{path}: quantized as {method!r}, which is not read here; {reads} are")

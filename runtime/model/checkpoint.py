@@ -67,7 +67,7 @@ class Checkpoint:
         self.path = Path(path)
         if not self.path.is_dir():
             raise ModelError(f"{self.path}: no such model folder")
-        self.config = self._json("config.json")
+        self.config = self._config()
         self._open: dict[str, Any] = {}
         self.tensors: dict[str, TensorInfo] = {}
         self.stored: Mapping[str, TensorInfo] = self.tensors
@@ -221,6 +221,15 @@ class Checkpoint:
             if not found:
                 self.tensors[name] = info
 
+    def _config(self) -> dict[str, Any]:
+        config = self._json("config.json")
+        quantization = config.get("quantization_config")
+        if quantization is None:
+            config.pop("quantization_config", None)
+        elif not isinstance(quantization, dict):
+            raise ModelError(f"{self.path}/config.json: quantization_config is {quantization!r}, not an object")
+        return config
+
     def _json(self, name: str) -> dict[str, Any]:
         path = self.path / name
         try:
@@ -246,6 +255,11 @@ class Checkpoint:
                 promised = files.setdefault(file, set())
                 assert promised is not None
                 promised.add(name)
+            if "model.safetensors" not in files and (self.path / "model.safetensors").is_file():
+                raise ModelError(
+                    f"{self.path}: has model.safetensors, and an index of other weight files beside it; readers differ "
+                    "in which they take, so delete those that are not the model's"
+                )
             return files
         if (self.path / "model.safetensors").is_file():
             return {"model.safetensors": None}

@@ -1,0 +1,123 @@
+"""Outputs and models that somebody, or a disk, has changed: no command takes them for what they were."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from damage import flip
+from safetensors.torch import load_file, save_file
+
+from compressor.compress.apply import Job, apply
+from compressor.compress.evaluate import EvaluationJob, run_evaluation
+from compressor.compress.guards import open_source
+from compressor.compress.output.gguf import export_gguf
+from compressor.compress.output.verify import export_dense, verify
+from compressor.compress.recipe import parse_recipe
+from compressor.runtime.errors import ModelError, VerifyError
+from compressor.runtime.stored import open_model
+
+Pico = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def whole(pico: Pico, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    text = "passes: [{kind: rtn, bits: 4, group_size: 32}]"
+    out = tmp_path_factory.mktemp("whole") / "out"
+    apply(Job(parse_recipe(text), text, (), pico(), out, "pico"), lambda event: None)
+    return out
+
+
+@pytest.fixture
+def out(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "out"))
+
+
+def test_an_output_that_names_no_file_is_no_output(out: Path) -> None:
+    manifest = json.loads((out / "compressor.json").read_text())
+    (out / "compressor.json").write_text(json.dumps(manifest | {"files": {}}))
+    flip(out / "model.safetensors", -1)
+    assert any("model.safetensors: is not in compressor.json" in line for line in verify(out))
+
+
+def test_templates_in_folders_are_found(out: Path) -> None:
+    (out / "additional_chat_templates").mkdir()
+    (out / "additional_chat_templates" / "other.jinja").write_text("{{ x }}")
+    assert ["other.jinja: is not in compressor.json" in line for line in verify(out)] == [True]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_what_was_damaged_is_not_exported(
+    out: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flip(out / name, -5)
+    with pytest.raises(VerifyError, match=rf"{name}: its hash is not the one"):
+        export_dense(out, tmp_path / "plain")
+    monkeypatch.setattr("compressor.compress.output.gguf._reader", lambda path: None)
+    with pytest.raises(VerifyError, match=rf"{name}: its hash is not the one"):
+        export_gguf(out, tmp_path / "file.gguf", tmp_path / "like.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_output_in_the_cache_of_a_hub_is_verified_behind_its_links(out: Path, tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "snapshots" / "commit", tmp_path / "blobs"
+    blobs.mkdir()
+    for number, path in enumerate(path for path in sorted(out.rglob("*")) if path.is_file()):
+        blob, link = blobs / str(number), snapshot / path.relative_to(out)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, blob)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    assert verify(snapshot) == []
+    flip(snapshot / "model.safetensors", -1)
+    assert "its hash is not the one" in verify(snapshot)[0]
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/hostname", "a/../../b"])
+def test_a_manifest_names_nothing_elsewhere(out: Path, name: str) -> None:
+    manifest = json.loads((out / "compressor.json").read_text())
+    (out / "compressor.json").write_text(json.dumps(manifest | {"files": {name: ""}}))
+    with pytest.raises(VerifyError, match="is not a file of this folder"):
+        verify(out)
+
+
+def test_one_folder_has_one_set_of_weights(pico: Pico, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(pico(), tmp_path / "model"))
+    tensors, index = load_file(model / "model.safetensors"), model / "model.safetensors.index.json"
+    save_file(tensors, model / "other.safetensors")
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "other.safetensors")}))
+    with pytest.raises(ModelError, match=r"has model\.safetensors, and an index of other weight files beside it"):
+        open_source(model)
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "model.safetensors")}))
+    assert open_source(model).files == ["model.safetensors"]
+
+
+def test_a_quantization_that_is_none(pico: Pico, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(pico(), tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+
+    def told(quantization: object) -> Path:
+        (model / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+        return model
+
+    assert open_source(told(None)).config == config
+    assert open_model(model).config == config
+    for wrong in (5, "gptq", [], False):
+        with pytest.raises(ModelError, match="not an object"):
+            open_source(told(wrong))
+    with pytest.raises(ModelError, match=r"already compressed \(unknown method\)"):
+        open_source(told({}))
+
+
+def test_models_with_other_tokens_are_not_compared(pico: Pico, calibration_text: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(pico(), tmp_path / "other"))
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    names = sorted(tokenizer["model"]["vocab"])
+    tokenizer["model"]["vocab"] = {name: number for number, name in enumerate(reversed(names))}
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    job = EvaluationJob(pico(), other, str(calibration_text), samples=1, sequence_length=32)
+    with pytest.raises(ModelError, match="make different tokens of one text"):
+        run_evaluation(job, lambda windows: pytest.fail("nothing is to be read"))
