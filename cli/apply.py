@@ -89,6 +89,7 @@ def apply(
         ):
             words += [word for value in values for word in (option, value)]
         words += ["--overwrite"] * overwrite + ["--resume"]
+        session.told = True
         render.err.print(f"interrupted; nothing is lost, go on with: {shlex.join(words)}", soft_wrap=True)
         raise typer.Exit(130) from None
     from ..compress.report.page import write_report

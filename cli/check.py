@@ -12,6 +12,7 @@ from rich.table import Table
 
 from . import render
 from .arguments import JsonOption, SetOption
+from .session import session
 
 if TYPE_CHECKING:
     from ..compress.baseline import Baseline
@@ -73,6 +74,7 @@ def check(
             render.err.print(f"{len(outcomes)}/{len(cases)} {outcome.case}: {_MEANS[outcome.verdict]} ({took})")
     except KeyboardInterrupt:
         kept = "those that were done are kept" if work else "with --work FOLDER, those that were done would be kept"
+        session.told = True
         render.err.print(f"interrupted after {len(outcomes)} of {len(cases)}; {kept}")
         raise typer.Exit(130) from None
     outcomes.sort(key=lambda outcome: cases.index(outcome.case))

@@ -3,6 +3,7 @@ come at once."""
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -24,6 +25,7 @@ from .recipes import recipes_app
 from .report import report
 from .session import session
 
+_NOT_READ = "error: the output was closed before its end"
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Compress language models: one recipe, composable passes, a checkpoint that runs.",
@@ -70,7 +72,7 @@ def doctor(as_json: JsonOption = False) -> None:
 _ANYWHERE = ("-q", "--quiet", "--debug")  # which may stand behind a command, too
 
 
-def _full_memory(error: Exception) -> str:
+def _full_memory(error: BaseException) -> str:
     """What to do about an error by which a device's memory is full; empty for others."""
     kind = getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError)
     if not isinstance(error, (kind, MemoryError)) and "can't allocate memory" not in str(error):
@@ -96,17 +98,42 @@ def main() -> None:
     os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
     words = sys.argv[1:]
     anywhere = [word for word in words if word in _ANYWHERE]
+    stdout, code, said = sys.stdout, 2, ""
     try:
-        app([*anywhere, *(word for word in words if word not in _ANYWHERE)])
-    except Exception as error:
-        from ..runtime.errors import CompressorError
-
+        try:
+            app([*anywhere, *(word for word in words if word not in _ANYWHERE)])
+        finally:
+            stdout.flush()
+    except SystemExit as end:
+        code = int(end.code or 0)
+        if sys.stdout is not stdout:  # which is replaced, and 1 the code, once nobody reads it
+            code, said = 2, _NOT_READ
+        elif code == 130 and not session.told:
+            said = "interrupted"
+    except (Exception, KeyboardInterrupt) as error:
         if session.debug:
             traceback.print_exc()
-        elif isinstance(error, CompressorError):
-            print(f"error: {error}", file=sys.stderr)
-        elif full := _full_memory(error):
-            print(f"error: {full}", file=sys.stderr)
+        elif session.interrupted:  # which others may have caught and raised as something else
+            code, said = 130, "interrupted"
         else:
-            print(f"internal error: {error!r}; `compressor --debug ...` shows where, please report it", file=sys.stderr)
-        sys.exit(2)
+            said = _told(error)
+    if said:
+        print(said, file=sys.stderr)
+    sys.exit(code)
+
+
+def _told(error: BaseException) -> str:
+    """One line for a person."""
+    from ..runtime.errors import CompressorError
+
+    if isinstance(error, CompressorError):
+        return f"error: {error}"
+    if isinstance(error, OSError) and error.errno:
+        if error.filename is None:  # stdout, which would fail once more at the very end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if error.errno == errno.EPIPE:
+            return _NOT_READ
+        return f"error: {error.filename or 'the output'}: {error.strerror}"
+    if full := _full_memory(error):
+        return f"error: {full}"
+    return f"internal error: {error!r}; `compressor --debug ...` shows where, please report it"

@@ -26,8 +26,17 @@ if TYPE_CHECKING:
 
 _WIDE = None if sys.stdout.isatty() else 140  # a pipe has no width of its own
 _FOLDED = 12  # characters that a column of words has at least
-out = Console(markup=False, highlight=False, soft_wrap=True, width=_WIDE)
-err = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+
+
+class _Output(Console):
+    """A console on which the end of a pipe is an error, and not the answer no."""
+
+    def on_broken_pipe(self) -> None:
+        raise
+
+
+out = _Output(markup=False, highlight=False, soft_wrap=True, width=_WIDE)
+err = _Output(stderr=True, markup=False, highlight=False, soft_wrap=True)
 
 
 def document(content: Any, file: Path | None = None) -> None:

@@ -12,12 +12,13 @@ class Session:
     Attributes:
         debug: whether errors show where they were raised.
         quiet: whether progress is not shown.
-        interrupted: by a signal.
+        interrupted: by a signal; told: whether the person has read so.
     """
 
     debug: bool = False
     quiet: bool = False
     interrupted: bool = False
+    told: bool = False
 
 
 session = Session()

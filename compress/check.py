@@ -8,13 +8,15 @@ import math
 import re
 import resource
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +109,7 @@ def run_cases(cases: Sequence[Case], baseline: Baseline, jobs: int, work: Path |
     with tempfile.TemporaryDirectory(prefix="compressor-check-") as room:
         base = Path(room) if work is None else work
         context = get_context("forkserver")
-        context.set_forkserver_preload(_IMPORTED)
+        _start_server(context)
         with ProcessPoolExecutor(jobs, context, max_tasks_per_child=1) as pool:
             running = {pool.submit(_run, case, base / case.name, jobs, work is None): case for case in cases}
             try:
@@ -122,6 +124,21 @@ def run_cases(cases: Sequence[Case], baseline: Baseline, jobs: int, work: Path |
                 for process in (pool._processes or {}).values():
                     process.terminate()
                 raise
+
+
+def _start_server(context: ForkServerContext) -> None:
+    """Start what processes are forked from, and wait until it has imported what they need: one that was asked for
+    meanwhile would come when an interrupted `check` is gone. It and they leave Ctrl-C, which a terminal sends to all,
+    to this process, which ends them."""
+    context.set_forkserver_preload(_IMPORTED)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    first = context.Process(target=int)  # which does nothing
+    first.start()
+    first.join()
 
 
 def _outcome(case: Case, baseline: Baseline, found: dict[str, Any], seconds: float) -> Outcome:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
@@ -163,3 +165,24 @@ def test_the_docs_name_options_that_there_are() -> None:
     assert any(command.startswith("compressor check ") for command in commands)
     lines = [line for line in text.splitlines() if "index-url" not in line]
     assert set(re.findall(r"--[a-z]+", "\n".join(lines))) <= known
+
+
+SERVER = """
+import signal
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from compressor.compress import check
+
+if __name__ == "__main__":
+    check._IMPORTED, context = [], get_context("forkserver")
+    check._start_server(context)
+    with ProcessPoolExecutor(1, context) as pool:
+        print(pool.submit(signal.getsignal, signal.SIGINT).result() is signal.SIG_IGN)
+        print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+"""
+
+
+def test_an_interruption_is_left_to_the_process_that_answers_it(tmp_path: Path) -> None:
+    (tmp_path / "server.py").write_text(SERVER)
+    done = subprocess.run([sys.executable, "server.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "True"], done.stderr
