@@ -23,7 +23,7 @@ from typing import Any, AnyStr, Literal, Protocol
 import torch
 from torch import Tensor
 
-from ..runtime.errors import ModelError, RecipeError
+from ..runtime.errors import ModelError, RecipeError, first_line
 
 Split = Literal["train", "calibration", "evaluation"]
 Document = str | list[dict[str, Any]]  # plain text, or chat messages
@@ -230,6 +230,8 @@ def _scan_lines(path: Path) -> tuple[str, Parts]:
                     document = _document(json.loads(_decoded(line, path, offset)))
                 except json.JSONDecodeError as error:
                     raise RecipeError(f"{path}:{number}: not a JSON document ({error.msg})") from None
+                except RecursionError:
+                    raise RecipeError(f"{path}:{number}: not a JSON document (nested too deeply)") from None
                 except ValueError as error:
                     raise RecipeError(f"{path}:{number}: {error}") from None
                 digest.update(_json(document))
@@ -280,9 +282,11 @@ def load_tokenizer(folder: Path) -> Any:
     if not has_tokenizer(folder):
         raise ModelError(f"{folder}: has no tokenizer; copy tokenizer.json from where the model came from")
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer("a")  # which meets what is only looked at when text comes
+        return tokenizer
     except Exception as error:  # transformers raises whatever its tokenizers do
-        raise ModelError(f"{folder}: its tokenizer cannot be loaded ({_first_line(error)})") from None
+        raise ModelError(f"{folder}: its tokenizer cannot be loaded ({first_line(error)})") from None
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -290,10 +294,6 @@ def has_tokenizer(folder: Path) -> bool:
     return any(
         (folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def tokenize(corpus: Corpus, tokenizer: Any) -> Tensor:
@@ -432,7 +432,7 @@ def _ids(corpus: Corpus, tokenizer: Any, text: Document) -> list[int]:
         ids = tokenizer.apply_chat_template(text, tokenize=True, return_dict=True)["input_ids"]
         return ids
     except Exception as error:  # whatever a model's template does
-        reason = _first_line(error)
+        reason = first_line(error)
         raise RecipeError(f"{corpus.name}: the chat template refuses a conversation ({reason})") from None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -71,7 +70,12 @@ def chat(
         ids = writer.tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )["input_ids"]
-        messages.append({"role": "assistant", "content": writer.write(ids, max_tokens, show_prompt=False)})
+        try:
+            writer.write(ids, max_tokens, show_prompt=False)
+        except KeyboardInterrupt:
+            session.interrupted = False
+            print()
+        messages.append({"role": "assistant", "content": writer.text})
 
 
 def _asked() -> str | None:
@@ -105,19 +109,23 @@ class _Writer:
             self.sampling["temperature"] = temperature
         self.cache: Any = None
         self.seen: Tensor | None = None
+        self.text = ""
         torch.manual_seed(seed)
 
-    def write(self, ids: Tensor, max_tokens: int, *, show_prompt: bool) -> str:
-        """What follows tokens `[1, tokens]`, printed as it comes; Ctrl-C ends it early.
+    def write(self, ids: Tensor, max_tokens: int, *, show_prompt: bool) -> None:
+        """Print what follows tokens `[1, tokens]` as it comes; it is `text` afterwards, also where it was interrupted.
 
         Raises:
             RecipeError: the model has not so many positions.
+            ModelError: the tokenizer is another model's, or what says how to generate is damaged.
         """
         import torch
         from transformers import DynamicCache, TextStreamer
 
-        from ..runtime.errors import RecipeError
+        from ..runtime.errors import ModelError, RecipeError, first_line
 
+        if int(ids.max()) >= (rows := self.model.config.get_text_config().vocab_size):
+            raise ModelError(f"{self.folder}: the tokenizer has ids beyond the {rows} rows of the embedding")
         limit = self.model.config.get_text_config().max_position_embeddings
         if limit and ids.shape[1] >= limit:
             raise RecipeError(f"{ids.shape[1]:,} tokens are beyond the {limit:,} positions of {self.folder}")
@@ -131,15 +139,16 @@ class _Writer:
             self.model.generate(
                 ids, attention_mask=torch.ones_like(ids), past_key_values=self.cache, streamer=_Both(screen, heard),
                 max_new_tokens=min(max_tokens, limit - ids.shape[1]) if limit else max_tokens,
-                pad_token_id=end, **self.sampling,
+                pad_token_id=end, tokenizer=self.tokenizer, **self.sampling,
             )  # fmt: skip
-        except KeyboardInterrupt:
-            session.interrupted = False
-            screen.end()
-            sys.stdout.flush()
-        self.seen = torch.cat([ids[0].cpu(), torch.tensor(heard.tokens, dtype=ids.dtype)])
-        text: str = self.tokenizer.decode(heard.tokens, skip_special_tokens=True)
-        return text
+        except (TypeError, ValueError, AttributeError) as error:
+            if not (self.folder / "generation_config.json").is_file():
+                raise
+            told = f"transformers cannot generate by it ({first_line(error)}); mend it or delete it"
+            raise ModelError(f"{self.folder}/generation_config.json: {told}") from None
+        finally:
+            self.seen = torch.cat([ids[0].cpu(), torch.tensor(heard.tokens, dtype=ids.dtype)])
+            self.text = self.tokenizer.decode(heard.tokens, skip_special_tokens=True)
 
     def _kept(self, ids: Tensor) -> bool:
         """Whether the cache holds nothing but what tokens begin with; a template may leave out what it put there, and

@@ -24,6 +24,8 @@ _Path = tuple[str | int, ...]
 
 
 SAMPLES = 128  # windows to calibrate on, where nothing asks for more
+# What PyYAML raises, beside errors of its own, for dates that do not exist, keys that are lists, loops.
+_NOT_YAML = (ValueError, TypeError, AttributeError, RecursionError)
 _ENTRIES = 10_000  # that aliases may make of a short text
 TOKENS = 16  # to calibrate on, for each input of the widest linear
 
@@ -160,7 +162,7 @@ def parse_recipe(text: str, name: str = "recipe", edits: tuple[str, ...] = ()) -
         where: dict[_Path, tuple[yaml.Mark, yaml.Mark]] = {}
         duplicates = list(_marks(node, (), where, max(_ENTRIES, len(text))))  # what is written out takes characters
         document = yaml.safe_load(text)
-    except (ValueError, TypeError, RecursionError) as error:  # dates that do not exist, keys that are lists, loops
+    except _NOT_YAML as error:
         raise RecipeError(f"{name}:1:1: not a recipe ({str(error).splitlines()[0]})") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -259,7 +261,7 @@ def _marks(
 
 
 def _edit_path(edit: str) -> list[str | int]:
-    return [int(part) if part.isdigit() else part for part in edit.partition("=")[0].split(".")]
+    return [int(part) if part.isascii() and part.isdigit() else part for part in edit.partition("=")[0].split(".")]
 
 
 def _apply_edit(document: Any, edit: str) -> None:
@@ -275,7 +277,7 @@ def _apply_edit(document: Any, edit: str) -> None:
         else:
             raise RecipeError(f"--set {edit}: the recipe has no {'.'.join(map(str, parents))}")
     value: Any = edit.partition("=")[2]
-    with suppress(yaml.YAMLError, ValueError):  # what is not YAML, like a glob, is the text itself
+    with suppress(yaml.YAMLError, *_NOT_YAML):  # what is not YAML, like a glob, is the text itself
         value = yaml.safe_load(value)
     if isinstance(place, dict) or (isinstance(place, list) and isinstance(last, int) and last < len(place)):
         place[last] = value  # type: ignore[index]

@@ -23,6 +23,12 @@ class VerifyError(CompressorError):
     """An output is not what its manifest says."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of somebody else's code says, as a part of a line."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line if len(line) <= 200 else line[:199] + "…"
+
+
 def human_size(count: float) -> str:
     """Bytes for people: `2.41 GB`, `950.00 kB`."""
     for unit in ("B", "kB", "MB"):

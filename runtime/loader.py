@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import install_latent_attention
-from .errors import ModelError
+from .errors import ModelError, first_line
 from .model.experts import pack_experts
 from .model.skeleton import Skeleton
 from .schemes import StoredEmbedding, looked_up, stored_linear
@@ -48,8 +48,7 @@ def load(
     for name, tensor in model.state_dict().items():
         disk_name = beside.get(name) or family.disk_name(name)
         if tensor.is_meta and disk_name in checkpoint.tensors:
-            stored = checkpoint.tensor(disk_name)
-            state[name] = stored.to(target, skeleton.tensor_dtype(name, stored.dtype))
+            state[name] = skeleton.held(name, disk_name, tensor)
     model.load_state_dict(state, assign=True, strict=False)
     _tie(model, state, family.disk_name("lm_head.weight") in checkpoint.tensors)
     model.get_output_embeddings().register_forward_pre_hook(_without_gaps)
@@ -58,13 +57,21 @@ def load(
     if left:
         raise ModelError(f"{path}: {left[0]} is not found in the folder, or lies there in a form that is not read here")
     if (checkpoint.path / "generation_config.json").is_file():
-        from transformers import GenerationConfig
-
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
+        model.generation_config = _generation_config(checkpoint.path)
     if isinstance(checkpoint, StoredModel):
         install_latent_attention(skeleton)
         model.save_pretrained = _cannot_be_saved
     return model.requires_grad_(False).eval()
+
+
+def _generation_config(folder: Path) -> Any:
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # transformers raises whatever its checks do
+        told = f"transformers cannot read it ({first_line(error)}); mend it or delete it"
+        raise ModelError(f"{folder}/generation_config.json: {told}") from None
 
 
 def _put_stored(

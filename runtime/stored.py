@@ -40,11 +40,15 @@ class StoredModel(Checkpoint):
             ) from None
         self.config = form.original(self.config)
         self._suffixes = _suffixes(self.schemes, self.stored)
+        self._outlines: dict[str, Operator] = {}
         form.check(self.path, self.schemes, self._suffixes, self.stored)
         outlines = {name: self.outline(name).shape for name in self.schemes}
         owned = {name: [stored_name(name, suffix) for suffix in self._suffixes[name]] for name in self.schemes}
         for part in (part for parts in owned.values() for part in parts):
             self.tensors.pop(part, None)
+        for name, info in self.tensors.items():
+            if info.dtype.is_floating_point and info.dtype.itemsize == 1:
+                raise ModelError(f"{self.path}: {name} is of 8 bits, and its scale is missing; is the folder whole?")
         others = self.dtype if any(info.dtype.is_floating_point for info in self.tensors.values()) else torch.bfloat16
         for name, parts in owned.items():
             file = next(self.stored[part].file for part in parts)
@@ -57,7 +61,7 @@ class StoredModel(Checkpoint):
         """The compressed linear `name` on `meta`: shapes and schemes without values.
 
         Raises:
-            ModelError: a tensor of it is missing or has another shape.
+            ModelError: a tensor of it is missing, or is not of the shape and dtype that the others go with.
         """
         parts: dict[str, Tensor] = {}
         for suffix in self._suffixes[name]:
@@ -65,13 +69,36 @@ class StoredModel(Checkpoint):
             parts[suffix] = torch.empty(info.shape, dtype=info.dtype, device="meta")
             if suffix.endswith("weight_shape"):  # the one tensor whose values are a shape
                 parts[suffix] = self.stored_tensor(stored_name(name, suffix))
-        try:
-            operator = from_tensors(self.format.operator_tensors(parts, self.schemes[name]), self.schemes[name])
-            assert operator.shape
-            return operator
-        except (KeyError, IndexError, RuntimeError, ValueError) as error:
-            found = ", ".join(parts) or "nothing"
-            raise ModelError(f"{self.path}: {name} is not whole ({error}); it has {found}") from None
+        scheme = self.schemes[name]
+        told = [
+            (suffix, part.dtype, part.tolist() if suffix.endswith("weight_shape") else part.shape)
+            for suffix, part in parts.items()
+        ]
+        key = repr((scheme, told))  # linears of all blocks are alike, and experts are many
+        if key not in self._outlines:
+            try:
+                self._outlines[key] = self._checked(self.format.operator_tensors(parts, scheme), scheme)
+            except (KeyError, IndexError, RuntimeError, ValueError, TypeError) as error:
+                reason = str(error) if isinstance(error, (KeyError, ValueError)) else "its tensors do not go together"
+                found = ", ".join(parts) or "nothing"
+                raise ModelError(f"{self.path}: {name} is not whole ({reason}); it has {found}") from None
+        return self._outlines[key]
+
+    @staticmethod
+    def _checked(tensors: Mapping[str, Tensor], scheme: Mapping[str, Any]) -> Operator:
+        """An operator, of tensors that are those it would be written as.
+
+        Raises:
+            RuntimeError, ValueError: they are not, or do not go together.
+        """
+        operator = from_tensors(tensors, scheme)
+        assert operator.dense().shape == operator.shape  # scales that do not fit cannot be multiplied
+        for suffix, tensor in operator.to_tensors().items():
+            found = tensors[suffix]
+            if found.shape != tensor.shape or (found.dtype != tensor.dtype and not suffix.endswith("weight_shape")):
+                kinds = [f"{str(one.dtype).removeprefix('torch.')} {list(one.shape)}" for one in (found, tensor)]
+                raise ValueError(f"{suffix} is {kinds[0]}, the others go with {kinds[1]}")
+        return operator
 
     @property
     def nbytes(self) -> int:

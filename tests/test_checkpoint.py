@@ -18,6 +18,7 @@ from compressor.compress.recipe import parse_recipe
 from compressor.runtime.errors import ModelError
 from compressor.runtime.files import file_sha256
 from compressor.runtime.hub import resolve_model
+from compressor.runtime.loader import load
 from compressor.runtime.model import checkpoint as checkpoint_module
 from compressor.runtime.model.checkpoint import Checkpoint, non_finite
 from compressor.runtime.model.skeleton import Skeleton
@@ -105,8 +106,9 @@ def test_damaged_files(folder: Path) -> None:
         file.write_bytes(broken)
         refused(folder, "damaged or cut short")
     file.write_bytes(whole)
-    (folder / "config.json").write_text("{")
-    refused(folder, "not readable as JSON")
+    for broken_text in ("{", '{"a": ' * 100_000, '{"a": ' + "9" * 5000 + "}"):
+        (folder / "config.json").write_text(broken_text)
+        refused(folder, "not readable as JSON")
 
 
 def test_tensors_must_fit_the_config(folder: Path) -> None:
@@ -192,7 +194,26 @@ def test_families_and_quantized_inputs(folder: Path) -> None:
     change(folder / "config.json", quantization_config=None, model_type="gpt_oss")
     refused(folder, "'gpt_oss' is not supported: its experts have biases")
     change(folder / "config.json", model_type="gptj")
-    refused(folder, "'gptj' is not a known family; known: cohere2, deepseek_v2, ")
+    refused(folder, r"config\.json: model_type 'gptj' is not a known family; known: cohere2, deepseek_v2, ")
+    for wrong in ([], {}, 5, None):
+        change(folder / "config.json", model_type=wrong)
+        refused(folder, r"config\.json: model_type is .*, not text")
+    change(folder / "config.json", model_type="llama", text_config="llama")
+    refused(folder, r"config\.json: text_config is 'llama', not an object")
+    change(folder / "config.json", text_config=None, head_dim=10**30)
+    refused(folder, rf"{folder}/config\.json: transformers cannot")
+
+
+def test_integers_are_no_weights(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.input_layernorm.weight"
+    save_file(tensors | {name: tensors[name].view(torch.int16)}, folder / "model.safetensors")
+    with pytest.raises(ModelError, match=rf"{name} is of int16, and no floating-point numbers"):
+        load(folder)
+    with pytest.raises(ModelError, match=rf"{name} is of int16, and no floating-point numbers"):
+        Skeleton(open_source(folder)).block(1)
+    save_file({name: tensor.view(torch.int16) for name, tensor in tensors.items()}, folder / "model.safetensors")
+    refused(folder, "hold no tensor of floating-point numbers")
 
 
 def test_model_names(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

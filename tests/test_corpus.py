@@ -150,6 +150,7 @@ def test_jsonl_texts_and_messages(tokenizer, tmp_path: Path) -> None:  # type: i
         ("a.jsonl", '{"body": "x"}\n', r"a\.jsonl:1: needs a 'text' string or a 'messages' list"),
         ("a.jsonl", '{"text": ""}\n', "holds no text"),
         ("a.jsonl", '{"messages": [{"role": "user"}]}\n', r"a\.jsonl:1: every message needs a 'role' and a 'content'"),
+        ("a.jsonl", '{"text": "x"}\n' + "[" * 100_000, r"a\.jsonl:2: not a JSON document \(nested too deeply\)"),
         ("a.txt", b"x" * PART + b"\xff", r"a\.txt: cannot be read as UTF-8 text \(byte 16,384: invalid start byte"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', r"cannot be read as UTF-8 text \(byte 24: invalid start"),
     ],

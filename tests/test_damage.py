@@ -9,9 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from damage import flip
 from safetensors.torch import load_file, save_file
 
+from compressor.cli.generate import run as generate
 from compressor.compress.apply import Job, apply
 from compressor.compress.evaluate import EvaluationJob, run_evaluation
 from compressor.compress.guards import open_source
@@ -19,17 +21,22 @@ from compressor.compress.output.gguf import export_gguf
 from compressor.compress.output.verify import export_dense, verify
 from compressor.compress.recipe import parse_recipe
 from compressor.runtime.errors import ModelError, VerifyError
+from compressor.runtime.files import file_sha256
+from compressor.runtime.loader import load
 from compressor.runtime.stored import open_model
 
 Pico = Callable[..., Path]
 
 
+def compress(model: Path, out: Path, step: str) -> Path:
+    text = f"passes: [{step}]"
+    apply(Job(parse_recipe(text), text, (), model, out, "pico"), lambda event: None)
+    return out
+
+
 @pytest.fixture(scope="module")
 def whole(pico: Pico, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    text = "passes: [{kind: rtn, bits: 4, group_size: 32}]"
-    out = tmp_path_factory.mktemp("whole") / "out"
-    apply(Job(parse_recipe(text), text, (), pico(), out, "pico"), lambda event: None)
-    return out
+    return compress(pico(), tmp_path_factory.mktemp("whole") / "out", "{kind: rtn, bits: 4, group_size: 32}")
 
 
 @pytest.fixture
@@ -121,3 +128,91 @@ def test_models_with_other_tokens_are_not_compared(pico: Pico, calibration_text:
     job = EvaluationJob(pico(), other, str(calibration_text), samples=1, sequence_length=32)
     with pytest.raises(ModelError, match="make different tokens of one text"):
         run_evaluation(job, lambda windows: pytest.fail("nothing is to be read"))
+
+
+def exchanged(out: Path, suffix: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Path:
+    """An output in which somebody has put another tensor of a linear, or none, and made the manifest say so."""
+    name = f"model.layers.1.mlp.up_proj.{suffix}"
+    tensors = load_file(out / "model.safetensors")
+    found = change(tensors.pop(name))
+    save_file(tensors if found is None else tensors | {name: found.contiguous()}, out / "model.safetensors")
+    manifest = json.loads((out / "compressor.json").read_text())
+    manifest["files"]["model.safetensors"] = file_sha256(out / "model.safetensors")
+    (out / "compressor.json").write_text(json.dumps(manifest))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("suffix", "change", "said"),
+    [
+        ("weight_scale", lambda scale: scale[:, :1], "its tensors do not go together"),
+        ("weight_scale", lambda scale: scale[:5], "its tensors do not go together"),
+        ("weight_scale", lambda scale: scale.flatten(), "its tensors do not go together"),
+        ("weight_scale", lambda scale: scale.short(), "weight_scale is of integers"),
+        (
+            "weight_packed",
+            lambda packed: packed[:, :-1],
+            r"weight_packed is int32 \[96, 7\], the others go with int32 \[96, 8",
+        ),
+        ("weight_packed", lambda packed: packed.float(), r"weight_packed is float32 .*, the others go with int32"),
+        ("weight_shape", lambda shape: 2 * shape, "its tensors do not go together"),
+        ("weight_shape", lambda shape: None, "weight_shape"),
+    ],
+)
+def test_tensors_of_a_linear_that_do_not_go_together(
+    out: Path, suffix: str, change: Callable[[torch.Tensor], torch.Tensor | None], said: str
+) -> None:
+    exchanged(out, suffix, change)
+    [line] = verify(out)
+    assert "model.layers.1.mlp.up_proj is not whole" in line
+    with pytest.raises(ModelError, match=said):
+        load(out)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "suffix", "change", "said"),
+    [
+        ("int8", "weight_scale", lambda scale: None, "up_proj.weight is of int8, and no floating-point numbers"),
+        ("int8", "weight_scale", lambda scale: scale[:5], "weight_scale is not a float for each of 96 rows"),
+        ("int8", "weight", lambda codes: codes.view(torch.uint8), "is not what 8-bit codes of type int are"),
+        ("fp8", "weight_scale", lambda scale: None, "up_proj.weight is of 8 bits, and its scale is missing"),
+    ],
+)
+def test_scales_that_are_missing(
+    pico: Pico, tmp_path: Path, scheme: str, suffix: str, change: Callable[[torch.Tensor], torch.Tensor], said: str
+) -> None:
+    out = compress(pico(), tmp_path / "out", f"{{kind: rtn, scheme: {scheme}}}")
+    exchanged(out, suffix, change)
+    assert [said in line for line in verify(out)] == [True]
+    with pytest.raises(ModelError, match=said):
+        load(out)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("generation_config.json", "{", r"generation_config\.json: transformers cannot read it"),
+        ("generation_config.json", "[]", r"generation_config\.json: transformers cannot read it"),
+        (
+            "generation_config.json",
+            '{"cache_implementation": "x"}',
+            r"generation_config\.json: transformers cannot read it",
+        ),
+        (
+            "generation_config.json",
+            '{"eos_token_id": "x"}',
+            r"generation_config\.json: transformers cannot generate by it",
+        ),
+        ("tokenizer_config.json", '{"model_max_length": "x"}', "its tokenizer cannot be loaded"),
+    ],
+)
+def test_what_lies_beside_the_weights_may_be_wrong(out: Path, name: str, content: str, said: str) -> None:
+    (out / name).write_text(content)
+    with pytest.raises(ModelError, match=said):
+        generate(str(out), "import", max_tokens=2)
+
+
+def test_a_model_may_stop_at_a_text(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (out / "generation_config.json").write_text('{"stop_strings": ["x"]}')
+    generate(str(out), "import", max_tokens=2)
+    assert capsys.readouterr().out.startswith("import")

@@ -113,12 +113,14 @@ def test_edits_change_the_recipe_and_are_named_when_wrong() -> None:
             .targets[0]
             .endswith("mlp.*" if value[0] != "r" else "[.].*")
         )
-    for edit in ("bits", "passes.4.bits=3", "version.x=1"):
+    for edit in ("bits", "passes.4.bits=3", "version.x=1", "passes.²=1", "passes.０.bits=3", "x=!!timestamp x"):
         with pytest.raises(RecipeError, match="--set"):
             parse_recipe(GOOD, "r", (edit,))
 
 
-@pytest.mark.parametrize("text", ["description: 2020-13-45\n", "? [a, b]\n: 1\n", "passes: &a [*a]\n"])
+@pytest.mark.parametrize(
+    "text", ["description: 2020-13-45\n", "? [a, b]\n: 1\n", "passes: &a [*a]\n", "a: !!timestamp x\n"]
+)
 def test_odd_yaml_is_refused_in_a_line(text: str) -> None:
     with pytest.raises(RecipeError) as caught:
         parse_recipe(text, "r.yaml")

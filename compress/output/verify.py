@@ -39,7 +39,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if not folder.is_dir():
             raise VerifyError(f"{folder}: no such folder") from None
         raise VerifyError(f"{folder}: no compressor.json; it was not written by compressor, or not finished") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise VerifyError(f"{path}: not readable ({error})") from None
 
 

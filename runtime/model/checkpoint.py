@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -74,13 +75,16 @@ class Checkpoint:
         self._slices: dict[str, Slice] = {}
         for file, names in self._weight_files().items():
             self._read_header(file, names)
-        if not self.tensors:
-            raise ModelError(f"{self.path}: the weight files hold no tensor")
+        if not any(info.dtype.is_floating_point for info in self.tensors.values()):
+            raise ModelError(f"{self.path}: the weight files hold no tensor of floating-point numbers")
         self._unfuse()
 
     @cached_property
     def family(self) -> Family:
-        return family_of(self.config, self.tensors)
+        try:
+            return family_of(self.config, self.tensors)
+        except ModelError as error:
+            raise ModelError(f"{self.path}/config.json: {error}") from None
 
     @property
     def text_config(self) -> Mapping[str, Any]:
@@ -223,11 +227,14 @@ class Checkpoint:
 
     def _config(self) -> dict[str, Any]:
         config = self._json("config.json")
-        quantization = config.get("quantization_config")
-        if quantization is None:
-            config.pop("quantization_config", None)
-        elif not isinstance(quantization, dict):
-            raise ModelError(f"{self.path}/config.json: quantization_config is {quantization!r}, not an object")
+        for key in ("quantization_config", "text_config"):
+            if config.get(key) is None:
+                config.pop(key, None)
+            elif not isinstance(config[key], dict):
+                raise ModelError(f"{self.path}/config.json: {key} is {reprlib.repr(config[key])}, not an object")
+        for part in (config, text_config(config)):
+            if not isinstance(part.get("model_type", ""), str):
+                raise ModelError(f"{self.path}/config.json: model_type is {reprlib.repr(part['model_type'])}, not text")
         return config
 
     def _json(self, name: str) -> dict[str, Any]:
@@ -236,7 +243,7 @@ class Checkpoint:
             content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ModelError(f"{self.path}: {name} is missing; is this a Hugging Face model folder?") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ModelError(f"{path}: not readable as JSON ({error})") from None
         if not isinstance(content, dict):
             raise ModelError(f"{path}: a JSON object is expected")

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ...kernels.dispatch import cpu_capability, products_dtype
-from ..errors import ModelError
+from ..errors import ModelError, first_line
 from ..schemes import Operator
 from .checkpoint import Checkpoint
 from .experts import unfuse_experts
@@ -27,18 +27,20 @@ from .families import BLOCKS, Group, Stage
 HEAD_ROWS = 16384  # of the output head, in float32 at a time
 
 
-def meta_model(config: Any, device: torch.device | str = "cpu") -> Any:
-    """The language model of a transformers config on `meta`, experts as separate linears, with all parts around it.
+def meta_model(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> Any:
+    """The language model of a checkpoint on `meta`, experts as separate linears, with all parts around it.
 
     What checkpoints do not store, as the rotary frequencies, has its values, on `device`.
     """
+    config = model_config(checkpoint)
     plain = config.get_text_config() is config
     try:
         with torch.device("meta"):
             kind = AutoModelForCausalLM if plain else AutoModelForImageTextToText
             model = kind.from_config(config, dtype=torch.float32)
     except Exception as error:  # transformers raises whatever its models do
-        raise ModelError(f"config.json: transformers cannot build the model ({error!r})") from None
+        told = f"transformers cannot build the model ({first_line(error)})"
+        raise ModelError(f"{checkpoint.path}/config.json: {told}") from None
     unfuse_experts(model)
     _compute_buffers(model, device)
     return model.eval()
@@ -63,7 +65,7 @@ def model_config(checkpoint: Checkpoint) -> Any:
     try:
         return CONFIG_MAPPING[config["model_type"]].from_dict(config)
     except Exception as error:  # transformers raises whatever its config classes do
-        raise ModelError(f"{checkpoint.path}/config.json: transformers cannot read it ({error})") from None
+        raise ModelError(f"{checkpoint.path}/config.json: transformers cannot read it ({first_line(error)})") from None
 
 
 def calibration_dtype(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> torch.dtype:
@@ -118,8 +120,7 @@ class Skeleton:
         self.family = checkpoint.family
         self.dtype = dtype
         self.device = torch.device(device)
-        whole = model_config(checkpoint)
-        self.model: Any = meta_model(whole, self.device)
+        self.model: Any = meta_model(checkpoint, self.device)
         self.config = self.model.config.get_text_config()
         self._check_tensors()
 
@@ -165,23 +166,36 @@ class Skeleton:
             kept |= set(self.model._keep_in_fp32_modules or ())
         return torch.float32 if kept.intersection(name.split(".")) else self.dtype
 
+    def held(self, name: str, disk_name: str, like: Tensor) -> Tensor:
+        """A tensor of the checkpoint as the model holds it in place of one on `meta`.
+
+        Raises:
+            ModelError: it is of integers where the model has numbers.
+        """
+        stored = self.checkpoint.tensor(disk_name)
+        if like.is_floating_point() and not stored.is_floating_point():
+            kind = str(stored.dtype).removeprefix("torch.")
+            raise ModelError(f"{self.checkpoint.path}: {disk_name} is of {kind}, and no floating-point numbers")
+        return stored.to(self.device, self.tensor_dtype(name, stored.dtype))
+
     def _check_tensors(self) -> None:
         """Refuse a checkpoint that lacks a tensor of the language model; what it has besides is carried along."""
         own = tuple(f"{place}." for place in self.family.places)
         expected = {
-            self.family.disk_name(name): tuple(tensor.shape)
+            self.family.disk_name(name): tensor
             for name, tensor in self.model.state_dict().items()
             if name.startswith(own)
         }
         where = self.checkpoint.path
         if self.tied:
             expected.pop(self.family.disk_name("lm_head.weight"), None)
-        for name, shape in expected.items():
+        for name, tensor in expected.items():
             if name not in self.checkpoint.tensors:
                 raise ModelError(f"{where}: {name} is missing, which {self.config.model_type} needs; is it all there?")
-            if self.checkpoint.tensors[name].shape != shape:
-                found = list(self.checkpoint.tensors[name].shape)
-                raise ModelError(f"{where}: {name} has shape {found}, config.json says {list(shape)}")
+            info = self.checkpoint.tensors[name]
+            if info.shape != tuple(tensor.shape):
+                found, shape = list(info.shape), list(tensor.shape)
+                raise ModelError(f"{where}: {name} has shape {found}, config.json says {shape}")
 
     def beside(self) -> dict[str, str]:
         """Name in memory → on disk, of every tensor that is not the language model's, by transformers' own renaming."""
@@ -251,8 +265,8 @@ class Skeleton:
     def block(self, index: int) -> Any:
         """Block `index` with its weights."""
         layer = copy.deepcopy(self.layers[index])
-        state = {name: self.checkpoint.tensor(self.disk_name(index, name)) for name in layer.state_dict()}
-        state = {name: tensor.to(self.device, self.tensor_dtype(name, tensor.dtype)) for name, tensor in state.items()}
+        wanted = layer.state_dict()
+        state = {name: self.held(name, self.disk_name(index, name), like) for name, like in wanted.items()}
         layer.load_state_dict(state, assign=True)
         for module in layer.modules():
             if isinstance(module, nn.LayerNorm):  # unlike the families' own norms, it takes no mixture of dtypes

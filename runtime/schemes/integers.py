@@ -106,6 +106,8 @@ class IntQuantized(Operator):
     def from_tensors(cls, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any]) -> IntQuantized:
         rows, columns = (int(n) for n in tensors["weight_shape"])
         bits = scheme["bits"]
+        if not tensors["weight_scale"].dtype.is_floating_point:
+            raise ValueError("weight_scale is of integers")
         zeros = None
         if not scheme["symmetric"]:
             zeros = layouts.unpack_codes(tensors["weight_zero_point"].T.contiguous(), bits, rows).T.contiguous()

@@ -81,7 +81,12 @@ class W8A8(Operator):
         met = tensors["input_scale"] if scheme.get("inputs") == "tensor" else None
         if met is not None and met.numel() != 1:
             raise ValueError(f"input_scale is of {met.numel()} numbers, not of one")
-        return cls(tensors["weight"], tensors["weight_scale"], met)
+        codes, scales = tensors["weight"], tensors["weight_scale"]
+        if codes.dtype != {"int": torch.int8, "float": torch.float8_e4m3fn}[scheme["type"]]:
+            raise ValueError(f"weight is of {codes.dtype}, which is not what 8-bit codes of type {scheme['type']} are")
+        if scales.shape != (len(codes), 1) or not scales.dtype.is_floating_point:
+            raise ValueError(f"weight_scale is not a float for each of {len(codes)} rows")
+        return cls(codes, scales, met)
 
 
 def _wide(scale: Tensor | None) -> Tensor | None:
