@@ -247,7 +247,10 @@ def refit_blocks(
             members = members_of(changed, block.layer)
             routed = Routed(chains, changed.dtype, changed.experts_per_token, changed.device)
             _watch(block, routed, members, follow)
-            change(index, block.layer, routed)
+            try:
+                change(index, block.layer, routed)
+            except ModelError as error:
+                raise ModelError(f"block {index}: {error}") from None
         target, lost, whole = block.carry(), 0.0, 0.0
         for rows in chains.batches():
             lost += float((target[rows] - follow[rows]).square().sum(dtype=torch.float64))

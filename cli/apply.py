@@ -124,10 +124,8 @@ def _print_applied(done: Any, model: str, out: Path, quality: Any, page: Path) -
     _print_notes(done)
     render.out.print(quality.summary())
     if any(part.kind == "k_quant" for linear in done.linears.values() for part in linear.operator.inside()):
-        render.out.print(
-            f"for llama.cpp: compressor export {out} {out}.gguf --format gguf --like PLAIN, which its converter makes "
-            f"of {model} in 16 bits"
-        )
+        command = shlex.join(["compressor", "export", str(out), f"{out}.gguf", "--format", "gguf", "--like"])
+        render.out.print(f"for llama.cpp: {command} PLAIN, which its converter makes of {model} in 16 bits")
     render.out.print(f"report: {page}")
     render.out.print(f"next: {shlex.join(['compressor', 'eval', str(out), '--against', model])}")
 

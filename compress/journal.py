@@ -205,14 +205,24 @@ def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -
     """What differs between two fingerprints, as `key: before → now`."""
     found = []
     for key in sorted({*before, *now}):
-        a, b = before.get(key), now.get(key)
+        a, b = (_by_number(one.get(key)) for one in (before, now))
         if isinstance(a, dict) and isinstance(b, dict):
             found += differences(a, b, f"{prefix}{key}.")
         elif a != b:
-            found.append(f"{prefix}{key}: {_short(a)} → {_short(b)}")
+            found.append(f"{prefix}{key}: {_shown(a, b)}")
     return found
 
 
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text[:12] + "…" if len(text) > 60 else text
+def _by_number(value: Any) -> Any:
+    """A list of objects by their numbers, so that it can be said which of them differ in what."""
+    objects = isinstance(value, list) and all(isinstance(item, dict) for item in value)
+    return {str(number): item for number, item in enumerate(value)} if objects else value
+
+
+def _shown(*values: Any) -> str:
+    """Two values; of long ones a few letters, from where they differ."""
+    texts = [value if isinstance(value, str) else json.dumps(value) for value in values]
+    same = next((n for n, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
+    start = same if same > 8 else 0
+    short = [("…" if start else "") + text[start : start + 12] + "…" for text in texts]
+    return " → ".join(part if len(text) > 60 else text for text, part in zip(texts, short, strict=True))

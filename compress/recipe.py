@@ -26,6 +26,7 @@ _Path = tuple[str | int, ...]
 SAMPLES = 128  # windows to calibrate on, where nothing asks for more
 # What PyYAML raises, beside errors of its own, for dates that do not exist, keys that are lists, loops.
 _NOT_YAML = (ValueError, TypeError, AttributeError, RecursionError)
+_SCHEMA = "# yaml-language-server: $schema=./schema.json\n"  # for editors, of the files as they lie beside it
 _ENTRIES = 10_000  # that aliases may make of a short text
 TOKENS = 16  # to calibrate on, for each input of the widest linear
 
@@ -124,7 +125,8 @@ def shipped() -> dict[str, str]:
     """Name → text of the recipes that come with compressor."""
     folder = resources.files("compressor.recipes")
     files = sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
-    return {file.name.removesuffix(".yaml"): file.read_text(encoding="utf-8") for file in files}
+    texts = {file.name.removesuffix(".yaml"): file.read_text(encoding="utf-8") for file in files}
+    return {name: text.removeprefix(_SCHEMA) for name, text in texts.items()}
 
 
 def read_recipe(source: str) -> tuple[str, str]:

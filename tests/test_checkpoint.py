@@ -74,8 +74,15 @@ def test_missing_folder_and_files(folder: Path, tmp_path: Path) -> None:
     refused(folder, "no model.safetensors and no model.safetensors.index.json")
     torch.save({}, folder / "pytorch_model.bin")
     refused(folder, "pytorch_model.bin is a pickle, which can run code; convert it to safetensors")
+    (folder / "model.safetensors").symlink_to("nowhere")
+    refused(folder, "model.safetensors is a link to a file that is not there")
     (folder / "config.json").unlink()
     refused(folder, "config.json is missing")
+
+
+def test_names_that_would_change_a_terminal(folder: Path) -> None:
+    save_file({**load_file(folder / "model.safetensors"), "\x1b[31mred": torch.ones(2)}, folder / "model.safetensors")
+    refused(folder, r"'.x1b\[31mred' is no name that a tensor can have")
 
 
 def test_index_may_not_leave_the_folder(sharded: Path) -> None:
@@ -195,9 +202,9 @@ def test_families_and_quantized_inputs(folder: Path) -> None:
     refused(folder, "'gpt_oss' is not supported: its experts have biases")
     change(folder / "config.json", model_type="gptj")
     refused(folder, r"config\.json: model_type 'gptj' is not a known family; known: cohere2, deepseek_v2, ")
-    for wrong in ([], {}, 5, None):
+    for wrong in ([], {}, 5, None, "\x1b[31mred"):
         change(folder / "config.json", model_type=wrong)
-        refused(folder, r"config\.json: model_type is .*, not text")
+        refused(folder, r"config\.json: model_type is .*, not a name")
     change(folder / "config.json", model_type="llama", text_config="llama")
     refused(folder, r"config\.json: text_config is 'llama', not an object")
     change(folder / "config.json", text_config=None, head_dim=10**30)

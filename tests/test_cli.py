@@ -102,6 +102,11 @@ def test_the_main_job_by_hand(pico: Pico, tmp_path: Path) -> None:
     assert "hash" in run("verify", "out", cwd=tmp_path, code=1).stdout
 
 
+def test_what_to_do_next_can_be_copied(pico: Pico, tmp_path: Path) -> None:
+    done = run("apply", "w8a16", pico(), "my out", "--set", "passes.0.group_size=32", cwd=tmp_path)
+    assert f"next: compressor eval 'my out' --against {pico()}" in done.stdout
+
+
 def test_a_smaller_cache_is_planned_measured_and_named(pico: Pico, tmp_path: Path) -> None:
     recipe = tmp_path / "half.yaml"
     recipe.write_text("passes: [{kind: lorc, ratio: 0.5, rank_step: 1}, {kind: rtn, group_size: 16}]")

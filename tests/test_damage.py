@@ -83,7 +83,7 @@ def test_an_output_in_the_cache_of_a_hub_is_verified_behind_its_links(out: Path,
     assert "its hash is not the one" in verify(snapshot)[0]
 
 
-@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/hostname", "a/../../b"])
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/hostname", "a/../../b", "\x1b[31mred"])
 def test_a_manifest_names_nothing_elsewhere(out: Path, name: str) -> None:
     manifest = json.loads((out / "compressor.json").read_text())
     (out / "compressor.json").write_text(json.dumps(manifest | {"files": {name: ""}}))

@@ -14,7 +14,7 @@ from pico import interrupt, same_folders
 
 from compressor.compress.apply import Job, apply
 from compressor.compress.events import Event, Surveyed
-from compressor.compress.journal import Journal
+from compressor.compress.journal import Journal, differences
 from compressor.compress.recipe import parse_recipe
 from compressor.runtime.errors import ResourceError
 
@@ -181,3 +181,15 @@ def test_nobody_is_told_to_delete_the_output_that_was_being_replaced(job: Job, m
     with pytest.raises(ResourceError, match=r"undo that, or to start over, move .*out\.work/replaced"):
         apply(other, quiet, resume=True)
     assert json.loads((job.out.with_name("out.work") / "replaced" / "config.json").read_text()) == "old"
+
+
+def test_what_differs_is_shown_where_it_does() -> None:
+    steps = [{"kind": "rtn", "bits": 4}, {"kind": "eora", "rank": 8}]
+    before = {"recipe": {"passes": steps}, "hash": "a" * 64, "targets": ["*.layers.*"] * 9 + ["x"]}
+    now = {"recipe": {"passes": [steps[0], {**steps[1], "rank": 9}]}, "hash": "b" * 64, "targets": ["*.layers.*"] * 10}
+    assert differences(before, now) == [
+        "hash: aaaaaaaaaaaa… → bbbbbbbbbbbb…",
+        "recipe.passes.1.rank: 8 → 9",
+        'targets: …x"]… → …*.layers.*"]…',
+    ]
+    assert differences({"passes": steps}, {"passes": steps[:1]}) == ['passes.1: {"kind": "eora", "rank": 8} → null']

@@ -79,7 +79,9 @@ def changed_files(folder: Path) -> list[str]:
     findings, listed = [], read_manifest(folder)["files"]
     for name, sha256 in listed.items():
         path = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:  # but links to elsewhere are how hubs keep files
+        if (
+            Path(name).is_absolute() or ".." in Path(name).parts or not name.isprintable()
+        ):  # but links to elsewhere are how hubs keep files
             raise VerifyError(f"{folder}/compressor.json: {name!r} is not a file of this folder")
         if not path.is_file():
             findings.append(f"{path}: missing")

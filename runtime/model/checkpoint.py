@@ -233,8 +233,8 @@ class Checkpoint:
             elif not isinstance(config[key], dict):
                 raise ModelError(f"{self.path}/config.json: {key} is {reprlib.repr(config[key])}, not an object")
         for part in (config, text_config(config)):
-            if not isinstance(part.get("model_type", ""), str):
-                raise ModelError(f"{self.path}/config.json: model_type is {reprlib.repr(part['model_type'])}, not text")
+            if not isinstance(kind := part.get("model_type", ""), str) or not kind.isprintable():
+                raise ModelError(f"{self.path}/config.json: model_type is {reprlib.repr(kind)}, not a name")
         return config
 
     def _json(self, name: str) -> dict[str, Any]:
@@ -270,6 +270,9 @@ class Checkpoint:
             return files
         if (self.path / "model.safetensors").is_file():
             return {"model.safetensors": None}
+        for name in ("model.safetensors", "model.safetensors.index.json"):
+            if (self.path / name).is_symlink():
+                raise ModelError(f"{self.path}: {name} is a link to a file that is not there; download the model again")
         pickled = sorted(p.name for p in self.path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         if pickled:
             raise ModelError(f"{self.path}: {pickled[0]} is a pickle, which can run code; convert it to safetensors")
@@ -281,6 +284,8 @@ class Checkpoint:
             with safe_open(path, framework="pt") as opened:
                 names = list(opened.keys())
                 for name in names:
+                    if not name.isprintable():
+                        raise ModelError(f"{path}: {name!a} is no name that a tensor can have")
                     view = opened.get_slice(name)
                     if view.get_dtype() not in DTYPES:
                         raise ModelError(f"{path}: {name} has the unsupported dtype {view.get_dtype()}")
