@@ -106,7 +106,7 @@ def texts_to_measure(recipe: Recipe, checkpoint: Checkpoint, text: Text | None) 
     if not has_tokenizer(checkpoint.path):
         return {}, "the model has no tokenizer"
     source, length = recipe.data.source, LENGTH
-    length = min(length, checkpoint.text_config.get("max_position_embeddings") or length)
+    length = min(length, checkpoint.positions or length)
     try:
         corpus = builtin_corpus("evaluation") if source == "builtin" else file_corpus(Path(source))
         tokenizer = load_tokenizer(checkpoint.path)

@@ -44,7 +44,7 @@ def read_calibration(recipe: Recipe, checkpoint: Checkpoint, *, least: int | Non
         least, held_out: as of `drawn_windows`.
     """
     data = recipe.data
-    limit = checkpoint.text_config.get("max_position_embeddings")
+    limit = checkpoint.positions
     if limit and data.sequence_length > limit:
         raise RecipeError(f"data.sequence_length {data.sequence_length} is beyond the model's {limit} positions")
     corpus = builtin_corpus("calibration") if data.source == "builtin" else file_corpus(Path(data.source))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -103,6 +104,8 @@ def test_index_and_shards_must_agree(sharded: Path) -> None:
     refused(sharded, "lm_head.weight is not in the index")
     change(index, weight_map=weight_map)
     (sharded / file).unlink()
+    refused(sharded, "named by the index but missing")
+    os.mkfifo(sharded / file)  # which would be waited for
     refused(sharded, "named by the index but missing")
 
 
@@ -209,6 +212,21 @@ def test_families_and_quantized_inputs(folder: Path) -> None:
     refused(folder, r"config\.json: text_config is 'llama', not an object")
     change(folder / "config.json", text_config=None, head_dim=10**30)
     refused(folder, rf"{folder}/config\.json: transformers cannot")
+    change(folder / "config.json", head_dim=10**9)  # of which as many frequencies are not computed
+    refused(folder, r"q_proj\.weight has shape \[64, 64\], config\.json says \[4000000000, 64\]")
+    for count, said in (
+        (10**9, "counts 1000000000 blocks"),
+        (-1, "num_hidden_layers is -1"),
+        ("2", "is '2', not their"),
+    ):
+        change(folder / "config.json", head_dim=16, num_hidden_layers=count)
+        refused(folder, said)
+
+
+def test_a_pipe_is_no_file(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    refused(folder, "config.json is missing")
 
 
 def test_integers_are_no_weights(folder: Path) -> None:

@@ -84,7 +84,7 @@ def run_evaluation(job: EvaluationJob, reading: Reading) -> Findings:
     """
     corpus = builtin_corpus("evaluation") if job.data == "builtin" else file_corpus(Path(job.data))
     tokenizer = load_tokenizer(job.model)
-    limit = open_model(job.model).text_config.get("max_position_embeddings")
+    limit = open_model(job.model).positions
     if job.long is not None and limit and job.long > limit:
         raise RecipeError(f"--long {job.long} is beyond the model's {limit} positions")
     windows = first_windows(corpus, tokenizer, job.samples, job.sequence_length)

@@ -92,6 +92,12 @@ class Checkpoint:
         return text_config(self.config)
 
     @property
+    def positions(self) -> int | None:
+        """How many tokens config.json says that the model can read, if it does."""
+        found = self.text_config.get("max_position_embeddings")
+        return found if isinstance(found, int) and found > 0 else None
+
+    @property
     def vocabulary(self) -> int:
         """Rows of the embedding."""
         family = self.family
@@ -167,7 +173,9 @@ class Checkpoint:
             if (index := self.block_index(name)) is not None:
                 blocks.setdefault(index, []).append(name)
         count = self.text_config.get("num_hidden_layers", len(blocks))
-        if not set(range(count)) <= set(blocks):
+        if not isinstance(count, int) or count < 1:
+            raise ModelError(f"{self.path}/config.json: num_hidden_layers is {reprlib.repr(count)}, not their number")
+        if count > len(blocks) or not set(range(count)) <= set(blocks):
             raise ModelError(f"{self.path}: config.json counts {count} blocks, the weights are of {sorted(blocks)}")
         return [blocks[index] for index in range(count)]
 
@@ -239,10 +247,10 @@ class Checkpoint:
 
     def _json(self, name: str) -> dict[str, Any]:
         path = self.path / name
+        if not path.is_file():  # nor a pipe, which would be read for ever
+            raise ModelError(f"{self.path}: {name} is missing; is this a Hugging Face model folder?")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ModelError(f"{self.path}: {name} is missing; is this a Hugging Face model folder?") from None
         except (OSError, ValueError, RecursionError) as error:
             raise ModelError(f"{path}: not readable as JSON ({error})") from None
         if not isinstance(content, dict):
@@ -280,6 +288,8 @@ class Checkpoint:
 
     def _read_header(self, file: str, promised: set[str] | None) -> None:
         path = self.path / file
+        if not path.is_file():
+            raise ModelError(f"{path}: named by the index but missing; download or make the model again")
         try:
             with safe_open(path, framework="pt") as opened:
                 names = list(opened.keys())
@@ -292,8 +302,6 @@ class Checkpoint:
                     if name in self.tensors:
                         raise ModelError(f"{path}: {name} is also in {self.tensors[name].file}")
                     self.tensors[name] = TensorInfo(file, DTYPES[view.get_dtype()], tuple(view.get_shape()))
-        except FileNotFoundError:
-            raise ModelError(f"{path}: named by the index but missing; download or make the model again") from None
         except UnicodeEncodeError:
             raise ModelError(f"{str(path)!a}: safetensors needs paths that are UTF-8; rename the folder") from None
         except (SafetensorError, OSError) as error:

@@ -27,11 +27,8 @@ from .families import BLOCKS, Group, Stage
 HEAD_ROWS = 16384  # of the output head, in float32 at a time
 
 
-def meta_model(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> Any:
-    """The language model of a checkpoint on `meta`, experts as separate linears, with all parts around it.
-
-    What checkpoints do not store, as the rotary frequencies, has its values, on `device`.
-    """
+def meta_model(checkpoint: Checkpoint) -> Any:
+    """The language model of a checkpoint on `meta`, experts as separate linears, with all parts around it."""
     config = model_config(checkpoint)
     plain = config.get_text_config() is config
     try:
@@ -42,7 +39,6 @@ def meta_model(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> An
         told = f"transformers cannot build the model ({first_line(error)})"
         raise ModelError(f"{checkpoint.path}/config.json: {told}") from None
     unfuse_experts(model)
-    _compute_buffers(model, device)
     return model.eval()
 
 
@@ -120,9 +116,11 @@ class Skeleton:
         self.family = checkpoint.family
         self.dtype = dtype
         self.device = torch.device(device)
-        self.model: Any = meta_model(checkpoint, self.device)
+        checkpoint.block_names()  # of which no number is built that is not there
+        self.model: Any = meta_model(checkpoint)
         self.config = self.model.config.get_text_config()
         self._check_tensors()
+        _compute_buffers(self.model, self.device)  # once it is known that they are no larger than the weights say
 
     @cached_property
     def decoder(self) -> Any:
