@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-long check lint crash clean
+.PHONY: demo test test-long check lint crash fuzz clean
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -32,6 +32,10 @@ lint: .venv/installed
 # Fifty kill -9 / resume rounds; the suite has a short version.
 crash: .venv/installed
 	$(BIN)/python benchmarks/crash.py --rounds 50
+
+# Broken input, a hundred cases of each kind; the suite has a short version.
+fuzz: .venv/installed
+	$(BIN)/python benchmarks/fuzz.py
 
 clean:
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache
