@@ -398,7 +398,10 @@ def _read(
         if tokens is not None and total >= tokens and len(found) >= parts:
             break
         part = corpus.parts[number]
-        ids = torch.tensor(_ids(corpus, tokenizer, part.text), dtype=torch.int32)
+        try:
+            ids = torch.tensor(_ids(corpus, tokenizer, part.text), dtype=torch.int32)
+        except (RuntimeError, OverflowError):
+            raise ModelError(f"{corpus.name}: the model's tokenizer has ids beyond those of any embedding") from None
         found[number] = replace(part, text=type(part.text)()), ids
         total += len(ids)
     return found

@@ -20,7 +20,7 @@ from .passes.base import ModelPass, Pass
 from .plan import Plan
 from .recipe import Limits, Recipe
 from .resources import LEAST, LENGTH, held_out_windows
-from .surveys import Text, check_ids
+from .surveys import Text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,7 +111,7 @@ def texts_to_measure(recipe: Recipe, checkpoint: Checkpoint, text: Text | None) 
         corpus = builtin_corpus("evaluation") if source == "builtin" else file_corpus(Path(source))
         tokenizer = load_tokenizer(checkpoint.path)
         windows, _ = drawn_windows(corpus, tokenizer, LEAST // length, length, recipe.data.seed, least=1, parts=1)
-        check_ids(checkpoint, windows)
+        checkpoint.check_ids(windows)
     except CompressorError as error:
         return {}, str(error)
     return {BUILTIN if source == "builtin" else corpus.name: windows}, ""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..calibrate.corpus import Corpus, builtin_corpus, drawn_windows, file_corpus, load_tokenizer
 from ..calibrate.folders import RoutingFolder
-from ..runtime.errors import ModelError, RecipeError
+from ..runtime.errors import RecipeError
 from ..runtime.files import read_saved
 from ..runtime.model.checkpoint import Checkpoint
 from ..runtime.model.skeleton import Skeleton
@@ -51,15 +51,8 @@ def read_calibration(recipe: Recipe, checkpoint: Checkpoint, *, least: int | Non
     tokenizer = load_tokenizer(checkpoint.path)
     samples, length = data.tokens // data.sequence_length, data.sequence_length
     windows, others = drawn_windows(corpus, tokenizer, samples, length, data.seed, least=least, held_out=held_out)
-    check_ids(checkpoint, torch.cat([windows, others]))
+    checkpoint.check_ids(torch.cat([windows, others]))
     return Text(corpus, windows, others)
-
-
-def check_ids(checkpoint: Checkpoint, windows: Tensor) -> None:
-    """Refuse token ids that the model does not have."""
-    highest = checkpoint.vocabulary
-    if int(windows.max()) >= highest:
-        raise ModelError(f"{checkpoint.path}: the tokenizer has ids beyond the {highest} rows of the embedding")
 
 
 def survey_texts(recipe: Recipe, checkpoint: Checkpoint, least: int | None) -> dict[str | None, Text]:

@@ -216,3 +216,18 @@ def test_a_model_may_stop_at_a_text(out: Path, capsys: pytest.CaptureFixture[str
     (out / "generation_config.json").write_text('{"stop_strings": ["x"]}')
     generate(str(out), "import", max_tokens=2)
     assert capsys.readouterr().out.startswith("import")
+
+
+@pytest.mark.parametrize("number", [130, 2**31])
+def test_tokens_that_the_model_does_not_have(pico: Pico, tmp_path: Path, number: int) -> None:
+    model = Path(shutil.copytree(pico(), tmp_path / "model"))
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["o"] = number
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (tmp_path / "text.txt").write_text("import os\n" * 100)
+    with pytest.raises(ModelError, match="the tokenizer has ids beyond the 128 rows"):
+        generate(str(model), "import", max_tokens=2)
+    with pytest.raises(ModelError, match="tokenizer has ids beyond"):
+        run_evaluation(
+            EvaluationJob(model, None, str(tmp_path / "text.txt"), 1, 32), lambda windows: pytest.fail("read")
+        )

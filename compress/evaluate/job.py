@@ -84,10 +84,11 @@ def run_evaluation(job: EvaluationJob, reading: Reading) -> Findings:
     """
     corpus = builtin_corpus("evaluation") if job.data == "builtin" else file_corpus(Path(job.data))
     tokenizer = load_tokenizer(job.model)
-    limit = open_model(job.model).positions
-    if job.long is not None and limit and job.long > limit:
-        raise RecipeError(f"--long {job.long} is beyond the model's {limit} positions")
+    opened = open_model(job.model)
+    if job.long is not None and opened.positions and job.long > opened.positions:
+        raise RecipeError(f"--long {job.long} is beyond the model's {opened.positions} positions")
     windows = first_windows(corpus, tokenizer, job.samples, job.sequence_length)
+    opened.check_ids(windows)
     if job.against is not None and has_tokenizer(job.against):
         theirs = first_windows(corpus, load_tokenizer(job.against), job.samples, job.sequence_length)
         if not torch.equal(windows, theirs):

@@ -103,6 +103,11 @@ class Checkpoint:
         family = self.family
         return self.tensors[family.disk_name(f"{family.decoder}.embed_tokens.weight")].shape[0]
 
+    def check_ids(self, ids: Tensor) -> None:
+        """Refuse token ids that the model does not have."""
+        if int(ids.max()) >= self.vocabulary:
+            raise ModelError(f"{self.path}: the tokenizer has ids beyond the {self.vocabulary} rows of the embedding")
+
     @cached_property
     def _blocks(self) -> str:
         return blocks_of(self.tensors)
