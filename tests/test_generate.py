@@ -49,11 +49,11 @@ def test_what_is_kept_of_a_conversation_changes_no_answer(
     first = torch.randint(5, 90, (1, 12), generator=draw)
     writer = _Writer(folder, 0.0, 0)
     for turn in range(4):  # goes on; goes on; the past is changed at its beginning; the same once more
-        text = writer.write(first, 6, show_prompt=False)
+        writer.write(first, 6, show_prompt=False)
         exact = greedy(folder, first, 6)
         assert writer.seen is not None
         assert writer.seen.tolist() == first[0].tolist() + exact
-        assert capsys.readouterr().out.strip() == text.strip()
+        assert capsys.readouterr().out.strip() == writer.text.strip()
         if turn == 2:
             continue
         first = torch.cat([writer.seen[None], torch.randint(5, 90, (1, 7), generator=draw)], 1)
@@ -73,7 +73,8 @@ def test_an_answer_can_be_cut_short(pico: Pico, monkeypatch: pytest.MonkeyPatch)
 
     with monkeypatch.context() as patched:
         patched.setattr(generate._Heard, "put", stop)
-        writer.write(ids, 8, show_prompt=False)
+        with pytest.raises(KeyboardInterrupt):
+            writer.write(ids, 8, show_prompt=False)
     assert writer.seen is not None
     assert writer.seen[10:].tolist() == whole[:3]
     longer = torch.cat([writer.seen[None], torch.tensor([[7]])], 1)
@@ -89,9 +90,9 @@ def test_a_conversation(pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     said, prompts = iter(["one", "", "/what", "two", "/reset", "three", "/exit"]), []
     monkeypatch.setattr("builtins.input", lambda _: next(said))
 
-    def write(self: _Writer, ids: torch.Tensor, max_tokens: int, *, show_prompt: bool) -> str:
+    def write(self: _Writer, ids: torch.Tensor, max_tokens: int, *, show_prompt: bool) -> None:
         prompts.append(self.tokenizer.decode(ids[0]))
-        return "answer"
+        self.text = "answer"
 
     monkeypatch.setattr(_Writer, "write", write)
     generate.chat(str(folder), "be brief")
