@@ -24,7 +24,7 @@ def command(model: Path, out: Path) -> list[str]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "timings.jsonl")
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in ("timings.jsonl", "report.html"))
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 

@@ -434,7 +434,7 @@ def contents(path: Path) -> dict[str, str]:
     for one in [path, *sorted(path.rglob("*"))]:
         kind = hashlib.sha256(one.read_bytes()).hexdigest() if one.is_file() else "folder" if one.is_dir() else "other"
         found[str(one.relative_to(path))] = f"link {os.readlink(one)} {kind}" if one.is_symlink() else kind
-    return {name: kind for name, kind in found.items() if not name.endswith("timings.jsonl")}
+    return {name: kind for name, kind in found.items() if not name.endswith(("timings.jsonl", "report.html"))}
 
 
 def problems(case: Case, room: Path, limit: float) -> tuple[int | None, str, list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -79,18 +80,13 @@ def apply(
                 job, listener, resume=resume, overwrite=overwrite, statistics=statistics, memory=allowed, device=device
             )  # fmt: skip
     except KeyboardInterrupt:
-        words = ["compressor", "apply", recipe, model, str(out)]
-        for option, values in (
-            ("--set", edits or []),
-            ("--memory", [memory] if memory else []),
-            ("--statistics", [str(statistics)] if statistics else []),
-            ("--device", [device] if device != "cpu" else []),
-            ("--revision", [revision] if revision else []),
-        ):
-            words += [word for value in values for word in (option, value)]
-        words += ["--overwrite"] * overwrite + ["--resume"]
+        options = {
+            "--set": edits, "--memory": memory, "--statistics": statistics, "--revision": revision,
+            "--device": device if device != "cpu" else None,
+        }  # fmt: skip
+        again = _resuming(["compressor", "apply", recipe, model, str(out)], options, overwrite)
         session.told = True
-        render.err.print(f"interrupted; nothing is lost, go on with: {shlex.join(words)}", soft_wrap=True)
+        render.err.print(f"interrupted; nothing is lost, go on with: {again}", soft_wrap=True)
         raise typer.Exit(130) from None
     from ..compress.report.page import write_report
 
@@ -109,6 +105,14 @@ def apply(
             "that this is meant (limits)"
         )
         raise typer.Exit(1)
+
+
+def _resuming(words: list[str], options: Mapping[str, Any], overwrite: bool) -> str:
+    """The command that goes on with an interrupted run; options without a value are left out."""
+    for option, value in options.items():
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        words += [str(word) for one in values for word in (option, one)]
+    return shlex.join([*words, *["--overwrite"] * overwrite, "--resume"])
 
 
 def _print_applied(done: Any, model: str, out: Path, quality: Any, page: Path) -> None:

@@ -70,7 +70,7 @@ def table(
             result.add_column(heading, justify=side, no_wrap=not folds, overflow="fold", min_width=least)
         for line in lines:
             result.add_row(*(line[number] for number in kept))
-        if out.measure(result, options=out.options.update(width=1 << 12)).maximum <= out.width:
+        if not out.is_terminal or out.measure(result, options=out.options.update(width=1 << 12)).maximum <= out.width:
             break
     return result
 

@@ -243,13 +243,13 @@ def test_a_plan_says_what_cannot_be_shared_out(pico: Callable[..., Path], tmp_pa
 @pytest.mark.parametrize("width", [40, 60, 80, 120])
 def test_no_number_is_cut_where_the_terminal_is_narrow(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [("layers.*.mlp.experts.*.down_proj", "1,234", "12.345", "a → b → c", "474.24 kB")] * 2
-    console = Console(width=width, file=io.StringIO(), markup=False)
+    console = Console(width=width, file=io.StringIO(), markup=False, force_terminal=True, no_color=True)
     monkeypatch.setattr(render, "out", console)
     made = render.table(
         ("linears", "count", "bits", "passes", "after"), lines, spare=("bits", "count"), words=("passes",)
     )
     console.print(made)
-    text = console.file.getvalue()  # type: ignore[attr-defined]
+    text = re.sub(r"\x1b\[[0-9;]*m", "", console.file.getvalue())  # type: ignore[attr-defined]
     assert "474.24 kB" in text
     headings = [str(column.header) for column in made.columns]
     assert ("bits" in headings) is (width >= 80)

@@ -76,7 +76,8 @@ def test_products_are_exact_in_the_dtype_of_the_inputs(dtype: torch.dtype) -> No
     assert found.cross is not None
     exact, moved = x.double(), reference.double() - x.double()
     for ours, expected in ((found.moment, exact.T @ exact), (found.cross, moved.T @ exact)):
-        assert float((ours.double() - expected).abs().max() / expected.std()) < 2e-5
+        # Sums of 3,000 products in float32: of the order of its rounding of the largest, in whatever order they come.
+        assert float((ours.double() - expected).abs().max() / expected.abs().max()) < 2e-6
 
 
 def test_what_is_lent_counts_as_much_as_is_missing() -> None:

@@ -174,12 +174,13 @@ def pareto(points: Sequence[Point], best: set[str], label: str) -> Draw:
         axes.plot(
             [x for x, _ in joined], [y for _, y in joined], color=colours.first, linewidth=1.2, drawstyle="steps-post"
         )
-        for name, x, y, error in points:
+        for number, (name, x, y, error) in enumerate(sorted(points, key=lambda point: point[1])):
             colour = colours.first if name in best else colours.faint
             noise = None if not math.isfinite(error) else min(error, 0.9 * y)
             axes.errorbar(x, y, yerr=noise, marker="o", markersize=5, color=colour, ecolor=colour, linestyle="none")
             side = -1 if x > middle else 1  # towards the middle, where there is room
-            place = {"xytext": (5 * side, 4), "textcoords": "offset points", "ha": "right" if side < 0 else "left"}
+            place = {"xytext": (5 * side, -10 if number % 2 else 4), "textcoords": "offset points"}
+            place["ha"] = "right" if side < 0 else "left"
             axes.annotate(name, (x, y), color=colours.ink, fontsize=7.5, **place)
         axes.set_yscale("log")
         axes.margins(x=0.18, y=0.15)
