@@ -22,7 +22,7 @@ test-long: .venv/installed
 # Every shipped recipe on both bundled models, against the committed baseline.
 check: .venv/installed
 	mkdir -p build
-	OMP_NUM_THREADS=1 $(BIN)/compressor check --baseline tests/baselines.json --jobs 2 --markdown build/check.md
+	OMP_NUM_THREADS=1 $(BIN)/compressor check --baseline recipes/baselines.json --jobs 2 --markdown build/check.md
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -146,6 +146,8 @@ def _update(baseline: Baseline, outcomes: Sequence[Outcome], text: str, why: str
     from importlib.metadata import version
 
     from ..compress.baseline import Entry, Update, updated
+    from ..runtime.hub import resolve_model
+    from ..runtime.model.checkpoint import Checkpoint
 
     measured = [outcome for outcome in outcomes if outcome.figures is not None]
     other = text != baseline.text.sha256
@@ -163,7 +165,9 @@ def _update(baseline: Baseline, outcomes: Sequence[Outcome], text: str, why: str
             said.append(f"{case}: {outcome.said or ('measured again' if outcome.verdict == 'same' else 'new')}")
     if not changes:
         return
-    new = updated(baseline, changes, {outcome.case.model: outcome.case.folder for outcome in measured})
+    sources = {outcome.case.model: outcome.case.folder for outcome in measured}
+    sizes = {name: Checkpoint(resolve_model(source, None)[0]).nbytes for name, source in sources.items()}
+    new = updated(baseline, changes, sources, sizes)
     date = datetime.now(timezone.utc).date().isoformat()
     entry = Update(date=date, compressor=version("compressor"), why=why, changed=tuple(said))
     spec = baseline.text.model_copy(update={"sha256": text})

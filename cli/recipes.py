@@ -23,15 +23,31 @@ def read(source: str, edits: list[str] | None) -> tuple[str, Any]:
 
 @recipes_app.command("list")
 def recipes_list(as_json: JsonOption = False) -> None:
-    """Names and one line each."""
-    from ..compress.recipe import parse_recipe, shipped
+    """Names, one line each, and what they made of the bundled models when that was last checked."""
+    from ..compress.recipe import measured, parse_recipe, shipped
 
-    found = {name: parse_recipe(text, name).description for name, text in shipped().items()}
+    models = measured().models
+    found: dict[str, dict[str, Any]] = {}
+    for name, text in shipped().items():
+        made = {}
+        for model, entry in models.items():
+            if name in entry.recipes and entry.bytes:
+                figures = entry.recipes[name].figures
+                made[model] = {"times_smaller": entry.bytes / figures.bytes, "kl_mean": figures.kl_mean}
+        found[name] = {"description": parse_recipe(text, name).description, "measured": made}
     if as_json:
         render.document(found)
         return
-    for name, description in found.items():
-        render.out.print(f"{name:<{max(map(len, found))}} {description}")
+    lines = []
+    for name, about in found.items():
+        cells = [name, about["description"]]
+        for model in models:
+            one = about["measured"].get(model)
+            cells += ["–", "–"] if one is None else [f"{one['times_smaller']:.2f} ×", f"{one['kl_mean']:.4f}"]
+        lines.append(cells)
+    columns = [heading for model in models for heading in (model, f"KL, {model}")]
+    render.out.print(render.table(["recipe", "what it does", *columns], lines, columns[::-1], ["what it does"]))
+    render.out.print("the models' columns: how much smaller the bundled ones become, and what they lose")
 
 
 @recipes_app.command("show")

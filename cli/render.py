@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ..compress.plan import Plan, Row
 
 _WIDE = None if sys.stdout.isatty() else 140  # a pipe has no width of its own
-_FOLDED = 12  # characters that a column of words has at least
+_FOLDED, _READABLE = 12, 34  # characters that a column of words has at least, and that it should have
 
 
 class _Output(Console):
@@ -59,19 +59,22 @@ def table(
         spare: headings of columns that may go, the first of them first; words: of those that may be folded, as the
             first column is.
     """
+    widths = [max(map(len, column)) for column in zip(headings, *lines, strict=True)]
+    folds = [not number or heading in words for number, heading in enumerate(headings)]
     for count in range(len(spare) + 1):
         kept = [number for number, heading in enumerate(headings) if heading not in spare[:count]]
-        result = Table(box=None)
-        for place, number in enumerate(kept):
-            heading, folds = headings[number], not place or headings[number] in words
-            widest = max(map(len, (heading, *(line[number] for line in lines))))
-            least = min(widest, _FOLDED) if folds else widest
-            side: Literal["left", "right"] = "right" if place else "left"
-            result.add_column(heading, justify=side, no_wrap=not folds, overflow="fold", min_width=least)
-        for line in lines:
-            result.add_row(*(line[number] for number in kept))
-        if not out.is_terminal or out.measure(result, options=out.options.update(width=1 << 12)).maximum <= out.width:
+        wanted = sum(2 + (min(widths[number], _READABLE) if folds[number] else widths[number]) for number in kept)
+        if not out.is_terminal or wanted <= out.width:
             break
+    result = Table(box=None)
+    for number in kept:
+        least = min(widths[number], _FOLDED) if folds[number] else widths[number]
+        side: Literal["left", "right"] = "left" if folds[number] else "right"
+        result.add_column(
+            headings[number], justify=side, no_wrap=not folds[number], overflow="fold", min_width=least
+        )  # fmt: skip
+    for line in lines:
+        result.add_row(*(line[number] for number in kept))
     return result
 
 

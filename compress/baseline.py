@@ -71,9 +71,11 @@ class Entry(_Part):
 
 
 class ModelEntry(_Part):
-    """Where a model is (a folder from where the command is run, or a hub id), and recipes that were run on it."""
+    """Where a model is (a folder from where the command is run, or a hub id), the bytes of its weights as it came, and
+    recipes that were run on it."""
 
     source: str
+    bytes: int | None = None
     recipes: dict[str, Entry] = {}
 
 
@@ -181,14 +183,17 @@ def _shown(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.5g}"
 
 
-def updated(baseline: Baseline, changes: Mapping[tuple[str, str], Entry], sources: Mapping[str, str]) -> Baseline:
+def updated(
+    baseline: Baseline, changes: Mapping[tuple[str, str], Entry], sources: Mapping[str, str], sizes: Mapping[str, int]
+) -> Baseline:
     """A baseline with other entries, by model and recipe.
 
     Args:
-        sources: of models that are not in it.
+        sources: of models that are not in it; sizes: bytes of the models.
     """
     models = dict(baseline.models)
     for (model, recipe), entry in changes.items():
         known = models.get(model) or ModelEntry(source=sources[model])
-        models[model] = ModelEntry(source=known.source, recipes={**known.recipes, recipe: entry})
+        recipes = {**known.recipes, recipe: entry}
+        models[model] = ModelEntry(source=known.source, bytes=sizes[model], recipes=recipes)
     return baseline.model_copy(update={"models": models})

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -19,6 +19,9 @@ from pydantic_core import PydanticUndefined
 from ..runtime.errors import RecipeError
 from .passes import PASSES, AnyPass
 from .passes.base import LinearPass
+
+if TYPE_CHECKING:
+    from .baseline import Baseline
 
 _Path = tuple[str | int, ...]
 
@@ -127,6 +130,14 @@ def shipped() -> dict[str, str]:
     files = sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
     texts = {file.name.removesuffix(".yaml"): file.read_text(encoding="utf-8") for file in files}
     return {name: text.removeprefix(_SCHEMA) for name, text in texts.items()}
+
+
+def measured() -> Baseline:
+    """What they made of the bundled models, as it is checked."""
+    from .baseline import Baseline
+
+    with resources.as_file(resources.files("compressor.recipes") / "baselines.json") as path:
+        return Baseline.read(path)
 
 
 def read_recipe(source: str) -> tuple[str, str]:

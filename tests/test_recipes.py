@@ -1,4 +1,4 @@
-"""Every shipped recipe on the tiny models against `tests/baselines.json`, by the command that users run: quality,
+"""Every shipped recipe on the tiny models against `recipes/baselines.json`, by the command that users run: quality,
 bytes, format. A few of them here; continuous integration runs `make check`, all.
 
 Quality is compared closely only where the built-in text is the same (it varies with the Python version).
@@ -15,7 +15,7 @@ from compressor.compress.baseline import Baseline
 from compressor.compress.recipe import parse_recipe, shipped
 
 ROOT = Path(__file__).resolve().parent.parent
-BASELINES = Path(__file__).with_name("baselines.json")
+BASELINES = ROOT / "recipes" / "baselines.json"
 
 
 @pytest.mark.parametrize(("model", "recipe"), [("tiny-llama", "w8a8-int8"), ("tiny-moe", "moe-reap-25")])
