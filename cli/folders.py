@@ -40,6 +40,10 @@ def inspect(
             label = opened.outline(name).description
             kinds[label] = kinds.get(label, 0) + 1
         record |= {"format": opened.format.name, "linears stored as": kinds}
+        if (folder / "compressor.json").is_file():
+            from ..compress.output.verify import read_manifest
+
+            record["read by"] = ", ".join(read_manifest(folder)["readers"])
     if tensors is not None:
         found = {
             name: {"dtype": str(info.dtype).removeprefix("torch."), "shape": list(info.shape), "file": info.file}
@@ -76,6 +80,20 @@ def verify(folder: FolderArgument, as_json: JsonOption = False) -> None:
             render.out.print(f"{folder}: hashes, headers, weights and a run of every block are as they should be")
     if findings:
         raise typer.Exit(1)
+
+
+def push(
+    folder: FolderArgument,
+    repository: Annotated[str, typer.Argument(help="owner/name on the hub; made if it is not there")],
+    private: Annotated[bool, typer.Option("--private", help="if it is made, for its owner's eyes alone")] = False,
+    message: Annotated[str, typer.Option(help="of the commit")] = "Upload a compressed model",
+) -> None:
+    """Upload FOLDER to the Hugging Face hub, once it is what its manifest says."""
+    from ..compress.output.verify import check_files
+    from ..runtime.hub import upload
+
+    check_files(folder)
+    render.out.print(upload(folder, repository, message, private=private))
 
 
 def export(

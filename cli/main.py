@@ -19,7 +19,7 @@ from .bench import bench
 from .check import check
 from .compare import compare, sweep
 from .evaluate import evaluate_command
-from .folders import export, inspect, verify
+from .folders import export, inspect, push, verify
 from .generate import chat, run
 from .recipes import recipes_app
 from .report import report
@@ -32,7 +32,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 the answer is no, 2 could not run, 130 interrupted and resumable.",
 )  # fmt: skip
 app.add_typer(recipes_app, name="recipes")
-for command in (apply, plan, report, compare, sweep, inspect, verify, export, bench, run, chat, check):
+for command in (apply, plan, report, compare, sweep, inspect, verify, export, push, bench, run, chat, check):
     app.command()(command)
 app.command("eval")(evaluate_command)
 

@@ -42,3 +42,23 @@ def resolve_model(source: str, revision: str | None = None) -> tuple[Path, str |
         hint = f"; did you mean {path.with_name(close[0])}?" if close else ""
         raise ModelError(f"{source}: no such folder, and not to be had from the hub ({first}){hint}") from None
     return folder, folder.name
+
+
+def upload(folder: Path, repository: str, message: str, *, private: bool) -> str:
+    """Put a folder on the hub in one commit, and say where it is.
+
+    Raises:
+        ModelError: the hub does not take it: no network, no token, no permission.
+    """
+    from huggingface_hub import HfApi
+
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise ModelError(f"{repository}: is not of the form owner/name")
+    try:
+        hub = HfApi()
+        hub.create_repo(repository, private=private, exist_ok=True)
+        commit = hub.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
+    except Exception as error:  # the hub's own words, first line
+        first = str(error).strip().splitlines()[0]
+        raise ModelError(f"{repository}: not uploaded ({first}); `hf auth login` says who you are") from None
+    return str(commit.commit_url)

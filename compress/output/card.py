@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from ..plan import Plan, little_text, rows
 
 if TYPE_CHECKING:
@@ -30,6 +32,31 @@ def loading(folder: str, readers: Sequence[str], *, alone: bool) -> dict[str, st
     return found
 
 
+def _front(job: Job, plan: Plan, quality: Quality) -> dict[str, Any]:
+    """What the hub reads of a card: what the model came from, by what it is opened, and what was measured."""
+    from ...runtime.text import without_nan
+
+    base = {"base_model": job.source, "base_model_relation": "quantized"} if job.revision else {}
+    steps = dict.fromkeys(step.kind.replace("_", "-") for step in plan.recipe.passes)
+    found: dict[str, Any] = {
+        **base,
+        "library_name": "transformers" if "transformers" in plan.readers else "compressor",
+        "pipeline_tag": "text-generation",
+        "tags": ["compressor", plan.format.name, *steps],
+    }
+    if quality.main is not None:
+        name, text, against = quality.main
+        numbers = {"perplexity": text.perplexity, "perplexity ratio to the original": against.perplexity_ratio,
+                   "KL from the original, nats per token": against.kl_mean}  # fmt: skip
+        metrics = [{"type": kind, "value": value} for kind, value in without_nan(numbers).items()]
+        result = {
+            "task": {"type": "text-generation"},
+            "dataset": {"name": f"{name} text, {text.tokens:,} tokens", "type": "text"}, "metrics": metrics,
+        }  # fmt: skip
+        found["model-index"] = [{"name": f"{Path(job.source).resolve().name}-compressed", "results": [result]}]
+    return found
+
+
 def model_card(
     job: Job, plan: Plan, fingerprint: Mapping[str, Any], events: Sequence[Mapping[str, Any]], quality: Quality
 ) -> str:
@@ -42,8 +69,7 @@ def model_card(
     ratio = plan.bytes_before / plan.bytes_after
     lines = [
         "---",
-        *([f"base_model: {job.source}"] if job.revision else []),
-        "tags: [compressor]",
+        yaml.safe_dump(_front(job, plan, quality), sort_keys=False, allow_unicode=True).rstrip(),
         "---",
         "",
         f"# {Path(job.source).resolve().name}, compressed",
