@@ -191,6 +191,23 @@ def test_readme_commands_run(tmp_path: Path) -> None:
         run(*words, cwd=tmp_path)
 
 
+def test_commands_of_getting_started_run(tmp_path: Path, pico: Pico, calibration_text: Path) -> None:
+    """Every `compressor` line of its shell blocks, in order, on a small model in the place of the hub's."""
+    text = (ROOT / "docs" / "getting-started.md").read_text(encoding="utf-8")
+    commands = [line for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    assert len(commands) >= 8
+    shutil.copy(calibration_text, tmp_path / "my-text.txt")
+    small = ["--set", "data.samples=4", "--set", "data.sequence_length=32", "--set", "passes.0.group_size=32"]
+    for command in commands:
+        words = [str(pico()) if word.startswith("HuggingFaceTB/") else word for word in shlex.split(command)[1:]]
+        if words[0] in ("plan", "apply", "sweep"):
+            words += small
+        if words[0] in ("eval", "sweep"):
+            words += ["--sequence-length", "32"]
+        run(*words, cwd=tmp_path)
+    assert (tmp_path / "sweep.html").is_file()
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
