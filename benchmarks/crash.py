@@ -1,26 +1,58 @@
-"""Kill a real run at random moments, resume it, and compare every byte with an undisturbed one.
+"""Kill runs at random moments, resume them, and compare every byte with an undisturbed one.
 
-python benchmarks/crash.py --rounds 50
+    python benchmarks/crash.py --rounds 50
+
+Runs are forked children of a process that has all imports, so that every kill meets a run at work. A round is a run
+that is killed and resumed until it comes to its end; each recipe has as many.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads do not outlive a fork
+
+import torch  # noqa: E402
+from pico import build_model  # noqa: E402
+
+from compressor.cli import main as cli  # noqa: E402
+
+DATA = ["data.samples=8", "data.sequence_length=128", "output.shard_size=0.1MB"]
+RECIPES = {  # name → family of the model, a recipe's passes
+    "lorc, gptq": ("llama", "[{kind: lorc, ratio: .5, rank_step: 4, calibrated: true}, {kind: gptq, group_size: 32}]"),
+    "expert_prune, gptq": ("qwen3_moe", "[{kind: expert_prune, ratio: .25}, {kind: gptq, group_size: 32}]"),
+    "armor": ("llama", "[{kind: armor, block_size: 8, solver: als, objective: full, iterations: 6}]"),
+    "smoothquant, w8a8": ("llama", "[{kind: smoothquant}, {kind: rtn, scheme: int8}]"),
+}
 
 
-def command(model: Path, out: Path) -> list[str]:
-    edits = ["--set", "data.samples=8", "--set", "data.sequence_length=128", "--set", "output.shard_size=1MB"]
-    return [sys.executable, "-m", "compressor.cli", "apply", "w4a16-gptq", str(model), str(out), *edits]
+def start(recipe: Path, model: Path, out: Path, resume: bool) -> int:
+    """The process id of a forked child that applies a recipe."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        silent = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silent, 1)
+        os.dup2(os.open(out.with_name("stderr"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        edits = [word for edit in DATA for word in ("--set", edit)]
+        sys.argv = ["compressor", "apply", str(recipe), str(model), str(out), *edits, *["--resume"] * resume]
+        cli.main()
+    except SystemExit as end:
+        os._exit(int(end.code or 0))
+    finally:
+        os._exit(3)
+    return 0
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -28,49 +60,63 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def main(rounds: int, model: Path, seed: int) -> int:
-    """Run the rounds; return how many differed."""
-    generator = random.Random(seed)
-    folder = Path(tempfile.mkdtemp(prefix="crash-"))
-    subprocess.run(command(model, folder / "quiet"), check=True, capture_output=True)
-    start = time.monotonic()
-    subprocess.run(command(model, folder / "quiet2"), check=True, capture_output=True)
-    length = time.monotonic() - start
-    expected = contents(folder / "quiet")
-    different = kills = 0
-    for number in range(rounds):
-        out = folder / "out"
+def finished(child: int, seconds: float, message: Path) -> bool:
+    """Whether a run came to its end within a time; else it is killed."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            if os.waitstatus_to_exitcode(status) not in (0, 1):  # 1: beyond the limits, as a random model may be
+                raise SystemExit(f"a run failed: {message.read_text()}")
+            return True
+        time.sleep(0.002)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return False
+
+
+def rounds_of(name: str, rounds: int, generator: random.Random, room: Path) -> tuple[int, int]:
+    """Kills, and rounds whose bytes differed, of one recipe."""
+    family, passes = RECIPES[name]
+    recipe, out, quiet = room / "recipe.yaml", room / "out", room / "quiet"
+    model = build_model(family, room / "model", num_hidden_layers=4)
+    recipe.write_text(f"version: 1\nlimits: {{kl: null, perplexity_ratio: null}}\npasses: {passes}\n")
+    finished(start(recipe, model, quiet, False), 600, room / "stderr")  # warms caches of files
+    shutil.rmtree(quiet)
+    begun = time.monotonic()
+    finished(start(recipe, model, quiet, False), 600, room / "stderr")
+    length, expected = time.monotonic() - begun, contents(quiet)
+    kills = different = 0
+    for _ in range(rounds):
         while True:
-            resume = ["--resume"] if out.with_name("out.work").exists() or out.exists() else []
-            process = subprocess.Popen(
-                [*command(model, out), *resume], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-            )
-            try:
-                _, message = process.communicate(timeout=generator.uniform(0.2, 1.1) * length)
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                process.communicate()
-                kills += 1
-                if out.is_dir():
-                    break
-                continue
-            if process.returncode:
-                raise SystemExit(f"round {number}: exit {process.returncode}: {message.decode()}")
-            break
-        same = contents(out) == expected
-        different += not same
-        print(f"round {number + 1}: {kills} kills so far, {'same bytes' if same else 'DIFFERENT'}", flush=True)
+            work = out.with_name("out.work")
+            resume = (work / "journal.jsonl").exists()
+            if finished(start(recipe, model, out, resume), generator.uniform(0, 1.1) * length, room / "stderr"):
+                break
+            kills += 1
+            if out.is_dir() and not work.exists():
+                break
+        different += contents(out) != expected
         shutil.rmtree(out)
         shutil.rmtree(out.with_name("out.work"), ignore_errors=True)
-    shutil.rmtree(folder)
-    print(f"{rounds} rounds, {kills} kills, {different} different")
-    return different
+    return kills, different
+
+
+def main(rounds: int, seed: int) -> int:
+    """Run the rounds; return how many differed."""
+    torch.set_num_threads(1)
+    generator, total = random.Random(seed), 0
+    for name in RECIPES:
+        with tempfile.TemporaryDirectory(prefix="crash-") as room:
+            kills, different = rounds_of(name, rounds, generator, Path(room))
+        print(f"{name}: {rounds} rounds, {kills} kills, {different} different", flush=True)
+        total += different
+    return total
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=50)
-    parser.add_argument("--model", type=Path, default=ROOT / "examples" / "tiny-llama")
+    parser.add_argument("--rounds", type=int, default=50, help="of each recipe")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    sys.exit(bool(main(options.rounds, options.model, options.seed)))
+    sys.exit(bool(main(options.rounds, options.seed)))
