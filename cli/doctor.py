@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..kernels.dispatch import CpuCapability
 
 
 def examine() -> dict[str, Any]:
@@ -31,7 +35,29 @@ def examine() -> dict[str, Any]:
     spec = importlib.util.find_spec("kernels")
     if spec is not None and spec.origin is not None and not _from_site(spec.origin):
         record["warning"] = f"a folder named kernels shadows Hugging Face's package: {spec.origin}"
+    if hints := faster(bool(gpu), cpu_capability(), os.getloadavg()[0]):
+        record["would be faster"] = "; ".join(hints)
     return record
+
+
+def faster(gpu: bool, processor: CpuCapability, load: float) -> list[str]:
+    """What would make runs faster here, and how to get it.
+
+    Args:
+        gpu: whether there is one; load: of the machine, in processes that want a processor.
+    """
+    import torch
+
+    found = []
+    if gpu and importlib.util.find_spec("triton") is None:
+        found.append("fused kernels on the GPU: pip install 'compressor[gpu]'")
+    if not gpu and not processor.bf16:
+        found.append("a processor with AVX-512 and bf16, or AMX: this one has no fast products of bf16")
+    free = (os.cpu_count() or 1) - load
+    if torch.get_num_threads() > max(1.0, free) and "OMP_NUM_THREADS" not in os.environ:
+        count = max(1, round(free))
+        found.append(f"OMP_NUM_THREADS={count} while other work runs here: threads that wait for each other are slow")
+    return found
 
 
 def _version(name: str) -> str:

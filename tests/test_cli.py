@@ -17,7 +17,8 @@ import pytest
 from command import run
 from rich.console import Console
 
-from compressor.cli import render
+from compressor.cli import doctor, render
+from compressor.kernels.dispatch import CpuCapability
 
 ROOT = Path(__file__).resolve().parent.parent
 Pico = Callable[..., Path]
@@ -279,3 +280,16 @@ def test_options_may_stand_behind_a_command(tmp_path: Path, pico: Pico) -> None:
     assert "block" not in shown.stderr
     assert "report: out/report/report.html" in shown.stdout
     run("verify", "out", cwd=tmp_path)
+
+
+def test_doctor_says_what_would_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 8)
+    slow, fast = CpuCapability(False, False, False), CpuCapability(True, True, True)
+    assert doctor.faster(False, fast, 0.0) == []
+    [hint] = doctor.faster(False, fast, 5.2)
+    assert hint.startswith("OMP_NUM_THREADS=3 ")
+    assert "AMX" in doctor.faster(False, slow, 0.0)[0]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "compressor[gpu]" in doctor.faster(True, slow, 0.0)[0]
