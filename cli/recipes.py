@@ -100,6 +100,14 @@ def recipes_options() -> None:
     print(options_table(), end="")
 
 
+@recipes_app.command("passes")
+def recipes_passes() -> None:
+    """What each pass does, where it comes from and what it was measured to do, as Markdown."""
+    from ..compress.guide import passes_guide
+
+    print(passes_guide(), end="")
+
+
 @recipes_app.command("schema")
 def recipes_schema() -> None:
     """JSON schema of recipes, for editors."""

@@ -10,9 +10,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer
 
 from ..runtime.errors import RecipeError
 from ..runtime.files import write_synced
@@ -62,12 +62,17 @@ class Tolerances(_Part):
 
 
 class Entry(_Part):
-    """A recipe on a model: the edits it is run with, what came of it, and tolerances of its own."""
+    """A recipe on a model: the edits it is run with, what came of it, and those tolerances that are its own; the others
+    are the baseline's."""
 
     edits: tuple[str, ...] = Field((), alias="set")
     figures: Figures
     tolerances: Tolerances | None = None
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    @field_serializer("tolerances")
+    def _own(self, value: Tolerances | None) -> dict[str, Any] | None:
+        return None if value is None else value.model_dump(exclude_unset=True)
 
 
 class ModelEntry(_Part):
@@ -127,7 +132,8 @@ class Baseline(_Part):
     def tolerances_of(self, model: str, recipe: str) -> Tolerances:
         found = self.models.get(model)
         entry = None if found is None else found.recipes.get(recipe)
-        return self.tolerances if entry is None or entry.tolerances is None else entry.tolerances
+        own = None if entry is None else entry.tolerances
+        return self.tolerances if own is None else self.tolerances.model_copy(update=own.model_dump(exclude_unset=True))
 
 
 @dataclass(frozen=True)

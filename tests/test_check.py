@@ -64,6 +64,23 @@ def test_another_text_excuses_noise_alone() -> None:
     assert [move.figure for move in moves(other, FIGURES, Tolerances(digest=True), same_text=True)][-1] == "digest"
 
 
+def test_an_entry_has_tolerances_of_its_own_and_the_rest_of_the_baseline(tmp_path: Path) -> None:
+    entry = {"figures": FIGURES.model_dump(), "tolerances": {"kl_mean": 0.5}}
+    content = {
+        "tolerances": {"bytes": 0.25, "kl_mean": 0.1},
+        "models": {"m": {"source": "m", "recipes": {"own": entry, "none": {"figures": FIGURES.model_dump()}}}},
+    }
+    read = Baseline.model_validate(content)
+    read.write(tmp_path / "baseline.json")
+    for baseline in (read, Baseline.read(tmp_path / "baseline.json")):
+        found = {name: baseline.tolerances_of("m", name) for name in ("own", "none", "other")}
+        assert {name: (one.bytes, one.kl_mean) for name, one in found.items()} == {
+            "own": (0.25, 0.5), "none": (0.25, 0.1), "other": (0.25, 0.1),
+        }  # fmt: skip
+    written = json.loads((tmp_path / "baseline.json").read_text())["models"]["m"]["recipes"]["own"]
+    assert written["tolerances"] == {"kl_mean": 0.5}
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

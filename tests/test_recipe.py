@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import jsonschema
 import pytest
 import yaml
 
+from compressor.compress.guide import passes_guide
 from compressor.compress.passes import PASSES
 from compressor.compress.recipe import (
     RENAMED,
@@ -131,6 +133,14 @@ def test_odd_yaml_is_refused_in_a_line(text: str) -> None:
 def test_the_page_of_options_is_current() -> None:
     page = (Path(__file__).resolve().parent.parent / "docs" / "recipes.md").read_text(encoding="utf-8")
     assert page.endswith(options_table()), "write it anew: compressor recipes options"
+
+
+def test_the_page_on_passes_is_current() -> None:
+    page = (ROOT / "docs" / "passes.md").read_text(encoding="utf-8")
+    assert page == passes_guide(), "write it anew: compressor recipes passes > docs/passes.md"
+    for kind, made in PASSES.items():
+        assert f"\n## {kind}\n" in page
+        assert len((sys.modules[made.__module__].__doc__ or "").split()) > 10
 
 
 def test_a_wrong_edit_is_named_and_not_the_line_it_replaced() -> None:
