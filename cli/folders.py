@@ -70,7 +70,7 @@ def verify(folder: FolderArgument, as_json: JsonOption = False) -> None:
     """Check that FOLDER is what its manifest says, decodes and runs."""
     from ..compress.output.verify import verify as find_faults
 
-    findings = find_faults(folder)
+    findings = find_faults(folder, render.track)
     if as_json:
         render.document({"folder": str(folder), "findings": findings})
     else:
@@ -92,7 +92,7 @@ def push(
     from ..compress.output.verify import check_files
     from ..runtime.hub import upload
 
-    check_files(folder)
+    check_files(folder, render.track)
     render.out.print(upload(folder, repository, message, private=private))
 
 
@@ -131,7 +131,7 @@ def export(
         if written.rounded:
             said += f"; scales in half precision, which is off by {written.rounded:.1e} at most"
     else:
-        export_dense(folder, out, overwrite=overwrite)
+        export_dense(folder, out, overwrite=overwrite, track=render.track)
         size, said = sum(path.stat().st_size for path in out.glob("*.safetensors")), "a plain model folder"
         said += f", {human_size(size)}"
     if as_json:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -169,6 +169,14 @@ def progress(what: str, count: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal or session.quiet) as bar:
         task = bar.add_task("", total=count)
         yield lambda more: bar.advance(task, more)
+
+
+def track(what: str, things: Collection[Any], /) -> Iterator[Any]:
+    """Things one by one, with a bar of them on a terminal."""
+    with progress(what, len(things)) as passed:
+        for thing in things:
+            yield thing
+            passed(1)
 
 
 def scores(names: Sequence[str], record: Mapping[str, Any]) -> None:

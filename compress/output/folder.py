@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
@@ -120,7 +120,21 @@ def check_complete(folder: Path, original: Checkpoint) -> Checkpoint:
     return opened
 
 
-def check_runs(folder: Path, original: Checkpoint) -> None:
+Thing = TypeVar("Thing")
+
+
+class Track(Protocol):
+    """Goes over things, and may show somebody how far it is."""
+
+    def __call__(self, what: str, things: Collection[Thing], /) -> Iterable[Thing]: ...
+
+
+def untracked(what: str, things: Collection[Thing], /) -> Iterable[Thing]:
+    """Shows nobody."""
+    return things
+
+
+def check_runs(folder: Path, original: Checkpoint, track: Track = untracked) -> None:
     """Run sixteen tokens through the folder's blocks, one at a time.
 
     Raises:
@@ -130,7 +144,7 @@ def check_runs(folder: Path, original: Checkpoint) -> None:
     skeleton = Skeleton(opened, calibration_dtype(opened))
     ids = torch.arange(16)[None] % skeleton.config.vocab_size
     hidden = skeleton.embed(ids)
-    for index in range(skeleton.blocks):
+    for index in track("running blocks", range(skeleton.blocks)):
         hidden = skeleton.run(skeleton.runner(index, skeleton.block(index)), hidden)
         if not bool(torch.isfinite(hidden).all()):
             raise VerifyError(f"{folder}: block {index} gives activations that are not finite")

@@ -16,7 +16,7 @@ from ...runtime.model.checkpoint import Checkpoint, non_finite
 from ...runtime.model.disk_experts import fuse
 from ...runtime.stored import StoredModel, open_model
 from ..guards import check_output
-from .folder import check_runs
+from .folder import Track, check_runs, untracked
 from .writer import ShardedWriter
 
 # What readers look for beside the weights that they know.
@@ -43,41 +43,41 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise VerifyError(f"{path}: not readable ({error})") from None
 
 
-def verify(folder: Path) -> list[str]:
+def verify(folder: Path, track: Track = untracked) -> list[str]:
     """What is wrong with an output, a line each; empty when all is well.
 
     Files against the manifest's hashes, files that it does not name, headers against the config, decoded weights, which
     have to be finite, and sixteen tokens run through every block.
     """
-    if findings := changed_files(folder):
+    if findings := changed_files(folder, track):
         return findings
     try:
         model = open_model(folder)
-        findings += [f"{folder}: {name} decodes to NaN or infinity" for name in _bad_weights(model)]
+        findings += [f"{folder}: {name} decodes to NaN or infinity" for name in _bad_weights(model, track)]
         if not findings:
-            check_runs(folder, model)
+            check_runs(folder, model, track)
     except CompressorError as error:
         findings.append(str(error))
     return findings
 
 
-def check_files(folder: Path) -> None:
+def check_files(folder: Path, track: Track = untracked) -> None:
     """
     Raises:
         VerifyError: the folder is an output of ours, and its files are not those of its manifest.
     """
-    if (folder / "compressor.json").is_file() and (changed := changed_files(folder)):
+    if (folder / "compressor.json").is_file() and (changed := changed_files(folder, track)):
         raise VerifyError(changed[0])
 
 
-def changed_files(folder: Path) -> list[str]:
+def changed_files(folder: Path, track: Track = untracked) -> list[str]:
     """Files of an output that are not what its manifest says, or not in it though readers look for them, a line each.
 
     Raises:
         VerifyError: there is no manifest, or it is not readable.
     """
     findings, listed = [], read_manifest(folder)["files"]
-    for name, sha256 in listed.items():
+    for name, sha256 in track("hashing files", list(listed.items())):
         path = folder / name
         if (
             Path(name).is_absolute() or ".." in Path(name).parts or not name.isprintable()
@@ -93,11 +93,11 @@ def changed_files(folder: Path) -> list[str]:
     return findings
 
 
-def _bad_weights(model: Checkpoint) -> list[str]:
-    return list(non_finite((name, model.tensor(name)) for name in model.tensors))
+def _bad_weights(model: Checkpoint, track: Track) -> list[str]:
+    return list(non_finite((name, model.tensor(name)) for name in track("decoding tensors", list(model.tensors))))
 
 
-def export_dense(folder: Path, out: Path, *, overwrite: bool = False) -> None:
+def export_dense(folder: Path, out: Path, *, overwrite: bool = False, track: Track = untracked) -> None:
     """Decode an output to a plain folder that every tool reads, one tensor at a time.
 
     Raises:
@@ -108,7 +108,7 @@ def export_dense(folder: Path, out: Path, *, overwrite: bool = False) -> None:
     model = open_model(folder)
     if not isinstance(model, StoredModel):
         raise VerifyError(f"{folder}: nothing in it is compressed; copy the folder instead")
-    check_files(folder)
+    check_files(folder, track)
     out = out.absolute()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -116,7 +116,7 @@ def export_dense(folder: Path, out: Path, *, overwrite: bool = False) -> None:
             prefix=out.name + ".export-", dir=out.parent, ignore_cleanup_errors=True
         ) as room:
             work, replaced = Path(room) / "out", Path(room) / "replaced"
-            _write_dense(model, work)
+            _write_dense(model, work, track)
             if out.exists():
                 os.rename(out, replaced)
             try:
@@ -130,17 +130,17 @@ def export_dense(folder: Path, out: Path, *, overwrite: bool = False) -> None:
         raise ResourceError(f"{out}: cannot be written ({error.strerror}); choose another output") from None
 
 
-def _write_dense(model: StoredModel, folder: Path) -> None:
+def _write_dense(model: StoredModel, folder: Path, track: Track) -> None:
     empty = {n: torch.empty(info.shape, dtype=info.dtype, device="meta") for n, info in model.tensors.items()}
     fused = fuse(model.family, empty)
     writer = ShardedWriter(folder, {name: (t.dtype, tuple(t.shape)) for name, t in fused.items()}, 5 * 10**9)
     writer.start()
     together = model.block_names() if model.family.experts.fused else []
     alone = set(model.tensors).difference(*together)
-    for names in [*together, *([name] for name in model.tensors if name in alone)]:
+    for names in track("decoding", [*together, *([name] for name in model.tensors if name in alone)]):
         writer.write(fuse(model.family, {name: model.tensor(name) for name in names}))
     writer.write_index()
     write_synced(folder / "config.json", json.dumps(model.config, indent=2) + "\n")
     for path in model.side_files:
         copy_synced(path, folder / path.name)
-    check_runs(folder, model)
+    check_runs(folder, model, track)
