@@ -105,7 +105,8 @@ def surveyed(
             ready = Recipe.model_validate(content).passes[0].before(later).prepare(skeleton)
             if isinstance(ready, ModelPass):
                 ready = ready.with_made([folder / name for name in known[number]["made"]])
-            _check_made(folder, known[number]["made"], journal)
+            if journal.finished is None:  # else a crash may have left a part of what is deleted behind the output
+                _check_made(folder, known[number]["made"], journal)
         else:
             folder.mkdir(parents=True, exist_ok=True)
             ready = step.before(later).prepare(skeleton)

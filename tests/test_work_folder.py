@@ -167,6 +167,28 @@ def first_of(out: Path) -> Path:
     return sorted(out.glob("*.safetensors"))[0]
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_run_that_died_while_it_tidied_up_is_resumed(
+    whole: bool, pruning: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a survey made may be gone in part, or all of it, behind an output that is where it should be."""
+    real = shutil.rmtree
+
+    def remove(path: Path, **options: bool) -> None:
+        if path.name != "chains" or not path.exists():
+            return real(path, **options)
+        real(path) if whole else next(path.glob("*/refitted/*")).unlink()
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr("compressor.compress.journal.shutil.rmtree", remove)
+        with pytest.raises(Killed):
+            apply(pruning, quiet)
+    assert (pruning.out / "compressor.json").is_file()
+    apply(pruning, quiet, resume=True)
+    assert not Journal(pruning.out).folder.exists()
+
+
 def test_nobody_is_told_to_delete_the_output_that_was_being_replaced(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     job.out.mkdir()
     (job.out / "config.json").write_text(json.dumps("old"))
