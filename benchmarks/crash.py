@@ -96,7 +96,10 @@ def rounds_of(name: str, rounds: int, generator: random.Random, room: Path) -> t
             kills += 1
             if out.is_dir() and not work.exists():
                 break
-        different += contents(out) != expected
+        if (found := contents(out)) != expected:
+            different += 1
+            names = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+            print(f"{name}: {', '.join(names)}", flush=True)
         shutil.rmtree(out)
         shutil.rmtree(out.with_name("out.work"), ignore_errors=True)
     return kills, different

@@ -56,6 +56,7 @@ def apply(
     from ..compress.apply import Job
     from ..compress.apply import apply as run_job
     from ..compress.events import Event, Measured
+    from ..compress.output.folder import REPORT
     from ..compress.quality import Quality, most_lost
     from ..runtime.model.checkpoint import Checkpoint
 
@@ -77,7 +78,8 @@ def apply(
                     raise KeyboardInterrupt
 
             done = run_job(
-                job, listener, resume=resume, overwrite=overwrite, statistics=statistics, memory=allowed, device=device
+                job, listener, resume=resume, overwrite=overwrite, statistics=statistics, memory=allowed, device=device,
+                present=lambda folder: _report(folder, out),
             )  # fmt: skip
     except KeyboardInterrupt:
         options = {
@@ -88,9 +90,7 @@ def apply(
         session.told = True
         render.err.print(f"interrupted; nothing is lost, go on with: {again}", soft_wrap=True)
         raise typer.Exit(130) from None
-    from ..compress.report.page import write_report
-
-    [quality], beyond, page = found, found[0].beyond(parsed.limits), write_report(out)
+    [quality], beyond, page = found, found[0].beyond(parsed.limits), out / REPORT
     if as_json:
         render.document(
             _plan_record(done) | {"out": str(out), "quality": quality.record(), "beyond": beyond, "report": str(page)}
@@ -105,6 +105,13 @@ def apply(
             "that this is meant (limits)"
         )
         raise typer.Exit(1)
+
+
+def _report(folder: Path, out: Path) -> None:
+    """Write the report of an output that will lie at OUT."""
+    from ..compress.report.page import write_report  # which imports what draws
+
+    write_report(folder, shown=out)
 
 
 def _resuming(words: list[str], options: Mapping[str, Any], overwrite: bool) -> str:

@@ -53,10 +53,12 @@ def apply(
     statistics: Path | None = None,
     memory: float | None = None,
     device: str = "cpu",
+    present: Callable[[Path], object] = lambda folder: None,
 ) -> Plan:
     """Run a job to its end.
 
     Args:
+        present: makes for people what shows them the finished folder, in it, before it appears as OUT.
         device: where blocks run and passes solve, `cpu` or a GPU as `cuda`; one block at a time is there.
         statistics: a folder to take the original model's statistics from, or to keep them in.
         memory: bytes beyond the imports to get by with on that device; default: what is available there.
@@ -113,6 +115,8 @@ def apply(
         elif journal.result.is_dir() and (not journal.holds(journal.result) or changed_files(journal.result)):
             raise journal.damaged(str(journal.result))
         listener(Measured(_known_quality(journal)))
+        if journal.result.is_dir():
+            present(journal.result)
         journal.publish(overwrite=overwrite)
     return plan
 

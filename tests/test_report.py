@@ -15,9 +15,10 @@ from command import run
 
 from compressor.compress.apply import apply
 from compressor.compress.job import Job
+from compressor.compress.output.folder import REPORT
 from compressor.compress.recipe import parse_recipe
 from compressor.compress.report.content import Content
-from compressor.compress.report.page import REPORT, Sample, write_report
+from compressor.compress.report.page import Sample, write_report
 from compressor.runtime.errors import VerifyError
 
 Pico = Callable[..., Path]

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ..quality import Quality
 
 
-PLAN, TIMINGS = "report/plan.json", "report/timings.jsonl"
+PLAN, TIMINGS, REPORT = "report/plan.json", "report/timings.jsonl", "report/report.html"
 
 
 def write_beside(folder: Path, job: Job, plan: Plan) -> None:
@@ -59,8 +59,8 @@ def finish_folder(
     write_synced(report / "layers.jsonl", "".join(json.dumps(event) + "\n" for event in events))
     hashes = {name: sha256 for entry in entries for name, sha256 in entry.get("files", {}).items()}
     write_synced(folder / "README.md", model_card(job, plan, fingerprint, events, quality))
-    # The timings are the one file that differs between equal runs; the manifest may be there from before a crash.
-    left_out = {*hashes, TIMINGS, "compressor.json", "compressor.json.partial"}
+    # Timings, and the report that shows them, differ between equal runs; the manifest may be from before a crash.
+    left_out = {*hashes, TIMINGS, REPORT, "compressor.json", "compressor.json.partial"}
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     small = [name for name in names if name not in left_out]
     manifest = {

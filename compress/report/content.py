@@ -68,11 +68,10 @@ class Content:
     def name(self) -> str:
         return Path(self.manifest["source"]["name"]).resolve().name
 
-    @property
-    def loading(self) -> dict[str, str]:
-        """How readers open it, by their names."""
+    def loading(self, shown: Path) -> dict[str, str]:
+        """How readers open it, by their names, where it is shown to lie."""
         config = open_model(self.folder)
-        return loading(str(self.folder), self.manifest["readers"], alone=config.text_config is config.config)
+        return loading(str(shown), self.manifest["readers"], alone=config.text_config is config.config)
 
     @property
     def bytes(self) -> tuple[int, int]:

@@ -13,13 +13,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ...runtime.errors import human_size
 from ...runtime.files import write_synced
+from ..output.folder import REPORT
 from . import figures
 from .content import Content
 
 if TYPE_CHECKING:
     from ..evaluate import Findings
 
-REPORT = "report/report.html"
 _MEANINGS = {
     "Fallback": "linears for which a pass took its simple way, because its own would have been worse; they are as good "
     "as rounding to nearest or better",
@@ -58,18 +58,24 @@ def _noise(error: float | None) -> str:
 
 
 def write_report(
-    folder: Path, out: Path | None = None, *, found: Findings | None = None, samples: Sequence[Sample] = ()
+    folder: Path,
+    out: Path | None = None,
+    *,
+    shown: Path | None = None,
+    found: Findings | None = None,
+    samples: Sequence[Sample] = (),
 ) -> Path:
     """Write the report of an output, and say where.
 
     Args:
         out: default: in the output, beside what it is made of.
+        shown: where the output will be, if that is elsewhere.
         found: of an evaluation against the model that it came from; samples: of both, side by side.
     """
     content = Content.read(folder)
     out = folder / REPORT if out is None else out
     page = environment().get_template("report.html.jinja").render(
-        content=content, charts=_charts(content), told=_told(content), loading=content.loading,
+        content=content, charts=_charts(content), told=_told(content), loading=content.loading(shown or folder),
         found=found, samples=samples,
     )  # fmt: skip
     write_synced(out, page)
