@@ -92,8 +92,9 @@ def apply(
         raise typer.Exit(130) from None
     [quality], beyond, page = found, found[0].beyond(parsed.limits), out / REPORT
     if as_json:
+        shown = str(page) if page.is_file() else None
         render.document(
-            _plan_record(done) | {"out": str(out), "quality": quality.record(), "beyond": beyond, "report": str(page)}
+            _plan_record(done) | {"out": str(out), "quality": quality.record(), "beyond": beyond, "report": shown}
         )
     else:
         _print_applied(done, model, out, quality, page)
@@ -108,10 +109,13 @@ def apply(
 
 
 def _report(folder: Path, out: Path) -> None:
-    """Write the report of an output that will lie at OUT."""
-    from ..compress.report.page import write_report  # which imports what draws
+    """Write the report of an output that will lie at OUT; without one, the output is no less finished."""
+    try:
+        from ..compress.report.page import write_report  # which imports what draws
 
-    write_report(folder, shown=out)
+        write_report(folder, shown=out)
+    except Exception as error:
+        render.err.print(f"warning: the report is not made ({error!r}); compressor report {out} tries again")
 
 
 def _resuming(words: list[str], options: Mapping[str, Any], overwrite: bool) -> str:
@@ -137,7 +141,8 @@ def _print_applied(done: Any, model: str, out: Path, quality: Any, page: Path) -
     if any(part.kind == "k_quant" for linear in done.linears.values() for part in linear.operator.inside()):
         command = shlex.join(["compressor", "export", str(out), f"{out}.gguf", "--format", "gguf", "--like"])
         render.out.print(f"for llama.cpp: {command} PLAIN, which its converter makes of {model} in 16 bits")
-    render.out.print(f"report: {page}")
+    if page.is_file():
+        render.out.print(f"report: {page}")
     render.out.print(f"next: {shlex.join(['compressor', 'eval', str(out), '--against', model])}")
 
 

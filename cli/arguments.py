@@ -21,6 +21,18 @@ def bytes_of(size: str | None) -> float | None:
     return float(found[1]) * {"MB": 1e6, "GB": 1e9}[found[2]]
 
 
+def check_files_to_write(*files: Path | None) -> None:
+    """
+    Raises:
+        ResourceError: one of those that are given is a folder, or in a folder that is not there.
+    """
+    from ..runtime.errors import ResourceError
+
+    for path in files:
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise ResourceError(f"{path}: is no file in a folder that is there; name one")
+
+
 def model_folder(source: str, revision: str | None = None) -> tuple[Path, str | None]:
     """The folder of a model, and the commit of one from the hub."""
     from ..runtime.hub import resolve_model

@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from ..compress.evaluate.speed import Speed, Work
 
 
-_RATIO = ("ratio",)
-
-
 def bench(
     model: ModelArgument,
     against: Annotated[str | None, typer.Option(help="the model to compare with, timed in turns with it")] = None,
@@ -66,7 +63,7 @@ def _table(names: Sequence[str], found: Sequence[Speed], work: Work) -> Table:
     lines.append(("memory at most", *(human_size(count) for count in memory), *_ratio(memory)))
     lines.append(("computes in", *(f"{speed.dtype} on {speed.device}" for speed in found), *([""] * (len(found) > 1))))
     short = [Path(name).name for name in names]
-    return render.table(("", *(short if len(set(short)) == len(names) else names), *_RATIO[: len(found) - 1]), lines)
+    return render.table(("", *(short if len(set(short)) == len(names) else names), *["ratio"][: len(found) - 1]), lines)
 
 
 def _spread(numbers: Sequence[float]) -> float:

@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from . import render
-from .arguments import JsonOption, SetOption
+from .arguments import JsonOption, SetOption, check_files_to_write
 from .session import session
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def check(
 
     Exits with 1 where something is worse, and where something is better that nobody has recorded (--update).
     """
-    from ..runtime.errors import RecipeError, ResourceError
+    from ..runtime.errors import RecipeError
 
     if update != bool(why and why.strip()):
         raise RecipeError("--update and --why TEXT go together: the baseline keeps the reason of a change")
@@ -56,9 +56,7 @@ def check(
     from ..compress.baseline import Baseline
     from ..compress.check import record, run_cases, text_of
 
-    for path in (baseline, junit, markdown):
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            raise ResourceError(f"{path}: is no file in a folder that is there; name one")
+    check_files_to_write(baseline, junit, markdown)
     if not baseline.exists() and not update:
         raise RecipeError(f"--baseline {baseline}: no such file; --update --why TEXT makes it")
     expected = Baseline.read(baseline) if baseline.exists() else Baseline()

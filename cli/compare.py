@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ..runtime.errors import human_size
 from . import render
-from .arguments import JsonOption, ModelArgument, RecipeArgument, model_folder
+from .arguments import JsonOption, ModelArgument, RecipeArgument, check_files_to_write, model_folder
 from .recipes import read
 
 if TYPE_CHECKING:
@@ -36,19 +36,23 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Measure OUTS beside BASE: bytes, KV cache, KL and perplexity, and which of them nothing beats."""
-    _refuse_folders(html, png)
-    folders = {_name(out, outs): model_folder(out)[0] for out in outs}
-    origin, _ = model_folder(base)
+    check_files_to_write(html, png)
+    sources = [base, *outs]
+    folders = {_name(source, sources): model_folder(source)[0] for source in sources}
+    if len(folders) < len(sources):
+        from ..runtime.errors import RecipeError
+
+        raise RecipeError("one of the models is named twice: name each once")
 
     from ..compress.baseline import Text
     from ..compress.compare import compared
 
     text = Text(source=data, samples=samples, sequence_length=sequence_length)
     found = []
-    for row in compared(folders, origin, text):
+    for row in compared(folders, text):
         found.append(row)
-        render.err.print(f"{len(found)}/{len(folders) + 1} {row[0]}: KL {row[1].kl_mean:.5f}")
-    _show(found, f"{origin.name}: {len(folders)} outputs", html, png, as_json)
+        render.err.print(f"{len(found)}/{len(folders)} {row[0]}: KL {row[1].kl_mean:.5f}")
+    _show(found, f"{Path(base).name}: {len(outs)} outputs", html, png, as_json)
 
 
 def sweep(
@@ -72,18 +76,18 @@ def sweep(
 
     A sweep that was interrupted goes on where it was, if it is started again with the same --work.
     """
-    _refuse_folders(html, png)
+    check_files_to_write(html, png)
     folder, _ = model_folder(model)
 
     from ..compress.baseline import Baseline, Text
-    from ..compress.check import run_cases
-    from ..compress.compare import swept, variations
+    from ..compress.check import Case, run_cases
+    from ..compress.compare import variations
 
     named = variations(edits)
     for _, own in named:
         read(recipe, list(own))
     text = Text(source=data, samples=samples, sequence_length=sequence_length)
-    cases = swept(recipe, model, [own for _, own in named], text)
+    cases = [Case(folder.resolve().name, model, recipe, own, text) for _, own in named]
     names = {case: name for case, (name, _) in zip(cases, named, strict=True)}
     found: dict[str, Row] = {}
     failed = 0
@@ -112,19 +116,11 @@ def sweep(
         raise typer.Exit(1)
 
 
-def _name(out: str, outs: Sequence[str]) -> str:
+def _name(source: str, sources: Sequence[str]) -> str:
     """A short name, where it is the only one of that name."""
-    names = [Path(other).resolve().name for other in outs]
-    own = Path(out).resolve().name
-    return own if names.count(own) == 1 else out
-
-
-def _refuse_folders(*files: Path | None) -> None:
-    from ..runtime.errors import ResourceError
-
-    for path in files:
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            raise ResourceError(f"{path}: is no file in a folder that is there; name one")
+    names = [Path(other).resolve().name for other in sources]
+    own = Path(source).resolve().name
+    return own if names.count(own) == 1 else source
 
 
 def _show(rows: Sequence[Row], title: str, html: Path | None, png: Path | None, as_json: bool) -> None:

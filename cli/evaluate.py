@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import render
-from .arguments import JsonOption, ModelArgument, model_folder
+from .arguments import JsonOption, ModelArgument, check_files_to_write, model_folder
 
 if TYPE_CHECKING:
     from ..compress.evaluate import Findings
@@ -43,14 +43,13 @@ def evaluate_command(
     as_json: JsonOption = False,
 ) -> None:
     """Perplexity of MODEL, in float32 and as it runs, and how far it is from another model."""
-    from ..runtime.errors import RecipeError, ResourceError
+    from ..runtime.errors import RecipeError
 
     if max_ppl_ratio is not None and against is None:
         raise RecipeError("--max-ppl-ratio compares with another model: name it with --against")
     if tasks is None and (task_path is not None or task_limit is not None):
         raise RecipeError("--task-path and --task-limit are for --tasks: name some")
-    if out is not None and (out.is_dir() or not out.parent.is_dir()):
-        raise ResourceError(f"--out {out}: is no file in a folder that is there; name one")
+    check_files_to_write(out)
     folders = [model_folder(name)[0] for name in (model, against) if name is not None]
 
     from ..compress.evaluate import EvaluationJob, run_evaluation

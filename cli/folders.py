@@ -88,12 +88,17 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="if it is made, for its owner's eyes alone")] = False,
     message: Annotated[str, typer.Option(help="of the commit")] = "Upload a compressed model",
 ) -> None:
-    """Upload FOLDER to the Hugging Face hub, once it is what its manifest says."""
-    from ..compress.output.verify import check_files
+    """Upload an output to the Hugging Face hub, once it is what its manifest says, and nothing else that lies there."""
+    from ..compress.output.folder import REPORT, TIMINGS
+    from ..compress.output.verify import changed_files, read_manifest
+    from ..runtime.errors import VerifyError
     from ..runtime.hub import upload
 
-    check_files(folder, render.track)
-    render.out.print(upload(folder, repository, message, private=private))
+    if changed := changed_files(folder, render.track):
+        raise VerifyError(changed[0])
+    beside = [name for name in (TIMINGS, REPORT) if (folder / name).is_file()]
+    names = [*read_manifest(folder)["files"], "compressor.json", *beside]
+    render.out.print(upload(folder, names, repository, message, private=private))
 
 
 def export(

@@ -101,7 +101,9 @@ class _Writer:
 
         from ..calibrate.corpus import load_tokenizer
         from ..runtime.loader import load
+        from ..runtime.stored import open_model
 
+        self.positions = open_model(folder).positions
         self.folder, self.tokenizer = folder, load_tokenizer(folder)
         self.model: Any = load(folder)
         self.sampling: dict[str, Any] = {"do_sample": temperature > 0}
@@ -126,7 +128,7 @@ class _Writer:
 
         if int(ids.max()) >= (rows := self.model.config.get_text_config().vocab_size):
             raise ModelError(f"{self.folder}: the tokenizer has ids beyond the {rows} rows of the embedding")
-        limit = self.model.config.get_text_config().max_position_embeddings
+        limit = self.positions
         if limit and ids.shape[1] >= limit:
             raise RecipeError(f"{ids.shape[1]:,} tokens are beyond the {limit:,} positions of {self.folder}")
         if self.cache is None or not self._kept(ids):

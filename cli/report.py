@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from . import render
-from .arguments import FolderArgument, model_folder
+from .arguments import FolderArgument, check_files_to_write, model_folder
 
 PROMPTS = 3  # beginnings of windows of the evaluation text, that both models go on from
 PROMPT, ANSWER = 48, 64  # tokens
@@ -28,10 +28,7 @@ def report(
     """Write what FOLDER is, what was lost, where and why, as one HTML page that needs nothing else."""
     from ..compress.report.page import write_report
 
-    if out is not None and (out.is_dir() or not out.parent.is_dir()):
-        from ..runtime.errors import ResourceError
-
-        raise ResourceError(f"--out {out}: is no file in a folder that is there; name one")
+    check_files_to_write(out)
     more: dict[str, Any] = {}
     if against is not None:
         from ..compress.evaluate import EvaluationJob, run_evaluation

@@ -13,23 +13,26 @@ from ..runtime.errors import RecipeError
 from ..runtime.loader import load
 from ..runtime.stored import StoredModel, open_model
 from .baseline import Figures, Text
-from .check import Case, judged, text_of
+from .check import judged, text_of
+from .evaluate.job import shared_windows
 from .evaluate.measures import cache_per_token
 
 MAX_CHOICES = 256
 Row = tuple[str, Figures]
 
 
-def compared(outs: Mapping[str, Path], base: Path, text: Text) -> Iterator[Row]:
-    """The base, which loses nothing, and then each output beside it.
+def compared(models: Mapping[str, Path], text: Text) -> Iterator[Row]:
+    """The first model, which loses nothing, and then each output that was made of it.
 
     Args:
-        outs: name → folder.
-    """
-    from ..calibrate.corpus import first_windows, load_tokenizer
+        models: name → folder.
 
-    windows = first_windows(text_of(text), load_tokenizer(base), text.samples, text.sequence_length)
-    for name, folder in {base.resolve().name: base, **outs}.items():
+    Raises:
+        ModelError: a model makes other tokens of the text.
+    """
+    base, *others = models.values()
+    windows = shared_windows(text_of(text), base, others, text.samples, text.sequence_length)
+    for name, folder in models.items():
         opened = open_model(folder)
         lost = {"kl_mean": 0.0, "perplexity_ratio": 1.0} if folder is base else judged(folder, base, windows)
         yield (
@@ -96,8 +99,3 @@ def variations(edits: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
 def _written(value: object) -> str:
     """A YAML value in one line, as edits have it."""
     return str(yaml.safe_dump(value, default_flow_style=True, width=1 << 20)).removesuffix("...\n").strip()
-
-
-def swept(recipe: str, folder: str, edits: Sequence[tuple[str, ...]], text: Text) -> list[Case]:
-    """A case for each combination of edits."""
-    return [Case(Path(folder).resolve().name, folder, recipe, own, text) for own in edits]

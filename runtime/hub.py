@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -44,20 +45,21 @@ def resolve_model(source: str, revision: str | None = None) -> tuple[Path, str |
     return folder, folder.name
 
 
-def upload(folder: Path, repository: str, message: str, *, private: bool) -> str:
-    """Put a folder on the hub in one commit, and say where it is.
+def upload(folder: Path, names: Sequence[str], repository: str, message: str, *, private: bool) -> str:
+    """Put files of a folder, by their names in it, on the hub in one commit, and say where that is.
 
     Raises:
         ModelError: the hub does not take it: no network, no token, no permission.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise ModelError(f"{repository}: is not of the form owner/name")
     try:
         hub = HfApi()
         hub.create_repo(repository, private=private, exist_ok=True)
-        commit = hub.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
+        files = [CommitOperationAdd(name, folder / name) for name in names]
+        commit = hub.create_commit(repository, files, commit_message=message)
     except Exception as error:  # the hub's own words, first line
         first = str(error).strip().splitlines()[0]
         raise ModelError(f"{repository}: not uploaded ({first}); `hf auth login` says who you are") from None

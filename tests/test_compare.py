@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,6 +63,9 @@ def test_pages_and_pictures(tmp_path: Path) -> None:
     assert page.count("<svg") == 1, "the KV cache is the same in all"
     assert "<strong>&lt;b&gt;</strong>" in page
     assert "<td>d</td>" in page
+    comparison.write_picture(rows[:1], tmp_path / "nothing.png")
+    odd = ("re:$a$b$", 1.0, 0.1, 0.01)  # which is no formula
+    assert "$a$b$" in figures.svg(figures.pareto([odd], set(), "bytes"), 2.0)
     assert "var(--first)" in figures.svg(figures.pareto([("x", 1.0, 0.1, 0.01)], {"x"}, "bytes"), 2.0)
 
 
@@ -98,6 +102,22 @@ def test_a_sweep_goes_on_and_compare_agrees(pico: Pico, calibration_text: Path, 
         assert exact is not None
         assert found["kl_mean"] == pytest.approx(exact.kl_mean, rel=1e-9)
         assert found["bytes"] == sum(file.stat().st_size for file in out.glob("*.safetensors")) - _headers(out)
+    (tmp_path / "other").mkdir()
+    renamed = tmp_path / "other" / model.name
+    shutil.copytree(outs[0], renamed)
+    rows = json.loads(run("compare", model, renamed, *measured, "--json", cwd=tmp_path).stdout)
+    assert [(found["name"], found["kl_mean"]) for found in rows] == [
+        (str(model), 0.0), (str(renamed), others[0]["kl_mean"]),
+    ], "an output that is called as the model is"  # fmt: skip
+    run("compare", model, outs[0], outs[0], *measured, cwd=tmp_path, code=2)
+    vocabulary = json.loads((renamed / "tokenizer.json").read_text())
+    words = vocabulary["model"]["vocab"]
+    vocabulary["model"]["vocab"] = dict(
+        zip(words, [*list(words.values())[1:], next(iter(words.values()))], strict=True)
+    )
+    (renamed / "tokenizer.json").write_text(json.dumps(vocabulary))
+    refused = run("compare", model, renamed, *measured, cwd=tmp_path, code=2)
+    assert "make different tokens of one text" in refused.stderr
     table = run("compare", model, *outs, *measured, cwd=tmp_path).stdout
     assert "compressed-tensors" in table
 

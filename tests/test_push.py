@@ -50,21 +50,25 @@ def test_only_whole_outputs_are_pushed(
         def create_repo(self, name: str, *, private: bool, exist_ok: bool) -> None:
             told.append((name, private, exist_ok))
 
-        def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> Any:
-            if repo_id.startswith("nobody/"):
+        def create_commit(self, name: str, files: list[Any], *, commit_message: str) -> Any:
+            if name.startswith("nobody/"):
                 raise PermissionError("401 who are you?\nmore")
-            told.append((repo_id, folder_path, commit_message))
+            told.append((name, {file.path_in_repo for file in files}, commit_message))
             return SimpleNamespace(commit_url="https://hub/commit/1")
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    (output / "notes.md").write_text("mine alone")
     push(output, "me/small", private=True)
     assert capsys.readouterr().out.strip() == "https://hub/commit/1"
-    assert told == [("me/small", True, True), ("me/small", output, "Upload a compressed model")]
+    listed = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()} - {"notes.md"}
+    assert told == [("me/small", True, True), ("me/small", listed, "Upload a compressed model")]
     with pytest.raises(ModelError, match=r"nobody/x: not uploaded \(401 who are you\?\)"):
         push(output, "nobody/x")
     with pytest.raises(ModelError, match="owner/name"):
         push(output, "small")
     told.clear()
+    with pytest.raises(VerifyError, match=r"no compressor\.json"):
+        push(output.parent, "me/small")
     (output / "config.json").write_text("{}")
     with pytest.raises(VerifyError):
         push(output, "me/small")

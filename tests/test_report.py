@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 from command import run
 
+from compressor.cli.apply import apply as apply_command
 from compressor.compress.apply import apply
 from compressor.compress.job import Job
 from compressor.compress.output.folder import REPORT
+from compressor.compress.output.verify import verify
 from compressor.compress.recipe import parse_recipe
 from compressor.compress.report.content import Content
 from compressor.compress.report.page import Sample, write_report
@@ -114,6 +116,37 @@ def test_what_fits_beside_the_weights(mixture: Path) -> None:
     assert content.cached[1] < content.cached[0]
     assert after * cached <= memory * 1e9 - weights < (after + 1) * cached
     assert before < after
+
+
+def test_numbers_that_are_none_are_left_out(dense: Path, tmp_path: Path) -> None:
+    """As of a model that gives NaN: what could not be measured is null in files."""
+    shutil.copytree(dense, tmp_path / "odd")
+    for name in ("compressor.json", "report/quality.json"):
+        path = tmp_path / "odd" / name
+        path.write_text(re.sub(r'("(?:kl_\w+|perplexity\w*|base_perplexity)": )[-\d.e]+', r"\1null", path.read_text()))
+    quality = json.loads((tmp_path / "odd" / "report" / "quality.json").read_text())
+    quality["drift"][-1] = None
+    (tmp_path / "odd" / "report" / "quality.json").write_text(json.dumps(quality))
+    layers = tmp_path / "odd" / "report" / "layers.jsonl"
+    layers.write_text(re.sub(r'("error": )[-\d.e]+', r"\1NaN", layers.read_text()))
+    words = " ".join(Page(write_report(tmp_path / "odd").read_text(encoding="utf-8")).words)
+    assert "KL from the original" in words
+    assert "nan" not in words
+
+
+def test_a_report_that_cannot_be_made_holds_no_output_back(
+    pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*args: object, **options: object) -> None:
+        raise ValueError("no ink")
+
+    monkeypatch.setattr("compressor.compress.report.page.write_report", fails)
+    out = tmp_path / "out"
+    apply_command("w4a16-rtn", str(pico()), out, edits=["passes.0.group_size=32"])
+    told = capsys.readouterr()
+    assert "the report is not made (ValueError('no ink'))" in told.err
+    assert "report:" not in told.out
+    assert verify(out) == []
 
 
 def test_what_is_no_output_or_an_old_one(dense: Path, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...calibrate.corpus import builtin_corpus, file_corpus, first_windows, has_tokenizer, load_tokenizer
+from ...calibrate.corpus import Corpus, builtin_corpus, file_corpus, first_windows, has_tokenizer, load_tokenizer
 from ...runtime.errors import ModelError, RecipeError
 from ...runtime.loader import load
 from ...runtime.stored import open_model
@@ -87,15 +87,8 @@ def run_evaluation(job: EvaluationJob, reading: Reading) -> Findings:
     opened = open_model(job.model)
     if job.long is not None and opened.positions and job.long > opened.positions:
         raise RecipeError(f"--long {job.long} is beyond the model's {opened.positions} positions")
-    windows = first_windows(corpus, tokenizer, job.samples, job.sequence_length)
-    opened.check_ids(windows)
-    if job.against is not None and has_tokenizer(job.against):
-        theirs = first_windows(corpus, load_tokenizer(job.against), job.samples, job.sequence_length)
-        if not torch.equal(windows, theirs):
-            raise ModelError(
-                f"{job.model} and {job.against} make different tokens of one text, so that figures of the two cannot "
-                "be compared; name the model that the one was made of"
-            )
+    others = [] if job.against is None else [job.against]
+    windows = shared_windows(corpus, job.model, others, job.samples, job.sequence_length)
     far = None if job.long is None else first_windows(corpus, tokenizer, LONG, job.long)
     cached = [] if job.against is None else [cache_per_token(load(job.against), windows[:1])]
     own = load(job.model, dtype=torch.float32)
@@ -108,6 +101,23 @@ def run_evaluation(job: EvaluationJob, reading: Reading) -> Findings:
             if each is not None and far is not None:
                 distant.append(evaluate_long(each, tokenizer, far))
     return Findings(corpus.sha256, exact, dtype, as_run, (kept, *cached), tuple(distant))
+
+
+def shared_windows(corpus: Corpus, model: Path, others: Sequence[Path], samples: int, length: int) -> Tensor:
+    """The first windows of a text, of which a model and others, as far as they have tokenizers, make the same tokens.
+
+    Raises:
+        ModelError: they do not, or a model has no such tokens.
+    """
+    windows = first_windows(corpus, load_tokenizer(model), samples, length)
+    open_model(model).check_ids(windows)
+    for other in filter(has_tokenizer, others):
+        if not torch.equal(windows, first_windows(corpus, load_tokenizer(other), samples, length)):
+            raise ModelError(
+                f"{model} and {other} make different tokens of one text, so that figures of the two cannot be "
+                "compared; name the model that the one was made of"
+            )
+    return windows
 
 
 def _as_run(folder: Path, windows: Tensor, exact: Any) -> tuple[Evaluation, str, float]:

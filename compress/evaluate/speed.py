@@ -133,7 +133,7 @@ def _loaded(folder: Path, work: Work) -> tuple[Any, Speed]:
     from ...runtime.schemes.linear import RowsLinear
     from ...runtime.stored import open_model
 
-    limit = open_model(folder).text_config.get("max_position_embeddings")
+    limit = open_model(folder).positions
     if limit and work.prompt + work.tokens > limit:
         raise RecipeError(f"{work.prompt} + {work.tokens} tokens are beyond the {limit} positions of {folder}")
     model: Any = load(folder)

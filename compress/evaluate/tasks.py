@@ -84,7 +84,7 @@ def score(folder: Path, questions: Sequence[Question], passed: Callable[[int], N
         RecipeError: a question is beyond the model's positions.
     """
     tokenizer, model = load_tokenizer(folder), load(folder)
-    limit = open_model(folder).text_config.get("max_position_embeddings")
+    limit = open_model(folder).positions
     right = torch.zeros(2, len(questions), dtype=torch.float64)
     for number, question in enumerate(questions):
         found = torch.tensor([_likelihood(model, tokenizer, question.prompt, one, limit) for one in question.choices])
@@ -131,7 +131,7 @@ def harness(folder: Path, tasks: Sequence[str], include: Path | None, limit: int
     known = manager.match_tasks(list(tasks))
     if unknown := [task for task in tasks if not manager.match_tasks([task])]:
         raise RecipeError(f"--tasks: lm-evaluation-harness has no {unknown[0]}; `lm-eval ls tasks` names those it has")
-    positions = open_model(folder).text_config.get("max_position_embeddings")
+    positions = open_model(folder).positions
     model = HFLM(pretrained=load(folder), tokenizer=load_tokenizer(folder), max_length=positions, batch_size=1)
     try:
         found = simple_evaluate(model=model, tasks=known, task_manager=manager, limit=limit, bootstrap_iters=0)

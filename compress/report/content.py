@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ...runtime.errors import VerifyError
+from ...runtime.model.checkpoint import Checkpoint
 from ...runtime.stored import open_model
 from ..output.card import loading
 from ..output.folder import PLAN, TIMINGS, events_of
 from ..output.verify import read_manifest
 
-_NUMBERED = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
-_EXPERT = re.compile(r"\.experts\.\d+\.")
 CONTEXT_MEMORIES = (8, 16, 24, 48, 80)  # GB, of devices that people have
 
 
@@ -70,8 +69,13 @@ class Content:
 
     def loading(self, shown: Path) -> dict[str, str]:
         """How readers open it, by their names, where it is shown to lie."""
-        config = open_model(self.folder)
-        return loading(str(shown), self.manifest["readers"], alone=config.text_config is config.config)
+        alone = self.model.text_config is self.model.config
+        return loading(str(shown), self.manifest["readers"], alone=alone)
+
+    @cached_property
+    def model(self) -> Checkpoint:
+        """The output, opened."""
+        return open_model(self.folder)
 
     @property
     def bytes(self) -> tuple[int, int]:
@@ -100,7 +104,7 @@ class Content:
     @cached_property
     def linears(self) -> tuple[list[str], list[int]]:
         """Names inside a block, all experts as one, and numbers of the blocks, of linears that passes rewrote."""
-        done = [_place(event["name"]) for event in self.of("LayerDone")]
+        done = [self._place(event["name"]) for event in self.of("LayerDone")]
         names = list(dict.fromkeys(name for block, name in done if block is not None))
         return names, sorted({block for block, _ in done if block is not None})
 
@@ -113,13 +117,19 @@ class Content:
             last[event["name"]] = event
         sums: dict[tuple[int | None, str], list[float]] = {}
         for name, event in last.items():
-            total = sums.setdefault(_place(name), [0.0, 0.0])
+            total = sums.setdefault(self._place(name), [0.0, 0.0])
             total[0] += event[key] * event["weights"]
             total[1] += event["weights"]
         return [
             [None if (block, name) not in sums else sums[block, name][0] / sums[block, name][1] for name in names]
             for block in blocks
         ]
+
+    def _place(self, name: str) -> tuple[int | None, str]:
+        """Block and name in it, of a disk name, experts' numbers left out; of the embedding and the head None and the
+        name."""
+        block = self.model.block_index(f"{name}.weight")
+        return block, name if block is None else re.sub(r"\.\d+\.", ".*.", self.model.family.inside(name))
 
     def of(self, kind: str) -> list[Mapping[str, Any]]:
         """Events of a kind."""
@@ -133,14 +143,6 @@ class Content:
         found = {step: [entry.get("steps", {}).get(step, 0.0) for entry in blocks.values()] for step in steps}
         rest = [entry["seconds"] - sum(entry.get("steps", {}).values()) for entry in blocks.values()]
         return {**found, "calibrating, writing": rest} if blocks else {}
-
-
-def _place(name: str) -> tuple[int | None, str]:
-    """Block and name in it, of a disk name; of the embedding and the head None and the name."""
-    found = _NUMBERED.search(name)
-    if found is None:
-        return None, name
-    return int(found[1]), _EXPERT.sub(".experts.*.", name[found.end() - 1 :]).removeprefix(".")
 
 
 def _lines(path: Path) -> list[str]:

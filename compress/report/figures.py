@@ -69,8 +69,8 @@ def _drawn(draw: Draw, height: float, colours: Palette, form: str, metadata: Any
 
 def heat(values: Sequence[Sequence[float | None]], columns: Sequence[str], rows: Sequence[int], label: str) -> str:
     """A strip of squares, a row for each block; of numbers that differ by orders of magnitude in steps of these."""
-    numbers = [[math.nan if value is None else value for value in row] for row in values]
-    known = [value for row in numbers for value in row if value == value]
+    numbers = [[_finite(value) for value in row] for row in values]
+    known = [value for row in numbers for value in row if value == value] or [0.0]
     least, most = min(known), max(known)
     positive = [value for value in known if value > 0]
     far = bool(positive) and most > 20 * min(positive)
@@ -93,13 +93,19 @@ def heat(values: Sequence[Sequence[float | None]], columns: Sequence[str], rows:
     return svg(draw, min(9.0, 1.5 + 0.13 * len(rows)))
 
 
-def lines(curves: Mapping[str, Sequence[float]], label: str, *, log: bool = False) -> str:
+def _finite(number: float | None) -> float:
+    """A number, or NaN, which is not drawn, for what is none."""
+    return math.nan if number is None or not math.isfinite(number) else number
+
+
+def lines(curves: Mapping[str, Sequence[float | None]], label: str, *, log: bool = False) -> str:
     """Numbers by block."""
+    drawn = {name: [_finite(number) for number in numbers] for name, numbers in curves.items()}
 
     def draw(axes: Any, figure: Figure, colours: Palette) -> None:
-        for (name, numbers), colour in zip(curves.items(), colours[2:], strict=False):
+        for (name, numbers), colour in zip(drawn.items(), colours[2:], strict=False):
             axes.plot(range(len(numbers)), numbers, color=colour, marker="o", markersize=3, linewidth=1.4, label=name)
-        if log and all(number > 0 for numbers in curves.values() for number in numbers):
+        if log and all(number > 0 for numbers in drawn.values() for number in numbers):
             axes.set_yscale("log")
         else:
             axes.set_ylim(bottom=0)
@@ -107,7 +113,7 @@ def lines(curves: Mapping[str, Sequence[float]], label: str, *, log: bool = Fals
         axes.set_xlabel("block")
         axes.set_ylabel(label)
         axes.grid(axis="y")
-        if len(curves) > 1:
+        if len(drawn) > 1:
             axes.legend()
 
     return svg(draw, 2.5)
@@ -169,7 +175,8 @@ def pareto(points: Sequence[Point], best: set[str], label: str) -> Draw:
     """KL over bytes of some kind, the best of them, by name, joined by a line."""
 
     def draw(axes: Any, figure: Figure, colours: Palette) -> None:
-        middle = (min(x for _, x, _, _ in points) + max(x for _, x, _, _ in points)) / 2
+        places = [x for _, x, _, _ in points] or [0.0]
+        middle = (min(places) + max(places)) / 2
         joined = sorted((x, y) for name, x, y, _ in points if name in best)
         axes.plot(
             [x for x, _ in joined], [y for _, y in joined], color=colours.first, linewidth=1.2, drawstyle="steps-post"
@@ -181,7 +188,7 @@ def pareto(points: Sequence[Point], best: set[str], label: str) -> Draw:
             side = -1 if x > middle else 1  # towards the middle, where there is room
             place = {"xytext": (5 * side, -10 if number % 2 else 4), "textcoords": "offset points"}
             place["ha"] = "right" if side < 0 else "left"
-            axes.annotate(name, (x, y), color=colours.ink, fontsize=7.5, **place)
+            axes.annotate(name, (x, y), color=colours.ink, fontsize=7.5, parse_math=False, **place)
         axes.set_yscale("log")
         axes.margins(x=0.18, y=0.15)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_size(value).replace(".00", "")))

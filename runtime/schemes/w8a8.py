@@ -152,9 +152,7 @@ class W8A8Linear(RowsLinear):
         return result if up is None or down is None else result + F.linear(down, up)
 
     def path(self, tokens: int, dtype: torch.dtype) -> str:
-        if self.device_layout:
-            return "a fused kernel"
-        bytes_too = self._multiplies_bytes and self.codes.device.type == "cpu"
+        bytes_too = self._multiplies_bytes and self.codes.device.type == "cpu" and not self.device_layout
         return "oneDNN's products of bytes" if bytes_too else super().path(tokens, dtype)
 
     def tiled(self, x: Tensor) -> Tensor:
