@@ -66,13 +66,14 @@ def table(
         wanted = sum(2 + (min(widths[number], _READABLE) if folds[number] else widths[number]) for number in kept)
         if not out.is_terminal or wanted <= out.width:
             break
+    taken = sum(2 + (0 if folds[number] else widths[number]) for number in kept)
+    room = max(1, min(_FOLDED, (out.width - taken) // sum(folds[number] for number in kept)))
     result = Table(box=None)
     for number in kept:
-        least = min(widths[number], _FOLDED) if folds[number] else widths[number]
+        least = min(widths[number], room) if folds[number] else widths[number]
         side: Literal["left", "right"] = "left" if folds[number] else "right"
-        result.add_column(
-            headings[number], justify=side, no_wrap=not folds[number], overflow="fold", min_width=least
-        )  # fmt: skip
+        whole = not folds[number]
+        result.add_column(headings[number], justify=side, no_wrap=whole, overflow="fold", min_width=least)
     for line in lines:
         result.add_row(*(line[number] for number in kept))
     return result
