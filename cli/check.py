@@ -15,7 +15,7 @@ from .arguments import JsonOption, SetOption, check_files_to_write
 from .session import session
 
 if TYPE_CHECKING:
-    from ..compress.baseline import Baseline
+    from ..compress.baseline import Baseline, Figures
     from ..compress.check import Case, Outcome
 
 _MEANS = {
@@ -37,6 +37,9 @@ def check(
     update: Annotated[bool, typer.Option("--update", help="write what has moved into the baseline")] = False,
     why: Annotated[str | None, typer.Option(help="with --update: the reason, which the baseline keeps")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="recipes at a time, which share the processor")] = 1,
+    speed: Annotated[
+        bool, typer.Option("--speed", help="time outputs beside their models, too; with --jobs 1 alone")
+    ] = False,
     work: Annotated[
         Path | None, typer.Option(help="folder that keeps outputs; what has not changed is not done again")
     ] = None,
@@ -52,6 +55,8 @@ def check(
 
     if update != bool(why and why.strip()):
         raise RecipeError("--update and --why TEXT go together: the baseline keeps the reason of a change")
+    if speed and jobs > 1:
+        raise RecipeError("--speed would time what runs beside, too: leave --jobs out")
 
     from ..compress.baseline import Baseline
     from ..compress.check import record, run_cases, text_of
@@ -60,7 +65,7 @@ def check(
     if not baseline.exists() and not update:
         raise RecipeError(f"--baseline {baseline}: no such file; --update --why TEXT makes it")
     expected = Baseline.read(baseline) if baseline.exists() else Baseline()
-    cases = _cases(expected, recipes or [], model or [], tuple(edits or ()))
+    cases = _cases(expected, recipes or [], model or [], tuple(edits or ()), speed)
     text = text_of(expected.text).sha256
     if update:
         _refuse_part(expected, cases, text, baseline)
@@ -93,7 +98,9 @@ def check(
         raise typer.Exit(1)
 
 
-def _cases(baseline: Baseline, recipes: Sequence[str], models: Sequence[str], edits: tuple[str, ...]) -> list[Case]:
+def _cases(
+    baseline: Baseline, recipes: Sequence[str], models: Sequence[str], edits: tuple[str, ...], speed: bool
+) -> list[Case]:
     """What to run: of each model the recipes asked for, or all that the baseline has."""
     from ..compress.check import Case
     from ..compress.recipe import parse_recipe, read_recipe
@@ -117,7 +124,7 @@ def _cases(baseline: Baseline, recipes: Sequence[str], models: Sequence[str], ed
             label, text = read_recipe(recipe)
             own = edits or (known[recipe].edits if recipe in known else ())
             parse_recipe(text, label, own)
-            cases.append(Case(name, source, recipe, own, baseline.text))
+            cases.append(Case(name, source, recipe, own, baseline.text, speed))
     if not cases:
         raise RecipeError("the baseline has no recipe for that model: name recipes to run")
     return cases
@@ -159,6 +166,9 @@ def _update(baseline: Baseline, outcomes: Sequence[Outcome], text: str, why: str
             assert figures is not None
             known = baseline.models[case.model].recipes.get(case.recipe) if case.model in baseline.models else None
             own = None if known is None else known.tolerances
+            if known is not None and not case.speed:  # what was not asked for stays as it was
+                timed = {key: getattr(known.figures, key) for key in ("prompt_time", "decode_time")}
+                figures = figures.model_copy(update=timed)
             changes[case.model, case.recipe] = Entry(edits=case.edits, figures=figures, tolerances=own)
             said.append(f"{case}: {outcome.said or ('measured again' if outcome.verdict == 'same' else 'new')}")
     if not changes:
@@ -175,15 +185,22 @@ def _update(baseline: Baseline, outcomes: Sequence[Outcome], text: str, why: str
 
 def _table(outcomes: Sequence[Outcome]) -> Table:
     lines = []
+    timed = any(outcome.case.speed for outcome in outcomes)
     for outcome in outcomes:
         found = outcome.figures
-        cells = ["–"] * 5
+        cells = ["–"] * (5 + timed)
         if found is not None:
             cells = [f"{found.kl_mean:.5f}", f"{found.kl_error or 0:.5f}", f"{found.perplexity_ratio:.4f}"]
             cells += [f"{found.bytes:,}", f"{found.kv_bytes_per_token:,.0f}"]
+            cells += [_times(found)] if timed else []
         lines.append((str(outcome.case), *cells, _MEANS[outcome.verdict]))
-    headings = ("model / recipe", "KL", "± se", "perplexity ×", "bytes", "KV bytes", "verdict")
+    headings = ("model / recipe", "KL", "± se", "perplexity ×", "bytes", "KV bytes", *["time ×"][:timed], "verdict")
     return render.table(headings, lines, spare=("± se", "KV bytes", "perplexity ×"))
+
+
+def _times(found: Figures) -> str:
+    """Of a prompt and of each token after it, beside the model's."""
+    return " / ".join("–" if time is None else f"{time:.2f}" for time in (found.prompt_time, found.decode_time))
 
 
 def _advice(failed: Sequence[Outcome], baseline: Path) -> str:

@@ -19,6 +19,7 @@ from ..runtime.files import write_synced
 from ..runtime.text import json_text
 
 Verdict = Literal["same", "better", "worse", "other"]  # other: neither of the two, as another format is
+_NUMBERS = ("bytes", "kv_bytes_per_token", "kl_mean", "perplexity_ratio", "peak_memory", "prompt_time", "decode_time")
 
 
 class _Part(BaseModel):
@@ -34,6 +35,8 @@ class Figures(_Part):
         kl_mean, kl_error: KL(original ‖ output) per token in nats, in float32, and its standard error over windows;
             perplexity_ratio, ratio_error: alike.
         peak_memory: bytes that the process of the run took at most.
+        prompt_time, decode_time: seconds of the output for a prompt, and for each token after it, as shares of the
+            original's.
         digest: sha256 over those of the weight files.
     """
 
@@ -46,6 +49,8 @@ class Figures(_Part):
     perplexity_ratio: float
     ratio_error: float | None = None
     peak_memory: int | None = None
+    prompt_time: float | None = None
+    decode_time: float | None = None
     digest: str | None = None
 
 
@@ -57,6 +62,8 @@ class Tolerances(_Part):
     kl_mean: float = Field(0.08, ge=0)
     perplexity_ratio: float = Field(0.01, ge=0)
     peak_memory: float = Field(0.25, ge=0)
+    prompt_time: float = Field(0.25, ge=0)
+    decode_time: float = Field(0.25, ge=0)
     other_text: float = Field(0.5, ge=0)  # of kl_mean, where the text is not that of the baseline
     digest: bool = False  # whether other bytes count, as they may on another processor
 
@@ -157,7 +164,7 @@ def moves(found: Figures, expected: Figures, allowed: Tolerances, *, same_text: 
             three standard errors.
     """
     result = []
-    for name in ("bytes", "kv_bytes_per_token", "kl_mean", "perplexity_ratio", "peak_memory"):
+    for name in _NUMBERS:
         before, now = getattr(expected, name), getattr(found, name)
         if before is None or now is None:
             continue

@@ -9,6 +9,7 @@ import re
 import resource
 import shutil
 import signal
+import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from ..runtime.errors import CompressorError
 from ..runtime.files import file_sha256, write_synced
 from ..runtime.text import json_text
 from .baseline import Baseline, Figures, Move, Text, moves
+from .evaluate.speed import Work, bench
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from ..calibrate.corpus import Corpus
     from .job import Job
 
+_PROMPT, _TOKENS, _ROUNDS = 256, 32, 7  # what is timed
 _CODE = ("kernels", "runtime", "calibrate", "compress")
 _IMPORTED = ["compressor.compress.apply", "compressor.compress.evaluate", "transformers.models.llama.modeling_llama"]
 
@@ -43,6 +46,7 @@ class Case:
         model: its name in the baseline; folder: where it lies.
         recipe: a shipped name, or a file; edits: as `--set` takes them.
         text: what output and model are compared on.
+        speed: whether both are timed, in turns.
     """
 
     model: str
@@ -50,6 +54,7 @@ class Case:
     recipe: str
     edits: tuple[str, ...]
     text: Text
+    speed: bool = False
 
     @property
     def name(self) -> str:
@@ -210,6 +215,7 @@ def _fingerprint(case: Case, threads: int) -> dict[str, Any]:
         "text": case.text.model_dump(mode="json", exclude={"sha256"}),
         "code": code.hexdigest(),
         "threads": threads,
+        "speed": case.speed,
     }
 
 
@@ -258,6 +264,7 @@ def _measured(case: Case, out: Path) -> dict[str, Any]:
         peak_memory=peak,
         digest=hashlib.sha256("".join(f"{file.name} {file_sha256(file)}\n" for file in weights).encode()).hexdigest(),
         **lost,
+        **(_timed(out, job.model) if case.speed else {}),
     )
     return {"figures": figures.model_dump(mode="json"), "text": corpus.sha256}
 
@@ -272,6 +279,19 @@ def judged(out: Path, base: Path, windows: Tensor) -> dict[str, float]:
     against = evaluate(load(out, dtype=torch.float32), windows, load(base, dtype=torch.float32)).against
     assert against is not None
     return {key: getattr(against, key) for key in ("kl_mean", "kl_error", "perplexity_ratio", "ratio_error")}
+
+
+def _timed(out: Path, base: Path) -> dict[str, float]:
+    """Figures of how long an output takes, beside the model it came from."""
+    from ..runtime.stored import open_model
+
+    room = open_model(out).positions or _PROMPT + _TOKENS
+    work = Work(batch=1, prompt=max(1, min(_PROMPT, room - _TOKENS)), tokens=_TOKENS)
+    own, plain = bench([out, base], work, _ROUNDS, lambda number: None)
+    return {
+        "prompt_time": statistics.median(own.first) / statistics.median(plain.first),
+        "decode_time": statistics.median(own.each) / statistics.median(plain.each),
+    }
 
 
 def record(outcome: Outcome) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from compressor.runtime.errors import RecipeError
 Pico = Callable[..., Path]
 FIGURES = Figures(
     bytes=1000, kv_bytes_per_token=64.0, format="compressor", readers=("compressor",), kl_mean=0.01, kl_error=0.002,
-    perplexity_ratio=1.02, ratio_error=0.004, peak_memory=500, digest="a",
+    perplexity_ratio=1.02, ratio_error=0.004, peak_memory=500, prompt_time=0.8, decode_time=0.5, digest="a",
 )  # fmt: skip
 
 
@@ -43,7 +43,9 @@ FIGURES = Figures(
         ({"format": "compressed-tensors"}, {"format": "other"}),
         ({"readers": ("compressor", "transformers")}, {"readers": "better"}),
         ({"readers": ("transformers",)}, {"readers": "worse"}),
-        ({"digest": "b", "peak_memory": None, "readers": None}, {}),
+        ({"digest": "b", "peak_memory": None, "readers": None, "decode_time": None}, {}),
+        ({"prompt_time": 0.9, "decode_time": 0.7}, {"decode_time": "worse"}),
+        ({"prompt_time": 0.5}, {"prompt_time": "better"}),
     ],
 )
 def test_what_counts_as_moved(change: dict[str, object], verdicts: dict[str, str]) -> None:
@@ -154,6 +156,26 @@ def test_a_baseline_is_made_kept_and_held_against(pico: Pico, tmp_path: Path) ->
     changed = run(*common, recipe, cwd=tmp_path, code=1)
     assert "kl_mean" in changed.stdout
     assert "(kept)" not in changed.stderr
+
+
+def test_speed_is_measured_where_it_is_asked_for_and_kept_where_it_is_not(pico: Pico, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("passes: [{kind: rtn, bits: 8, group_size: 32}]\nlimits: {kl: null, perplexity_ratio: null}\n")
+    command = ("check", recipe, "--model", pico(), "--baseline", tmp_path / "baseline.json")
+    refused = run(*command, "--speed", "--jobs", 2, "--update", "--why", "x", cwd=tmp_path, code=2)
+    assert "leave --jobs out" in refused.stderr
+    timed = run(*command, "--speed", "--update", "--why", "x", cwd=tmp_path)
+    assert re.search(r"\d\.\d\d / \d\.\d\d", timed.stdout)
+    content = json.loads((tmp_path / "baseline.json").read_text())
+    [entry] = (one["recipes"][str(recipe)] for one in content["models"].values())
+    assert min(entry["figures"][key] for key in ("prompt_time", "decode_time")) > 0.05
+    entry["figures"] |= {"bytes": 1, "decode_time": 1e-9}
+    (tmp_path / "baseline.json").write_text(json.dumps(content))
+    run(*command, "--update", "--why", "y", cwd=tmp_path)
+    after = json.loads((tmp_path / "baseline.json").read_text())
+    [found] = (one["recipes"][str(recipe)]["figures"] for one in after["models"].values())
+    assert found["bytes"] > 1
+    assert found["decode_time"] == 1e-9
 
 
 def test_a_recipe_that_does_not_run_is_told_and_the_others_go_on(pico: Pico, tmp_path: Path) -> None:
