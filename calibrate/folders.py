@@ -1,14 +1,15 @@
-"""Statistics of the uncompressed model, kept in a folder: one calibration serves every recipe that needs no other.
+"""What calibration found of the uncompressed model, kept in a folder: it serves every recipe that needs no other.
 
-One safetensors file per block and an index, written last, which says what they were collected from. Statistics of the
-compressed chain are never kept: they hold for one prefix of compressed blocks only.
+Statistics are a safetensors file per block and an index, written last, which says what they were collected from.
+Figures of surveys are small files beside them. Statistics of the compressed chain are never kept: they hold for one
+prefix of compressed blocks only.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from ..runtime.errors import ResourceError
 from ..runtime.files import read_saved, save_synced, write_synced
+from ..runtime.text import json_text
 from .routing import Routing
 from .statistics import UNPAIRED, Statistics
 
@@ -78,7 +80,7 @@ class BlockFolder:
     @property
     def _digest(self) -> str:
         """Of the source, in every file: runs on other texts may have begun with the same folder."""
-        return hashlib.sha256(json.dumps(self.source, sort_keys=True).encode()).hexdigest()
+        return _digest(self.source)
 
     def _own(self, block: int) -> bool:
         try:
@@ -149,3 +151,43 @@ class RoutingFolder(BlockFolder):
             return Routing(**tensors), sample
         except (KeyError, TypeError) as error:
             raise ResourceError(f"{self._file(block)}: not readable ({error}); delete {self.folder}") from None
+
+
+class FiguresFolder:
+    """Figures that surveys of the whole model found, by name.
+
+    Args:
+        folder: made when it is first written to.
+        source: what identifies model, text and windows.
+    """
+
+    def __init__(self, folder: Path, source: Mapping[str, Any]) -> None:
+        self.folder, self.source = folder, dict(source)
+
+    def recalled(self, what: Mapping[str, Any], find: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """What is there already, or else what `find` finds, which is kept.
+
+        Args:
+            what: all that the figures depend on besides the source.
+
+        Raises:
+            ResourceError: the file is damaged.
+        """
+        key = _digest({**self.source, "what": what})
+        path = self.folder / f"survey-{key[:16]}.json"
+        if not path.is_file():
+            found = find()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_synced(path, json_text({"source": key, "found": found, "sha256": _digest(found)}))
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            figures: dict[str, float] = content["found"]
+            if (content["source"], content["sha256"]) != (key, _digest(figures)):
+                raise ValueError("its checksum is another one")
+        except (ValueError, TypeError, KeyError) as error:
+            raise ResourceError(f"{path}: damaged ({error}); delete it") from None
+        return figures
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

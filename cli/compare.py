@@ -67,14 +67,18 @@ def sweep(
     data: DataOption = "builtin",
     samples: SamplesOption = 32,
     sequence_length: LengthOption = 512,
-    jobs: Annotated[int, typer.Option(min=1, help="recipes at a time, which share the processor")] = 1,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="recipes at a time, which share the processor; of 1 alone, calibration is shared")
+    ] = 1,
     html: HtmlOption = None,
     png: PngOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Apply RECIPE to MODEL with every combination of options, and compare what comes out.
 
-    A sweep that was interrupted goes on where it was, if it is started again with the same --work.
+    What calibration finds of the model is found once, where the recipe lets it serve others: statistics of rtn and of
+    sequential: false, of experts, and what bits: mixed asks of the model. A sweep that was interrupted goes on where it
+    was, if it is started again with the same --work.
     """
     check_files_to_write(html, png)
     folder, _ = model_folder(model)
@@ -87,7 +91,8 @@ def sweep(
     for _, own in named:
         read(recipe, list(own))
     text = Text(source=data, samples=samples, sequence_length=sequence_length)
-    cases = [Case(folder.resolve().name, model, recipe, own, text) for _, own in named]
+    kept = work.absolute() / "statistics" if jobs == 1 else None
+    cases = [Case(folder.resolve().name, model, recipe, own, text, statistics=kept) for _, own in named]
     names = {case: name for case, (name, _) in zip(cases, named, strict=True)}
     found: dict[str, Row] = {}
     failed = 0

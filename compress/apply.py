@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..calibrate.chains import Chains
 from ..calibrate.drive import start_chains
-from ..calibrate.folders import StatisticsFolder
+from ..calibrate.folders import FiguresFolder, StatisticsFolder
 from ..calibrate.stage import StageWork
-from ..calibrate.statistics import KINDS, UNPAIRED
+from ..calibrate.statistics import KINDS
 from ..calibrate.walk import Block, walk
 from ..runtime.errors import RecipeError, ResourceError, VerifyError, human_size
 from ..runtime.files import file_sha256
@@ -34,12 +34,11 @@ from .journal import Journal
 from .output.folder import check_complete, check_runs, finish_folder, write_beside
 from .output.verify import changed_files
 from .output.writer import ShardedWriter
-from .passes.base import ModelPass
 from .plan import Plan, make_plan, plan_for_text
 from .quality import Quality, measure, texts_to_measure
 from .recipe import Recipe
 from .resources import chain_names, check_disk, check_memory
-from .surveys import Text, routing_folder, survey_texts, surveyed
+from .surveys import Text, keeps, routing_folder, survey_texts, surveyed
 
 Listener = Callable[[Event], None]
 
@@ -76,15 +75,14 @@ def apply(
     job = replace(job, recipe=job.recipe.model_copy(update={"data": plan.recipe.data}))
     for warning in plan.warnings:
         listener(Warned(warning))
-    reshaped = any(isinstance(step, ModelPass) for step in job.recipe.passes)
-    of_linears = "reference" in plan.needs <= {"reference", *UNPAIRED} and not reshaped
-    if statistics is not None and not of_linears and "routing" not in plan.needs:
+    kept = keeps(plan.recipe) if statistics is not None else frozenset()
+    if statistics is not None and not kept:
         raise RecipeError(
             "--statistics keeps statistics of the original model, which this recipe does not use; it is for rtn with "
-            "search: true and other passes with sequential: false, without one that changes the model before, and for "
-            "expert_prune"
+            "search: true and other passes with sequential: false, without one that changes the model before, for "
+            "expert_prune, and for bits: mixed"
         )
-    if statistics is not None and of_linears:  # which are kept of all blocks at once
+    if "linears" in kept:  # which are kept of all blocks at once
         plan = replace(make_plan(job.recipe, skeleton, memory=float("inf")), warnings=plan.warnings)
     journal = Journal(job.out)
     check_memory(plan, memory)
@@ -97,12 +95,14 @@ def apply(
         fingerprint["texts"] = {
             source: {"name": found.corpus.name, "sha256": found.corpus.sha256} for source, found in texts.items()
         }
-        folder = None
-        if statistics is not None and of_linears:
-            folder = StatisticsFolder(statistics, statistics_source(fingerprint))
-        routing = None if statistics is None or of_linears else routing_folder(statistics, plan.recipe, fingerprint)
+        folder, routing, figures = None, None, None
+        if statistics is not None:
+            source = statistics_source(fingerprint)
+            folder = StatisticsFolder(statistics, source) if "linears" in kept else None
+            routing = routing_folder(statistics, plan.recipe, fingerprint) if "routing" in kept else None
+            figures = FiguresFolder(statistics, source)
         journal.open(fingerprint, resume=resume)
-        recipe = surveyed(job.recipe, skeleton, windows, texts, routing, journal, listener)
+        recipe = surveyed(job.recipe, skeleton, windows, texts, routing, figures, journal, listener)
         if recipe != plan.recipe:
             plan = make_plan(recipe, skeleton, memory=float("inf") if folder is not None else memory)
         job = replace(job, recipe=plan.recipe)

@@ -47,6 +47,7 @@ class Case:
         recipe: a shipped name, or a file; edits: as `--set` takes them.
         text: what output and model are compared on.
         speed: whether both are timed, in turns.
+        statistics: a folder of what calibration finds of the model, for cases that can use what others found.
     """
 
     model: str
@@ -55,6 +56,7 @@ class Case:
     edits: tuple[str, ...]
     text: Text
     speed: bool = False
+    statistics: Path | None = None
 
     @property
     def name(self) -> str:
@@ -175,7 +177,7 @@ def _run(case: Case, folder: Path, jobs: int, once: bool) -> tuple[dict[str, Any
             return found, 0.0
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        found = {"fingerprint": key, **_measured(case, folder / "out")}
+        found = {"fingerprint": key, **_measured(case, folder / "out", _shared(case, key))}
         write_synced(kept, json_text(found))
         if once:
             shutil.rmtree(folder / "out")
@@ -239,13 +241,22 @@ def text_of(spec: Text) -> Corpus:
     return builtin_corpus("evaluation") if spec.source == "builtin" else file_corpus(Path(spec.source))
 
 
-def _measured(case: Case, out: Path) -> dict[str, Any]:
+def _shared(case: Case, key: dict[str, Any]) -> Path | None:
+    """The folder of what calibration finds, for all cases that it is the same for."""
+    if case.statistics is None:
+        return None
+    same = [key["recipe"]["data"], *(key[part] for part in ("model", "texts", "versions", "code"))]
+    return case.statistics / hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _measured(case: Case, out: Path, statistics: Path | None) -> dict[str, Any]:
     """Figures of a case, and the sha256 of the text that was read for them."""
     from ..calibrate.corpus import load_tokenizer, token_windows
     from .apply import apply
+    from .surveys import keeps
 
     job = _job(case, out)
-    plan = apply(job, lambda event: None, overwrite=True)
+    plan = apply(job, lambda event: None, overwrite=True, statistics=statistics if keeps(job.recipe) else None)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     spec = case.text
     corpus, tokenizer = text_of(spec), load_tokenizer(job.model)

@@ -18,7 +18,7 @@ from ..runtime.model.checkpoint import Checkpoint
 from ..runtime.model.disk_experts import fuse
 from ..runtime.model.skeleton import Skeleton
 from ..runtime.schemes import LOOKUPS, Dense, Operator, rewritten, stored_name
-from .passes.base import Cost, LinearPass, ModelPass, Pass, Survey
+from .passes.base import SURVEYED, Cost, LinearPass, ModelPass, Pass, Survey
 from .recipe import TOKENS, Recipe
 from .resources import (
     available_memory,
@@ -160,7 +160,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, *, look: bool = False, memory:
         linears[name] = replace(linear, operator=chosen.as_written(linear.operator, dtype))
     tensors = _output_tensors(checkpoint, linears, chosen)
     needs = frozenset(need for step in recipe.passes for need in step.needs)
-    walked = needs - {"routing", "text"}  # which surveys see to
+    walked = needs - SURVEYED
     stages = stage_memory(recipe, skeleton, linears, walked)
     compared, host = comparing_memory(recipe, skeleton, linears, calibrated=bool(walked))
     room = room_for_moments(stages, memory if memory is not None else available_memory(skeleton.device))

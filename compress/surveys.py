@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..calibrate.corpus import Corpus, builtin_corpus, drawn_windows, file_corpus, load_tokenizer
-from ..calibrate.folders import RoutingFolder
+from ..calibrate.folders import FiguresFolder, RoutingFolder
+from ..calibrate.statistics import UNPAIRED
 from ..runtime.errors import RecipeError
 from ..runtime.files import read_saved
 from ..runtime.model.checkpoint import Checkpoint
@@ -20,7 +21,7 @@ from ..runtime.model.skeleton import Skeleton
 from .events import Event, Surveyed
 from .fingerprint import statistics_source
 from .journal import Journal
-from .passes.base import ModelPass, Pass, Survey
+from .passes.base import SURVEYED, ModelPass, Pass, Survey
 from .recipe import Recipe
 
 
@@ -64,15 +65,24 @@ def survey_texts(recipe: Recipe, checkpoint: Checkpoint, least: int | None) -> d
     return found
 
 
-def routing_folder(folder: Path, recipe: Recipe, fingerprint: dict[str, Any]) -> RoutingFolder | None:
-    """Where statistics of the first pass's routing are kept; passes after it see another model."""
+def routing_folder(folder: Path, recipe: Recipe, fingerprint: dict[str, Any]) -> RoutingFolder:
+    """Where statistics of the first pass's routing are kept."""
     first = recipe.passes[0]
-    if "routing" not in first.needs:
-        return None
     source = statistics_source(fingerprint)
     if first.text is not None:
         source["corpus"] = fingerprint["texts"][first.text]
     return RoutingFolder(folder, source)
+
+
+def keeps(recipe: Recipe) -> frozenset[str]:
+    """What calibration for a recipe finds of the original model, which other recipes can use: `linears`, statistics of
+    what enters these; `routing`; `divergences`."""
+    needs = frozenset(need for step in recipe.passes for need in step.needs)
+    reshaped = any(isinstance(step, ModelPass) for step in recipe.passes)
+    found = {"linears"} if "reference" in needs - SURVEYED <= {"reference", *UNPAIRED} and not reshaped else set()
+    if "routing" in recipe.passes[0].needs:  # passes after it see another model
+        found.add("routing")
+    return frozenset(found | needs & {"divergences"})
 
 
 def surveyed(
@@ -81,6 +91,7 @@ def surveyed(
     windows: Tensor | None,
     texts: Mapping[str | None, Text],
     routing: RoutingFolder | None,
+    figures: FiguresFolder | None,
     journal: Journal,
     listener: Callable[[Event], None],
 ) -> Recipe:
@@ -111,7 +122,12 @@ def surveyed(
             folder.mkdir(parents=True, exist_ok=True)
             ready = step.before(later).prepare(skeleton)
             task = texts[ready.text].windows if ready.text in texts else None
-            ready = ready.survey(skeleton, Survey(windows, folder, heard, task, None if number else routing))
+            known_figures = None
+            if figures is not None:
+                before = [step.model_dump(mode="json") for step in passes if isinstance(step, ModelPass)]
+                known_figures = FiguresFolder(figures.folder, {**figures.source, "passes": before})
+            found = Survey(windows, folder, heard, task, None if number else routing, known_figures)
+            ready = ready.survey(skeleton, found)
             made = _made(folder, ready)
             if went_on:
                 _check_made(folder, made, journal)

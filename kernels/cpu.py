@@ -133,6 +133,15 @@ def linear_int8(x: Tensor, packed: Tensor, scales: Tensor, input_scale: Tensor |
     return result.view(*x.shape[:-1], len(scales))
 
 
+def sums_bytes() -> bool:
+    """Whether oneDNN sums products of bytes exactly: without VNNI, which ONEDNN_MAX_CPU_ISA can take away, it clips
+    sums of two to 16 bits."""
+    ones = torch.ones(16)
+    largest = torch.full((16, 64), 127, dtype=torch.int8)
+    found = linear_int8(torch.ones(1, 64), pack_int8(largest), ones)
+    return bool((found - 127 * 64).abs().max() < 1)
+
+
 # Codes → their copy in oneDNN's layout, for as long as these codes live. A module cannot hold it: a tensor without
 # storage is neither copied, saved nor traced, and another processor has another layout.
 _packed_codes = WeakIdKeyDictionary()

@@ -30,9 +30,12 @@ class CpuCapability:
 
 @cache
 def cpu_capability() -> CpuCapability:
+    from .cpu import sums_bytes
+
     matrix = bool(torch.cpu._is_amx_tile_supported())
     half = matrix or bool(torch.cpu._is_avx512_bf16_supported())
-    return CpuCapability(matrix, half, bool(torch.cpu._is_vnni_supported()) and torch.backends.mkldnn.is_available())
+    bytes_summed = bool(torch.cpu._is_vnni_supported()) and torch.backends.mkldnn.is_available() and sums_bytes()
+    return CpuCapability(matrix, half, bytes_summed)
 
 
 def products_dtype(capability: CpuCapability) -> torch.dtype:

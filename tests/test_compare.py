@@ -122,6 +122,27 @@ def test_a_sweep_goes_on_and_compare_agrees(pico: Pico, calibration_text: Path, 
     assert "compressed-tensors" in table
 
 
+def test_a_sweep_calibrates_once_for_all_that_it_serves(pico: Pico, calibration_text: Path, tmp_path: Path) -> None:
+    model, recipe = pico(), tmp_path / "mixed.yaml"
+    data = f"data: {{source: {calibration_text}, samples: 4, sequence_length: 64}}\n"
+    recipe.write_text(
+        data + "passes: [{kind: rtn, bits: mixed, average_bits: 4, group_size: 32, search: true}]\n"
+        "limits: {kl: null, perplexity_ratio: null}\n"
+    )
+    edits = ("--set", "passes.0.average_bits=[3.5,5]", "--set", "data.samples=[4,6]")
+    done = run("sweep", recipe, model, *edits, "--samples", 2, "--sequence-length", 32, "--json", cwd=tmp_path)
+    found = {row["name"]: row for row in json.loads(done.stdout)}
+    kept = list((tmp_path / "sweep" / "statistics").iterdir())
+    assert len(kept) == 2, "a folder for each text"
+    assert all(len(list(folder.glob("survey-*.json"))) == 1 for folder in kept)
+    assert all((folder / "statistics.json").is_file() for folder in kept)
+    alone = run("sweep", recipe, model, *edits, "--samples", 2, "--sequence-length", 32, "--json", "--jobs", 2,
+                "--work", "alone", cwd=tmp_path)  # fmt: skip
+    for row in json.loads(alone.stdout):
+        assert found[row["name"]]["digest"] == row["digest"]
+    assert not (tmp_path / "alone" / "statistics").exists()
+
+
 def _headers(out: Path) -> int:
     return sum(8 + int.from_bytes(file.read_bytes()[:8], "little") for file in out.glob("*.safetensors"))
 

@@ -23,7 +23,7 @@ from compressor.compress.plan import make_plan
 from compressor.compress.recipe import parse_recipe
 from compressor.compress.solvers.bits import allocated
 from compressor.runtime import load
-from compressor.runtime.errors import RecipeError
+from compressor.runtime.errors import RecipeError, ResourceError
 from compressor.runtime.model.checkpoint import Checkpoint
 from compressor.runtime.model.skeleton import Skeleton
 from compressor.runtime.stored import StoredModel
@@ -180,6 +180,32 @@ def test_what_was_found_is_kept(pico: Pico, calibration_text: Path, tmp_path: Pa
     one, other = (load_file(folder / "model.safetensors") for folder in (out, again))
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
     assert json.loads((out / "compressor.json").read_text())["format"] == "compressed-tensors"
+
+
+def test_one_survey_serves_other_averages(
+    pico: Pico, calibration_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, kept = pico(**GIVEN), tmp_path / "kept"
+    head = f"data: {{source: '{calibration_text}', samples: 4, sequence_length: 64}}\n"
+
+    def found(out: str, options: str, statistics: Path | None) -> dict[str, int]:
+        text = head + f"passes: [{{kind: rtn, bits: mixed, group_size: 32, {options}}}]\n"
+        job = Job(parse_recipe(text), text, (), model, tmp_path / out, str(model))
+        apply(job, lambda event: None, statistics=statistics)
+        return widths(tmp_path / out)
+
+    averages = ("average_bits: 3.5", "average_bits: 4.6, choices: [3, 4, 8]")
+    own = [found(f"own {number}", options, None) for number, options in enumerate(averages)]
+    assert found("first", averages[0], kept) == own[0]
+    [file] = kept.iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr("compressor.calibrate.divergences.divergences", None)  # as if it were not there
+        assert [found(f"again {number}", options, kept) for number, options in enumerate(averages)] == own
+        with pytest.raises(TypeError):
+            found("other", "average_bits: 4, symmetric: false", kept)
+    file.write_text(file.read_text().replace("model.layers.0", "model.layers.1", 1))
+    with pytest.raises(ResourceError, match=r"damaged .* delete it"):
+        found("damaged", averages[0], kept)
 
 
 @pytest.mark.parametrize(

@@ -305,6 +305,17 @@ def test_no_product_of_bytes_is_left_to_what_takes_them_one_by_one() -> None:
     assert not [name for name in products if name.startswith("ref")]
 
 
+@pytest.mark.skipif(not dispatch.cpu_capability().int8, reason="the processor multiplies no bytes")
+@pytest.mark.parametrize(("limit", "exact"), [("AVX2", False), ("AVX512_CORE_VNNI", True)])
+def test_products_of_bytes_that_are_clipped_are_not_used(limit: str, exact: bool) -> None:
+    script = "from compressor.kernels import dispatch\nprint(dispatch.cpu_capability().int8)\n"
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, "ONEDNN_MAX_CPU_ISA": limit}, capture_output=True,
+        text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.split() == [str(exact)]
+
+
 def test_what_follows_the_product_of_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     def kernel(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor, met: None) -> Any:
         return reference.linear_w8a8(x, codes, scales, met) + bias

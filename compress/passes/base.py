@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from typing_extensions import Self
 
-    from ...calibrate.folders import RoutingFolder
+    from ...calibrate.folders import FiguresFolder, RoutingFolder
     from ...calibrate.stage import StageWork
     from ...runtime.model.checkpoint import Checkpoint
     from ...runtime.model.skeleton import Skeleton
@@ -31,8 +31,9 @@ BUFFERS = 48e6  # bytes: compiled kernels and scratch of the matrix library
 # A chain that is run over the text; kinds of `calibrate.statistics`; and what only surveys and some passes ask for.
 Need = Literal[
     "reference", "compressed", "moment", "cross", "held_moment", "held_cross", "peak", "sample", "metric", "routing",
-    "text",
+    "text", "divergences",
 ]  # fmt: skip
+SURVEYED: frozenset[Need] = frozenset({"routing", "text", "divergences"})  # which surveys see to, and no walk
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Survey:
         folder: the pass's own, until the run is done; what an interrupted run of the same job left there is good.
         listener: told how it goes.
         routing: statistics of experts that other runs may have left, and may use; None: they are kept in `folder`.
+        figures: such that other runs may have left, and may use.
     """
 
     windows: Tensor | None
@@ -52,6 +54,15 @@ class Survey:
     listener: Callable[[Event], None]
     task: Tensor | None = None
     routing: RoutingFolder | None = None
+    figures: FiguresFolder | None = None
+
+    def recalled(self, what: Mapping[str, Any], find: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Figures by name that another run found, or else those that `find` finds.
+
+        Args:
+            what: all that they depend on, besides model and windows.
+        """
+        return find() if self.figures is None else self.figures.recalled(what, find)
 
     def passed(self, blocks: int) -> Callable[[int], None]:
         """What tells the listener of each block that is behind."""
@@ -104,7 +115,8 @@ class Pass(BaseModel):
 
         Where: `reference`, in the uncompressed model, or `compressed`, in the model as it is so far, which serves for
         `reference` too. What: kinds of statistics (`calibrate.statistics.KINDS`), and `metric`, how the linear's errors
-        move the block. Surveys alone ask for `routing`, what experts do, and `text`, calibration text as such.
+        move the block. Surveys alone ask for `routing`, what experts do, `text`, calibration text as such, and
+        `divergences`, what single changes of weights do to the answers.
         """
         return frozenset()
 

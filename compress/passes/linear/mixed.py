@@ -114,7 +114,7 @@ class Mixed(LinearPass):
     @property
     def needs(self) -> frozenset[Need]:
         open_yet = self.bits == "mixed" and (self.widths is None or self._nominal)
-        return super().needs | frozenset({"text"} if open_yet else ())
+        return super().needs | frozenset({"text", "divergences"} if open_yet else ())
 
     def wants(self, name: str) -> bool:
         if self.widths is not None:
@@ -190,7 +190,9 @@ class Mixed(LinearPass):
 
         if not self._nominal:
             return self
-        losses = probed(skeleton, survey, self._sets, self._options, self._integers)
+        own = self.model_dump(mode="json", exclude={"average_bits", "choices", "group_sizes", "widths", "sizes"})
+        lost = survey.recalled(own, lambda: probed(skeleton, survey, self._sets, self._integers))
+        losses = scaled(skeleton, lost, self._sets, self._options, self._integers)
         return self._with_widths(allocated(losses, self._nbytes(skeleton), self._budget))
 
     def survey_cost(self, skeleton: Skeleton, samples: int, sequence_length: int) -> Cost:
@@ -240,10 +242,8 @@ def even_widths(nbytes: Mapping[str, Sequence[float]], budget: float) -> dict[st
     return dict.fromkeys(nbytes, max(fitting, key=lambda number: sums[number], default=0))
 
 
-def probed(
-    skeleton: Skeleton, survey: Survey, sets: Sequence[Sets], options: Sequence[Option], rounding: RoundingAt
-) -> dict[str, list[float]]:
-    """Label → KL per token in nats for each of the options.
+def probed(skeleton: Skeleton, survey: Survey, sets: Sequence[Sets], rounding: RoundingAt) -> dict[str, float]:
+    """Label → KL per token in nats of rounding its linears, and no others, to `PROBED` bits.
 
     Raises:
         RecipeError: there is no text.
@@ -255,29 +255,50 @@ def probed(
 
     if survey.windows is None:
         raise RecipeError("bits: mixed needs calibration text")
-    errors: dict[str, list[float]] = {}
 
     def changes(index: int, seen: Seen) -> dict[str, dict[str, Tensor]]:
         found: dict[str, dict[str, Tensor]] = {}
         for label, names in sets[index].items():
-            errors[label] = [0.0] * (len(options) + 1)
-            found[label] = {}
-            for name in names:
-                weight = skeleton.checkpoint.tensor(name + ".weight").to(skeleton.device).float()
-                for number, (bits, size) in enumerate((*options, (PROBED, None))):
-                    rounded = _nearest(weight, rounding(bits, weight.shape[1], size))
-                    errors[label][number] += float((rounded - weight).square().sum())
-                found[label][skeleton.family.inside(name)] = rounded
+            weights = {name: _weight(skeleton, name) for name in names}
+            found[label] = {
+                skeleton.family.inside(name): _nearest(weight, rounding(PROBED, weight.shape[1], None))
+                for name, weight in weights.items()
+            }
         return found
 
     exact = Skeleton(skeleton.checkpoint, torch.float32, skeleton.device)
-    passed = survey.passed(skeleton.blocks)
-    lost = divergences(exact, survey.windows, survey.folder, None, changes, passed)
-    tiny = torch.finfo(torch.float32).tiny
-    return {
-        label: [max(lost[label], 0.0) * error / max(of_probe, tiny) for error in of_choices]
-        for label, (*of_choices, of_probe) in errors.items()
-    }
+    return divergences(exact, survey.windows, survey.folder, None, changes, survey.passed(skeleton.blocks))
+
+
+def scaled(
+    skeleton: Skeleton,
+    lost: Mapping[str, float],
+    sets: Sequence[Sets],
+    options: Sequence[Option],
+    rounding: RoundingAt,
+) -> dict[str, list[float]]:
+    """Label → KL per token in nats for each of the options.
+
+    Args:
+        lost: for `PROBED` bits.
+    """
+    import torch
+
+    tiny, found = torch.finfo(torch.float32).tiny, dict[str, list[float]]()
+    for label, names in (item for own in sets for item in own.items()):
+        errors = [0.0] * (len(options) + 1)
+        for name in names:
+            weight = _weight(skeleton, name)
+            for number, (bits, size) in enumerate((*options, (PROBED, None))):
+                rounded = _nearest(weight, rounding(bits, weight.shape[1], size))
+                errors[number] += float((rounded - weight).square().sum())
+        *of_choices, of_probe = errors
+        found[label] = [max(lost[label], 0.0) * error / max(of_probe, tiny) for error in of_choices]
+    return found
+
+
+def _weight(skeleton: Skeleton, name: str) -> Tensor:
+    return skeleton.checkpoint.tensor(name + ".weight").to(skeleton.device).float()
 
 
 def _nearest(weight: Tensor, rounding: Rounding) -> Tensor:
