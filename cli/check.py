@@ -146,7 +146,8 @@ def _refuse_part(baseline: Baseline, cases: Sequence[Case], text: str, path: Pat
 
 
 def _update(baseline: Baseline, outcomes: Sequence[Outcome], text: str, why: str, path: Path) -> None:
-    """Write what has moved; nothing where the text is another one and a case failed, which would be of the old one."""
+    """Write what has moved, and what was not measured before; nothing where the text is another one and a case failed,
+    which would be of the old one."""
     from datetime import datetime, timezone
     from importlib.metadata import version
 
@@ -161,16 +162,18 @@ def _update(baseline: Baseline, outcomes: Sequence[Outcome], text: str, why: str
         return
     changes, said = {}, []
     for outcome in measured:
-        if other or outcome.verdict != "same":
-            case, figures = outcome.case, outcome.figures
-            assert figures is not None
-            known = baseline.models[case.model].recipes.get(case.recipe) if case.model in baseline.models else None
-            own = None if known is None else known.tolerances
-            if known is not None and not case.speed:  # what was not asked for stays as it was
-                timed = {key: getattr(known.figures, key) for key in ("prompt_time", "decode_time")}
-                figures = figures.model_copy(update=timed)
-            changes[case.model, case.recipe] = Entry(edits=case.edits, figures=figures, tolerances=own)
-            said.append(f"{case}: {outcome.said or ('measured again' if outcome.verdict == 'same' else 'new')}")
+        case, figures = outcome.case, outcome.figures
+        assert figures is not None
+        known = baseline.models[case.model].recipes.get(case.recipe) if case.model in baseline.models else None
+        as_before = outcome.verdict == "same" and not other
+        if known is not None:
+            full = known.figures.filled(figures)
+            if as_before and full == known.figures:
+                continue
+            figures = full if as_before else figures.filled(known.figures)  # speed may not have been asked for
+        own = None if known is None else known.tolerances
+        changes[case.model, case.recipe] = Entry(edits=case.edits, figures=figures, tolerances=own)
+        said.append(f"{case}: {outcome.said or ('measured again' if outcome.verdict == 'same' else 'new')}")
     if not changes:
         return
     sources = {outcome.case.model: outcome.case.folder for outcome in measured}

@@ -53,6 +53,11 @@ class Figures(_Part):
     decode_time: float | None = None
     digest: str | None = None
 
+    def filled(self, found: Figures) -> Figures:
+        """These, and of another measurement what is missing."""
+        missing = {key: getattr(found, key) for key, value in self if value is None}
+        return self.model_copy(update=missing)
+
 
 class Tolerances(_Part):
     """How far figures may move, as shares of them, before that counts."""

@@ -136,6 +136,13 @@ def test_a_baseline_is_made_kept_and_held_against(pico: Pico, tmp_path: Path) ->
     figures = entry["recipes"][str(recipe)]["figures"]
     assert (name, figures["format"]) == (model.name, "compressed-tensors")
     assert figures["peak_memory"] > 1e8
+    before = figures | {}
+    del figures["readers"]
+    baseline.write_text(json.dumps(content))
+    run(*common, "--update", "--why", "who reads it", cwd=tmp_path)
+    content = json.loads(baseline.read_text())
+    figures = content["models"][name]["recipes"][str(recipe)]["figures"]
+    assert figures == before, "what was not measured before is filled in"
     junit, said = tmp_path / "junit.xml", tmp_path / "said.md"
     again = run(*common, "--junit", junit, "--markdown", said, cwd=tmp_path)
     assert "as before (kept)" in again.stderr
@@ -151,7 +158,9 @@ def test_a_baseline_is_made_kept_and_held_against(pico: Pico, tmp_path: Path) ->
     }  # fmt: skip
     assert "1 worse or failed; if that is meant: compressor check --baseline" in moved.stderr
     run(*common, "--update", "--why", "it was meant", cwd=tmp_path)
-    assert [one["why"] for one in json.loads(baseline.read_text())["updates"]] == ["the first", "it was meant"]
+    assert [one["why"] for one in json.loads(baseline.read_text())["updates"]] == [
+        "the first", "who reads it", "it was meant",
+    ]  # fmt: skip
     recipe.write_text(recipe.read_text().replace("bits: 4", "bits: 3"))
     changed = run(*common, recipe, cwd=tmp_path, code=1)
     assert "kl_mean" in changed.stdout
