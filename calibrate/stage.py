@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -28,6 +28,7 @@ class StageWork:
         metrics: disk name → Gauss-Newton metric of the block's output (`probes`), where a pass asks for it.
         seams: what feeds linears of the stage, and nothing else → where a scale can be moved between the two (`fold`).
         folded: feeder → scale that was moved, for each channel.
+        heard: told the linear that a pass is long at work on, the pass, and the share of it that is done.
     """
 
     linears: dict[str, Operator]
@@ -37,6 +38,7 @@ class StageWork:
     metrics: dict[str, Tensor] = field(default_factory=dict)
     seams: dict[str, Seam] = field(default_factory=dict)
     folded: dict[str, Tensor] = field(default_factory=dict)
+    heard: Callable[[str, str, float], None] = lambda name, step, share: None
 
     def fold(self, feeder: str, scale: Tensor) -> None:
         """Let what feeds linears put out `1 / scale` of what it did, and let these multiply by it.
@@ -77,7 +79,14 @@ class StageWork:
         def some(table: dict[str, T]) -> dict[str, T]:
             return {name: value for name, value in table.items() if name in names}
 
-        return StageWork(some(self.linears), some(self.originals), groups, some(self.statistics), some(self.metrics))
+        return StageWork(
+            some(self.linears),
+            some(self.originals),
+            groups,
+            some(self.statistics),
+            some(self.metrics),
+            heard=self.heard,
+        )
 
     @property
     def starved(self) -> dict[str, int]:

@@ -64,7 +64,7 @@ def apply(
     blocks = len(checkpoint.block_names())
     recipe_file = Path(recipe) if Path(recipe).is_file() else None
     if not has_tokenizer(folder):
-        render.err.print(f"warning: {model} has no tokenizer, so {out} will have none: eval and run will need one")
+        render.err.say(f"warning: {model} has no tokenizer, so {out} will have none: eval and run will need one")
     found: list[Quality] = []
     job = Job(parsed, text, tuple(edits or ()), folder, out, model, commit, recipe_file)
     try:
@@ -101,7 +101,7 @@ def apply(
     if beyond:
         if quality.main is not None:
             beyond += f": {most_lost(done, out, quality.drift)}"
-        render.err.print(
+        render.err.say(
             f"{beyond}; {out} is written, but {'compress less' if quality.main else 'mend that'}, or say in the recipe "
             "that this is meant (limits)"
         )
@@ -115,7 +115,7 @@ def _report(folder: Path, out: Path) -> None:
 
         write_report(folder, shown=out)
     except Exception as error:
-        render.err.print(f"warning: the report is not made ({error!r}); compressor report {out} tries again")
+        render.err.say(f"warning: the report is not made ({error!r}); compressor report {out} tries again")
 
 
 def _resuming(words: list[str], options: Mapping[str, Any], overwrite: bool) -> str:
@@ -132,12 +132,12 @@ def _print_applied(done: Any, model: str, out: Path, quality: Any, page: Path) -
 
     render.out.print(render.plan_table(rows(done)))
     ratio = done.bytes_before / done.bytes_after
-    render.out.print(
+    render.out.say(
         f"\n{out}: {human_size(done.bytes_before)} → {human_size(done.bytes_after)}, {ratio:.2f} × smaller; "
         f"format {done.format.name}, read by {render.readers(done)}"
     )
     _print_notes(done)
-    render.out.print(quality.summary())
+    render.out.say(quality.summary())
     if any(part.kind == "k_quant" for linear in done.linears.values() for part in linear.operator.inside()):
         command = shlex.join(["compressor", "export", str(out), f"{out}.gguf", "--format", "gguf", "--like"])
         render.out.print(f"for llama.cpp: {command} PLAIN, which its converter makes of {model} in 16 bits")
@@ -177,7 +177,7 @@ def plan(
         render.document(_plan_record(result) | {"seconds": seconds, "disk_free": free, "unsplittable": apart})
         return
     render.out.print(render.plan_table(rows(result)))
-    render.out.print(
+    render.out.say(
         f"\nweights {human_size(result.bytes_before)} → {human_size(result.bytes_after)} "
         f"({result.bytes_before / result.bytes_after:.2f} × smaller), format {result.format.name}, read by "
         f"{render.readers(result)}\nmemory {human_size(result.memory)} beyond the imports (on {device}), disk "
@@ -189,13 +189,13 @@ def plan(
     if result.needs:
         render.out.print(f"calibration: {data.tokens:,} tokens, in windows of {data.sequence_length}")
     for warning in result.warnings:
-        render.err.print(f"warning: {warning}")
+        render.err.say(f"warning: {warning}")
     for problem in apart or ():
-        render.out.print(f"not over {tp} GPUs: {problem}")
+        render.out.say(f"not over {tp} GPUs: {problem}")
     if apart == []:
         render.out.print(f"over {tp} GPUs: every part holds whole groups")
     if any(step.to_survey for step in result.recipe.passes):
-        render.out.print("the run begins with a survey of the model, which finds the ranks, experts or weights to keep")
+        render.out.say("the run begins with a survey of the model, which finds the ranks, experts or weights to keep")
 
 
 def _plan_record(result: Any) -> dict[str, Any]:
@@ -205,11 +205,11 @@ def _plan_record(result: Any) -> dict[str, Any]:
 def _print_notes(result: Any) -> None:
     """What a plan's table does not show: whole parts that go, and the KV cache, if a pass changes it."""
     for note in result.record()["notes"]:
-        render.out.print(note)
+        render.out.say(note)
     if result.kv_after != result.kv_before:
         render.out.print(render.cache_line(result.kv_before, result.kv_after, result.bytes_after))
     if result.left:
-        render.out.print(
+        render.out.say(
             f"{len(result.left)} matrices of blocks stay as they are, for their family does not name them: "
             f"{', '.join(result.left[:3])}{', …' if len(result.left) > 3 else ''}"
         )

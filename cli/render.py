@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from ..runtime.errors import human_size
 from ..runtime.text import json_text
@@ -33,6 +34,10 @@ class _Output(Console):
 
     def on_broken_pipe(self) -> None:
         raise
+
+    def say(self, text: str) -> None:
+        """Print sentences: a terminal breaks them between words; what is to be copied is printed as it is."""
+        self.print(text, soft_wrap=not self.is_terminal)
 
 
 out = _Output(markup=False, highlight=False, soft_wrap=True, width=_WIDE)
@@ -202,9 +207,11 @@ class ApplyProgress:
         self._start = time.monotonic()
         self._bar: Progress | None = None
         if err.is_terminal and not quiet:
+            whole, rest = Column(no_wrap=True, min_width=7), Column(no_wrap=True, overflow="ellipsis", ratio=1)
             self._bar = Progress(
-                TextColumn("blocks"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
-                TimeRemainingColumn(), TextColumn("{task.fields[now]}"), console=err, transient=True,
+                TextColumn("blocks"), BarColumn(16), MofNCompleteColumn(), TimeElapsedColumn(whole), TextColumn("left"),
+                TimeRemainingColumn(table_column=whole.copy()), TextColumn("{task.fields[now]}", table_column=rest),
+                console=err, transient=True, expand=True, speed_estimate_period=math.inf,
             )  # fmt: skip
             self._task = self._bar.add_task("", total=blocks, now="")
 
@@ -219,8 +226,10 @@ class ApplyProgress:
 
     def __call__(self, event: Event) -> None:
         record = event.record()
-        if record["kind"] == "LayerDone" and self._bar is not None:
-            self._bar.update(self._task, now=record["name"])
+        if record["kind"] in ("LayerDone", "Solving") and self._bar is not None:
+            inside = re.sub(r"^.*?\.\d+\.", "", record["name"])
+            share = f", {record['step']} {100 * record['share']:.0f} %" if "share" in record else ""
+            self._bar.update(self._task, now=inside + share)
         elif record["kind"] == "Surveyed":
             if self._bar is not None:
                 self._bar.update(self._task, now=f"survey, block {record['block'] + 1} of {record['blocks']}")
@@ -231,12 +240,12 @@ class ApplyProgress:
         elif record["kind"] == "Measuring" and self._bar is not None:
             self._bar.update(self._task, now="comparing with the original")
         elif record["kind"] == "Warned":
-            err.print(f"warning: {record['text']}")
+            err.say(f"warning: {record['text']}")
         elif record["kind"] == "Fallback" and not self.quiet:
-            err.print(f"  {record['name']}: {record['reason']}")
+            err.say(f"  {record['name']}: {record['reason']}")
         elif record["kind"] == "Resumed":
             if self._bar is not None:
-                self._bar.update(self._task, completed=record["done"])
+                self._bar.reset(self._task, completed=record["done"])  # what is left is not judged by what was there
             if not self.quiet:
                 err.print(f"{record['done']} of {record['blocks']} blocks are done already")
         elif record["kind"] == "BlockDone":

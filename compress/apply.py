@@ -26,7 +26,7 @@ from ..runtime.model.checkpoint import Checkpoint
 from ..runtime.model.disk_experts import fuse
 from ..runtime.model.skeleton import Skeleton
 from ..runtime.schemes import Dense, Operator, from_tensors, identical, stored_name
-from .events import BlockDone, Event, Fallback, LayerDone, Measured, Measuring, Resumed, Starved, Warned
+from .events import BlockDone, Event, Fallback, LayerDone, Measured, Measuring, Resumed, Solving, Starved, Warned
 from .fingerprint import make_fingerprint, statistics_source
 from .guards import check_output, source_skeleton
 from .job import Job
@@ -301,6 +301,7 @@ def _rewrite(recipe: Recipe, block: Block, listener: Listener, seconds: dict[str
         for name, tokens in work.starved.items():
             listener(starved := Starved(name, tokens))
             yield starved
+        work.heard = lambda name, step, share: listener(Solving(name, step, share))
         for step in recipe.linear_passes.values():
             start = time.monotonic()
             for event in step.apply(work):

@@ -19,6 +19,15 @@ class Event:
 
 
 @dataclass(frozen=True)
+class Solving(Event):
+    """A pass is at work on a linear, of which a share is done; nothing that is kept."""
+
+    name: str
+    step: str
+    share: float
+
+
+@dataclass(frozen=True)
 class LayerDone(Event):
     """A pass has rewritten one linear.
 

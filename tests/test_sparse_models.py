@@ -15,6 +15,7 @@ from test_sparse import is_24
 from transformers import AutoModelForCausalLM
 
 from compressor.compress.apply import Job, apply
+from compressor.compress.events import Event, LayerDone, Solving
 from compressor.compress.output.verify import verify
 from compressor.compress.recipe import parse_recipe
 from compressor.runtime import load
@@ -129,6 +130,24 @@ def test_codes_of_a_pattern_can_be_written_with_their_zeros(pico: Pico, calibrat
     torch.testing.assert_close(logits(stock), logits(load(native.out)), rtol=1e-4, atol=1e-4)
     with pytest.raises(RecipeError, match=r"whose readers cannot take .*armor"):
         apply(make(pico(**EXACT), calibration_text, tmp_path / "no", ARMOR % "", extra=extra), quiet)
+
+
+@pytest.mark.parametrize("solver", ["solver: als, iterations: 12", "solver: adam, objective: proxy, iterations: 45"])
+def test_a_long_solve_tells_how_far_it_is(solver: str, pico: Pico, calibration_text: Path, tmp_path: Path) -> None:
+    job = make(pico(), calibration_text, tmp_path / "out", f"{{kind: armor, block_size: 8, {solver}}}")
+    events: list[Event] = []
+    apply(job, events.append)
+    shares: dict[str, list[float]] = {}
+    for event in events:
+        if isinstance(event, Solving):
+            shares.setdefault(event.name, []).append(event.share)
+    done = [event.name for event in events if isinstance(event, LayerDone)]
+    assert list(shares) == done
+    for found in shares.values():
+        assert found == sorted(found)
+        assert len(found) > 1
+        assert 0 <= found[0] < found[-1] <= 1
+    assert "Solving" not in (job.out / "report" / "layers.jsonl").read_text()
 
 
 def test_an_expert_without_tokens_is_factorized_all_the_same(

@@ -80,13 +80,20 @@ def total_loss(error: Tensor, moment: Tensor) -> float:
     return float(torch.linalg.vecdot(weighed(moment, error), error, dim=0).double().sum())
 
 
-def alternate(factors: Factors, target: Tensor, moment: Tensor, iterations: int) -> tuple[Factors, float, float]:
+def alternate(
+    factors: Factors,
+    target: Tensor,
+    moment: Tensor,
+    iterations: int,
+    passed: Callable[[float], None] = lambda share: None,
+) -> tuple[Factors, float, float]:
     """Improve A, then B and the core chunk by chunk, in turns; the best state seen is kept.
 
     Args:
         factors: where to start.
         target: `Wᵀ` `[columns, rows]`.
         moment: H, damped; in bfloat16, gradients of B and the core are computed in bfloat16.
+        passed: told now and then what share of the iterations is done.
 
     Returns:
         The factors, their loss, and the loss of the start.
@@ -105,6 +112,7 @@ def alternate(factors: Factors, target: Tensor, moment: Tensor, iterations: int)
         if (iteration + 1) % _CHECK == 0 or iteration + 1 == iterations:
             error = target - factors.product()  # also sheds the rounding of many updates
             loss = total_loss(error, moment)
+            passed((iteration + 1) / iterations)
             idle = idle + 1 if loss >= lowest * (1 - _STALLED) else 0
             if loss < lowest:
                 best, lowest = factors.copy(), loss

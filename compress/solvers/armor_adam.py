@@ -7,6 +7,8 @@ relatively, and any second moment will do (the paper's is diagonal).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -17,11 +19,12 @@ from .sparse24 import best_pairs_each
 RATE = 1e-4
 _PATIENCE, _GAIN = 100, 1e-6  # give up after so many iterations that did not lower the loss by this share
 _SNAPSHOT = 50  # iterations between two copies of the best state
+_TOLD = 20  # iterations between two words on how far it is
 
 
 def adam(
     factors: Factors, target: Tensor, moment: Tensor, iterations: int, *, rate: float = RATE, groups: bool = True,
-    seed: int = 0,
+    seed: int = 0, passed: Callable[[float], None] = lambda share: None,
 ) -> tuple[Factors, float, float]:  # fmt: skip
     """Improve all factors at once.
 
@@ -31,6 +34,7 @@ def adam(
         moment: `[columns]` for the paper's loss, `[columns, columns]` for the full one.
         groups: also choose pairs anew, one group a block and iteration.
         seed: of the sampling.
+        passed: told now and then what share of the iterations is done.
 
     Returns:
         The best factors, their loss, and the loss of the start.
@@ -54,6 +58,8 @@ def adam(
             reference, stale = loss, 0
         if (iteration + 1) % _SNAPSHOT == 0 and loss < lowest:
             best, lowest = factors.copy(), loss
+        if iteration % _TOLD == 0:
+            passed(iteration / iterations)
         if stale >= _PATIENCE:
             break
         for parameter, gradient in zip(parameters, gradients(factors, keep, pull), strict=True):

@@ -10,9 +10,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -177,7 +177,7 @@ class ArmorPass(Calibrated):
         goal = torch.cat(targets).T.contiguous()
         asked = self._asked(sizes, len(goal), dtype.itemsize)
         blocks = fitting_block(sizes, asked), fitting_block([len(goal)], asked)
-        solved = self._solve(goal, moment, group, *blocks, dtype)
+        solved = self._solve(goal, moment, group, *blocks, dtype, partial(work.heard, names[0], self.kind))
         losses = _losses(goal, solved.factors.product(), moment), _losses(goal, torch.zeros_like(goal), moment)
         start = 0
         for name, size in zip(names, sizes, strict=True):
@@ -194,7 +194,10 @@ class ArmorPass(Calibrated):
             error = float(losses[0][rows].sum() / losses[1][rows].sum().clamp(min=1e-30))
             yield LayerDone.of(name, self.kind, error, result, group.tokens)
 
-    def _solve(self, goal: Tensor, moment: Tensor, group: Group, high: int, wide: int, dtype: torch.dtype) -> Solved:
+    def _solve(
+        self, goal: Tensor, moment: Tensor, group: Group, high: int, wide: int, dtype: torch.dtype,
+        passed: Callable[[float], None],
+    ) -> Solved:  # fmt: skip
         """The factors of `[columns, rows]`, A and B as they will be stored.
 
         They start from NoWag-P's weight between identities (Wanda's where the loss is the outputs' error). What is
@@ -220,11 +223,11 @@ class ArmorPass(Calibrated):
         plain = start.copy()
         plain.core = goal * (plain.core != 0)
         if self.solver == "adam":
-            factors, lowest, initial = adam(start, target, loss, self.rounds, rate=RATE)
+            factors, lowest, initial = adam(start, target, loss, self.rounds, rate=RATE, passed=passed)
         else:
-            factors, lowest, initial = alternate(start, target, loss, self.rounds)
+            factors, lowest, initial = alternate(start, target, loss, self.rounds, passed)
             if self.polish:
-                factors, lowest, _ = adam(factors, target, loss, self.polish, rate=1e-3, groups=False)
+                factors, lowest, _ = adam(factors, target, loss, self.polish, rate=1e-3, groups=False, passed=passed)
         assert not lowest > initial, (lowest, initial)
         factors.a *= outputs.view(-1, high, 1)
         factors.b *= inputs.view(-1, 1, wide)
