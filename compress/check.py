@@ -253,10 +253,14 @@ def _measured(case: Case, out: Path, statistics: Path | None) -> dict[str, Any]:
     """Figures of a case, and the sha256 of the text that was read for them."""
     from ..calibrate.corpus import load_tokenizer, token_windows
     from .apply import apply
+    from .guards import source_skeleton
+    from .plan import make_plan
     from .surveys import keeps
 
     job = _job(case, out)
-    plan = apply(job, lambda event: None, overwrite=True, statistics=statistics if keeps(job.recipe) else None)
+    if statistics is not None and not keeps(make_plan(job.recipe, source_skeleton(job.model, "cpu")).recipe):
+        statistics = None
+    plan = apply(job, lambda event: None, overwrite=True, statistics=statistics)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     spec = case.text
     corpus, tokenizer = text_of(spec), load_tokenizer(job.model)

@@ -75,8 +75,8 @@ def routing_folder(folder: Path, recipe: Recipe, fingerprint: dict[str, Any]) ->
 
 
 def keeps(recipe: Recipe) -> frozenset[str]:
-    """What calibration for a recipe finds of the original model, which other recipes can use: `linears`, statistics of
-    what enters these; `routing`; `divergences`."""
+    """What calibration for a planned recipe finds of the original model, and other recipes can use: `linears`,
+    statistics of what enters these; `routing`; `divergences`."""
     needs = frozenset(need for step in recipe.passes for need in step.needs)
     reshaped = any(isinstance(step, ModelPass) for step in recipe.passes)
     found = {"linears"} if "reference" in needs - SURVEYED <= {"reference", *UNPAIRED} and not reshaped else set()

@@ -141,6 +141,11 @@ def test_a_sweep_calibrates_once_for_all_that_it_serves(pico: Pico, calibration_
     for row in json.loads(alone.stdout):
         assert found[row["name"]]["digest"] == row["digest"]
     assert not (tmp_path / "alone" / "statistics").exists()
+    prune = "passes: [{kind: expert_prune, keep: 2, refit: false}]\nlimits: {kl: null, perplexity_ratio: null}\n"
+    recipe.write_text(data + prune)
+    run("sweep", recipe, pico("mixtral"), "--set", "passes.0.keep=[2,3]", "--work", "experts", cwd=tmp_path)
+    [kept] = (tmp_path / "experts" / "statistics").iterdir()
+    assert (kept / "routing.json").is_file()
 
 
 def _headers(out: Path) -> int:
