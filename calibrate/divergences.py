@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..runtime.model.skeleton import HEAD_ROWS, Skeleton
+from ..runtime.schemes import Dense
 from .chains import BATCH_TOKENS, Chains, Spill
 from .drive import drive
 from .statistics import Statistics
@@ -52,6 +53,7 @@ def divergences(
     observed: str | None,
     changes: Callable[[int, Seen], Changes],
     done: Callable[[int], None],
+    outer: Mapping[str, Callable[[], Tensor]] | None = None,
 ) -> dict[str, float]:
     """KL(original ‖ changed) per token in nats for every change, each on its own.
 
@@ -65,7 +67,9 @@ def divergences(
             taken, if any.
         changes: `(block, what is seen there) →` what to try there.
         done: told each block that is behind.
+        outer: the embedding or the head, by its disk name → makes another one, `[vocab_size, hidden_size]`.
     """
+    outer = outer or {}
     windows = windows[: max(1, BATCH_TOKENS // windows.shape[1]), :BATCH_TOKENS]
     shutil.rmtree(scratch, ignore_errors=True)  # what an interrupted survey left lacks the chains of changes
     shape = carried(skeleton.blocks, *windows.shape)
@@ -75,6 +79,9 @@ def divergences(
     for index, blocks, chains in drive({"original": skeleton}, windows, scratch):
         block = blocks["original"]
         layer, hidden = block.layer, chains.read(index, block.chain)[every]
+        for name in (name for name in outer if index == 0 and skeleton.outer()[name]):
+            changed[name] = few.scratch(hidden.shape[-1], torch.float32)
+            changed[name][every] = skeleton.embed(windows[rows, length], Dense(outer[name]()))
         for spill in changed.values():
             spill[every] = skeleton.run(block.runner, spill[every])
         moment = None
@@ -96,18 +103,19 @@ def divergences(
             for name, parameter in kept.items():
                 layer.get_submodule(name).weight = parameter
         done(index)
-    return _compared(skeleton, last[rows][:, length], changed)
+    heads = {name: make for name, make in outer.items() if not skeleton.outer()[name] or len(skeleton.outer()) == 1}
+    return _compared(skeleton, last[rows][:, length], changed, heads)
 
 
 def divergences_cost(
-    skeleton: Skeleton, samples: int, tokens: int, changes: int, held: int
+    skeleton: Skeleton, samples: int, tokens: int, changes: int, held: int, outer: int = 0
 ) -> tuple[float, float, float]:
     """Bytes of memory and of disk, and floating-point operations, of `divergences`.
 
     Args:
         samples, tokens: the windows.
         changes: of all blocks together.
-        held: numbers of the weights that are tried in one block.
+        held: numbers of the weights that are tried in one block; outer: of the largest that is tried outside.
     """
     length = min(tokens, BATCH_TOKENS)
     windows = min(samples, max(1, BATCH_TOKENS // tokens))
@@ -121,20 +129,30 @@ def divergences_cost(
     running = 4 * (block + held) + 4 * seen * (3 * widest + 4 * hidden)
     comparing = 5 * 4 * max(LOGITS, 32 * vocabulary) + 4 * hidden * min(vocabulary, HEAD_ROWS)
     flops = 2.0 * each * changes * (skeleton.blocks / 2 * block + vocabulary * hidden)
-    return max(running, comparing), 4 * hidden * (changes * each + 2 * seen), flops
+    return max(running, comparing) + 4 * 4 * outer, 4 * hidden * (changes * each + 2 * seen), flops
 
 
-def _compared(skeleton: Skeleton, hidden: Tensor, changed: Mapping[str, Spill]) -> dict[str, float]:
-    """KL per token between what leaves the last block in the original and in each chain; a few tokens at a time."""
-    found, answer = dict.fromkeys(changed, 0.0), skeleton.answers()
+def _compared(
+    skeleton: Skeleton, hidden: Tensor, changed: Mapping[str, Spill], heads: Mapping[str, Callable[[], Tensor]]
+) -> dict[str, float]:
+    """KL per token between the answers to what leaves the last block in the original and in each chain; a few tokens
+    at a time. One of `heads` answers in place of the model's, to its own chain or the original."""
+    found, answer = dict.fromkeys([*changed, *heads], 0.0), skeleton.answers()
     piece = max(32, LOGITS // skeleton.config.vocab_size)
-    for row in range(len(hidden)):
-        for start in range(0, hidden.shape[1], piece):
-            part = slice(start, start + piece)
-            reference = answer(hidden[row, part]).log_softmax(-1)
-            for label, spill in changed.items():
-                logs = answer(spill[row : row + 1][0, part]).log_softmax(-1)
-                found[label] += float(F.kl_div(logs, reference, log_target=True, reduction="sum"))
+
+    def compare(labels: Iterable[str], other: Callable[[Tensor], Tensor]) -> None:
+        for row in range(len(hidden)):
+            for start in range(0, hidden.shape[1], piece):
+                part = slice(start, start + piece)
+                reference = answer(hidden[row, part]).log_softmax(-1)
+                for label in labels:
+                    left = changed[label][row : row + 1][0] if label in changed else hidden[row]
+                    logs = other(left[part]).log_softmax(-1)
+                    found[label] += float(F.kl_div(logs, reference, log_target=True, reduction="sum"))
+
+    compare([label for label in changed if label not in heads], answer)
+    for name, make in heads.items():
+        compare([name], skeleton.answers(make()))
     return {label: total / hidden[..., 0].numel() for label, total in found.items()}
 
 

@@ -28,6 +28,7 @@ class StageWork:
         metrics: disk name → Gauss-Newton metric of the block's output (`probes`), where a pass asks for it.
         seams: what feeds linears of the stage, and nothing else → where a scale can be moved between the two (`fold`).
         folded: feeder → scale that was moved, for each channel.
+        unseen: why linears without statistics have none.
         heard: told the linear that a pass is long at work on, the pass, and the share of it that is done.
     """
 
@@ -38,6 +39,7 @@ class StageWork:
     metrics: dict[str, Tensor] = field(default_factory=dict)
     seams: dict[str, Seam] = field(default_factory=dict)
     folded: dict[str, Tensor] = field(default_factory=dict)
+    unseen: str = "no calibration token came by (more data.samples?)"
     heard: Callable[[str, str, float], None] = lambda name, step, share: None
 
     def fold(self, feeder: str, scale: Tensor) -> None:

@@ -287,7 +287,7 @@ def _rewrite_outer(plan: Plan, found: dict[str, Operator], listener: Listener) -
     """Fill in what becomes of the embedding and the head, where passes name them."""
     for name in (name for name in plan.skeleton.outer() if name in plan.linears):
         weight = plan.skeleton.checkpoint.tensor(f"{name}.weight").to(plan.skeleton.device)
-        work = StageWork({name: Dense(weight)}, {name: weight}, [[name]])
+        work = StageWork({name: Dense(weight)}, {name: weight}, [[name]], unseen="its inputs are not measured")
         for step in plan.recipe.linear_passes.values():
             for event in step.apply(work) if step.names(name) else ():
                 listener(event)

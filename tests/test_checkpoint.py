@@ -223,6 +223,17 @@ def test_families_and_quantized_inputs(folder: Path) -> None:
         refused(folder, said)
 
 
+def test_a_token_goes_to_experts_that_there_are(pico: Callable[..., Path], tmp_path: Path) -> None:
+    shutil.copytree(pico("qwen3_moe"), tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    there = json.loads(config.read_text())["num_local_experts"]
+    for count in (0, -(2**63), there + 1, "2"):
+        change(config, num_experts_per_tok=count)
+        refused(tmp_path / "model", rf"config\.json: num_experts_per_tok is {count!r}, of {there} experts")
+    change(config, num_experts_per_tok=there)
+    Skeleton(Checkpoint(tmp_path / "model"))
+
+
 def test_a_pipe_is_no_file(folder: Path) -> None:
     (folder / "config.json").unlink()
     os.mkfifo(folder / "config.json")

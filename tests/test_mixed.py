@@ -18,10 +18,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from compressor.compress.apply import Job, apply
+from compressor.compress.evaluate import evaluate
 from compressor.compress.output.verify import verify
 from compressor.compress.plan import make_plan
 from compressor.compress.recipe import parse_recipe
 from compressor.compress.solvers.bits import allocated
+from compressor.compress.surveys import read_calibration
 from compressor.runtime import load
 from compressor.runtime.errors import RecipeError, ResourceError
 from compressor.runtime.model.checkpoint import Checkpoint
@@ -182,6 +184,41 @@ def test_what_was_found_is_kept(pico: Pico, calibration_text: Path, tmp_path: Pa
     assert json.loads((out / "compressor.json").read_text())["format"] == "compressed-tensors"
 
 
+@pytest.mark.parametrize(("kind", "tied"), [("rtn", False), ("rtn", True), ("gptq", True), ("gptq", False)])
+def test_the_embedding_and_the_head_get_bits_too(
+    kind: str, tied: bool, pico: Pico, calibration_text: Path, tmp_path: Path
+) -> None:
+    """What rounding each does is what a model with it alone rounded does, and it is paid out of the same average."""
+    model = pico("llama", **GIVEN, tie_word_embeddings=tied)
+    outer = list(Skeleton(Checkpoint(model)).outer())
+    assert len(outer) == 2 - tied
+    step = f"kind: {kind}, group_size: 32, targets: ['*', {', '.join(outer)}]"
+    text = (
+        f"data: {{source: '{calibration_text}', samples: 4, sequence_length: 64}}\n"
+        f"passes: [{{{step}, bits: mixed, average_bits: 4}}]\nlimits: {{kl: null, perplexity_ratio: null}}\n"
+    )
+    out, kept = tmp_path / "out", tmp_path / "kept"
+    apply(Job(parse_recipe(text), text, (), model, out, str(model)), lambda event: None, statistics=kept)
+    found = widths(out)
+    assert set(outer) < set(found)
+    stored = StoredModel(out)
+    assert all(stored.schemes[name]["bits"] == bits for name, bits in found.items())
+    shapes = {name: Checkpoint(model).tensors[name + ".weight"].shape for name in found}
+    spent = sum(stored.operator(name).nbytes for name in found)
+    assert 3.4 < 8 * spent / sum(rows * columns for rows, columns in shapes.values()) <= 4 + 1e-2
+    assert verify(out) == []
+    [survey] = kept.glob("survey-*.json")
+    lost = json.loads(survey.read_text())["found"]
+    windows = read_calibration(parse_recipe(text), Checkpoint(model)).windows
+    for name in outer:
+        alone = tmp_path / name
+        weight = f"passes: [{{kind: rtn, bits: 3, group_size: 32, targets: [{name}]}}]\n"
+        apply(Job(parse_recipe(weight), weight, (), model, alone, str(model)), lambda event: None)
+        against = evaluate(load(alone, dtype=torch.float32), windows, load(model, dtype=torch.float32)).against
+        assert against is not None
+        assert lost[name] == pytest.approx(against.kl_mean, rel=0.1)  # scales are rounded there
+
+
 def test_one_survey_serves_other_averages(
     pico: Pico, calibration_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,7 +264,9 @@ def test_options_that_do_not_go_together(options: str, said: str) -> None:
 
 def test_widths_of_another_model_are_refused(pico: Pico) -> None:
     text = "passes: [{kind: rtn, bits: mixed, widths: {model.layers.9.mlp.up_proj: 4}}]"
-    with pytest.raises(RecipeError, match=r"widths names model\.layers\.9\.mlp\.up_proj, which is no linear"):
+    with pytest.raises(
+        RecipeError, match=r"widths names model\.layers\.9\.mlp\.up_proj, which is no linear that targets"
+    ):
         make_plan(parse_recipe(text), Skeleton(Checkpoint(pico())))
 
 

@@ -119,9 +119,9 @@ def test_later_passes_make_up_for_a_rounded_embedding(
     ("passes", "tied", "message"),
     [
         (
-            "{kind: gptq, targets: [lm_head]}",
+            "{kind: sparse24, targets: [lm_head]}",
             False,
-            r"passes\.0: gptq cannot take lm_head, for it solves on what enters",
+            r"passes\.0: sparse24 cannot take lm_head, for it solves on what enters",
         ),
         (
             "{kind: sparse24, method: magnitude, targets: [model.embed_tokens]}",

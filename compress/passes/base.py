@@ -224,6 +224,7 @@ class LinearPass(Pass):
     """A pass that rewrites linears, a stage of a block at a time."""
 
     may_grow: ClassVar[bool] = False  # whether weights may take more bytes, for the sake of something else
+    blind: ClassVar[bool] = False  # whether a weight of whose inputs nothing is known is rewritten all the same
     targets: Patterns = Field(
         ("*",),
         description="linears to work on: globs over names without .weight, or re: patterns; the embedding and the "

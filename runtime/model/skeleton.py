@@ -352,14 +352,18 @@ class Skeleton:
         """What leaves the last block → float32 `[..., vocab_size]`; the head is converted a part at a time."""
         return self.answers()(hidden)
 
-    def answers(self) -> Callable[[Tensor], Tensor]:
-        """`logits` for many calls; a head that is stored in another form is decoded once, and held."""
+    def answers(self, table: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+        """`logits` for many calls; a head that is stored in another form is decoded once, and held.
+
+        Args:
+            table: `[vocab_size, hidden_size]`, in place of the head's.
+        """
         decoder = self._decoder_of([])
         norm = copy.deepcopy(self.decoder.norm)
         state = {name: self.checkpoint.tensor(self._decoder_name(f"norm.{name}")) for name in norm.state_dict()}
         norm.load_state_dict({name: t.to(self.device, torch.float32) for name, t in state.items()}, assign=True)
         decoder.norm = norm
-        head, whole = self._head(), copy.copy(self.model)
+        head, whole = self._head(table), copy.copy(self.model)
         whole._modules = {**self.model._modules, self.family.decoder: decoder, "lm_head": head}
 
         @torch.no_grad()
@@ -373,11 +377,13 @@ class Skeleton:
 
         return answer
 
-    def _head(self) -> _Head:
+    def _head(self, changed: Tensor | None = None) -> _Head:
         tensors = self.checkpoint.tensors
         weight, bias = (self.family.disk_name(f"lm_head.{part}") for part in ("weight", "bias"))
         table = weight if weight in tensors else self._decoder_name("embed_tokens.weight")
         own = self.checkpoint.tensor(bias) if bias in tensors else None
+        if changed is not None:
+            return _Head(changed, own, self.device)
         if not self.checkpoint.by_rows(table):
             return _Head(self.checkpoint.tensor(table), own, self.device)
         decoded = torch.empty(tensors[table].shape, dtype=tensors[table].dtype)

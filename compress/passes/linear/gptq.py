@@ -151,7 +151,7 @@ class Gptq(Quantizer, Calibrated):
         rounding = self.rounding(core.shape[1], group.names[number])
         steps = self.steps(group.originals, rounding, group.originals[0].dtype)
         shrinks = self._shrinks(rounding, steps)
-        grids = [_grid(core, rounding, steps, group.energy, shrink) for shrink in shrinks]
+        grids = [_grid(core, rounding, steps, group.energy, [shrink]) for shrink in shrinks]
         result, lost, scale = quantize_core(base, target, system.moment, grids, self.refinements)
         codes, grid = result.codes, result.grid
         coded = self.quantized(grid.rounding.numbers.as_bytes(codes.T.contiguous()), grid, base.core)
@@ -178,7 +178,9 @@ class Gptq(Quantizer, Calibrated):
         """
         steps = self.steps(group.originals, rounding, weight.dtype)
         if group.system is None:
-            return _rounded(weight, rounding, steps, group.energy), f"rounded to nearest, for {group.reason}"
+            shrinks = self._shrinks(rounding, steps)
+            rounded = [_rounded(rows, rounding, steps, group.energy, shrinks) for rows in weight.split(ROWS)]
+            return Solution.joined(rounded), f"rounded to nearest, for {group.reason}"
         parts = []
         for start in range(0, len(weight), ROWS):
             rows = slice(start, start + ROWS)
@@ -200,7 +202,7 @@ class Gptq(Quantizer, Calibrated):
         # What is sparse was solved for already, values and pattern together: the sweep starts from that.
         start = target if keep is None else exact
         shrinks = self._shrinks(rounding, steps)
-        grids = [_grid(start, rounding, steps, group.energy, shrink) for shrink in shrinks]
+        grids = [_grid(start, rounding, steps, group.energy, [shrink]) for shrink in shrinks]
         # Rows that share their scales have the same ones either way.
         simple = grids[0] if rounding.rows > 1 else _grid(exact, rounding, steps, group.energy)
         rounded = simple.codes(exact).T.contiguous()
@@ -223,18 +225,19 @@ class Gptq(Quantizer, Calibrated):
         return Solution(grid.where(~worse, simple), codes, torch.minimum(losses, simple_losses), scale, worse)
 
 
-def _grid(weight: Tensor, rounding: Rounding, steps: Steps, energy: Tensor, shrink: float = 1.0) -> Grid:
+def _grid(weight: Tensor, rounding: Rounding, steps: Steps, energy: Tensor, shrinks: Sequence[float] = (1.0,)) -> Grid:
     from ...solvers.grid import RANGES, searched_grid
 
-    return searched_grid(weight, energy, rounding, steps, [shrink * share for share in RANGES[rounding.scales]])
+    shares = [shrink * share for shrink in shrinks for share in RANGES[rounding.scales]]
+    return searched_grid(weight, energy, rounding, steps, shares)
 
 
-def _rounded(weight: Tensor, rounding: Rounding, steps: Steps, energy: Tensor) -> Solution:
+def _rounded(weight: Tensor, rounding: Rounding, steps: Steps, energy: Tensor, shrinks: Sequence[float]) -> Solution:
     """The nearest codes; losses are squared errors of the weight."""
     import torch
 
     exact = weight.float()
-    grid = _grid(exact, rounding, steps, energy)
+    grid = _grid(exact, rounding, steps, energy, shrinks)
     codes = grid.codes(exact)
     losses = (grid.values(codes) - exact).square().sum(1)
     everything = torch.ones_like(losses, dtype=torch.bool)

@@ -228,7 +228,7 @@ def _group(
     alphas = [0.0 if step.correction == "auto" else step.correction] * len(names)
     if step.correction == "auto" and statistics is not None and cross is not None:  # before there is another system
         alphas = _held_out_shares(statistics, originals, system_of, products)
-    known = _known(statistics, system_of, originals[0], products)
+    known = _known(statistics, system_of, originals[0], products, work.unseen)
     shift, system = None, known["system"]
     if system is not None and cross is not None:
         shift = Shift.of(cross, system, sum(len(original) for original in originals))
@@ -256,12 +256,13 @@ def _known(
     system_of: SystemOf,
     weight: Tensor,
     products: torch.dtype,
-    reason: str = "no calibration token came by (more data.samples?)",
+    reason: str,
 ) -> dict[str, Any]:
     """What a group knows of its inputs: tokens, system, energy, and the reason where there is no system.
 
     Args:
         weight: `[rows, columns]` of one of its linears, on the device where it is solved.
+        reason: why there is no system where there are no statistics.
     """
     tokens = 0 if statistics is None else statistics.tokens
     if statistics is not None and statistics.informed:

@@ -1,22 +1,26 @@
 """Bits where they matter: how many each weight gets, and in what groups, by what that does to the answers of the model.
 
-Every set of linears that read the same input, all experts of a block together, is rounded to `PROBED` bits on its own
-while the rest of the model stays as it is, and KL(original ‖ so rounded) is measured at the end of the model. Otherwise
-rounded it is taken to be as the squares of the errors: KL has no linear term. Sets then get bits so that the sum of KLs
-is least for so many bytes (`compress/solvers/bits.py`).
+Every set of linears that read the same input, all experts of a block together, and the embedding and the head where
+targets name them, is rounded to `PROBED` bits on its own while the rest of the model stays as it is, and
+KL(original ‖ so rounded) is measured at the end of the model. Otherwise rounded it is taken to be as the squares of the
+errors: KL has no linear term. Sets then get bits so that the sum of KLs is least for so many bytes
+(`compress/solvers/bits.py`).
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from ....runtime.errors import RecipeError
 from ..base import BUFFERS, Cost, LinearPass, Need
+from .calibrated import ROWS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -131,18 +135,19 @@ class Mixed(LinearPass):
             return self
         if self.widths is not None:
             known = {name for index in range(skeleton.blocks) for name in skeleton.linears(index)}
-            if unknown := set(self.widths) - known:
-                raise RecipeError(f"{self.kind}: widths names {min(unknown)}, which is no linear of a block")
+            if unknown := set(self.widths) - known - {name for name in skeleton.outer() if name in self.targets}:
+                raise RecipeError(f"{self.kind}: widths names {min(unknown)}, which is no linear that targets name")
             return self
         result = self.model_copy()
-        result._sets = sets_of(skeleton, self.wants)
+        result._sets = [
+            *sets_of(skeleton, self.wants),
+            {name: (name,) for name in skeleton.outer() if self.names(name)},
+        ]
         if not any(result._sets):
             raise RecipeError(f"{self.kind} finds no linear to work on: targets and ignore leave none")
         nbytes = result._nbytes(skeleton)
-        weights = 0
-        for index, sets in enumerate(result._sets):
-            linears = skeleton.linears(index)
-            weights += sum(linears[name].weight.numel() for names in sets.values() for name in names)
+        every = (name for sets in result._sets for names in sets.values() for name in names)
+        weights = sum(math.prod(shape_of(skeleton, name)) for name in every)
         assert self.average_bits is not None
         result._budget = self.average_bits * weights / 8
         least = sum(costs[0] for costs in nbytes.values())
@@ -160,15 +165,13 @@ class Mixed(LinearPass):
         from ....runtime.schemes import Dense
 
         found: dict[str, list[float]] = {}
-        for index, sets in enumerate(self._sets):
-            linears = skeleton.linears(index)
-            for label, names in sets.items():
-                found[label] = [0.0] * len(self._options)
-                for name in names:
-                    shape = linears[name].weight.shape
-                    plain = Dense(torch.empty(shape, dtype=skeleton.checkpoint.dtype, device="meta"))
-                    for number, (bits, size) in enumerate(self._options):
-                        found[label][number] += self._outline(plain, self._integers(bits, shape[1], size)).nbytes
+        for label, names in (item for sets in self._sets for item in sets.items()):
+            found[label] = [0.0] * len(self._options)
+            for name in names:
+                shape = shape_of(skeleton, name)
+                plain = Dense(torch.empty(shape, dtype=skeleton.checkpoint.dtype, device="meta"))
+                for number, (bits, size) in enumerate(self._options):
+                    found[label][number] += self._outline(plain, self._integers(bits, shape[1], size)).nbytes
         return found
 
     def _with_widths(self, numbers: Mapping[str, int], *, nominal: bool = False) -> Self:
@@ -202,8 +205,9 @@ class Mixed(LinearPass):
             return Cost()
         linears = [skeleton.linears(index) for index in range(skeleton.blocks)]
         held = max(sum(linear.weight.numel() for linear in block.values()) for block in linears)
-        count = sum(len(sets) for sets in self._sets)
-        memory, disk, flops = divergences_cost(skeleton, samples, sequence_length, count, held)
+        count, outer = sum(len(sets) for sets in self._sets), self._sets[-1]
+        tables = max((math.prod(shape_of(skeleton, name)) for name in outer), default=0)
+        memory, disk, flops = divergences_cost(skeleton, samples, sequence_length, count, held, tables)
         return Cost(BUFFERS + memory, disk, 0.0, flops)
 
     @property
@@ -216,6 +220,11 @@ class Mixed(LinearPass):
             for option in sorted(counts, key=lambda option: (option[0], option[1] or 0))
         )
         return f"linears by bits: {found}" + ("; the survey will share them out anew" if self._nominal else "")
+
+
+def shape_of(skeleton: Skeleton, name: str) -> tuple[int, ...]:
+    """Of a matrix, by its disk name."""
+    return tuple(skeleton.checkpoint.tensors[name + ".weight"].shape)
 
 
 def sets_of(skeleton: Skeleton, wants: Callable[[str], bool]) -> list[Sets]:
@@ -245,6 +254,9 @@ def even_widths(nbytes: Mapping[str, Sequence[float]], budget: float) -> dict[st
 def probed(skeleton: Skeleton, survey: Survey, sets: Sequence[Sets], rounding: RoundingAt) -> dict[str, float]:
     """Label → KL per token in nats of rounding its linears, and no others, to `PROBED` bits.
 
+    Args:
+        sets: of each block, and of what is outside them.
+
     Raises:
         RecipeError: there is no text.
     """
@@ -259,15 +271,16 @@ def probed(skeleton: Skeleton, survey: Survey, sets: Sequence[Sets], rounding: R
     def changes(index: int, seen: Seen) -> dict[str, dict[str, Tensor]]:
         found: dict[str, dict[str, Tensor]] = {}
         for label, names in sets[index].items():
-            weights = {name: _weight(skeleton, name) for name in names}
-            found[label] = {
-                skeleton.family.inside(name): _nearest(weight, rounding(PROBED, weight.shape[1], None))
-                for name, weight in weights.items()
-            }
+            found[label] = {skeleton.family.inside(name): probe(name) for name in names}
         return found
 
-    exact = Skeleton(skeleton.checkpoint, torch.float32, skeleton.device)
-    return divergences(exact, survey.windows, survey.folder, None, changes, survey.passed(skeleton.blocks))
+    def probe(name: str) -> Tensor:
+        weight = _weight(skeleton, name)
+        return _nearest(weight, rounding(PROBED, weight.shape[1], None))
+
+    exact, outer = Skeleton(skeleton.checkpoint, torch.float32, skeleton.device), sets[-1]
+    passed, tables = survey.passed(skeleton.blocks), {name: partial(probe, name) for name in outer}
+    return divergences(exact, survey.windows, survey.folder, None, changes, passed, tables)
 
 
 def scaled(
@@ -306,5 +319,8 @@ def _nearest(weight: Tensor, rounding: Rounding) -> Tensor:
 
     from ...solvers.grid import Steps, range_grid
 
-    grid = range_grid(weight, rounding, Steps(torch.float32))
-    return grid.values(grid.codes(weight))
+    parts = []
+    for rows in weight.split(ROWS):
+        grid = range_grid(rows, rounding, Steps(torch.float32))
+        parts.append(grid.values(grid.codes(rows)))
+    return torch.cat(parts)

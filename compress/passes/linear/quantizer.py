@@ -60,6 +60,8 @@ _ROOM = 2.0  # above the largest input that calibration met, for scales of input
 class Quantizer(Mixed):
     """Options of every quantizer."""
 
+    blind = True
+
     scheme: Name = Field(
         "int",
         description="how weights are stored, and what their inputs are rounded to when the model runs. int: integers "
