@@ -105,11 +105,11 @@ def rounds_of(name: str, rounds: int, generator: random.Random, room: Path) -> t
     return kills, different
 
 
-def main(rounds: int, seed: int) -> int:
+def main(recipes: list[str], rounds: int, seed: int) -> int:
     """Run the rounds; return how many differed."""
     torch.set_num_threads(1)
     generator, total = random.Random(seed), 0
-    for name in RECIPES:
+    for name in recipes:
         with tempfile.TemporaryDirectory(prefix="crash-") as room:
             kills, different = rounds_of(name, rounds, generator, Path(room))
         print(f"{name}: {rounds} rounds, {kills} kills, {different} different", flush=True)
@@ -119,7 +119,8 @@ def main(rounds: int, seed: int) -> int:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--rounds", type=int, default=50, help="of each recipe")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    sys.exit(bool(main(options.rounds, options.seed)))
+    sys.exit(bool(main(options.recipes, options.rounds, options.seed)))

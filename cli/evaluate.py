@@ -11,7 +11,7 @@ from . import render
 from .arguments import JsonOption, ModelArgument, check_files_to_write, model_folder
 
 if TYPE_CHECKING:
-    from ..compress.evaluate import Findings
+    pass
 
 
 def evaluate_command(
@@ -56,10 +56,9 @@ def evaluate_command(
     from ..compress.evaluate.tasks import read_questions
 
     questions = None if choices is None else read_questions(choices)
-    found: dict[str, Findings] = {}
-    for text in dict.fromkeys(data or ["builtin"]):
-        job = EvaluationJob(folders[0], folders[1] if against else None, text, samples, sequence_length, long)
-        found[text] = run_evaluation(job, lambda windows: render.reading(windows, sequence_length, long))
+    texts = tuple(dict.fromkeys(data or ["builtin"]))
+    job = EvaluationJob(folders[0], folders[1] if against else None, texts, samples, sequence_length, long)
+    found = run_evaluation(job, lambda windows: render.reading(windows, sequence_length, long))
     first, *rest = found.items()
     record: dict[str, Any] = {"model": model, "base": against, **first[1].record()}
     if rest:

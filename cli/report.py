@@ -35,7 +35,8 @@ def report(
         from ..compress.report.samples import written
 
         base, _ = model_folder(against)
-        job = EvaluationJob(folder, base, data, samples)
-        more["found"] = run_evaluation(job, lambda windows: render.reading(windows, job.sequence_length, None))
+        job = EvaluationJob(folder, base, (data,), samples)
+        found = run_evaluation(job, lambda windows: render.reading(windows, job.sequence_length, None))
+        more["found"] = found[data]
         more["samples"] = written(folder, base, data, PROMPTS, PROMPT, ANSWER)
     render.out.print(str(write_report(folder, out, **more)))

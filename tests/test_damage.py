@@ -125,7 +125,7 @@ def test_models_with_other_tokens_are_not_compared(pico: Pico, calibration_text:
     names = sorted(tokenizer["model"]["vocab"])
     tokenizer["model"]["vocab"] = {name: number for number, name in enumerate(reversed(names))}
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    job = EvaluationJob(pico(), other, str(calibration_text), samples=1, sequence_length=32)
+    job = EvaluationJob(pico(), other, (str(calibration_text),), samples=1, sequence_length=32)
     with pytest.raises(ModelError, match="make different tokens of one text"):
         run_evaluation(job, lambda windows: pytest.fail("nothing is to be read"))
 
@@ -229,5 +229,5 @@ def test_tokens_that_the_model_does_not_have(pico: Pico, tmp_path: Path, number:
         generate(str(model), "import", max_tokens=2)
     with pytest.raises(ModelError, match="tokenizer has ids beyond"):
         run_evaluation(
-            EvaluationJob(model, None, str(tmp_path / "text.txt"), 1, 32), lambda windows: pytest.fail("read")
+            EvaluationJob(model, None, (str(tmp_path / "text.txt"),), 1, 32), lambda windows: pytest.fail("read")
         )

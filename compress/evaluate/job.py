@@ -29,15 +29,15 @@ class EvaluationJob:
     Attributes:
         model: a folder, plain or compressed.
         against: the folder of the model that it came from, or None.
-        data: `builtin` (its evaluation split), or a .txt or .jsonl file.
-        samples: windows; fewer where the text is shorter.
+        texts: `builtin` (its evaluation split), or a .txt or .jsonl file, each.
+        samples: windows of each; fewer where the text is shorter.
         sequence_length: tokens of a window.
         long: tokens of windows in which perplexity by position and retrieval are measured too, or None.
     """
 
     model: Path
     against: Path | None = None
-    data: str = "builtin"
+    texts: tuple[str, ...] = ("builtin",)
     samples: int = 128
     sequence_length: int = 512
     long: int | None = None
@@ -45,7 +45,7 @@ class EvaluationJob:
 
 @dataclass(frozen=True)
 class Findings:
-    """What was found; where there are two of something, the second is the base's.
+    """What was found on a text; where there are two of something, the second is the base's.
 
     Attributes:
         corpus_sha256: of the text.
@@ -72,35 +72,44 @@ class Findings:
 Reading = Callable[[int], AbstractContextManager[Callable[[int], None]]]  # windows → what is told how many are behind
 
 
-def run_evaluation(job: EvaluationJob, reading: Reading) -> Findings:
-    """Evaluate a model; each form of each is loaded once.
+def run_evaluation(job: EvaluationJob, reading: Reading) -> dict[str, Findings]:
+    """Evaluate a model on each text; each form of each model is loaded once.
 
     Args:
-        reading: entered once before windows are read, with their number.
+        reading: entered before the windows of a text are read, with their number.
 
     Raises:
         CompressorError: a folder is damaged, or the two models have different tokenizers or vocabularies.
         RecipeError: a length is beyond the model's positions.
     """
-    corpus = builtin_corpus("evaluation") if job.data == "builtin" else file_corpus(Path(job.data))
     tokenizer = load_tokenizer(job.model)
     opened = open_model(job.model)
     if job.long is not None and opened.positions and job.long > opened.positions:
         raise RecipeError(f"--long {job.long} is beyond the model's {opened.positions} positions")
     others = [] if job.against is None else [job.against]
-    windows = shared_windows(corpus, job.model, others, job.samples, job.sequence_length)
-    far = None if job.long is None else first_windows(corpus, tokenizer, LONG, job.long)
-    cached = [] if job.against is None else [cache_per_token(load(job.against), windows[:1])]
+    corpora = {
+        text: builtin_corpus("evaluation") if text == "builtin" else file_corpus(Path(text)) for text in job.texts
+    }
+    drawn = {
+        text: shared_windows(corpus, job.model, others, job.samples, job.sequence_length)
+        for text, corpus in corpora.items()
+    }
+    some = next(iter(drawn.values()))[:1]
+    cached = [] if job.against is None else [cache_per_token(load(job.against), some)]
+    as_run = load(job.model)
+    cached.insert(0, cache_per_token(as_run, some))
     own = load(job.model, dtype=torch.float32)
     base = None if job.against is None else load(job.against, dtype=torch.float32)
-    with reading(len(windows)) as passed:
-        as_run, dtype, kept = _as_run(job.model, windows[:AS_RUN], own)
-        exact = evaluate(own, windows, base, passed=passed)
-        distant = []
-        for each in (own, base):
-            if each is not None and far is not None:
-                distant.append(evaluate_long(each, tokenizer, far))
-    return Findings(corpus.sha256, exact, dtype, as_run, (kept, *cached), tuple(distant))
+    found = {}
+    for text, windows in drawn.items():
+        far = None if job.long is None else first_windows(corpora[text], tokenizer, LONG, job.long)
+        with reading(len(windows)) as passed:
+            rounded = evaluate(as_run, windows[:AS_RUN], own)
+            exact = evaluate(own, windows, base, passed=passed)
+            each = [] if far is None else [evaluate_long(one, tokenizer, far) for one in (own, base) if one is not None]
+        dtype = str(as_run.dtype).removeprefix("torch.")
+        found[text] = Findings(corpora[text].sha256, exact, dtype, rounded, tuple(cached), tuple(each))
+    return found
 
 
 def shared_windows(corpus: Corpus, model: Path, others: Sequence[Path], samples: int, length: int) -> Tensor:
@@ -118,10 +127,3 @@ def shared_windows(corpus: Corpus, model: Path, others: Sequence[Path], samples:
                 "compared; name the model that the one was made of"
             )
     return windows
-
-
-def _as_run(folder: Path, windows: Tensor, exact: Any) -> tuple[Evaluation, str, float]:
-    """A model as `load` gives it against itself in float32, its dtype, and the bytes of its cache for a token."""
-    model = load(folder)
-    dtype = str(model.dtype).removeprefix("torch.")
-    return evaluate(model, windows, exact), dtype, cache_per_token(model, windows[:1])
