@@ -57,6 +57,10 @@ class Journal:
         return ResourceError(f"{what}: damaged, or changed since it was left; {self._start_over}")
 
     @property
+    def _timings(self) -> Path:
+        return self.result / "report" / "timings.jsonl"
+
+    @property
     def _start_over(self) -> str:
         """How to, without losing the output that was being replaced."""
         replaced = self.folder / "replaced"
@@ -93,6 +97,8 @@ class Journal:
                 f"{self.folder}: cannot resume, since this run differs in {'; '.join(changed)}; undo that, or "
                 f"{self._start_over}"
             )
+        if self._timings.is_symlink() or (self._timings.exists() and not self._timings.is_file()):
+            raise self.damaged(str(self._timings))
         self.entries = lines[1:]
 
     def done(self, entry: dict[str, Any]) -> None:
@@ -102,9 +108,8 @@ class Journal:
 
     def timing(self, entry: dict[str, Any]) -> None:
         """Note how long a step took, in the one file of the output that may differ between equal runs."""
-        report = self.result / "report"
-        report.mkdir(parents=True, exist_ok=True)
-        with open(report / "timings.jsonl", "a", encoding="utf-8") as file:
+        self._timings.parent.mkdir(parents=True, exist_ok=True)
+        with open(self._timings, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
     def publish(self, *, overwrite: bool) -> None:
@@ -140,7 +145,7 @@ class Journal:
             self._lock = None
 
     def _take_lock(self) -> None:
-        if self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / "lock").exists():
+        if self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / "lock").is_file():
             raise ResourceError(f"{self.folder}: is in the way and not of a run; move it, or choose another output")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -100,6 +100,18 @@ def test_a_run_does_not_go_on_from_what_was_damaged(job: Job, damage: Callable[[
     assert not job.out.exists()
 
 
+@pytest.mark.parametrize("name", ["out/report/timings.jsonl", "lock"])
+def test_what_is_written_on_is_a_file(job: Job, name: str, tmp_path: Path) -> None:
+    """A pipe would be waited at, and a link would lead the lines to somewhere else."""
+    path = left(job) / name
+    for replace in (os.mkfifo, Path.mkdir, lambda path: path.symlink_to(tmp_path / "elsewhere")):
+        path.unlink() if not path.is_dir() else path.rmdir()
+        replace(path)
+        with pytest.raises(ResourceError, match=r"damaged, or changed|is in the way"):
+            apply(job, quiet, resume=True)
+    assert not (tmp_path / "elsewhere").exists()
+
+
 @pytest.mark.parametrize("damage", [lambda made: flip(made, -1), Path.unlink, lambda made: shutil.rmtree(made.parent)])
 def test_weights_that_a_survey_made_are_not_done_without(pruning: Job, damage: Callable[[Path], None]) -> None:
     [made, *_] = sorted(left(pruning).glob("chains/survey-0/refitted/*.safetensors"))
