@@ -24,7 +24,7 @@ from .checkpoint import Checkpoint
 from .experts import unfuse_experts
 from .families import BLOCKS, Group, Stage
 
-HEAD_ROWS = 16384  # of the output head, in float32 at a time
+HEAD_ROWS = 4096  # of the output head, in float32 at a time
 
 
 def meta_model(checkpoint: Checkpoint) -> Any:
@@ -91,10 +91,14 @@ class _Head(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None, device: torch.device) -> None:
         super().__init__()
         self._weight, self._bias, self._device = weight, bias, device
+        # Fresh pages for every part would take longer than the product of a few tokens.
+        self._room = torch.empty(min(HEAD_ROWS, len(weight)), weight.shape[1], device=device)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        parts = (part.to(self._device, torch.float32) for part in self._weight.split(HEAD_ROWS))
-        logits = torch.cat([nn.functional.linear(hidden, part) for part in parts], -1)
+        logits = hidden.new_empty(*hidden.shape[:-1], len(self._weight))
+        for start in range(0, len(self._weight), HEAD_ROWS):
+            part = self._weight[start : start + HEAD_ROWS]
+            logits[..., start : start + len(part)] = nn.functional.linear(hidden, self._room[: len(part)].copy_(part))
         return logits if self._bias is None else logits + self._bias.to(self._device, torch.float32)
 
 
