@@ -5,6 +5,7 @@ BIN := .venv/bin
 .PHONY: demo test test-long check lint crash fuzz clean
 
 .venv/installed: pyproject.toml constraints.txt
+	@echo "making .venv, which takes a few minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	touch $@

@@ -148,7 +148,7 @@ def _stdlib_documents() -> Iterator[tuple[str, str]]:
 def find_text(path: Path) -> None:
     """Refuse a data file that is missing, of another kind, or not to be read."""
     if not path.is_file():
-        raise RecipeError(f"{path}: no such text file; give a .txt or .jsonl file under data.source, or 'builtin'")
+        raise RecipeError(f"{path}: no such text file; give a .txt or .jsonl file, or 'builtin'")
     if path.suffix not in (".txt", ".jsonl"):
         raise RecipeError(f"{path}: data files are .txt or .jsonl, not {path.suffix or 'a file without a suffix'}")
     if not os.access(path, os.R_OK):
@@ -375,9 +375,10 @@ def _windows(corpus: Corpus, stream: Tensor, wanted: int, sequence_length: int) 
     """A stream in as many windows as it has, if these are as many as are wanted."""
     count = len(stream) // sequence_length
     if count < wanted:
+        fewer = f"fewer windows ({wanted} were asked for)" if count else f"a shorter length than {sequence_length}"
         raise RecipeError(
-            f"{corpus.name} has {len(stream):,} tokens, which is {count} windows of {sequence_length}; "
-            f"{wanted} were asked for: lower data.samples or give more text"
+            f"{corpus.name} has {len(stream):,} tokens, which is {count} windows of {sequence_length}: give more text, "
+            f"or ask for {fewer}"
         )
     return stream[: count * sequence_length].view(count, sequence_length)
 

@@ -56,12 +56,15 @@ def apply(
     from ..compress.apply import Job
     from ..compress.apply import apply as run_job
     from ..compress.events import Event, Measured
+    from ..compress.journal import Journal
     from ..compress.output.folder import REPORT
     from ..compress.quality import Quality, most_lost
     from ..runtime.model.checkpoint import Checkpoint
 
     checkpoint = Checkpoint(folder)
     blocks = len(checkpoint.block_names())
+    if resume and not Journal(out).folder.is_dir() and not out.exists():
+        render.err.say(f"there is nothing of {out} to go on with: the run starts from the beginning")
     recipe_file = Path(recipe) if Path(recipe).is_file() else None
     if not has_tokenizer(folder):
         render.err.say(f"warning: {model} has no tokenizer, so {out} will have none: eval and run will need one")
@@ -143,7 +146,8 @@ def _print_applied(done: Any, model: str, out: Path, quality: Any, page: Path) -
         render.out.print(f"for llama.cpp: {command} PLAIN, which its converter makes of {model} in 16 bits")
     if page.is_file():
         render.out.print(f"report: {page}")
-    render.out.print(f"next: {shlex.join(['compressor', 'eval', str(out), '--against', model])}")
+    more = "" if done.recipe.data.source == "builtin" else " --samples 16 --data TEXT, a text that it was not made with"
+    render.out.print(f"next: {shlex.join(['compressor', 'eval', str(out), '--against', model])}{more}")
 
 
 def plan(
@@ -190,6 +194,8 @@ def plan(
         render.out.print(f"calibration: {data.tokens:,} tokens, in windows of {data.sequence_length}")
     for warning in result.warnings:
         render.err.say(f"warning: {warning}")
+    if allowed is not None and result.memory > allowed:
+        render.err.say(f"warning: apply would refuse: {human_size(allowed)} are less than that memory")
     for problem in apart or ():
         render.out.say(f"not over {tp} GPUs: {problem}")
     if apart == []:

@@ -50,7 +50,7 @@ def bench(
 def _table(names: Sequence[str], found: Sequence[Speed], work: Work) -> Table:
     measures = [
         (f"prompt of {work.prompt:,}, tokens/s", [speed.rates(work)["prompt"] for speed in found], "{:,.1f}"),
-        ("after it, tokens/s", [speed.rates(work)["decode"] for speed in found], "{:,.1f}"),
+        ("each token after it, tokens/s", [speed.rates(work)["decode"] for speed in found], "{:,.1f}"),
         ("first token, ms", [[1000 * seconds for seconds in speed.first] for speed in found], "{:,.1f}"),
     ]
     lines = []
@@ -60,7 +60,7 @@ def _table(names: Sequence[str], found: Sequence[Speed], work: Work) -> Table:
         cells = (" ± ".join(map(form.format, both)) for both in zip(middles, spreads, strict=True))
         lines.append((label, *cells, *_ratio(middles)))
     memory = [float(speed.memory) for speed in found]
-    lines.append(("memory at most", *(human_size(count) for count in memory), *_ratio(memory)))
+    lines.append(("memory beyond the imports", *(human_size(count) for count in memory), *_ratio(memory)))
     lines.append(("computes in", *(f"{speed.dtype} on {speed.device}" for speed in found), *([""] * (len(found) > 1))))
     short = [Path(name).name for name in names]
     return render.table(("", *(short if len(set(short)) == len(names) else names), *["ratio"][: len(found) - 1]), lines)

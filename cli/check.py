@@ -90,7 +90,7 @@ def check(
     else:
         render.out.print(_table(outcomes))
         for outcome in outcomes:
-            if outcome.verdict != "same":
+            if outcome.verdict != "same" and not (update and outcome.verdict == "new"):
                 render.out.print(": ".join(filter(None, (str(outcome.case), _MEANS[outcome.verdict], outcome.said))))
     _for_machines(outcomes, junit, markdown)
     if failed:

@@ -114,8 +114,9 @@ def sweep(
         rows = [found[name] for name, _ in named if name in found]
         _show(rows, f"{recipe} on {folder.name}", html, png, as_json)
         if not as_json:
-            render.out.print("outputs: " + ", ".join(str(work / case.name / "out") for case in cases[:3])
-                             + (", …" if len(cases) > 3 else ""))  # fmt: skip
+            for case, name in names.items():
+                if name in found:
+                    render.out.print(f"{name}: {work / case.name / 'out'}")
     if failed:
         render.err.print(f"{failed} of {len(cases)} failed")
         raise typer.Exit(1)

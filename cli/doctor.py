@@ -25,7 +25,7 @@ def examine() -> dict[str, Any]:
     record: dict[str, Any] = {
         "python": platform.python_version(),
         **{name: _version(name) for name in ("compressor", "torch", "transformers", "compressed-tensors", "triton")},
-        "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+        "cpu": f"{torch.backends.cpu.get_cpu_capability()}, threads: {torch.get_num_threads()}",
         "amx": cpu_capability().bf16_matrix,
         "gpu": gpu or "none",
         "int4 on the CPU": ", ".join(f"{tokens} token{'s' * (tokens > 1)}: {path}" for tokens, path in paths.items()),

@@ -59,6 +59,10 @@ def evaluate_command(
     texts = tuple(dict.fromkeys(data or ["builtin"]))
     job = EvaluationJob(folders[0], folders[1] if against else None, texts, samples, sequence_length, long)
     found = run_evaluation(job, lambda windows: render.reading(windows, sequence_length, long))
+    calibrated = _calibrated_on(folders[0])
+    for text, one in found.items():
+        if one.corpus_sha256 == calibrated:
+            render.err.say(f"warning: {model} was calibrated on {text}, and may seem better there than it is")
     first, *rest = found.items()
     record: dict[str, Any] = {"model": model, "base": against, **first[1].record()}
     if rest:
@@ -81,6 +85,14 @@ def evaluate_command(
     if max_ppl_ratio is not None and exact and not exact.perplexity_ratio <= max_ppl_ratio:
         render.err.print(f"the perplexity ratio {exact.perplexity_ratio:.5f} is above {max_ppl_ratio}")
         raise typer.Exit(1)
+
+
+def _calibrated_on(folder: Path) -> str | None:
+    """The sha256 of the text that an output was calibrated on."""
+    from ..compress.output.verify import read_manifest
+
+    corpus = read_manifest(folder).get("corpus") if (folder / "compressor.json").is_file() else None
+    return corpus.get("sha256") if isinstance(corpus, dict) else None
 
 
 def _answers(folders: list[Path], questions: list[Any]) -> list[dict[str, Any]]:

@@ -58,10 +58,11 @@ def chat(
         )
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
-    render.err.print("/reset starts anew, /exit ends")
+    render.err.print("/reset starts anew, /exit or Ctrl-D ends, Ctrl-C stops an answer")
     while (said := _asked()) is not None:
         if said == "/reset":
             messages, writer.cache = list(start), None
+            render.err.print("anew: what was said before is forgotten")
             continue
         if said.startswith("/"):
             render.err.print("/reset starts anew, /exit ends; all else is said to the model")

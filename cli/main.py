@@ -29,7 +29,8 @@ _NOT_READ = "error: the output was closed before its end"
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Compress language models: one recipe, composable passes, a checkpoint that runs.",
-    epilog="Exit codes: 0 done, 1 the answer is no, 2 could not run, 130 interrupted and resumable.",
+    epilog="Exit codes: 0 done, 1 the answer is no, 2 could not run, 130 interrupted (apply, sweep and check --work "
+    "can go on).",
 )  # fmt: skip
 app.add_typer(recipes_app, name="recipes")
 for command in (apply, plan, report, compare, sweep, inspect, verify, export, push, bench, run, chat, check):

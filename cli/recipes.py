@@ -46,7 +46,8 @@ def recipes_list(as_json: JsonOption = False) -> None:
             cells += ["–", "–"] if one is None else [f"{one['times_smaller']:.2f} ×", f"{one['kl_mean']:.4f}"]
         lines.append(cells)
     columns = [heading for model in models for heading in (model, f"KL, {model}")]
-    render.out.print(render.table(["recipe", "what it does", *columns], lines, columns[::-1], ["what it does"]))
+    spare = ["what it does", *columns[::-1]]
+    render.out.print(render.table(["recipe", "what it does", *columns], lines, spare, ["what it does"]))
     render.out.print("the models' columns: how much smaller the bundled ones become, and what they lose")
 
 
@@ -78,15 +79,16 @@ def recipes_copy(
 @recipes_app.command("validate")
 def recipes_validate(files: Annotated[list[str], typer.Argument(help="recipe files or shipped names")]) -> None:
     """Check recipes; exit 1 if one of them has mistakes."""
+    from ..compress.recipe import parse_recipe, read_recipe
     from ..runtime.errors import RecipeError
 
-    bad = 0
-    for file in files:
+    bad = False
+    for file, (name, text) in [(file, read_recipe(file)) for file in files]:
         try:
-            read(file, None)
+            parse_recipe(text, name)
             render.out.print(f"{file}: fine")
         except RecipeError as error:
-            bad += 1
+            bad = True
             print(error)
     if bad:
         raise typer.Exit(1)

@@ -93,7 +93,7 @@ def plan_table(rows: Sequence[Row]) -> Table:
         )
         for row in rows
     ]  # fmt: skip
-    return table(headings, lines, spare=("parameters", "bits/weight", "count"), words=("passes", "stored as"))
+    return table(headings, lines, spare=("parameters", "before", "count", "bits/weight"), words=("passes", "stored as"))
 
 
 def cache_line(before: float, after: float, weights: int) -> str:
@@ -145,7 +145,9 @@ def _evaluation_table(name: str, found: Findings) -> Table:
     if (d := found.as_run.against) is not None:
         ratio = f"{d.perplexity_ratio:.5f} ± {d.ratio_error:.5f}"
         lines.append((f"as it runs ({found.dtype}): ratio to float32", ratio))
-        lines.append((f"KL from float32, {found.as_run.tokens:,} tokens", f"{d.kl_mean:.6f} ± {d.kl_error:.6f}"))
+        lines.append(
+            (f"KL from itself in float32, {found.as_run.tokens:,} tokens", f"{d.kl_mean:.6f} ± {d.kl_error:.6f}")
+        )
     lines.append(("KV cache, bytes a token", f"{found.kv_bytes_per_token[0]:,.0f}"))
     return table(("measure", name), [(label, value.replace(" ± nan", "")) for label, value in lines])
 
@@ -172,7 +174,10 @@ def progress(what: str, count: int) -> Iterator[Callable[[int], None]]:
         TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
         TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal or session.quiet) as bar:
+    with Progress(
+        *columns, console=err, transient=True, disable=not err.is_terminal or session.quiet,
+        speed_estimate_period=math.inf,
+    ) as bar:  # fmt: skip
         task = bar.add_task("", total=count)
         yield lambda more: bar.advance(task, more)
 

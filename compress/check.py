@@ -103,7 +103,9 @@ class Outcome:
             return self.reason
         if self.moved is None:
             return ""
-        return ", ".join(str(move) for move in self.moved if move.verdict != "same")
+        moved = [move for move in self.moved if move.verdict != "same"]
+        mixed = len({move.verdict for move in moved}) > 1
+        return ", ".join(f"{move} ({move.verdict})" if mixed else str(move) for move in moved)
 
 
 def run_cases(cases: Sequence[Case], baseline: Baseline, jobs: int, work: Path | None) -> Iterator[Outcome]:

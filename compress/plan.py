@@ -120,10 +120,13 @@ class Row:
     after: int
 
 
-def make_plan(recipe: Recipe, skeleton: Skeleton, *, look: bool = False, memory: float | None = None) -> Plan:
+def make_plan(
+    recipe: Recipe, skeleton: Skeleton, *, look: bool = False, memory: float | None = None, all_there_is: bool = False
+) -> Plan:
     """Plan a recipe for a model.
 
     Args:
+        all_there_is: whether the text has no more windows than the recipe takes.
         memory: bytes to get by with, if that can be; default: what is available on the skeleton's device.
         look: let passes that need no data survey the weights, to plan what they will find.
 
@@ -174,7 +177,7 @@ def make_plan(recipe: Recipe, skeleton: Skeleton, *, look: bool = False, memory:
         flops(recipe, skeleton, linears, walked) + survey.flops, *_cache_bytes(checkpoint, linears), room,
         int(host if skeleton.device.type != "cpu" else peak),
         tuple(name for index in range(skeleton.blocks) for name in skeleton.unnamed(index)),
-        tuple(_warnings(recipe, widest, whole.parameters)),
+        tuple(_warnings(recipe, widest, whole.parameters, all_there_is)),
     )  # fmt: skip
 
 
@@ -189,7 +192,7 @@ def plan_for_text(
     text = read_calibration(plan.recipe, skeleton.checkpoint, least=least, held_out=held_out_windows(data))
     if len(text.windows) != data.samples:
         found = recipe.model_copy(update={"data": data.model_copy(update={"samples": len(text.windows)})})
-        plan = make_plan(found, skeleton, look=look, memory=memory)
+        plan = make_plan(found, skeleton, look=look, memory=memory, all_there_is=True)
     if not len(text.held_out):
         warning = "no text is left beside what calibrates: what was lost is measured on that, and is more than it seems"
         plan = replace(plan, warnings=(*plan.warnings, warning))
@@ -207,7 +210,7 @@ def widest_input(skeleton: Skeleton) -> int:
     return max(linear.in_features for index in range(skeleton.blocks) for linear in skeleton.linears(index).values())
 
 
-def _warnings(recipe: Recipe, widest: int, parameters: int) -> Iterator[str]:
+def _warnings(recipe: Recipe, widest: int, parameters: int, all_there_is: bool) -> Iterator[str]:
     for step in recipe.passes:
         if step.warning:
             yield f"{step.kind}: {step.warning}"
@@ -217,10 +220,12 @@ def _warnings(recipe: Recipe, widest: int, parameters: int) -> Iterator[str]:
         yield "the built-in text is little for a model of this size: name your own under data.source"
     tokens = recipe.data.tokens
     if tokens < TOKENS * widest:
+        more = f"data.samples={recipe.data.enough(widest):,} would give {TOKENS} for each"
+        if all_there_is:
+            more = f"the text has no more; {TOKENS * widest:,} tokens would be {TOKENS} for each"
         yield (
             f"{tokens:,} calibration tokens are {tokens / widest:.1f} for each of the {widest:,} inputs of the widest "
-            f"linear, with which passes fit that text rather than the language: data.samples "
-            f"{recipe.data.enough(widest):,} would be {TOKENS}"
+            f"linear, with which passes fit that text rather than the language: {more}"
         )
 
 

@@ -68,8 +68,9 @@ class Quality:
         if self.main is None:
             return f"not compared with the original: {self.reason}"
         name, found, against = self.main
+        text = f"{name} tokens" if name in (HELD_OUT, CALIBRATION, BUILTIN) else f"tokens of {name}"
         line = (
-            f"on {found.tokens:,} {name} tokens: KL {against.kl_mean:.4g} from the original, perplexity "
+            f"on {found.tokens:,} {text}: KL {against.kl_mean:.4g} from the original, perplexity "
             f"{against.base_perplexity:.4g} → {found.perplexity:.4g} (× {against.perplexity_ratio:.4g}), the same "
             f"likeliest token {100 * against.top1_agreement:.1f} % of the time"
         )

@@ -127,9 +127,9 @@ RENAMED = {"lorc-calibrated-50": "latents-50", "lorc-w4": "latents-w4"}  # old n
 def shipped() -> dict[str, str]:
     """Name → text of the recipes that come with compressor."""
     folder = resources.files("compressor.recipes")
-    files = sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
+    files = [file for file in folder.iterdir() if file.name.endswith(".yaml")]
     texts = {file.name.removesuffix(".yaml"): file.read_text(encoding="utf-8") for file in files}
-    return {name: text.removeprefix(_SCHEMA) for name, text in texts.items()}
+    return {name: texts[name].removeprefix(_SCHEMA) for name in sorted(texts)}
 
 
 def measured() -> Baseline:
@@ -152,8 +152,8 @@ def read_recipe(source: str) -> tuple[str, str]:
     if source in shipped():
         return f"{source}.yaml", shipped()[source]
     names = list(shipped())
-    close = get_close_matches(source, names, 1)
-    hint = f"did you mean {close[0]!r}?" if close else f"shipped recipes: {', '.join(names)}"
+    close = [name for name in names if source and name.startswith(source)] or get_close_matches(source, names, 1)
+    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "compressor recipes list names those"
     raise RecipeError(f"{source}: no such recipe file and no shipped recipe of that name; {hint}")
 
 

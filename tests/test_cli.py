@@ -198,6 +198,7 @@ def test_commands_of_getting_started_run(tmp_path: Path, pico: Pico, calibration
     commands = [line for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
     assert len(commands) >= 8
     shutil.copy(calibration_text, tmp_path / "my-text.txt")
+    (tmp_path / "other-text.txt").write_text(calibration_text.read_text()[::-1])
     small = ["--set", "data.samples=4", "--set", "data.sequence_length=32", "--set", "passes.0.group_size=32"]
     for command in commands:
         words = [str(pico()) if word.startswith("HuggingFaceTB/") else word for word in shlex.split(command)[1:]]

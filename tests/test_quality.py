@@ -210,7 +210,7 @@ def test_wide_models_get_more_text(pico: Pico, tmp_path: Path, calibration_text:
     assert not plan.warnings
     plan = make_plan(parse_recipe(text.format(calibration_text, ", samples: 4")), skeleton)
     assert plan.warnings[0].startswith("8 calibration tokens are 0.1 for each of the 96 inputs")
-    assert "data.samples 768 would be 16" in plan.warnings[0]
+    assert "data.samples=768 would give 16 for each" in plan.warnings[0]
     events: list[Event] = []
     recipe = text.format(calibration_text, ", samples: 4")
     apply(Job(parse_recipe(recipe), recipe, (), pico(), tmp_path / "out", "pico"), events.append)

@@ -34,7 +34,7 @@ class Speed:
         paths: by what linears are multiplied, in words → how many, for a token and for a prompt.
         first: seconds until the first token of an answer is there, of each round; each: seconds for every token after
             it, likewise.
-        memory: bytes at most: of the GPU, or of the process, with the pages of its files.
+        memory: bytes at most: of the GPU, or of the process beyond its imports, with the pages of the model's files.
     """
 
     dtype: str
@@ -112,12 +112,12 @@ class _Server:
 
 def _serve(end: Any, folder: Path, work: Work) -> None:
     try:
-        model, speed = _loaded(folder, work)
+        model, speed, before = _loaded(folder, work)
         end.recv()
         end.send(speed)
         while True:
             end.recv()
-            end.send(_timed(model, work))
+            end.send(_timed(model, work, before))
     except CompressorError as error:
         end.recv()
         end.send(error)
@@ -125,7 +125,9 @@ def _serve(end: Any, folder: Path, work: Work) -> None:
         pass
 
 
-def _loaded(folder: Path, work: Work) -> tuple[Any, Speed]:
+def _loaded(folder: Path, work: Work) -> tuple[Any, Speed, int]:
+    """The model, what is known of it, and the bytes that the process took before it."""
+    import transformers.models.llama.modeling_llama  # noqa: F401 (what all families import is no part of a model)
     from torch import nn
 
     from ...runtime.errors import RecipeError
@@ -136,6 +138,7 @@ def _loaded(folder: Path, work: Work) -> tuple[Any, Speed]:
     limit = open_model(folder).positions
     if limit and work.prompt + work.tokens > limit:
         raise RecipeError(f"{work.prompt} + {work.tokens} tokens are beyond the {limit} positions of {folder}")
+    before = _resident()
     model: Any = load(folder)
     paths: dict[str, Counter[str]] = {"a token": Counter(), "a prompt": Counter()}
     for module in model.modules():
@@ -145,11 +148,11 @@ def _loaded(folder: Path, work: Work) -> tuple[Any, Speed]:
             elif isinstance(module, nn.Linear):
                 paths[what]["plain weights"] += 1
     found = {what: dict(counts) for what, counts in paths.items()}
-    return model, Speed(str(model.dtype).removeprefix("torch."), str(model.device), found)
+    return model, Speed(str(model.dtype).removeprefix("torch."), str(model.device), found), before
 
 
-def _timed(model: Any, work: Work) -> tuple[float, float, int]:
-    """Seconds until the first token, for each after it, and bytes at most so far."""
+def _timed(model: Any, work: Work, before: int) -> tuple[float, float, int]:
+    """Seconds until the first token, for each after it, and bytes at most so far, beyond those of the imports."""
     import torch
 
     ids = torch.randint(model.config.get_text_config().vocab_size, (work.batch, work.prompt), device=model.device)
@@ -164,11 +167,14 @@ def _timed(model: Any, work: Work) -> tuple[float, float, int]:
             output = model(input_ids=last, past_key_values=output.past_key_values)
             last = output.logits[:, -1:].argmax(-1)
             seconds.append(_now(model) - start)
-    if model.device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(model.device)
-    else:
-        memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    cuda = model.device.type == "cuda"
+    memory = torch.cuda.max_memory_allocated(model.device) if cuda else _resident() - before
     return first, statistics.median(seconds), memory
+
+
+def _resident() -> int:
+    """Bytes that this process had in memory at most."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _now(model: Any) -> float:

@@ -80,6 +80,7 @@ def model_card(
         f"{quality.summary()[0].upper()}{quality.summary()[1:]} (`report/quality.json`).",
         "",
         "```python",
+        *(["# pip install compressed-tensors"] if plan.format.name == "compressed-tensors" else []),
         load,
         "```",
         "",

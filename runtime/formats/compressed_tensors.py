@@ -97,7 +97,7 @@ class CompressedTensors(Format):
             found = found or "experts that lie in one tensor"
         for name, operator in stored.items():
             if not found and not _readers(operator):
-                found = f"{name} ({operator.description}, {operator.shape[1]} columns{_way_out(operator)})"
+                found = f"{name} ({operator.description}{_way_out(operator)})"
         return found
 
     def readers(self, linears: Mapping[str, Operator], around: Around) -> tuple[str, ...]:
@@ -220,9 +220,11 @@ def _readers(operator: Operator) -> tuple[str, ...]:
 
 
 def _way_out(operator: Operator) -> str:
-    """What to set where groups do not divide the columns of an operator."""
-    size = operator.group_size if isinstance(operator, IntQuantized) else -1
-    return ", which group_size: auto would divide" if size > 32 and operator.shape[1] % size else ""
+    """The columns of an operator, where they may be the reason, and what to set where groups do not divide them."""
+    if not isinstance(operator, IntQuantized):
+        return ""
+    ragged = operator.group_size > 32 and operator.shape[1] % operator.group_size
+    return f", {operator.shape[1]} columns" + (", which group_size: auto would divide" if ragged else "")
 
 
 def _layout(scheme: Mapping[str, Any]) -> str:
