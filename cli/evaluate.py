@@ -29,6 +29,9 @@ def evaluate_command(
     long: Annotated[
         int | None, typer.Option(min=128, help="also windows of this length: perplexity by position, and retrieval")
     ] = None,
+    shared: Annotated[
+        bool, typer.Option("--shared", help="with --long, ask a second question on the cache that answered a first")
+    ] = False,
     choices: Annotated[
         Path | None,
         typer.Option(help="a .jsonl file of questions, {prompt, choices, answer}: is the right one likeliest?"),
@@ -47,6 +50,8 @@ def evaluate_command(
 
     if max_ppl_ratio is not None and against is None:
         raise RecipeError("--max-ppl-ratio compares with another model: name it with --against")
+    if shared and long is None:
+        raise RecipeError("--shared asks about a long text: name its length with --long")
     if tasks is None and (task_path is not None or task_limit is not None):
         raise RecipeError("--task-path and --task-limit are for --tasks: name some")
     check_files_to_write(out)
@@ -57,7 +62,7 @@ def evaluate_command(
 
     questions = None if choices is None else read_questions(choices)
     texts = tuple(dict.fromkeys(data or ["builtin"]))
-    job = EvaluationJob(folders[0], folders[1] if against else None, texts, samples, sequence_length, long)
+    job = EvaluationJob(folders[0], folders[1] if against else None, texts, samples, sequence_length, long, shared)
     found = run_evaluation(job, lambda windows: render.reading(windows, sequence_length, long))
     calibrated = _calibrated_on(folders[0])
     for text, one in found.items():

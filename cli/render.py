@@ -114,6 +114,12 @@ def long_table(name: str, results: Sequence[LongEvaluation]) -> Table:
         label = f"hidden number in {found[0].tokens:,} tokens, log probability (if not hidden)"
         lines.append((label, *(f"{each.logprob:.3f} ({each.lost:.3f})" for each in found)))
         lines.append(("  found exactly", *(f"{100 * each.exact:.0f} %" for each in found)))
+    for pair in zip(*(result.shared for result in results), strict=True):
+        label = f"second question on a cache of {pair[0].tokens:,} tokens, log probability (if all is read anew)"
+        lines.append((label, *(f"{each.second:.3f} ({each.anew:.3f})" for each in pair)))
+        lines.append(
+            ("  found exactly", *(f"{100 * each.exact:.0f} % ({100 * each.exact_anew:.0f} %)" for each in pair))
+        )
     return table(("far from the beginning", name, *(["base"] * (len(results) - 1))), lines)
 
 

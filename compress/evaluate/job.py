@@ -33,6 +33,7 @@ class EvaluationJob:
         samples: windows of each; fewer where the text is shorter.
         sequence_length: tokens of a window.
         long: tokens of windows in which perplexity by position and retrieval are measured too, or None.
+        shared: whether a second question is asked there on the cache that answered a first.
     """
 
     model: Path
@@ -41,6 +42,7 @@ class EvaluationJob:
     samples: int = 128
     sequence_length: int = 512
     long: int | None = None
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,10 @@ def run_evaluation(job: EvaluationJob, reading: Reading) -> dict[str, Findings]:
         with reading(len(windows)) as passed:
             rounded = evaluate(as_run, windows[:AS_RUN], own)
             exact = evaluate(own, windows, base, passed=passed)
-            each = [] if far is None else [evaluate_long(one, tokenizer, far) for one in (own, base) if one is not None]
+            each = []
+            for one in (own, base):
+                if one is not None and far is not None:
+                    each.append(evaluate_long(one, tokenizer, far, shared=job.shared))
         dtype = str(as_run.dtype).removeprefix("torch.")
         found[text] = Findings(corpora[text].sha256, exact, dtype, rounded, tuple(cached), tuple(each))
     return found
