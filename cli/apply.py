@@ -52,22 +52,17 @@ def apply(
     folder, commit = model_folder(model, revision)
     allowed = bytes_of(memory)
 
-    from ..calibrate.corpus import has_tokenizer
     from ..compress.apply import Job
     from ..compress.apply import apply as run_job
     from ..compress.events import Event, Measured
-    from ..compress.journal import Journal
     from ..compress.output.folder import REPORT
     from ..compress.quality import Quality, most_lost
     from ..runtime.model.checkpoint import Checkpoint
 
     checkpoint = Checkpoint(folder)
     blocks = len(checkpoint.block_names())
-    if resume and not Journal(out).folder.is_dir() and not out.exists():
-        render.err.say(f"there is nothing of {out} to go on with: the run starts from the beginning")
     recipe_file = Path(recipe) if Path(recipe).is_file() else None
-    if not has_tokenizer(folder):
-        render.err.say(f"warning: {model} has no tokenizer, so {out} will have none: eval and run will need one")
+    _say_first(folder, model, out, resume)
     found: list[Quality] = []
     job = Job(parsed, text, tuple(edits or ()), folder, out, model, commit, recipe_file)
     try:
@@ -109,6 +104,17 @@ def apply(
             "that this is meant (limits)"
         )
         raise typer.Exit(1)
+
+
+def _say_first(folder: Path, model: str, out: Path, resume: bool) -> None:
+    """What a person may not expect of a run."""
+    from ..calibrate.corpus import has_tokenizer
+    from ..compress.journal import Journal
+
+    if resume and not Journal(out).folder.is_dir() and not out.exists():
+        render.err.say(f"there is nothing of {out} to go on with: the run starts from the beginning")
+    if not has_tokenizer(folder):
+        render.err.say(f"warning: {model} has no tokenizer, so {out} will have none: eval and run will need one")
 
 
 def _report(folder: Path, out: Path) -> None:
