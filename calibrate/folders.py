@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -177,6 +178,8 @@ class FiguresFolder:
         path = self.folder / f"survey-{key[:16]}.json"
         if not path.is_file():
             found = find()
+            if not all(map(math.isfinite, found.values())):
+                return found  # which whoever asked has to see
             self.folder.mkdir(parents=True, exist_ok=True)
             write_synced(path, json_text({"source": key, "found": found, "sha256": _digest(found)}))
         try:

@@ -87,6 +87,7 @@ class StageWork:
             groups,
             some(self.statistics),
             some(self.metrics),
+            unseen=self.unseen,
             heard=self.heard,
         )
 

@@ -170,7 +170,10 @@ def _update(baseline: Baseline, outcomes: Sequence[Outcome], text: str, why: str
             full = known.figures.filled(figures)
             if as_before and full == known.figures:
                 continue
-            figures = full if as_before else figures.filled(known.figures)  # speed may not have been asked for
+            if as_before:
+                figures = full
+            elif known.edits == case.edits:  # speed may not have been asked for
+                figures = figures.filled(known.figures)
         own = None if known is None else known.tolerances
         changes[case.model, case.recipe] = Entry(edits=case.edits, figures=figures, tolerances=own)
         said.append(f"{case}: {outcome.said or ('measured again' if outcome.verdict == 'same' else 'new')}")

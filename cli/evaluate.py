@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from . import render
 from .arguments import JsonOption, ModelArgument, check_files_to_write, model_folder
-
-if TYPE_CHECKING:
-    pass
 
 
 def evaluate_command(
@@ -63,8 +60,8 @@ def evaluate_command(
     questions = None if choices is None else read_questions(choices)
     texts = tuple(dict.fromkeys(data or ["builtin"]))
     job = EvaluationJob(folders[0], folders[1] if against else None, texts, samples, sequence_length, long, shared)
-    found = run_evaluation(job, lambda windows: render.reading(windows, sequence_length, long))
     calibrated = _calibrated_on(folders[0])
+    found = run_evaluation(job, lambda windows: render.reading(windows, sequence_length, long))
     for text, one in found.items():
         if one.corpus_sha256 == calibrated:
             render.err.say(f"warning: {model} was calibrated on {text}, and may seem better there than it is")
@@ -95,8 +92,12 @@ def evaluate_command(
 def _calibrated_on(folder: Path) -> str | None:
     """The sha256 of the text that an output was calibrated on."""
     from ..compress.output.verify import read_manifest
+    from ..runtime.errors import VerifyError
 
-    corpus = read_manifest(folder).get("corpus") if (folder / "compressor.json").is_file() else None
+    try:
+        corpus = read_manifest(folder).get("corpus")
+    except VerifyError:  # there is none: nothing is known
+        return None
     return corpus.get("sha256") if isinstance(corpus, dict) else None
 
 

@@ -247,22 +247,39 @@ def _shared(case: Case, key: dict[str, Any]) -> Path | None:
     """The folder of what calibration finds, for all cases that it is the same for."""
     if case.statistics is None:
         return None
-    same = [key["recipe"]["data"], *(key[part] for part in ("model", "texts", "versions", "code"))]
+    from ..kernels.dispatch import cpu_capability
+
+    data = {**key["recipe"]["data"], "of passes": [step.get("task") for step in key["recipe"]["passes"]]}
+    same = [data, *(key[part] for part in ("model", "texts", "versions", "code")), str(cpu_capability())]
     return case.statistics / hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _measured(case: Case, out: Path, statistics: Path | None) -> dict[str, Any]:
+def _sharing(job: Job, folder: Path | None) -> Path | None:
+    """The folder of what calibration finds, where the recipe lets it serve others, and there is room for it at hand."""
+    from .guards import source_skeleton
+    from .plan import make_plan
+    from .resources import available_memory
+    from .surveys import keeps, statistics_bytes
+
+    if folder is None:
+        return None
+    skeleton = source_skeleton(job.model, "cpu")
+    plan = make_plan(job.recipe, skeleton, memory=math.inf)  # statistics are kept of all linears of a block at once
+    kept, free = keeps(plan.recipe), available_memory() or math.inf
+    if "linears" in kept:
+        room = shutil.disk_usage(folder.parent.parent).free
+        if plan.memory > free / 2 or statistics_bytes(skeleton) > room / 4:
+            return None
+    return folder if kept else None
+
+
+def _measured(case: Case, out: Path, shared: Path | None) -> dict[str, Any]:
     """Figures of a case, and the sha256 of the text that was read for them."""
     from ..calibrate.corpus import load_tokenizer, token_windows
     from .apply import apply
-    from .guards import source_skeleton
-    from .plan import make_plan
-    from .surveys import keeps
 
     job = _job(case, out)
-    if statistics is not None and not keeps(make_plan(job.recipe, source_skeleton(job.model, "cpu")).recipe):
-        statistics = None
-    plan = apply(job, lambda event: None, overwrite=True, statistics=statistics)
+    plan = apply(job, lambda event: None, overwrite=True, statistics=_sharing(job, shared))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     spec = case.text
     corpus, tokenizer = text_of(spec), load_tokenizer(job.model)
@@ -303,7 +320,8 @@ def _timed(out: Path, base: Path) -> dict[str, float]:
     from ..runtime.stored import open_model
 
     room = open_model(out).positions or _PROMPT + _TOKENS
-    work = Work(batch=1, prompt=max(1, min(_PROMPT, room - _TOKENS)), tokens=_TOKENS)
+    tokens = min(_TOKENS, max(1, room // 4))
+    work = Work(batch=1, prompt=max(1, min(_PROMPT, room - tokens)), tokens=tokens)
     own, plain = bench([out, base], work, _ROUNDS, lambda number: None)
     return {
         "prompt_time": statistics.median(own.first) / statistics.median(plain.first),

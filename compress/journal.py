@@ -97,7 +97,8 @@ class Journal:
                 f"{self.folder}: cannot resume, since this run differs in {'; '.join(changed)}; undo that, or "
                 f"{self._start_over}"
             )
-        if self._timings.is_symlink() or (self._timings.exists() and not self._timings.is_file()):
+        linked = self._timings.is_symlink() or self._timings.parent.is_symlink()
+        if linked or (self._timings.exists() and not self._timings.is_file()):
             raise self.damaged(str(self._timings))
         self.entries = lines[1:]
 
@@ -145,7 +146,8 @@ class Journal:
             self._lock = None
 
     def _take_lock(self) -> None:
-        if self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / "lock").is_file():
+        lock = self.folder / "lock"
+        if self.folder.is_dir() and any(self.folder.iterdir()) and (lock.is_symlink() or not lock.is_file()):
             raise ResourceError(f"{self.folder}: is in the way and not of a run; move it, or choose another output")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -282,7 +282,7 @@ def _plan_outer(
 ) -> dict[str, LinearPlan]:
     """The embedding or the head through the passes that name it."""
     for number, step in steps.items():
-        if step.needs - SURVEYED and not step.blind:
+        if step.needs - SURVEYED and (not step.blind or "peak" in step.needs):  # scales of inputs are not guessed
             raise RecipeError(
                 f"passes.{number}: {step.kind} cannot take {name}, for it solves on what enters a linear, which is "
                 "measured inside blocks; name it in a pass without data, such as rtn"

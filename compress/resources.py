@@ -20,7 +20,7 @@ from ..runtime.errors import ResourceError, human_size
 from ..runtime.model.rotations import ROWS
 from ..runtime.model.skeleton import Skeleton, calibration_dtype
 from .evaluate.blocks import evaluation_memory
-from .passes.base import BUFFERS
+from .passes.base import BUFFERS, SURVEYED
 from .recipe import Data, Recipe
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 # Tokens that are held out of calibration text, one for so many that are not: a small part of a run, and enough to tell
 # whether it went well.
 LEAST, MOST, SHARE = 1024, 2048, 24
+_ROUNDING = 600.0  # operations for each number that is rounded in the best of some ranges
+_TARGETS = 10.0  # bytes for each number of a matrix whose rows are stacked to be solved: targets, and codes, twice
 _MAKING = 16.0  # bytes for each number of a matrix that is made when it is read, ROWS at a time
 LENGTH = 512  # tokens of a window to measure on, at most
 HOST = torch.device("cpu")
@@ -158,7 +160,8 @@ def outer_memory(recipe: Recipe, skeleton: Skeleton, linears: Linears) -> float:
         operator = linears[name].operator
         steps = [step for step in recipe.linear_passes.values() if step.names(name)]
         held += original * math.prod(operator.shape)
-        peak = max(peak, held + max(step.memory([operator]) for step in steps))
+        solving = _TARGETS * math.prod(operator.shape) if any(step.needs - SURVEYED for step in steps) else 0.0
+        peak = max(peak, held + solving + max(step.memory([operator]) for step in steps))
         held += math.prod(operator.shape)  # codes, not packed yet
         packed, largest = packed + operator.nbytes, max(largest, math.prod(operator.shape))
     return max(peak, held + packed + largest)
@@ -212,7 +215,8 @@ def flops(recipe: Recipe, skeleton: Skeleton, linears: Linears, needs: frozenset
     for name, plan in linears.items():
         r, c = plan.operator.shape
         if name in outer:
-            total += sum(step.flops(r, c) for step in recipe.linear_passes.values() if step.names(name))
+            steps = (step for step in recipe.linear_passes.values() if step.names(name))
+            total += sum(min(step.flops(r, c), _ROUNDING * r * c) for step in steps)  # nothing is solved for there
             continue
         total += 4.0 * compared * r * c * (1.0 if skeleton.family.expert(name) is None else active)
         if needs:  # about three forward passes per chain, and the statistics

@@ -85,6 +85,17 @@ def keeps(recipe: Recipe) -> frozenset[str]:
     return frozenset(found | needs & {"divergences"})
 
 
+def statistics_bytes(skeleton: Skeleton) -> float:
+    """What statistics of all linears take on disk: second moments, one for linears that read the same input."""
+    widths = [
+        skeleton.linears(index)[skeleton.disk_name(index, group.linears[0])].in_features
+        for index in range(skeleton.blocks)
+        for stage in skeleton.stages(index)
+        for group in stage
+    ]
+    return 4.0 * sum(width**2 for width in widths)
+
+
 def surveyed(
     recipe: Recipe,
     skeleton: Skeleton,

@@ -119,7 +119,7 @@ def linear_int8(x: Tensor, packed: Tensor, scales: Tensor, input_scale: Tensor |
         packed: of `pack_int8`; scales: float32 `[rows]`; input_scale: as of `quantize_rows`.
     """
     flat, least = x.reshape(-1, x.shape[-1]), SLOW_SUMS // len(scales) + 1
-    result, zeros = flat.new_empty(len(flat), len(scales)), torch.zeros(len(scales), dtype=torch.int32)
+    result, zeros = flat.new_empty(len(flat), len(scales)), torch.zeros_like(scales, dtype=torch.int32)
     for start in range(0, len(flat), TILE_TOKENS):
         part = slice(start, start + TILE_TOKENS)
         inputs, factors = quantize_rows(flat[part], torch.int8, input_scale)
@@ -136,9 +136,10 @@ def linear_int8(x: Tensor, packed: Tensor, scales: Tensor, input_scale: Tensor |
 def sums_bytes() -> bool:
     """Whether oneDNN sums products of bytes exactly: without VNNI, which ONEDNN_MAX_CPU_ISA can take away, it clips
     sums of two to 16 bits."""
-    ones = torch.ones(16)
-    largest = torch.full((16, 64), 127, dtype=torch.int8)
-    found = linear_int8(torch.ones(1, 64), pack_int8(largest), ones)
+    cpu = torch.device("cpu")  # whatever new tensors are on, and of, by default
+    largest = torch.full((16, 64), 127, dtype=torch.int8, device=cpu)
+    inputs, scales = (torch.ones(shape, dtype=torch.float32, device=cpu) for shape in ((1, 64), (16,)))
+    found = linear_int8(inputs, pack_int8(largest), scales)
     return bool((found - 127 * 64).abs().max() < 1)
 
 

@@ -61,6 +61,7 @@ def run(folder: Path) -> None:
     mask = torch.ones_like(ids)
     mask[0, :2] = 0  # padded on the left
     dtype = torch.bfloat16 if folder.name == "block_scaled" else torch.float16  # floats are decoded to bfloat16 alone
+    dispatch.cpu_capability()  # which asks the processor itself
     with pretended():  # as on a GPU: nothing of the CPU may get into it
         model = load(folder, "cuda", dtype)
         kinds = executed(model)

@@ -146,6 +146,9 @@ def test_a_sweep_calibrates_once_for_all_that_it_serves(pico: Pico, calibration_
     run("sweep", recipe, pico("mixtral"), "--set", "passes.0.keep=[2,3]", "--work", "experts", cwd=tmp_path)
     [kept] = (tmp_path / "experts" / "statistics").iterdir()
     assert (kept / "routing.json").is_file()
+    edits = ("--set", "passes.0.task=[null,builtin]", "--work", "tasks")
+    run("sweep", recipe, pico("mixtral"), *edits, cwd=tmp_path)
+    assert len(list((tmp_path / "tasks" / "statistics").iterdir())) == 2, "experts are seen on other text"
 
 
 def _headers(out: Path) -> int:

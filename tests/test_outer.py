@@ -124,6 +124,16 @@ def test_later_passes_make_up_for_a_rounded_embedding(
             r"passes\.0: sparse24 cannot take lm_head, for it solves on what enters",
         ),
         (
+            "{kind: gptq, scheme: int8, input_scales: tensor, targets: [lm_head]}",
+            False,
+            r"gptq cannot take lm_head, for it solves on what enters",
+        ),
+        (
+            "{kind: rtn, scheme: nvfp4, targets: [lm_head]}",
+            False,
+            r"rtn cannot take lm_head, for it solves on what enters",
+        ),
+        (
             "{kind: sparse24, method: magnitude, targets: [model.embed_tokens]}",
             False,
             "cannot become 2:4, for its rows are",

@@ -132,7 +132,14 @@ def test_codes_of_a_pattern_can_be_written_with_their_zeros(pico: Pico, calibrat
         apply(make(pico(**EXACT), calibration_text, tmp_path / "no", ARMOR % "", extra=extra), quiet)
 
 
-@pytest.mark.parametrize("solver", ["solver: als, iterations: 12", "solver: adam, objective: proxy, iterations: 45"])
+@pytest.mark.parametrize(
+    "solver",
+    [
+        "solver: als, iterations: 12",
+        "solver: als, iterations: 12, polish: 45",
+        "solver: adam, objective: proxy, iterations: 45",
+    ],
+)
 def test_a_long_solve_tells_how_far_it_is(solver: str, pico: Pico, calibration_text: Path, tmp_path: Path) -> None:
     job = make(pico(), calibration_text, tmp_path / "out", f"{{kind: armor, block_size: 8, {solver}}}")
     events: list[Event] = []

@@ -316,6 +316,16 @@ def test_products_of_bytes_that_are_clipped_are_not_used(limit: str, exact: bool
     assert done.stdout.split() == [str(exact)]
 
 
+@pytest.mark.skipif(not dispatch.cpu_capability().int8, reason="the processor multiplies no bytes")
+def test_the_processor_is_known_whatever_the_defaults_are() -> None:
+    script = (
+        "import torch\nfrom compressor.kernels import dispatch\ntorch.set_default_dtype(torch.bfloat16)\n"
+        "torch.set_default_device('meta')\nprint(dispatch.cpu_capability().int8)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True"]
+
+
 def test_what_follows_the_product_of_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     def kernel(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor, met: None) -> Any:
         return reference.linear_w8a8(x, codes, scales, met) + bias

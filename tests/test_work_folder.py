@@ -104,12 +104,15 @@ def test_a_run_does_not_go_on_from_what_was_damaged(job: Job, damage: Callable[[
 def test_what_is_written_on_is_a_file(job: Job, name: str, tmp_path: Path) -> None:
     """A pipe would be waited at, and a link would lead the lines to somewhere else."""
     path = left(job) / name
-    for replace in (os.mkfifo, Path.mkdir, lambda path: path.symlink_to(tmp_path / "elsewhere")):
+    (tmp_path / "theirs").write_text("theirs")
+    links = (lambda path: path.symlink_to(tmp_path / "elsewhere"), lambda path: path.symlink_to(tmp_path / "theirs"))
+    for replace in (os.mkfifo, Path.mkdir, *links):
         path.unlink() if not path.is_dir() else path.rmdir()
         replace(path)
         with pytest.raises(ResourceError, match=r"damaged, or changed|is in the way"):
             apply(job, quiet, resume=True)
     assert not (tmp_path / "elsewhere").exists()
+    assert (tmp_path / "theirs").read_text() == "theirs"
 
 
 @pytest.mark.parametrize("damage", [lambda made: flip(made, -1), Path.unlink, lambda made: shutil.rmtree(made.parent)])

@@ -96,6 +96,9 @@ def run_evaluation(job: EvaluationJob, reading: Reading) -> dict[str, Findings]:
         text: shared_windows(corpus, job.model, others, job.samples, job.sequence_length)
         for text, corpus in corpora.items()
     }
+    far = {} if job.long is None else {
+        text: first_windows(corpus, tokenizer, LONG, job.long) for text, corpus in corpora.items()
+    }  # fmt: skip
     some = next(iter(drawn.values()))[:1]
     cached = [] if job.against is None else [cache_per_token(load(job.against), some)]
     as_run = load(job.model)
@@ -104,14 +107,13 @@ def run_evaluation(job: EvaluationJob, reading: Reading) -> dict[str, Findings]:
     base = None if job.against is None else load(job.against, dtype=torch.float32)
     found = {}
     for text, windows in drawn.items():
-        far = None if job.long is None else first_windows(corpora[text], tokenizer, LONG, job.long)
         with reading(len(windows)) as passed:
             rounded = evaluate(as_run, windows[:AS_RUN], own)
             exact = evaluate(own, windows, base, passed=passed)
             each = []
             for one in (own, base):
-                if one is not None and far is not None:
-                    each.append(evaluate_long(one, tokenizer, far, shared=job.shared))
+                if one is not None and text in far:
+                    each.append(evaluate_long(one, tokenizer, far[text], shared=job.shared))
         dtype = str(as_run.dtype).removeprefix("torch.")
         found[text] = Findings(corpora[text].sha256, exact, dtype, rounded, tuple(cached), tuple(each))
     return found

@@ -83,7 +83,7 @@ def evaluate_long(model: Any, tokenizer: Any, windows: Tensor, *, shared: bool =
     lengths = [length // part for part in (4, 2, 1) if length // part >= least]
     filler = windows.flatten()
     found = [_retrieve(model, tokenizer, filler, size) for size in lengths]
-    twice = 2 * len(_ids(tokenizer, (_CITY_NEEDLE + _CITY_QUESTION).format(key=10000, city="Oslo")))
+    twice = 4 * len(_ids(tokenizer, (_CITY_NEEDLE + _CITY_QUESTION).format(key=10000, city="Oslo")))
     roomy = [size for size in lengths if shared and size >= twice]
     return LongEvaluation(spans, found, [_share(model, tokenizer, filler, size) for size in roomy])
 

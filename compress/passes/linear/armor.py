@@ -225,9 +225,13 @@ class ArmorPass(Calibrated):
         if self.solver == "adam":
             factors, lowest, initial = adam(start, target, loss, self.rounds, rate=RATE, passed=passed)
         else:
-            factors, lowest, initial = alternate(start, target, loss, self.rounds, passed)
+            part = 0.5 if self.polish else 1.0
+            factors, lowest, initial = alternate(start, target, loss, self.rounds, lambda share: passed(part * share))
             if self.polish:
-                factors, lowest, _ = adam(factors, target, loss, self.polish, rate=1e-3, groups=False, passed=passed)
+                factors, lowest, _ = adam(
+                    factors, target, loss, self.polish, rate=1e-3, groups=False,
+                    passed=lambda share: passed(part + part * share),
+                )  # fmt: skip
         assert not lowest > initial, (lowest, initial)
         factors.a *= outputs.view(-1, high, 1)
         factors.b *= inputs.view(-1, 1, wide)

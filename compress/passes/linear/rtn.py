@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from ...events import Event, LayerDone
+from ...events import Event, Fallback, LayerDone
 from ..base import Need
 from .calibrated import ROWS
 from .quantizer import SCHEMES, Quantizer
@@ -58,6 +58,8 @@ class Rtn(Quantizer):
                 statistics = work.statistics.get(name)
                 if statistics is not None and not statistics.met:
                     statistics = None
+                if self.search and statistics is None:
+                    yield Fallback(name, self.kind, f"searched as if all inputs mattered alike, for {work.unseen}")
                 result, error = self._rounded(name, work.linears[name], statistics, steps)
                 work.linears[name] = result
                 yield LayerDone.of(name, self.kind, error, result, statistics.tokens if statistics else 0)
