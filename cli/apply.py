@@ -111,7 +111,7 @@ def _say_first(folder: Path, model: str, out: Path, resume: bool) -> None:
     from ..calibrate.corpus import has_tokenizer
     from ..compress.journal import Journal
 
-    if resume and not Journal(out).folder.is_dir() and not out.exists():
+    if resume and out.name and not Journal(out).folder.is_dir() and not out.exists():
         render.err.say(f"there is nothing of {out} to go on with: the run starts from the beginning")
     if not has_tokenizer(folder):
         render.err.say(f"warning: {model} has no tokenizer, so {out} will have none: eval and run will need one")

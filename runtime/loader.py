@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,7 +69,12 @@ def _generation_config(folder: Path) -> Any:
     from transformers import GenerationConfig
 
     try:
-        return GenerationConfig.from_pretrained(folder)
+        found = GenerationConfig.from_pretrained(folder)
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
+            ids = getattr(found, key)
+            if not all(isinstance(one, int) for one in (ids if isinstance(ids, list) else [ids]) if one is not None):
+                raise ValueError(f"{key} is {reprlib.repr(ids)}")
+        return found
     except Exception as error:  # transformers raises whatever its checks do
         told = f"transformers cannot read it ({first_line(error)}); mend it or delete it"
         raise ModelError(f"{folder}/generation_config.json: {told}") from None

@@ -193,6 +193,7 @@ def test_scales_that_are_missing(
     [
         ("generation_config.json", "{", r"generation_config\.json: transformers cannot read it"),
         ("generation_config.json", "[]", r"generation_config\.json: transformers cannot read it"),
+        ("generation_config.json", '{"eos_token_id": [1, NaN]}', r"cannot read it \(eos_token_id is \[1, nan\]\)"),
         (
             "generation_config.json",
             '{"cache_implementation": "x"}',
@@ -200,7 +201,7 @@ def test_scales_that_are_missing(
         ),
         (
             "generation_config.json",
-            '{"eos_token_id": "x"}',
+            '{"num_beams": "x"}',
             r"generation_config\.json: transformers cannot generate by it",
         ),
         ("tokenizer_config.json", '{"model_max_length": "x"}', "its tokenizer cannot be loaded"),

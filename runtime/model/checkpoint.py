@@ -248,21 +248,7 @@ class Checkpoint:
         for part in (config, text_config(config)):
             if not isinstance(kind := part.get("model_type", ""), str) or not kind.isprintable():
                 raise ModelError(f"{self.path}/config.json: model_type is {reprlib.repr(kind)}, not a name")
-        if (family := FAMILIES.get(text_config(config).get("model_type", ""))) is not None:
-            self._check_routing(text_config(config), family)
         return config
-
-    def _check_routing(self, config: Mapping[str, Any], family: Family) -> None:
-        """
-        Raises:
-            ModelError: a token would go to more experts than there are, or to none.
-        """
-        found = (config.get(name) for name in family.experts.counts)
-        counts = [count for count in found if isinstance(count, int) and count > 0]
-        key = family.experts.top_k
-        chosen = config.get(key)
-        if counts and chosen is not None and not (isinstance(chosen, int) and 0 < chosen <= max(counts)):
-            raise ModelError(f"{self.path}/config.json: {key} is {reprlib.repr(chosen)}, of {max(counts)} experts")
 
     def _json(self, name: str) -> dict[str, Any]:
         path = self.path / name

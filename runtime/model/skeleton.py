@@ -8,6 +8,7 @@ is the family's own model with no layers at all.
 from __future__ import annotations
 
 import copy
+import reprlib
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -123,8 +124,22 @@ class Skeleton:
         checkpoint.block_names()  # of which no number is built that is not there
         self.model: Any = meta_model(checkpoint)
         self.config = self.model.config.get_text_config()
+        self._check_routing()
         self._check_tensors()
         _compute_buffers(self.model, self.device)  # once it is known that they are no larger than the weights say
+
+    def _check_routing(self) -> None:
+        """
+        Raises:
+            ModelError: a token would go to more experts than there are, or to none.
+        """
+        experts = self.family.experts
+        found = (getattr(self.config, name, None) for name in experts.counts)
+        counts = [count for count in found if isinstance(count, int) and count > 0]
+        chosen = getattr(self.config, experts.top_k, None)
+        if counts and chosen is not None and not (isinstance(chosen, int) and 0 < chosen <= max(counts)):
+            said = f"{experts.top_k} is {reprlib.repr(chosen)}, of {max(counts)} experts"
+            raise ModelError(f"{self.checkpoint.path}/config.json: {said}")
 
     @cached_property
     def decoder(self) -> Any:
