@@ -97,10 +97,16 @@ class Journal:
                 f"{self.folder}: cannot resume, since this run differs in {'; '.join(changed)}; undo that, or "
                 f"{self._start_over}"
             )
-        linked = self._timings.is_symlink() or self._timings.parent.is_symlink()
-        if linked or (self._timings.exists() and not self._timings.is_file()):
-            raise self.damaged(str(self._timings))
+        self._check_kinds()
         self.entries = lines[1:]
+
+    def _check_kinds(self) -> None:
+        """Refuse what is neither file nor folder: a pipe would be waited at, a link leads to somewhere else."""
+        for path in sorted(self.folder.rglob("*")):
+            if path.relative_to(self.folder).parts[0] == "replaced":  # somebody's own
+                continue
+            if path.is_symlink() or not (path.is_file() or path.is_dir()) or (path.is_dir() and path == self._timings):
+                raise self.damaged(str(path))
 
     def done(self, entry: dict[str, Any]) -> None:
         """Record a finished step, durably."""

@@ -17,6 +17,7 @@ from compressor.compress.events import Event, Surveyed
 from compressor.compress.journal import Journal, differences
 from compressor.compress.recipe import parse_recipe
 from compressor.runtime.errors import ResourceError
+from compressor.runtime.model.checkpoint import Checkpoint
 
 Pico = Callable[..., Path]
 
@@ -100,13 +101,14 @@ def test_a_run_does_not_go_on_from_what_was_damaged(job: Job, damage: Callable[[
     assert not job.out.exists()
 
 
-@pytest.mark.parametrize("name", ["out/report/timings.jsonl", "lock"])
+@pytest.mark.parametrize("name", ["out/report/timings.jsonl", "lock", "chains/reached"])
 def test_what_is_written_on_is_a_file(job: Job, name: str, tmp_path: Path) -> None:
     """A pipe would be waited at, and a link would lead the lines to somewhere else."""
     path = left(job) / name
+    path.touch()
     (tmp_path / "theirs").write_text("theirs")
     links = (lambda path: path.symlink_to(tmp_path / "elsewhere"), lambda path: path.symlink_to(tmp_path / "theirs"))
-    for replace in (os.mkfifo, Path.mkdir, *links):
+    for replace in (os.mkfifo, *links, *([Path.mkdir] if "reached" not in name else [])):
         path.unlink() if not path.is_dir() else path.rmdir()
         replace(path)
         with pytest.raises(ResourceError, match=r"damaged, or changed|is in the way"):
@@ -123,17 +125,34 @@ def test_weights_that_a_survey_made_are_not_done_without(pruning: Job, damage: C
         apply(pruning, quiet, resume=True)
 
 
-def test_a_survey_does_not_go_on_from_damaged_activations(pruning: Job) -> None:
-    apply(pruning, quiet)
-    expected = pruning.out.rename(pruning.out.with_name("expected"))
+def after(blocks: int) -> Callable[[Event], None]:
+    """Interrupts a run when surveys have passed so many blocks."""
     seen: list[Event] = []
 
     def stop(event: Event) -> None:
         seen.append(event)
-        if [type(one) for one in seen].count(Surveyed) == 4:  # two blocks of two walks
+        if [type(one) for one in seen].count(Surveyed) == blocks:
             raise KeyboardInterrupt
 
-    work = left(pruning, stop)
+    return stop
+
+
+def test_a_survey_does_not_go_on_without_what_it_made(pruning: Job) -> None:
+    apply(pruning, quiet)
+    expected = pruning.out.rename(pruning.out.with_name("expected"))
+    blocks = Checkpoint(pruning.model).block_names()
+    work = left(pruning, after(len(blocks) + 2))  # the second walk has passed its second block
+    shutil.rmtree(work / "chains" / "survey-0" / "refitted")
+    with pytest.raises(ResourceError, match=r"refitted: what was made of block 0 is gone; the same command"):
+        apply(pruning, quiet, resume=True)
+    apply(pruning, quiet, resume=True)
+    same_folders(pruning.out, expected)
+
+
+def test_a_survey_does_not_go_on_from_damaged_activations(pruning: Job) -> None:
+    apply(pruning, quiet)
+    expected = pruning.out.rename(pruning.out.with_name("expected"))
+    work = left(pruning, after(4))  # two blocks of two walks
     flip(next((work / "chains").rglob("*.changed.f32")), 99)
     apply(pruning, quiet, resume=True)
     same_folders(pruning.out, expected)

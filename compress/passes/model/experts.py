@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ....runtime.errors import RecipeError
+from ....runtime.errors import RecipeError, ResourceError
 from ...events import ExpertsChanged
 from ..base import BUFFERS, Cost, Survey
 
@@ -100,7 +100,11 @@ def save_made(view: Skeleton, index: int, tensors: Mapping[str, Tensor], folder:
     named = {view.disk_name(index, name): tensor for name, tensor in tensors.items()}
     stored = {name: tensor.to(view.checkpoint.tensors[name].dtype) for name, tensor in named.items()}
     if stored:
-        save_synced(folder / f"block-{index:05d}.safetensors", stored, {})
+        save_synced(_made_file(folder, index), stored, {})
+
+
+def _made_file(folder: Path, index: int) -> Path:
+    return folder / f"block-{index:05d}.safetensors"
 
 
 def change_experts(
@@ -113,7 +117,11 @@ def change_experts(
     parts: Sequence[str],
 ) -> None:
     """Walk over a model and its changed form, let `change` rewrite the experts of each block, and keep some parts of
-    them in a folder as `final` has them."""
+    them in a folder as `final` has them.
+
+    Raises:
+        ResourceError: the folder lacks blocks that an interrupted walk had been over.
+    """
     from ....calibrate.refit import members_of, refit_blocks
 
     assert survey.windows is not None
@@ -130,6 +138,11 @@ def change_experts(
             survey.listener(ExpertsChanged(index, error))
 
     refit_blocks(original, changed, survey.windows, survey.folder / "refit", rewrite, done)
+    blocks = (n for n in range(final.blocks) if any(final.family.expert(name) is not None for name in final.linears(n)))
+    if gone := [index for index in blocks if not _made_file(folder, index).is_file()]:
+        raise ResourceError(
+            f"{folder}: what was made of block {gone[0]} is gone; the same command with --resume makes all of it anew"
+        )
 
 
 def walk_cost(skeleton: Skeleton, samples: int, sequence_length: int) -> Cost:
