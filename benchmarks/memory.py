@@ -74,6 +74,10 @@ CASES = {
         ("llama", {**_llama(512, 1024)[1], "vocab_size": 65536}),
         "{kind: rtn, bits: 8, targets: [model.embed_tokens, lm_head]}",
     ),
+    "both ends, gptq": (
+        ("llama", {**_llama(512, 1024)[1], "vocab_size": 65536}),
+        "{kind: gptq, bits: 4, targets: ['*', model.embed_tokens, lm_head]}",
+    ),
     "turned": (("llama", {**_llama(512, 1024)[1], "vocab_size": 65536}), "{kind: rotate}, {kind: rtn, bits: 4}"),
     "hidden 1024, turned": (_llama(1024, 4096), "{kind: rotate}, {kind: gptq, bits: 4}"),
     "hidden 1024, armor adam": (_llama(1024, 4096), "{kind: armor, block_size: 32, iterations: 3}"),

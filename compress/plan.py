@@ -282,7 +282,12 @@ def _plan_outer(
 ) -> dict[str, LinearPlan]:
     """The embedding or the head through the passes that name it."""
     for number, step in steps.items():
-        if step.needs - SURVEYED and (not step.blind or "peak" in step.needs):  # scales of inputs are not guessed
+        if step.blind and "peak" in step.needs:
+            raise RecipeError(
+                f"passes.{number}: {step.kind} cannot take {name} with scales for its inputs, which are measured "
+                "inside blocks; name it in a pass of its own, with a scheme that leaves inputs as they come"
+            )
+        if step.needs - SURVEYED and not step.blind:
             raise RecipeError(
                 f"passes.{number}: {step.kind} cannot take {name}, for it solves on what enters a linear, which is "
                 "measured inside blocks; name it in a pass without data, such as rtn"

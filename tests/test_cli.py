@@ -210,6 +210,31 @@ def test_commands_of_getting_started_run(tmp_path: Path, pico: Pico, calibration
     assert (tmp_path / "sweep.html").is_file()
 
 
+def test_people_are_told_what_they_may_not_expect(pico: Pico, tmp_path: Path, calibration_text: Path) -> None:
+    model, recipe, text = pico(), tmp_path / "mine.yaml", tmp_path / "text.txt"
+    text.write_text(calibration_text.read_text()[:1500])
+    recipe.write_text(
+        "data: {source: text.txt, sequence_length: 32}\nlimits: {kl: null, perplexity_ratio: null}\n"
+        "passes: [{kind: gptq, group_size: 32, search: false, refinements: 0}]\n"
+    )
+    planned = run("plan", recipe, model, "--memory", "1MB", cwd=tmp_path)
+    assert "warning: apply would refuse: 1.00 MB are less than that memory" in planned.stderr
+    assert re.search(r"the text has no more; [\d,]+ tokens would be 16 for each", planned.stderr)
+    assert "data.samples=" not in planned.stderr
+    applied = run("apply", recipe, model, "out", "--resume", cwd=tmp_path)
+    assert "there is nothing of out to go on with: the run starts from the beginning" in applied.stderr
+    assert "--data TEXT, a text that it was not made with" in applied.stdout
+    words = ("eval", "out", "--sequence-length", "32", "--samples", "1", "--data")
+    assert "was calibrated on text.txt" in run(*words, "text.txt", cwd=tmp_path).stderr
+    assert "calibrated" not in run(*words, calibration_text, cwd=tmp_path).stderr
+    close = run("recipes", "show", "w4a16", cwd=tmp_path, code=2)
+    assert "did you mean 'w4a16-awq' or 'w4a16-gptq' or 'w4a16-rtn'?" in close.stderr
+    assert "no such recipe file" in run("recipes", "validate", "nowhere.yaml", cwd=tmp_path, code=2).stderr
+    timed = json.loads(run("bench", "out", "--against", model, "--prompt", 8, "--tokens", 2, "--rounds", 1, "--json",
+                           cwd=tmp_path).stdout)  # fmt: skip
+    assert all(0 <= one["memory"] < 2e8 for one in timed), "what is imported takes more than that"
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -12,6 +12,7 @@ memory = benchmark("memory")
     "case",
     [
         "both ends",
+        "both ends, gptq",
         "hidden 1024, rtn",
         *(
             pytest.param(case, marks=pytest.mark.long)

@@ -46,7 +46,7 @@ class Survey:
         folder: the pass's own, until the run is done; what an interrupted run of the same job left there is good.
         listener: told how it goes.
         routing: statistics of experts that other runs may have left, and may use; None: they are kept in `folder`.
-        figures: such that other runs may have left, and may use.
+        figures: what surveys of other runs may have measured of the same model and text.
     """
 
     windows: Tensor | None
@@ -224,7 +224,7 @@ class LinearPass(Pass):
     """A pass that rewrites linears, a stage of a block at a time."""
 
     may_grow: ClassVar[bool] = False  # whether weights may take more bytes, for the sake of something else
-    blind: ClassVar[bool] = False  # whether a weight of whose inputs nothing is known is rewritten all the same
+    blind: ClassVar[bool] = False  # whether a matrix of whose inputs nothing is measured is rewritten all the same
     targets: Patterns = Field(
         ("*",),
         description="linears to work on: globs over names without .weight, or re: patterns; the embedding and the "

@@ -298,15 +298,17 @@ def scaled(
     import torch
 
     tiny, found = torch.finfo(torch.float32).tiny, dict[str, list[float]]()
-    for label, names in (item for own in sets for item in own.items()):
-        errors = [0.0] * (len(options) + 1)
-        for name in names:
-            weight = _weight(skeleton, name)
-            for number, (bits, size) in enumerate((*options, (PROBED, None))):
-                rounded = _nearest(weight, rounding(bits, weight.shape[1], size))
-                errors[number] += float((rounded - weight).square().sum())
-        *of_choices, of_probe = errors
-        found[label] = [max(lost[label], 0.0) * error / max(of_probe, tiny) for error in of_choices]
+    for own in sets:
+        for label, names in own.items():
+            errors = [0.0] * (len(options) + 1)
+            for name in names:
+                weight = _weight(skeleton, name)
+                for number, (bits, size) in enumerate((*options, (PROBED, None))):
+                    rounded = _nearest(weight, rounding(bits, weight.shape[1], size))
+                    errors[number] += float((rounded - weight).square().sum())
+            *of_choices, of_probe = errors
+            found[label] = [max(lost[label], 0.0) * error / max(of_probe, tiny) for error in of_choices]
+        skeleton.checkpoint.release()
     return found
 
 
