@@ -30,9 +30,7 @@ if TYPE_CHECKING:
 # whether it went well.
 LEAST, MOST, SHARE = 1024, 2048, 24
 _ROUNDING = 600.0  # operations for each number that is rounded in the best of some ranges
-_TARGETS = (
-    7.0  # bytes for each number of a matrix whose rows are stacked to be solved, beside what a pass counts itself
-)
+_TARGETS = 7.0  # bytes for each number of a matrix outside blocks, beside what the pass that solves it counts
 _MAKING = 16.0  # bytes for each number of a matrix that is made when it is read, ROWS at a time
 LENGTH = 512  # tokens of a window to measure on, at most
 HOST = torch.device("cpu")
