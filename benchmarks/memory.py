@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 _LLAMA = {"vocab_size": 4096, "num_hidden_layers": 2, "head_dim": 64}
 _MOE = {
@@ -36,8 +37,8 @@ def _llama(hidden: int, inner: int) -> tuple[str, dict[str, int]]:
 
 _FULL = "solver: als, objective: full, correction: 1, block_size: 32"
 
-# name → family and sizes, passes
-CASES = {
+# name → family and sizes, passes; and those that made the model, where it is not stored as plain weights
+CASES: dict[str, tuple[Any, ...]] = {
     "hidden 512": (_llama(512, 1536), "{kind: gptq, bits: 4}"),
     "hidden 1024": (_llama(1024, 4096), "{kind: gptq, bits: 4}"),
     "hidden 1024, plain": (
@@ -47,6 +48,7 @@ CASES = {
     "hidden 1024, rtn with search": (_llama(1024, 4096), "{kind: rtn, bits: 4, search: true}"),
     "hidden 1024, w8a8": (_llama(1024, 4096), "{kind: rtn, scheme: int8}"),
     "hidden 1024, w8a8 fp8": (_llama(1024, 4096), "{kind: rtn, scheme: fp8}"),
+    "hidden 1024, fp8-block by gptq": (_llama(1024, 4096), "{kind: gptq, scheme: fp8-block}"),
     "hidden 1024, outlier columns": (_llama(1024, 4096), "{kind: outlier_columns}, {kind: gptq, bits: 4}"),
     "32 experts": (("qwen3_moe", _MOE), "{kind: gptq, bits: 4}"),
     "32 experts, rtn": (("qwen3_moe", _MOE), "{kind: rtn, bits: 4}"),
@@ -80,6 +82,12 @@ CASES = {
     ),
     "turned": (("llama", {**_llama(512, 1024)[1], "vocab_size": 65536}), "{kind: rotate}, {kind: rtn, bits: 4}"),
     "hidden 1024, turned": (_llama(1024, 4096), "{kind: rotate}, {kind: gptq, bits: 4}"),
+    "hidden 1024, stored in fp8": (
+        _llama(1024, 4096), "{kind: gptq, bits: 4}", "{kind: rtn, scheme: fp8-block}"
+    ),
+    "hidden 1024, stored in fp8, one layer kept": (
+        _llama(1024, 4096), "{kind: gptq, scheme: fp8-block, ignore: ['*.mlp.*']}", "{kind: rtn, scheme: fp8-block}"
+    ),
     "hidden 1024, armor adam": (_llama(1024, 4096), "{kind: armor, block_size: 32, iterations: 3}"),
 }  # fmt: skip
 
@@ -98,15 +106,15 @@ def child(recipe_text: str, model: Path) -> None:
     import compressor.cli.main  # what a person runs imports
     import compressor.compress.solvers
     from compressor.compress.apply import Job, apply
-    from compressor.compress.guards import open_source
     from compressor.compress.plan import make_plan
     from compressor.compress.recipe import parse_recipe
     from compressor.runtime.model.skeleton import Skeleton, calibration_dtype
+    from compressor.runtime.stored import open_model
 
     for module in pkgutil.iter_modules(compressor.compress.solvers.__path__, "compressor.compress.solvers."):
         importlib.import_module(module.name)  # which passes do when they need it
     recipe = parse_recipe(recipe_text)
-    checkpoint = open_source(model)
+    checkpoint = open_model(model)
     predicted = make_plan(recipe, Skeleton(checkpoint, calibration_dtype(checkpoint))).memory
     base = peak = anonymous()
     stop = threading.Event()
@@ -131,13 +139,19 @@ def measure(name: str) -> tuple[int, int, int, int]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    (family, sizes), step = CASES[name]
+    (family, sizes), step, *before = CASES[name]
     examples = Path(__file__).resolve().parent.parent / "examples"
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         config = CONFIG_MAPPING[family](**sizes)
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(model)
         AutoTokenizer.from_pretrained(examples / "tiny-llama").save_pretrained(model)
+        if before:
+            from compressor.compress.apply import Job, apply
+            from compressor.compress.recipe import parse_recipe
+
+            text, plain = f"passes: [{before[0]}]\n", model.rename(model.with_name("plain"))
+            apply(Job(parse_recipe(text), text, (), plain, model, "random"), lambda event: None)
         text = f"data: {{samples: 16}}\npasses: [{step}]\n"
         command = [sys.executable, __file__, "--child", text, str(model)]
         settings = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}  # as the command line has them

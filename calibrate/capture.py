@@ -15,6 +15,8 @@ from ..runtime.model.skeleton import Skeleton
 from ..runtime.schemes import Operator
 from .chains import Spill
 
+_ROUNDED = 1024  # tokens whose inputs are rounded at a time
+
 
 class _Captured(Exception):
     """Ends a forward pass once every wanted input has been seen."""
@@ -88,7 +90,10 @@ def let_round(linear: nn.Module, operator: Operator) -> Any:
 
 
 def _beyond_weight(operator: Operator, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    return output + operator.beyond(args[0].float()).to(output.dtype)
+    # Rounding takes several times what its inputs do.
+    parts = args[0].flatten(0, -2).split(_ROUNDED)
+    beyond = torch.cat([operator.beyond(part.float()).to(output.dtype) for part in parts])
+    return output + beyond.view(output.shape)
 
 
 class RoutedAs:

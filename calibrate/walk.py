@@ -45,9 +45,10 @@ class Block:
         probed: Collection[str],
         folder: StatisticsFolder | None,
         room: float | None,
+        stays: frozenset[str],
     ) -> None:
         self.skeleton, self.index, self.chains, self.folder, self._room = skeleton, index, chains, folder, room
-        self._wanted, self._probed = wanted, probed
+        self._wanted, self._probed, self._stays = wanted, probed, stays
         self.linears: dict[str, Operator] = {}
         self.tensors: dict[str, Tensor] = {}  # by disk name: what is no longer as the checkpoint has it, linears aside
         self._seams = seams(skeleton, index)
@@ -84,7 +85,9 @@ class Block:
             offered = {
                 feeder: seam
                 for feeder, seam in self._seams.items()
-                if names.issuperset(seam.linears) and (seam.norm or self.linears[self._disk(feeder)].scales_rows)
+                if names.issuperset(seam.linears)
+                and self._stays.isdisjoint(seam.linears)
+                and (seam.norm or self.linears[self._disk(feeder)].scales_rows)
             }
             folded: dict[str, Tensor] = {}
             for number, stage in enumerate(self._parts(whole)):
@@ -104,7 +107,9 @@ class Block:
                 work.statistics.clear()  # the caller still holds the work while the next stage is measured
                 self.linears.update(work.linears)
                 for name in (name for group in stage for name in group.linears):
-                    if work.linears[self._disk(name)] is not before[self._disk(name)]:
+                    operator = work.linears[self._disk(name)]
+                    rounds = any(part.rounds_activations for part in operator.inside())
+                    if rounds or operator is not before[self._disk(name)]:
                         self._put(name)
             self._fold(folded)
             self._replay(folded)
@@ -113,7 +118,9 @@ class Block:
         groups = [[self._disk(name) for name in group.linears] for group in stage]
         names = [name for group in groups for name in group]
         originals = {name: self.skeleton.checkpoint.tensor(name + ".weight").to(self.skeleton.device) for name in names}
-        return StageWork({name: Dense(weight) for name, weight in originals.items()}, originals, groups)
+        checkpoint = self.skeleton.checkpoint
+        linears = {name: checkpoint.operator(name) if name in self._stays else Dense(originals[name]) for name in names}
+        return StageWork(linears, originals, groups)
 
     def _put(self, name: str) -> None:
         """Let the compressed chain run what became of a linear, by its name in memory."""
@@ -333,6 +340,7 @@ def walk(
     folder: StatisticsFolder | None = None,
     probed: Collection[str] = (),
     room: float | None = None,
+    stays: frozenset[str] = frozenset(),
 ) -> Iterator[Block]:
     """Every block from `first` on; the caller rewrites it through `stages()` and then calls `advance()`.
 
@@ -342,6 +350,7 @@ def walk(
         folder: where statistics of the reference chain are read from, or kept if it is not complete yet.
         probed: disk names of the linears whose metrics are wanted.
         room: bytes of statistics at a time; stages that have more come in parts. Default: no limit.
+        stays: disk names of linears that keep the form in which the checkpoint has them.
     """
     for index in range(first, skeleton.blocks):
-        yield Block(skeleton, index, chains, wanted, probed, folder, room)
+        yield Block(skeleton, index, chains, wanted, probed, folder, room, stays)

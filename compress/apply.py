@@ -204,7 +204,7 @@ def _run(
         if kinds := step.needs & KINDS.keys():
             wanted.setdefault(name, set()).update(kinds)
     probed = {name for name, step in wanting if "metric" in step.needs}
-    for block in walk(skeleton, chains, wanted, first, folder, probed, plan.room):
+    for block in walk(skeleton, chains, wanted, first, folder, probed, plan.room, plan.stays):
         start = time.monotonic()
         seconds: dict[str, float] = {}
         events = list(_rewrite(job.recipe, block, listener, seconds))
@@ -274,19 +274,23 @@ def _begin(
     if fresh:
         writer.start()
         names = skeleton.checkpoint.outside_names()
-        for together in [[name] for name in names] if skeleton.checkpoint.anew else [names]:
+        for together in [[name] for name in names] if any(map(skeleton.checkpoint.made, names)) else [names]:
             _store(outer, {}, together, plan, skeleton.checkpoint, writer)
         journal.done({"step": "outside", **_done(-1, events, writer, written, files)})
     if windows is None:
         return None
-    embedding = next((operator for name, operator in outer.items() if skeleton.outer()[name]), None)
+    embedding = next((operator for name, operator in outer.items() if skeleton.outer().get(name)), None)
     return start_chains(skeleton, windows, journal.chains, chain_names(plan.needs), embedding)
 
 
 def _rewrite_outer(plan: Plan, found: dict[str, Operator], listener: Listener) -> Iterator[Event]:
-    """Fill in what becomes of the embedding and the head, where passes name them."""
-    for name in (name for name in plan.skeleton.outer() if name in plan.linears):
-        weight = plan.skeleton.checkpoint.tensor(f"{name}.weight").to(plan.skeleton.device)
+    """Fill in what becomes of what lies outside the blocks: of the embedding and the head, where passes name them, and
+    of what keeps the form that it has."""
+    checkpoint = plan.skeleton.checkpoint
+    outside = {name.removesuffix(".weight") for name in checkpoint.outside_names()}
+    found |= {name: checkpoint.operator(name) for name in sorted(outside & plan.stays)}
+    for name in (name for name in plan.skeleton.outer() if name in plan.linears and name not in found):
+        weight = checkpoint.tensor(f"{name}.weight").to(plan.skeleton.device)
         work = StageWork({name: Dense(weight)}, {name: weight}, [[name]], unseen="its inputs are not measured")
         for step in plan.recipe.linear_passes.values():
             for event in step.apply(work) if step.names(name) else ():

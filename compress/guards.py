@@ -7,20 +7,20 @@ from pathlib import Path
 
 import torch
 
-from ..runtime.errors import ModelError, ResourceError
-from ..runtime.model.checkpoint import Checkpoint
+from ..runtime.errors import ResourceError
 from ..runtime.model.skeleton import Skeleton, calibration_dtype
+from ..runtime.stored import open_model
 
 
 def source_skeleton(model: Path, device: str) -> Skeleton:
-    """The model to compress, and the device where its blocks are to run.
+    """The model to compress, plain or stored in a form that is read here, and the device where its blocks are to run.
 
     Raises:
-        ModelError: the folder is damaged, or compressed already.
+        ModelError: the folder is damaged, or in a format that is not read here.
         ResourceError: the device is not there.
     """
     check_device(device)
-    checkpoint = open_source(model)
+    checkpoint = open_model(model)
     return Skeleton(checkpoint, calibration_dtype(checkpoint, device), device)
 
 
@@ -57,14 +57,3 @@ def check_output(out: Path, *, resume: bool, overwrite: bool, inputs: Sequence[P
         raise ResourceError(f"{out}: not empty; choose another output folder{hint}")
     if overwrite and not a_model:
         raise ResourceError(f"{out}: is not a model folder, which --overwrite replaces; choose another output")
-
-
-def open_source(model: Path) -> Checkpoint:
-    """A plain checkpoint to compress; an already compressed one is refused."""
-    checkpoint = Checkpoint(model)
-    ours = checkpoint.config.get("model_type") == "compressor"
-    if ours or "quantization_config" in checkpoint.config:
-        quantization = {"quant_method": "compressor"} if ours else checkpoint.config["quantization_config"]
-        method = quantization.get("quant_method", "unknown method")
-        raise ModelError(f"{model}: already compressed ({method}); start from the original model")
-    return checkpoint

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -13,7 +14,7 @@ import torch
 
 from ..calibrate.corpus import find_text
 from ..runtime.errors import RecipeError
-from ..runtime.formats import PLAIN, Around, Format, choose_format
+from ..runtime.formats import NATIVE, PLAIN, Around, Format, choose_format
 from ..runtime.model.checkpoint import Checkpoint
 from ..runtime.model.disk_experts import fuse
 from ..runtime.model.skeleton import Skeleton
@@ -37,7 +38,7 @@ LARGE_MODEL = 100_000_000  # parameters from which the built-in calibration text
 
 @dataclass(frozen=True)
 class LinearPlan:
-    """One linear: the passes it goes through and what it becomes (on `meta`)."""
+    """One linear: the passes it goes through, bytes that it had, and what it becomes (on `meta`)."""
 
     steps: tuple[str, ...]
     before: int
@@ -51,7 +52,8 @@ class Plan:
     Attributes:
         recipe: with passes prepared for the model.
         skeleton: the model that is written: with fewer experts, if a pass drops some.
-        linears: disk name without `.weight` → plan, for every linear of every block, rewritten or not.
+        linears: disk name without `.weight` → plan, for every linear of every block, rewritten or not, and for what
+            lies outside and is rewritten, or not stored as plain weights.
         tensors: every tensor of the output in order: name → (dtype, shape).
         format, readers: what is written and who reads it.
         obstacle: what keeps outside readers from it, or nothing.
@@ -90,6 +92,11 @@ class Plan:
     def rewritten(self) -> dict[str, Operator]:
         """Disk name → operator, of the linears that are stored in another form than as plain weights."""
         return rewritten({name: plan.operator for name, plan in self.linears.items()})
+
+    @cached_property
+    def stays(self) -> frozenset[str]:
+        """Disk names of those that no pass rewrites: they keep the form that they have in the model."""
+        return frozenset(name for name in self.rewritten if not self.linears[name].steps)
 
     def record(self) -> dict[str, Any]:
         """What becomes of the model, for a file."""
@@ -155,12 +162,8 @@ def make_plan(
                 f"{list(step.ignore)}; names look like {next(iter(linears))}, and outside the blocks are "
                 f"{' and '.join(skeleton.outer())}"
             )
-    operators = {name: linear.operator for name, linear in linears.items()}
-    around = around_of(skeleton)
-    chosen, readers, obstacle = choose_format(recipe.output.format, operators, around)
-    for name, linear in linears.items():
-        dtype = checkpoint.tensors[name + ".weight"].dtype
-        linears[name] = replace(linear, operator=chosen.as_written(linear.operator, dtype))
+    linears |= _stored_outside(checkpoint, linears)
+    linears, (chosen, readers, obstacle) = _formed(recipe, skeleton, linears)
     tensors = _output_tensors(checkpoint, linears, chosen)
     needs = frozenset(need for step in recipe.passes for need in step.needs)
     walked = needs - SURVEYED
@@ -177,7 +180,7 @@ def make_plan(
         flops(recipe, skeleton, linears, walked) + survey.flops, *_cache_bytes(checkpoint, linears), room,
         int(host if skeleton.device.type != "cpu" else peak),
         tuple(name for index in range(skeleton.blocks) for name in skeleton.unnamed(index)),
-        tuple(_warnings(recipe, widest, whole.parameters, all_there_is)),
+        (*_source_warnings(whole), *_warnings(recipe, widest, whole.parameters, all_there_is)),
     )  # fmt: skip
 
 
@@ -208,6 +211,17 @@ def little_text(recipe: Recipe, parameters: int) -> bool:
 def widest_input(skeleton: Skeleton) -> int:
     """Columns of the widest linear of all blocks."""
     return max(linear.in_features for index in range(skeleton.blocks) for linear in skeleton.linears(index).values())
+
+
+def _source_warnings(checkpoint: Checkpoint) -> Iterator[str]:
+    """Of a model that is not stored as plain weights."""
+    forms = Counter(checkpoint.outline(linear).description for linear in _made(checkpoint))
+    if forms:
+        told = " and ".join(f"{count:,} as {form}" for form, count in forms.most_common())
+        yield (
+            f"the model is not stored as plain weights ({told}): what it decodes to counts as the original, and what "
+            "was lost before is not measured"
+        )
 
 
 def _warnings(recipe: Recipe, widest: int, parameters: int, all_there_is: bool) -> Iterator[str]:
@@ -277,6 +291,53 @@ def _original(checkpoint: Checkpoint, name: str) -> Dense:
     return Dense(torch.empty(info.shape, dtype=info.dtype, device="meta"))
 
 
+def _unchanged(checkpoint: Checkpoint, name: str) -> LinearPlan:
+    """A linear that no pass rewrites."""
+    return LinearPlan((), checkpoint.stored_bytes(name + ".weight"), checkpoint.outline(name))
+
+
+def _made(checkpoint: Checkpoint) -> Iterator[str]:
+    """Linears whose weights are made when they are read."""
+    names = (name for name in checkpoint.tensors if name.endswith(".weight") and checkpoint.made(name))
+    return (name.removesuffix(".weight") for name in names)
+
+
+def _stored_outside(checkpoint: Checkpoint, linears: Mapping[str, LinearPlan]) -> dict[str, LinearPlan]:
+    """Linears that are not stored as plain weights, and that are neither in a block nor rewritten."""
+    found = {name: _unchanged(checkpoint, name) for name in _made(checkpoint) if name not in linears}
+    return {name: plan for name, plan in found.items() if plan.operator.kind != "dense"}
+
+
+def _formed(
+    recipe: Recipe, skeleton: Skeleton, linears: Mapping[str, LinearPlan]
+) -> tuple[dict[str, LinearPlan], tuple[Format, tuple[str, ...], str]]:
+    """Linears as the format has them that is chosen for them, and that.
+
+    What no pass rewrites keeps the form that it has in the model where the format for all else can hold that, or where
+    none but ours holds that form in any case; else it is decoded.
+    """
+    checkpoint, around, wanted = skeleton.checkpoint, around_of(skeleton), recipe.output.format
+    plain = {name: _original(checkpoint, name) for name in linears}
+    decoded = {name: plan if plan.steps else replace(plan, operator=plain[name]) for name, plan in linears.items()}
+    stays = {name: plain[name] if plan.steps else plan.operator for name, plan in linears.items()}
+    ours = choose_format("auto", stays, around)[0] is NATIVE
+    for kept in (linears, decoded):
+        last = kept is decoded or (ours and wanted == "auto")
+        try:
+            found = choose_format(wanted, {name: plan.operator for name, plan in kept.items()}, around)
+        except RecipeError:
+            if last:
+                raise
+            continue
+        if last or found[0] is not NATIVE or wanted == NATIVE.name:
+            break
+    held = {name: checkpoint.tensors[name + ".weight"].dtype for name in kept}
+    formed = {
+        name: replace(plan, operator=found[0].as_written(plan.operator, held[name])) for name, plan in kept.items()
+    }
+    return formed, found
+
+
 def _plan_outer(
     steps: Mapping[int, LinearPass], checkpoint: Checkpoint, name: str, matched: dict[int, int], *, looked_up: bool
 ) -> dict[str, LinearPlan]:
@@ -306,7 +367,10 @@ def _plan_group(
 ) -> dict[str, LinearPlan]:
     """Linears that read the same input through passes, by their numbers; they are counted in `matched`."""
     originals = {name: _original(checkpoint, name) for name in group}
-    plans = {name: LinearPlan((), int(original.nbytes), original) for name, original in originals.items()}
+    plans = {name: _unchanged(checkpoint, name) for name in group}
+    for name in group:
+        if any(step.wants(name) for step in steps.values()):
+            plans[name] = replace(plans[name], operator=originals[name])
     for number, step in steps.items():
         wanted = [name for name in group if step.wants(name)]
         matched[number] += len(wanted)
@@ -317,13 +381,13 @@ def _plan_group(
                 result = step.plan(name, plans[name].operator, together)
             except RecipeError as error:
                 raise RecipeError(f"passes.{number}: {error}") from None
-            before = plans[name].before
+            before = originals[name].nbytes
             if result.nbytes > before and not step.may_grow:
                 raise RecipeError(
-                    f"passes.{number} ({step.kind}) would make {name} larger: {before:,} → "
+                    f"passes.{number} ({step.kind}) would make {name} larger: {before:,.0f} → "
                     f"{result.nbytes:,.0f} bytes; ignore it, or use fewer bits or larger groups"
                 )
-            plans[name] = LinearPlan((*plans[name].steps, step.kind), before, result)
+            plans[name] = replace(plans[name], steps=(*plans[name].steps, step.kind), operator=result)
     return plans
 
 
@@ -371,7 +435,7 @@ def _output_tensors(
     tensors: dict[str, torch.Tensor] = {}
     for name, info in checkpoint.tensors.items():
         linear = linears.get(name.removesuffix(".weight"))
-        if linear is None or not linear.steps:
+        if linear is None or (not linear.steps and linear.operator.kind == "dense"):
             tensors[name] = torch.empty(info.shape, dtype=info.dtype, device="meta")
             continue
         for suffix, tensor in chosen.tensors(linear.operator).items():

@@ -84,6 +84,7 @@ def stage_memory(recipe: Recipe, skeleton: Skeleton, linears: Linears, needs: fr
     Weights of the checkpoint are mapped from its files and do not count unless they are converted, or copied to a GPU.
     """
     at_once = chain_names(needs) == ("reference",)
+    stays = {name for name, plan in linears.items() if not plan.steps and plan.operator.kind != "dense"}
     found: list[StageMemory] = []
     for index in range(skeleton.blocks):
         shapes = {name: (w.out_features, w.in_features) for name, w in skeleton.linears(index).items()}
@@ -107,7 +108,7 @@ def stage_memory(recipe: Recipe, skeleton: Skeleton, linears: Linears, needs: fr
             working = max(working, _MAKING * max(sizes.values()) * skeleton.checkpoint.anew)
             found.append(StageMemory(moments, block, held + working + (BUFFERS if needs else 0)))
             held += sum(
-                sizes[name] * (1 + (item if needs else 0) if wanting[name] else original)
+                sizes[name] * (1 + (item if needs else 0) if wanting[name] else 1 if name in stays else original)
                 for group in groups
                 for name in group
             )
@@ -152,11 +153,11 @@ def outer_memory(recipe: Recipe, skeleton: Skeleton, linears: Linears) -> float:
     """While the embedding and the head are rewritten, then packed and written, and each unpacked to compare."""
     held = peak = packed = largest = 0.0
     original, hidden = _original(skeleton), skeleton.config.hidden_size
-    if skeleton.checkpoint.anew:  # written one at a time
+    if any(skeleton.checkpoint.made(f"{name}.weight") for name in skeleton.outer()):  # written one at a time
         peak = (
             original * skeleton.checkpoint.vocabulary + _MAKING * min(ROWS, skeleton.checkpoint.vocabulary)
         ) * hidden
-    for name in (name for name in skeleton.outer() if name in linears):
+    for name in (name for name in skeleton.outer() if name in linears and linears[name].steps):
         operator = linears[name].operator
         steps = [step for step in recipe.linear_passes.values() if step.names(name)]
         held += original * math.prod(operator.shape)
@@ -213,6 +214,9 @@ def flops(recipe: Recipe, skeleton: Skeleton, linears: Linears, needs: frozenset
     active = skeleton.experts_per_token / len(numbers) if numbers else 1.0  # of a block's experts
     total = 4.0 * compared * skeleton.config.vocab_size * skeleton.config.hidden_size
     for name, plan in linears.items():
+        index = skeleton.checkpoint.block_index(f"{name}.weight")
+        if name not in outer and (index is None or index >= skeleton.blocks):
+            continue  # which is not run
         r, c = plan.operator.shape
         if name in outer:
             steps = (step for step in recipe.linear_passes.values() if step.names(name))

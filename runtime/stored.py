@@ -13,7 +13,7 @@ from torch import Tensor
 from .errors import ModelError
 from .formats import PLAIN, format_of
 from .model.checkpoint import Checkpoint, TensorInfo
-from .schemes import LOOKUPS, Dense, Operator, from_tensors, looked_up, shared_prefixes, stored_name
+from .schemes import LOOKUPS, Operator, from_tensors, looked_up, shared_prefixes, stored_name
 
 
 class StoredModel(Checkpoint):
@@ -38,6 +38,8 @@ class StoredModel(Checkpoint):
             raise ModelError(
                 f"{self.path}/config.json: its description of the compressed weights is damaged ({error!r})"
             ) from None
+        if not self.schemes:
+            raise ModelError(f"{self.path}: config.json says that it is stored as {form.name}, but no linear of it is")
         self.config = form.original(self.config)
         self._suffixes = _suffixes(self.schemes, self.stored)
         self._outlines: dict[str, Operator] = {}
@@ -49,13 +51,16 @@ class StoredModel(Checkpoint):
         for name, info in self.tensors.items():
             if info.dtype.is_floating_point and info.dtype.itemsize == 1:
                 raise ModelError(f"{self.path}: {name} is of 8 bits, and its scale is missing; is the folder whole?")
-        others = self.dtype if any(info.dtype.is_floating_point for info in self.tensors.values()) else torch.bfloat16
+        plain = any(info.dtype.is_floating_point for info in self.tensors.values())
+        others = self.dtype if plain else torch.bfloat16
         for name, parts in owned.items():
             file = next(self.stored[part].file for part in parts)
             # Of scales for rows or groups; codes may be floats too, and so may what a whole matrix is scaled by.
             telling = (self.stored[part].dtype for part in parts if not part.endswith("global_scale"))
-            wide = (dtype for dtype in telling if dtype.is_floating_point and dtype.itemsize > 1)
-            self.tensors[name + ".weight"] = TensorInfo(file, next(wide, others), outlines[name])
+            wide = next((dtype for dtype in telling if dtype.is_floating_point and dtype.itemsize > 1), others)
+            # Scales of other tools may be wider than what the model computes in.
+            dtype = others if plain and wide.itemsize > others.itemsize else wide
+            self.tensors[name + ".weight"] = TensorInfo(file, dtype, outlines[name])
 
     def outline(self, name: str) -> Operator:
         """The compressed linear `name` on `meta`: shapes and schemes without values.
@@ -63,6 +68,8 @@ class StoredModel(Checkpoint):
         Raises:
             ModelError: a tensor of it is missing, or is not of the shape and dtype that the others go with.
         """
+        if name not in self.schemes:
+            return super().outline(name)
         parts: dict[str, Tensor] = {}
         for suffix in self._suffixes[name]:
             info = self.stored[stored_name(name, suffix)]
@@ -104,10 +111,18 @@ class StoredModel(Checkpoint):
     def nbytes(self) -> int:
         return sum(info.nbytes for info in self.stored.values())
 
+    def stored_bytes(self, name: str) -> int:
+        linear = name.removesuffix(".weight")
+        if not self.made(name):
+            return super().stored_bytes(name)
+        return sum(self.stored[stored_name(linear, suffix)].nbytes for suffix in self._suffixes[linear])
+
+    def made(self, name: str) -> bool:
+        return name.endswith(".weight") and name.removesuffix(".weight") in self.schemes
+
     def operator(self, name: str) -> Operator:
-        """The linear `name` (without `.weight`) as it is stored."""
         if name not in self.schemes:
-            return Dense(self.stored_tensor(name + ".weight"))
+            return super().operator(name)
         return from_tensors(self.operator_tensors(name), self.schemes[name])
 
     def operator_tensors(self, name: str) -> dict[str, Tensor]:
@@ -120,10 +135,9 @@ class StoredModel(Checkpoint):
 
     def tensor(self, name: str) -> Tensor:
         """A tensor by its original name, decoded where it is compressed."""
-        linear = name.removesuffix(".weight")
-        if name.endswith(".weight") and linear in self.schemes:
-            return self.operator(linear).dense(self.tensors[name].dtype)
-        return super().tensor(name)
+        if not self.made(name):
+            return super().tensor(name)
+        return self.operator(name.removesuffix(".weight")).dense(self.tensors[name].dtype)
 
     def by_rows(self, name: str) -> bool:
         return self.schemes.get(name.removesuffix(".weight"), {}).get("kind") in LOOKUPS

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 
 from compressor.compress.apply import Job
 from compressor.compress.fingerprint import make_fingerprint
-from compressor.compress.guards import open_source
 from compressor.compress.recipe import parse_recipe
 from compressor.runtime.errors import ModelError
 from compressor.runtime.files import file_sha256
@@ -24,6 +23,7 @@ from compressor.runtime.model import checkpoint as checkpoint_module
 from compressor.runtime.model.checkpoint import Checkpoint, non_finite
 from compressor.runtime.model.skeleton import Skeleton
 from compressor.runtime.model.view import Derived, changed
+from compressor.runtime.stored import open_model
 
 Pico = Callable[..., Path]
 
@@ -56,7 +56,7 @@ def change(path: Path, **values: object) -> None:
 
 def refused(folder: Path, match: str) -> None:
     with pytest.raises(ModelError, match=match) as caught:
-        Skeleton(open_source(folder))
+        Skeleton(open_model(folder))
     assert "\n" not in str(caught.value)
 
 
@@ -170,7 +170,7 @@ def test_weight_files_are_read_once_to_be_hashed_and_searched(
     monkeypatch.setattr(Checkpoint, "stored_tensor", lambda *_: pytest.fail("read another time"))
     recipe = parse_recipe("passes: [{kind: rtn}]")
     job = Job(recipe, "", (), sharded, sharded / "out", "pico")
-    found = make_fingerprint(job, Skeleton(open_source(sharded)), None, None, None)["model"]
+    found = make_fingerprint(job, Skeleton(open_model(sharded)), None, None, None)["model"]
     assert counts == {path.name: path.stat().st_size for path in sharded.glob("*.safetensors")}
     assert {"config.json", "tokenizer.json", *counts} <= set(found)
     assert all(sha256 == file_sha256(sharded / name) for name, sha256 in found.items())
@@ -186,7 +186,7 @@ def test_a_weight_that_is_not_finite_is_named_wherever_it_lies(
     tensors["model.layers.1.mlp.up_proj.weight"].view(-1)[place] = value
     save_file(tensors | {"counts": torch.full((5,), -1)}, folder / "model.safetensors")
     with pytest.raises(ModelError, match=r": model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinite weights"):
-        open_source(folder).digests()
+        open_model(folder).digests()
 
 
 def test_a_weight_of_a_fused_expert_is_named_by_its_linear(pico: Pico, tmp_path: Path) -> None:
@@ -195,12 +195,14 @@ def test_a_weight_of_a_fused_expert_is_named_by_its_linear(pico: Pico, tmp_path:
     tensors["model.layers.1.block_sparse_moe.input_linear.weight"][2, -1, 5] = torch.nan
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match=r"experts\.2\.up_proj\.weight holds NaN or infinite weights"):
-        open_source(folder).digests()
+        open_model(folder).digests()
 
 
 def test_families_and_quantized_inputs(folder: Path) -> None:
     change(folder / "config.json", quantization_config={"quant_method": "gptq"})
-    refused(folder, r"already compressed \(gptq\); start from the original model")
+    refused(folder, "config.json says that it is stored as gptq, but no linear of it is")
+    change(folder / "config.json", quantization_config={"quant_method": "exl9"})
+    refused(folder, "quantized as 'exl9', which is not read here")
     change(folder / "config.json", quantization_config=None, model_type="gpt_oss")
     refused(folder, "'gpt_oss' is not supported: its experts have biases")
     change(folder / "config.json", model_type="gptj")
@@ -251,7 +253,7 @@ def test_integers_are_no_weights(folder: Path) -> None:
     with pytest.raises(ModelError, match=rf"{name} is of int16, and no floating-point numbers"):
         load(folder)
     with pytest.raises(ModelError, match=rf"{name} is of int16, and no floating-point numbers"):
-        Skeleton(open_source(folder)).block(1)
+        Skeleton(open_model(folder)).block(1)
     save_file({name: tensor.view(torch.int16) for name, tensor in tensors.items()}, folder / "model.safetensors")
     refused(folder, "hold no tensor of floating-point numbers")
 

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from compressor.cli.generate import run as generate
 from compressor.compress.apply import Job, apply
 from compressor.compress.evaluate import EvaluationJob, run_evaluation
-from compressor.compress.guards import open_source
 from compressor.compress.output.gguf import export_gguf
 from compressor.compress.output.verify import export_dense, verify
 from compressor.compress.recipe import parse_recipe
@@ -97,9 +96,9 @@ def test_one_folder_has_one_set_of_weights(pico: Pico, tmp_path: Path) -> None:
     save_file(tensors, model / "other.safetensors")
     index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "other.safetensors")}))
     with pytest.raises(ModelError, match=r"has model\.safetensors, and an index of other weight files beside it"):
-        open_source(model)
+        open_model(model)
     index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "model.safetensors")}))
-    assert open_source(model).files == ["model.safetensors"]
+    assert open_model(model).files == ["model.safetensors"]
 
 
 def test_a_quantization_that_is_none(pico: Pico, tmp_path: Path) -> None:
@@ -110,13 +109,13 @@ def test_a_quantization_that_is_none(pico: Pico, tmp_path: Path) -> None:
         (model / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
         return model
 
-    assert open_source(told(None)).config == config
+    assert open_model(told(None)).config == config
     assert open_model(model).config == config
     for wrong in (5, "gptq", [], False):
         with pytest.raises(ModelError, match="not an object"):
-            open_source(told(wrong))
-    with pytest.raises(ModelError, match=r"already compressed \(unknown method\)"):
-        open_source(told({}))
+            open_model(told(wrong))
+    with pytest.raises(ModelError, match="quantized as None, which is not read here"):
+        open_model(told({}))
 
 
 def test_models_with_other_tokens_are_not_compared(pico: Pico, calibration_text: Path, tmp_path: Path) -> None:

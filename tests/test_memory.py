@@ -16,7 +16,13 @@ memory = benchmark("memory")
         "hidden 1024, rtn",
         *(
             pytest.param(case, marks=pytest.mark.long)
-            for case in ("hidden 512", "32 experts", "hidden 1024, lorc", "turned")
+            for case in (
+                "hidden 512",
+                "32 experts",
+                "hidden 1024, lorc",
+                "turned",
+                "hidden 1024, stored in fp8, one layer kept",
+            )
         ),
     ],
 )

@@ -14,7 +14,6 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from compressor import compress
 from compressor.compress.apply import Job, apply
-from compressor.compress.guards import open_source
 from compressor.compress.parallel import unsplittable
 from compressor.compress.passes.linear.rtn import Rtn
 from compressor.compress.plan import Plan, make_plan, rows
@@ -23,12 +22,13 @@ from compressor.runtime.errors import RecipeError
 from compressor.runtime.model.checkpoint import Checkpoint
 from compressor.runtime.model.families import FAMILIES
 from compressor.runtime.model.skeleton import Skeleton
+from compressor.runtime.stored import open_model
 
 Pico = Callable[..., Path]
 
 
 def planned(model: Path, passes: str):  # type: ignore[no-untyped-def]
-    return make_plan(parse_recipe("passes:\n" + passes), Skeleton(open_source(model)))
+    return make_plan(parse_recipe("passes:\n" + passes), Skeleton(open_model(model)))
 
 
 def test_no_weight_is_read(pico: Pico, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +47,7 @@ def test_the_plan_is_what_is_written(pico: Pico, tmp_path: Path) -> None:
         for name in file.keys():  # noqa: SIM118
             found[name] = (file.get_tensor(name).dtype, tuple(file.get_tensor(name).shape))
     assert found == plan.tensors
-    assert plan.bytes_before == open_source(pico()).nbytes
+    assert plan.bytes_before == open_model(pico()).nbytes
     folded = {row.name: row for row in rows(plan)}
     assert folded["model.layers.*.mlp.gate_proj"].steps == ("rtn",)
     assert folded["model.layers.*.mlp.gate_proj"].count == 2
@@ -162,9 +162,9 @@ def test_groups_are_the_largest_that_others_take(pico: Pico) -> None:
     found = [step.rounding(columns, "x").columns for columns in (576, 1536, 4096, 96, 128, 100, 1000, 11008, 160)]
     assert found == [64, 128, 128, -1, 128, -1, 128, 128, 32]  # of 1000 columns they take nothing but a scale a row
     ragged = pico(hidden_size=192, head_dim=32, num_attention_heads=6, num_key_value_heads=2)
-    plan = make_plan(parse_recipe("passes: [{kind: rtn}]"), Skeleton(open_source(ragged)))
+    plan = make_plan(parse_recipe("passes: [{kind: rtn}]"), Skeleton(open_model(ragged)))
     assert plan.format.name == "compressed-tensors"
-    plan = make_plan(parse_recipe("passes: [{kind: rtn, group_size: 128}]"), Skeleton(open_source(ragged)))
+    plan = make_plan(parse_recipe("passes: [{kind: rtn, group_size: 128}]"), Skeleton(open_model(ragged)))
     assert plan.format.name == "compressor"
     assert plan.obstacle.endswith("(int4 g128, 192 columns, which group_size: auto would divide)")
 
@@ -172,7 +172,7 @@ def test_groups_are_the_largest_that_others_take(pico: Pico) -> None:
 def test_a_missing_text_is_said_before_anything_else(pico: Pico) -> None:
     text = "data: {source: nowhere.txt}\npasses: [{kind: gptq}]"
     with pytest.raises(RecipeError, match=r"nowhere\.txt: no such text file"):
-        make_plan(parse_recipe(text), Skeleton(open_source(pico())))
+        make_plan(parse_recipe(text), Skeleton(open_model(pico())))
 
 
 def test_what_engines_cannot_share_out(pico: Pico) -> None:

@@ -45,7 +45,8 @@ def evaluate_blocks(
     drift = []
     for index in range(original.blocks):
         for model, stream in zip((original, output), streams, strict=True):
-            runner = model.runner(index, _block(model, index))
+            # Of an original that is stored in few bits, what it decodes to counts.
+            runner = model.runner(index, _as_it_runs(model, index) if model is output else model.block(index))
             for rows in parts:
                 stream[rows] = model.run(runner, stream[rows]).cpu()
             model.checkpoint.release()
@@ -88,7 +89,7 @@ def evaluation_memory(skeleton: Skeleton, tokens: int, *, decoded: bool) -> floa
     return 2 * 4.0 * tokens * hidden + logits + head
 
 
-def _block(model: Skeleton, index: int) -> torch.nn.Module:
+def _as_it_runs(model: Skeleton, index: int) -> torch.nn.Module:
     """A block with its weights, and what linears do beside multiplying."""
     block: torch.nn.Module = model.block(index)
     stored = model.checkpoint

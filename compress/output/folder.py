@@ -90,7 +90,7 @@ def events_of(folder: Path) -> list[dict[str, Any]]:
 def _untouched(plan: Plan, skeleton: Skeleton) -> set[str]:
     """Names of all modules with a matrix that stays as it is, on disk and in memory: readers that match by either must
     leave them alone."""
-    dense = [name for name, linear in plan.linears.items() if not linear.steps]
+    dense = [name for name in plan.linears if name not in plan.rewritten]
     outside = [name for name in skeleton.checkpoint.outside_names() if name.endswith("weight")]
     beside = {disk: memory for memory, disk in skeleton.beside().items()}
     outside += [beside.get(name) or skeleton.family.memory_name(name) for name in outside]

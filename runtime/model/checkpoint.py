@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from ..files import PIECE
+from ..schemes import Dense, Operator
 from .disk_experts import Slice, slices
 from .families import FAMILIES, Family, block_index, blocks_of, family_of, text_config
 
@@ -148,10 +149,27 @@ class Checkpoint:
         part = self._slices.get(name)
         return self.stored_tensor(name) if part is None else part.of(self.stored_tensor(part.stored))
 
-    @property
-    def anew(self) -> bool:
-        """Whether weights are made when they are read, in memory of their own, not mapped from files."""
+    def made(self, name: str) -> bool:
+        """Whether a tensor is made when it is read, in memory of its own, not mapped from a file."""
         return False
+
+    @cached_property
+    def anew(self) -> bool:
+        """Whether any is."""
+        return any(map(self.made, self.tensors))
+
+    def outline(self, linear: str) -> Operator:
+        """A linear, by its name without `.weight`, as it is stored: on `meta`, with shapes and bytes but no values."""
+        info = self.tensors[linear + ".weight"]
+        return Dense(torch.empty(info.shape, dtype=info.dtype, device="meta"))
+
+    def operator(self, linear: str) -> Operator:
+        """The same with its values."""
+        return Dense(self.tensor(linear + ".weight"))
+
+    def stored_bytes(self, name: str) -> int:
+        """Bytes of what a tensor lies on disk as."""
+        return self.tensors[name].nbytes
 
     def by_rows(self, name: str) -> bool:
         """Whether rows of a matrix have to be decoded, and can be without the others."""

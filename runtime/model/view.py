@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import ModelError
+from ..schemes import Operator
 from .checkpoint import Checkpoint, TensorInfo
 from .families import with_text
 
@@ -82,9 +83,27 @@ class View(Checkpoint):
         sources = [self._source.tensor(source) for source in part.sources]
         return sources[0] if part.make is None else part.make(*sources)
 
-    @property
-    def anew(self) -> bool:
-        return self._source.anew or any(part.anew for part in self._parts.values())
+    def made(self, name: str) -> bool:
+        part = self._parts[name]
+        return part.anew or (name not in self._made and any(map(self._source.made, part.sources)))
+
+    def _unchanged(self, linear: str) -> str | None:
+        """The linear of the source that one is; None where it is another."""
+        name = linear + ".weight"
+        [*sources] = self._parts[name].sources
+        return None if self._parts[name].make or name in self._made else sources[0].removesuffix(".weight")
+
+    def outline(self, linear: str) -> Operator:
+        source = self._unchanged(linear)
+        return super().outline(linear) if source is None else self._source.outline(source)
+
+    def operator(self, linear: str) -> Operator:
+        source = self._unchanged(linear)
+        return super().operator(linear) if source is None else self._source.operator(source)
+
+    def stored_bytes(self, name: str) -> int:
+        """Bytes that what a tensor is made of lies on disk as."""
+        return sum(map(self._source.stored_bytes, self._parts[name].sources))
 
     def by_rows(self, name: str) -> bool:
         part = self._parts[name]
