@@ -14,7 +14,7 @@ import torch
 
 from ..calibrate.corpus import find_text
 from ..runtime.errors import RecipeError
-from ..runtime.formats import NATIVE, PLAIN, Around, Format, choose_format
+from ..runtime.formats import NATIVE, PLAIN, Around, WrittenFormat, choose_format
 from ..runtime.model.checkpoint import Checkpoint
 from ..runtime.model.disk_experts import fuse
 from ..runtime.model.skeleton import Skeleton
@@ -72,7 +72,7 @@ class Plan:
     skeleton: Skeleton
     linears: dict[str, LinearPlan]
     tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]
-    format: Format
+    format: WrittenFormat
     readers: tuple[str, ...]
     obstacle: str
     needs: frozenset[str]
@@ -293,7 +293,9 @@ def _original(checkpoint: Checkpoint, name: str) -> Dense:
 
 def _unchanged(checkpoint: Checkpoint, name: str) -> LinearPlan:
     """A linear that no pass rewrites."""
-    return LinearPlan((), checkpoint.stored_bytes(name + ".weight"), checkpoint.outline(name))
+    kept = checkpoint.outline(name)
+    operator = _original(checkpoint, name) if isinstance(kept, Dense) else kept
+    return LinearPlan((), checkpoint.stored_bytes(name + ".weight"), operator)
 
 
 def _made(checkpoint: Checkpoint) -> Iterator[str]:
@@ -310,7 +312,7 @@ def _stored_outside(checkpoint: Checkpoint, linears: Mapping[str, LinearPlan]) -
 
 def _formed(
     recipe: Recipe, skeleton: Skeleton, linears: Mapping[str, LinearPlan]
-) -> tuple[dict[str, LinearPlan], tuple[Format, tuple[str, ...], str]]:
+) -> tuple[dict[str, LinearPlan], tuple[WrittenFormat, tuple[str, ...], str]]:
     """Linears as the format has them that is chosen for them, and that.
 
     What no pass rewrites keeps the form that it has in the model where the format for all else can hold that, or where
@@ -430,7 +432,7 @@ def _nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
 
 
 def _output_tensors(
-    checkpoint: Checkpoint, linears: dict[str, LinearPlan], chosen: Format
+    checkpoint: Checkpoint, linears: dict[str, LinearPlan], chosen: WrittenFormat
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     tensors: dict[str, torch.Tensor] = {}
     for name, info in checkpoint.tensors.items():

@@ -74,11 +74,11 @@ class StoredModel(Checkpoint):
         for suffix in self._suffixes[name]:
             info = self.stored[stored_name(name, suffix)]
             parts[suffix] = torch.empty(info.shape, dtype=info.dtype, device="meta")
-            if suffix.endswith("weight_shape"):  # the one tensor whose values are a shape
+            if suffix.endswith(self.format.shapes):
                 parts[suffix] = self.stored_tensor(stored_name(name, suffix))
         scheme = self.schemes[name]
         told = [
-            (suffix, part.dtype, part.tolist() if suffix.endswith("weight_shape") else part.shape)
+            (suffix, part.dtype, part.tolist() if suffix.endswith(self.format.shapes) else part.shape)
             for suffix, part in parts.items()
         ]
         key = repr((scheme, told))  # linears of all blocks are alike, and experts are many

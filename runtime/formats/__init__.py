@@ -1,6 +1,7 @@
 """Formats that folders are written in and read from, one file each; a new one is a file and its line here.
 
-A scheme that an outside reader takes is written for that reader; what no one else can say is written natively.
+A scheme that an outside reader takes is written for that reader; what no one else can say is written natively. Some are
+read alone, for models that come in them.
 """
 
 from __future__ import annotations
@@ -12,23 +13,27 @@ from typing import Any
 from ..errors import ModelError, RecipeError
 from ..schemes import Operator
 from .awq import Awq
-from .base import Around, Format
+from .base import Around, Format, WrittenFormat
+from .bitsandbytes import BitsAndBytes
 from .compressed_tensors import CompressedTensors
+from .fp8 import FbgemmFp8, Fp8
 from .gptq import Gptq
+from .modelopt import ModelOpt
 from .native import Native
 from .plain import Plain
 
-__all__ = ["FORMATS", "NATIVE", "PLAIN", "Around", "Format", "choose_format", "format_of"]
+__all__ = ["FORMATS", "NATIVE", "PLAIN", "Around", "Format", "WrittenFormat", "choose_format", "format_of"]
 
 PLAIN, NATIVE = Plain(), Native()
-FORMATS: dict[str, Format] = {
+FORMATS: dict[str, WrittenFormat] = {
     one.name: one for one in (PLAIN, CompressedTensors(), Gptq(), Awq(), NATIVE)
 }  # in order of preference
+SOURCES: tuple[Format, ...] = (Fp8(), FbgemmFp8(), ModelOpt(), BitsAndBytes())  # which are read and not written
 
 
 def choose_format(
     wanted: str, linears: Mapping[str, Operator], around: Around | None = None
-) -> tuple[Format, tuple[str, ...], str]:
+) -> tuple[WrittenFormat, tuple[str, ...], str]:
     """The format that all rewritten operators fit, its readers, and what keeps outside readers from it, if anything.
 
     Args:
@@ -62,12 +67,13 @@ def format_of(path: Path, config: Mapping[str, Any]) -> Format:
     Raises:
         ModelError: it is quantized in one that is not read here.
     """
-    claiming = next((one for one in FORMATS.values() if one.claims(config)), None)
+    known = [*FORMATS.values(), *SOURCES]
+    claiming = next((one for one in known if one.claims(config)), None)
     if claiming is not None:
         return claiming
     if "quantization_config" in config:
         quantization = config["quantization_config"]
-        reads = " and ".join(one.reads for one in FORMATS.values() if one.reads)
+        reads = ", ".join(one.reads for one in known if one.reads)
         method = quantization.get("format") or quantization.get("quant_method")
         raise ModelError(f"{path}: quantized as {method!r}, which is not read here; {reads} are")
     return PLAIN

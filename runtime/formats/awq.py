@@ -16,8 +16,8 @@ from torch import Tensor
 from ...kernels.layouts import pack_codes, unpack_codes
 from ..errors import ModelError
 from ..schemes import IntQuantized, Operator, rewritten
-from .base import Around, Schemes
-from .integers import HINT, IntegerFormat, check_parts
+from .base import HINT, Around, Schemes
+from .integers import IntegerFormat, check_parts
 
 BITS, SIZES = 4, (32, 64, 128)
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # rows of a word's codes, the lowest bits first

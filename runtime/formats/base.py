@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,11 +12,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..errors import ModelError
 from ..schemes import IntQuantized, Operator
 
 OURS = ("compressor",)
 VLLM_CPU, VLLM_GPU = "vLLM on CPUs", "vLLM on GPUs"
 VLLM_GROUPS = (-1, 32, 64, 128)  # sizes of groups of integers that vLLM takes; -1: a row
+
+HINT = "is not read here; decode the folder with the tool that wrote it"
+
+ANY = object()  # a value of config.json that is read here, or of no consequence for what a folder decodes to
 
 Schemes = dict[str, dict[str, Any]]  # name of a compressed linear → its scheme, as `schemes.from_tensors` takes it
 
@@ -51,18 +57,69 @@ class Around:
 
 
 class Format(ABC):
-    """One format: what it holds and who reads it, what it writes, and how it is read.
+    """A format that is read: how its folders are known, and what their linears are.
 
     Attributes:
-        name: as recipes ask for it by `output.format`.
-        automatic: whether it is written without being asked for.
+        name: as `quant_method` of config.json has it.
         reads: what of it is read here, for people.
-        files: further files of a folder, with their texts.
+        shapes: how suffixes end of tensors whose values say what shape a linear has.
     """
 
     name: ClassVar[str]
-    automatic: ClassVar[bool] = True
     reads: ClassVar[str] = ""
+    shapes: ClassVar[tuple[str, ...]] = ("weight_shape",)
+
+    def operator_tensors(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Tensors of a linear as its operator has them (`Operator.to_tensors`), of those that are stored; also on
+        `meta`.
+
+        Raises:
+            KeyError, ValueError: one is missing, or they do not go together.
+        """
+        return dict(tensors)
+
+    def claims(self, config: Mapping[str, Any]) -> bool:
+        """Whether a folder with this `config.json` is its to read."""
+        return bool((config.get("quantization_config") or {}).get("quant_method") == self.name)
+
+    @abstractmethod
+    def schemes(self, path: Path, config: Mapping[str, Any], stored: Iterable[str]) -> Schemes:
+        """The scheme of every compressed linear in a folder that it claims.
+
+        Args:
+            path: of the folder, for errors.
+            stored: names of its tensors.
+
+        Raises:
+            ModelError: something in the config is not understood, so that weights might be read as others.
+        """
+
+    def check(  # noqa: B027
+        self, path: Path, schemes: Schemes, suffixes: Mapping[str, Iterable[str]], stored: Iterable[str]
+    ) -> None:
+        """Refuse tensors by which weights would be other than what is decoded.
+
+        Args:
+            suffixes: of the stored tensors of each compressed linear (`schemes.stored_name`).
+
+        Raises:
+            ModelError: there is one.
+        """
+
+    def original(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The original model's `config.json`, of a folder that it claims."""
+        return {key: value for key, value in config.items() if key != "quantization_config"}
+
+
+class WrittenFormat(Format):
+    """A format that is written, too: what it holds and who reads it.
+
+    Attributes:
+        automatic: whether it is written without being asked for by `output.format` of a recipe.
+        files: further files of a folder, with their texts.
+    """
+
+    automatic: ClassVar[bool] = True
     files: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod
@@ -85,14 +142,6 @@ class Format(ABC):
         """The stored tensors of a linear by suffix (`schemes.stored_name`)."""
         return operator.to_tensors()
 
-    def operator_tensors(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The inverse: tensors of a linear as its operator has them, of those that are stored; also on `meta`.
-
-        Raises:
-            KeyError, ValueError: one is missing, or they do not go together.
-        """
-        return dict(tensors)
-
     @abstractmethod
     def config(
         self, source: Mapping[str, Any], linears: Mapping[str, Operator], dense: Iterable[str], around: Around
@@ -105,37 +154,28 @@ class Format(ABC):
             dense: names of the linears (and the embedding and head) that stay as they were.
         """
 
-    def claims(self, config: Mapping[str, Any]) -> bool:
-        """Whether a folder with this `config.json` is its to read."""
-        return False
 
-    def schemes(self, path: Path, config: Mapping[str, Any], stored: Iterable[str]) -> Schemes:
-        """The scheme of every compressed linear in a folder that it claims.
+def refuse_unknown(path: Path, found: Any, understood: Any, where: str = "quantization_config") -> None:
+    """Refuse what may mean other weights, or another model around them, than would be decoded.
 
-        Args:
-            path: of the folder, for errors.
-            stored: names of its tensors.
+    Args:
+        found: what config.json says; null and what is empty says nothing.
+        understood: the values that it may have, or the same for each key of an object, `*` standing for any name; ANY
+            is for what is of no consequence, or looked at elsewhere.
+        where: the key.
+    """
+    if understood is ANY or found is None or found in ({}, []):
+        return
+    if isinstance(found, Mapping) and isinstance(understood, Mapping):
+        for key, value in found.items():
+            refuse_unknown(path, value, understood.get(key, understood.get("*", ())), f"{where}.{key}")
+    elif isinstance(understood, Mapping) or found not in understood:
+        raise ModelError(f"{path}/config.json: {where} is {reprlib.repr(found)}, which {HINT}")
 
-        Raises:
-            ModelError: something in the config is not understood, so that weights might be read as others.
-        """
-        return {}
 
-    def check(  # noqa: B027
-        self, path: Path, schemes: Schemes, suffixes: Mapping[str, Iterable[str]], stored: Iterable[str]
-    ) -> None:
-        """Refuse tensors by which weights would be other than what is decoded.
-
-        Args:
-            suffixes: of the stored tensors of each compressed linear (`schemes.stored_name`).
-
-        Raises:
-            ModelError: there is one.
-        """
-
-    def original(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The original model's `config.json`, of a folder that it claims."""
-        return dict(config)
+def for_rows(scale: Tensor, rows: int) -> Tensor:
+    """One scale for each of so many rows: `[rows, 1]`."""
+    return scale.reshape(1, 1).expand(rows, 1).contiguous()
 
 
 def targets(linears: Mapping[str, Operator]) -> list[tuple[dict[str, Any], list[str]]]:

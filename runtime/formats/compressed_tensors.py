@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import re
-import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from ...kernels.layouts import expand24
 from ...kernels.numbers import ROUNDINGS
 from ..errors import ModelError
 from ..schemes import W8A8, BlockScaled, IntQuantized, Operator, Sparse24, rewritten, stored_name
-from .base import OURS, VLLM_CPU, VLLM_GPU, VLLM_GROUPS, Around, Format, Schemes, runs_on_cpu, targets
+from .base import (
+    ANY,
+    HINT,
+    OURS,
+    VLLM_CPU,
+    VLLM_GPU,
+    VLLM_GROUPS,
+    Around,
+    Schemes,
+    WrittenFormat,
+    for_rows,
+    refuse_unknown,
+    runs_on_cpu,
+    targets,
+)
 
 _EVERYONE = (*OURS, "transformers", VLLM_CPU, VLLM_GPU)
 # Formats of compressed-tensors that are read, and the tensor by which a compressed linear is known.
@@ -53,34 +67,33 @@ _INPUTS: dict[str, dict[str, Any]] = {
     "mxfp4": {**_BLOCKS["mxfp4"][1], "dynamic": True},
     "mxfp8": {**_BLOCKS["mxfp8"][1], "dynamic": True},
 }
+_STRATEGIES = ("channel", "tensor")  # of scales for 8-bit weights
 _TELLING = ("num_bits", "type", "strategy", "group_size", "block_structure")  # of two arguments, whether they are alike
-
-_ANY = object()  # a value that is read here, or of no consequence for what a folder decodes to
 
 
 def _understood(method: str) -> dict[str, Any]:
-    """Keys that compressed-tensors writes for a format: what each may say, `*` standing for any name."""
+    """Keys that compressed-tensors writes for a format: what each may say (`refuse_unknown`)."""
     arguments = dict.fromkeys(
-        ("num_bits", "type", "symmetric", "strategy", "group_size", "dynamic", "observer", "observer_kwargs"), _ANY
+        ("num_bits", "type", "symmetric", "strategy", "group_size", "dynamic", "observer", "observer_kwargs"), ANY
     )
     arguments |= {"actorder": ("weight", "static", False), "zp_dtype": ("torch.int8",)}
     for layout, blocks in _BLOCKS.values():
         if layout == method:
             kinds = (blocks["scale_dtype"],) if "scale_dtype" in blocks else ()
-            arguments |= {"block_structure": _ANY, "scale_dtype": kinds, "zp_dtype": ("torch.int8", *kinds)}
-    group = {"targets": _ANY, "weights": arguments, "input_activations": arguments, "format": (method,)}
+            arguments |= {"block_structure": ANY, "scale_dtype": kinds, "zp_dtype": ("torch.int8", *kinds)}
+    group = {"targets": ANY, "weights": arguments, "input_activations": arguments, "format": (method,)}
     sparsity = dict.fromkeys(
-        ("global_sparsity", "sparsity_structure", "targets", "ignore", "registry_requires_subclass"), _ANY
+        ("global_sparsity", "sparsity_structure", "targets", "ignore", "registry_requires_subclass"), ANY
     )
     folder = ("quant_method", "format", "ignore", "version", "quantization_status", "global_compression_ratio")
     return {
-        **dict.fromkeys(folder, _ANY),
+        **dict.fromkeys(folder, ANY),
         "config_groups": {"*": group},
         "sparsity_config": {**sparsity, "format": ("dense",)},
     }
 
 
-class CompressedTensors(Format):
+class CompressedTensors(WrittenFormat):
     """What vLLM's project writes: packed integers, 8-bit numbers with rounded inputs, and blocks that share a scale."""
 
     name: ClassVar[str] = "compressed-tensors"
@@ -153,7 +166,7 @@ class CompressedTensors(Format):
     def schemes(self, path: Path, config: Mapping[str, Any], stored: Iterable[str]) -> Schemes:
         quantization = config["quantization_config"]
         method = quantization["format"]
-        _refuse_unknown(path, "quantization_config", quantization, _understood(method))
+        refuse_unknown(path, quantization, _understood(method))
         groups = [(target, group) for group in quantization["config_groups"].values() for target in group["targets"]]
         literal = dict(reversed(groups))
         patterns = [(re.compile(target[3:]), group) for target, group in groups if target.startswith("re:")]
@@ -166,8 +179,13 @@ class CompressedTensors(Format):
             schemes[name] = _scheme(path, name, method, group["weights"], group.get("input_activations"))
         return schemes
 
+    def operator_tensors(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any]) -> dict[str, Tensor]:
+        if scheme.get("strategy") != "tensor":
+            return dict(tensors)
+        found = {**tensors, "weight_scale": for_rows(tensors["weight_scale"], len(tensors["weight"]))}
+        return {**found, "input_scale": tensors["input_scale"].view(1)} if "inputs" in scheme else found
+
     def check(self, path: Path, schemes: Schemes, suffixes: Mapping[str, Iterable[str]], stored: Iterable[str]) -> None:
-        hint = "which is not read here; decode the folder with the tool that wrote it"
         owned = set()
         for name, found in suffixes.items():
             known = {"weight", "weight_scale"}
@@ -182,14 +200,11 @@ class CompressedTensors(Format):
                 known |= {"input_scale"}
             for suffix in found:
                 if suffix not in known:
-                    raise ModelError(f"{path}: {name} has a tensor {suffix}, {hint}")
+                    raise ModelError(f"{path}: {name} has a tensor {suffix}, which {HINT}")
                 owned.add(stored_name(name, suffix))
         for name in stored:
             if name not in owned and re.search(r"\.(weight_\w+|\w+_(scale|zero_point|g_idx))$", name):
-                raise ModelError(f"{path}: {name} is of a linear in another format, {hint}")
-
-    def original(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in config.items() if key != "quantization_config"}
+                raise ModelError(f"{path}: {name} is of a linear in another format, which {HINT}")
 
 
 def _readers(operator: Operator) -> tuple[str, ...]:
@@ -271,26 +286,6 @@ def _arguments(scheme: Mapping[str, Any]) -> dict[str, Any]:
     return found if inputs is None else {**found, "input_activations": {"symmetric": True, **_INPUTS[inputs]}}
 
 
-def _refuse_unknown(path: Path, where: str, found: Any, understood: Any) -> None:
-    """Refuse what may mean other weights, or another model around them, than would be decoded.
-
-    Args:
-        where: the key in config.json.
-        found: its value; null and what is empty says nothing.
-        understood: the values it may have, or the same for each key of an object.
-    """
-    if understood is _ANY or found is None or found in ({}, []):
-        return
-    if isinstance(found, Mapping) and isinstance(understood, Mapping):
-        for key, value in found.items():
-            _refuse_unknown(path, f"{where}.{key}", value, understood.get(key, understood.get("*", ())))
-    elif isinstance(understood, Mapping) or found not in understood:
-        raise ModelError(
-            f"{path}/config.json: {where} is {reprlib.repr(found)}, which is not read here; decode the folder with the "
-            "tool that wrote it"
-        )
-
-
 def _scheme(
     path: Path, name: str, method: str, weights: Mapping[str, Any], inputs: Mapping[str, Any] | None
 ) -> dict[str, Any]:
@@ -306,14 +301,15 @@ def _scheme(
     blocks = next((one for one, (layout, told) in _BLOCKS.items() if layout == method and _alike(weights, told)), None)
     if blocks is not None and symmetric and not weights.get("dynamic"):
         return {"kind": "block_scaled", "name": blocks, "inputs": met}
-    by_row = weights.get("strategy") == "channel" and symmetric and bits == 8
+    eights = method == f"{kind}-quantized" and symmetric and bits == 8 and weights.get("strategy") in _STRATEGIES
     own = {"int": "int8", "float": "fp8"}.get(kind)
-    if by_row and method == f"{kind}-quantized" and met in (own, f"{own}_tensor"):
-        return {"kind": "w8a8", "type": kind, **({} if met == own else {"inputs": "tensor"})}
+    if eights and met in (own, f"{own}_tensor"):
+        found = {"kind": W8A8.kind, "type": kind, "strategy": weights["strategy"]}
+        return found if met == own else {**found, "inputs": "tensor"}
     raise ModelError(
         f"{path}: {name} is {method} in a way that is not read here: packed integers need scales by group or channel "
-        "that are stored; 8-bit weights one scale a row or a block, and inputs of their kind that are rounded as they "
-        "come, or by one scale that is stored"
+        "that are stored; 8-bit weights one scale, or one a row or a block, and inputs of their kind that are rounded "
+        "as they come, or by one scale that is stored"
     )
 
 

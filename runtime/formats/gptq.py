@@ -15,11 +15,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...kernels.layouts import pack_codes
+from ...kernels.layouts import pack_codes, unpack_codes
 from ..errors import ModelError
-from ..schemes import IntQuantized, Operator, rewritten
-from .base import Around, Schemes
-from .integers import HINT, IntegerFormat, check_parts
+from ..schemes import Dense, IntQuantized, Operator, rewritten
+from .base import HINT, Around, Schemes
+from .integers import IntegerFormat, check_parts
 
 BITS = (2, 3, 4, 8)
 
@@ -63,13 +63,15 @@ class Gptq(IntegerFormat):
         }
 
     def operator_tensors(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any]) -> dict[str, Tensor]:
-        if scheme["kind"] != IntQuantized.kind:
+        if "qweight" not in tensors:  # what it leaves as it was
             return dict(tensors)
         bits, (words, rows) = scheme["bits"], tensors["qweight"].shape
         columns = words * 32 // bits
         span = scheme["group_size"] if scheme["group_size"] > 0 else columns
         groups = -(-columns // span)
         check_parts(tensors, {"scales": (groups, rows), "qzeros": (groups, rows * bits // 32), "g_idx": (columns,)})
+        if scheme["kind"] == Dense.kind:
+            return {"weight": _decoded(tensors, bits, older=scheme["checkpoint_format"] == "gptq")}
         if not tensors["g_idx"].is_meta:
             middle = 0 if scheme.get("checkpoint_format") == "gptq_v2" else -1
             _check_values(tensors, bits, span, middle if scheme["symmetric"] else None)
@@ -109,8 +111,8 @@ class Gptq(IntegerFormat):
         quantization = config["quantization_config"]
         form = quantization.get("checkpoint_format") or quantization.get("format") or "gptq"
         symmetric = quantization.get("sym", True)
-        if form not in ("gptq", "gptq_v2") or (form == "gptq" and not symmetric):
-            raise ModelError(f"{path}: GPTQ's form {form!r}{'' if symmetric else ' with zero points'} {HINT}")
+        if form not in ("gptq", "gptq_v2"):
+            raise ModelError(f"{path}: GPTQ's form {form!r} {HINT}")
         found = {}
         for name in (key.removesuffix(".qweight") for key in stored if key.endswith(".qweight")):
             said = {"bits": quantization["bits"], "group_size": quantization["group_size"]}
@@ -123,7 +125,9 @@ class Gptq(IntegerFormat):
             whole = isinstance(said["group_size"], int) and (said["group_size"] > 0 or said["group_size"] == -1)
             if said["bits"] not in BITS or not whole or quantization.get("pack_dtype", "int32") != "int32":
                 raise ModelError(f"{path}: {name} is of {said}, in a way that {HINT}")
-            found[name] = {"kind": IntQuantized.kind, **said, "symmetric": symmetric, "checkpoint_format": form}
+            plain = quantization.get("desc_act", False) or (form == "gptq" and not symmetric)
+            kind = Dense.kind if plain else IntQuantized.kind
+            found[name] = {"kind": kind, **said, "symmetric": symmetric, "checkpoint_format": form}
         return found
 
 
@@ -131,6 +135,19 @@ def _exactly(sign: str, name: str, around: Around, what: dict[str, Any]) -> dict
     """A rule for one linear, by its name on disk and in memory."""
     names = {name, around.names.get(name, name)}
     return {f"{sign}:^{re.escape(one)}$": what for one in sorted(names)}
+
+
+def _decoded(tensors: Mapping[str, Tensor], bits: int, *, older: bool) -> Tensor:
+    """The weight, of which columns are in any order, or zero points in the older form, where they may reach beyond the
+    codes."""
+    rows, order = tensors["scales"].shape[1], tensors["g_idx"].long()
+    codes = unpack_codes(tensors["qweight"].T.contiguous(), bits, len(order))
+    zeros = unpack_codes(tensors["qzeros"], bits, rows).T.to(torch.int16) + older
+    if codes.is_meta:
+        return codes.float()
+    if int(order.min()) < 0 or int(order.max()) >= zeros.shape[1]:
+        raise ValueError("g_idx names groups that it does not have")
+    return (codes - zeros[:, order]).float() * tensors["scales"].T.float()[:, order]
 
 
 def _check_values(tensors: Mapping[str, Tensor], bits: int, span: int, middle: int | None) -> None:

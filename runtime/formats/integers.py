@@ -5,20 +5,19 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..errors import ModelError
 from ..schemes import IntQuantized, Operator, rewritten
-from .base import OURS, VLLM_CPU, VLLM_GPU, Around, Format, Schemes, runs_on_cpu
+from .base import OURS, VLLM_CPU, VLLM_GPU, Around, Schemes, WrittenFormat, runs_on_cpu
 
 GPTQMODEL = "GPTQModel"
-HINT = "is not read here; decode the folder with the tool that wrote it"
 
 
-class IntegerFormat(Format):
+class IntegerFormat(WrittenFormat):
     """One of them.
 
     Attributes:
@@ -62,16 +61,10 @@ class IntegerFormat(Format):
     def at_odds(self, operators: list[IntQuantized]) -> str:
         """What of operators that it holds cannot be in one folder."""
 
-    def claims(self, config: Mapping[str, Any]) -> bool:
-        return bool((config.get("quantization_config") or {}).get("quant_method") == self.name)
-
     def check(self, path: Path, schemes: Schemes, suffixes: Mapping[str, Iterable[str]], stored: Iterable[str]) -> None:
         for name, found in suffixes.items():
             if set(found) != self.parts:
                 raise ModelError(f"{path}: {name} is not whole: it has {', '.join(sorted(found))}")
-
-    def original(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in config.items() if key != "quantization_config"}
 
 
 def check_parts(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from ..errors import ModelError
 from ..schemes import Operator
-from .base import OURS, Around, Format, Schemes, targets
+from .base import OURS, Around, Schemes, WrittenFormat, targets
 
 VERSION = 1
 
@@ -24,7 +24,7 @@ _AUTO_MAP = {"AutoConfig": "CompressorConfig", "AutoModelForCausalLM": "Compress
 _KEPT = {"model_type": "base_model_type", "architectures": "base_architectures", "auto_map": "base_auto_map"}
 
 
-class Native(Format):
+class Native(WrittenFormat):
     """Operators as they are, under a model type of their own so that no reader guesses."""
 
     name: ClassVar[str] = "compressor"

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
 from ..schemes import Dense, Operator, rewritten
-from .base import OURS, VLLM_CPU, VLLM_GPU, Around, Format
+from .base import OURS, VLLM_CPU, VLLM_GPU, Around, Schemes, WrittenFormat
 
 
-class Plain(Format):
+class Plain(WrittenFormat):
     """The original model's own form."""
 
     name: ClassVar[str] = "dense"
@@ -33,3 +34,9 @@ class Plain(Format):
         self, source: Mapping[str, Any], linears: Mapping[str, Operator], dense: Iterable[str], around: Around
     ) -> dict[str, Any]:
         return dict(source)
+
+    def claims(self, config: Mapping[str, Any]) -> bool:
+        return False  # it is what no other claims
+
+    def schemes(self, path: Path, config: Mapping[str, Any], stored: Iterable[str]) -> Schemes:
+        return {}

@@ -28,7 +28,7 @@ from .families import FAMILIES, Family, block_index, blocks_of, family_of, text_
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 _SIDE_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
@@ -258,6 +258,9 @@ class Checkpoint:
 
     def _config(self) -> dict[str, Any]:
         config = self._json("config.json")
+        if (self.path / "hf_quant_config.json").is_file() and not config.get("quantization_config"):
+            told = self._json("hf_quant_config.json").get("quantization")  # where ModelOpt's older folders say it
+            config["quantization_config"] = {"quant_method": "modelopt", **(told if isinstance(told, dict) else {})}
         for key in ("quantization_config", "text_config"):
             if config.get(key) is None:
                 config.pop(key, None)
