@@ -51,7 +51,7 @@ def load(
         if tensor.is_meta and disk_name in checkpoint.tensors:
             state[name] = skeleton.held(name, disk_name, tensor)
     model.load_state_dict(state, assign=True, strict=False)
-    _tie(model, state, family.disk_name("lm_head.weight") in checkpoint.tensors)
+    _tie(model, state, family.head, family.disk_name(f"{family.head}.weight") in checkpoint.tensors)
     model.get_output_embeddings().register_forward_pre_hook(_without_gaps)
     pack_experts(model)
     left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
@@ -90,20 +90,20 @@ def _put_stored(
     place, old = name, model.get_submodule(name)
     if isinstance(old, nn.Embedding):
         model.set_submodule(name, StoredEmbedding(old, looked_up(tensors, scheme), kind))
-        place = "lm_head"
-        if skeleton.family.disk_name("lm_head.weight") in checkpoint.tensors:
+        place = skeleton.family.head
+        if skeleton.family.disk_name(f"{place}.weight") in checkpoint.tensors:
             return
     own = skeleton.family.disk_name(f"{place}.bias")
     bias = checkpoint.tensor(own).to(target) if own in checkpoint.tensors else None
     model.set_submodule(place, stored_linear(tensors, scheme, bias, kind))
 
 
-def _tie(model: Any, state: Mapping[str, Tensor], own_head: bool) -> None:
+def _tie(model: Any, state: Mapping[str, Tensor], name: str, own_head: bool) -> None:
     """Let the head have the embedding's weight, unless it has one of its own, whatever the config says (as transformers
     does); what is stored otherwise has it already."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     plain = isinstance(head, nn.Linear) and isinstance(embedding, nn.Embedding)
-    if plain and (not own_head or torch.equal(embedding.weight, state["lm_head.weight"])):
+    if plain and (not own_head or torch.equal(embedding.weight, state[f"{name}.weight"])):
         model.tie_weights()
 
 

@@ -90,22 +90,16 @@ def events_of(folder: Path) -> list[dict[str, Any]]:
 def _untouched(plan: Plan, skeleton: Skeleton) -> set[str]:
     """Names of all modules with a matrix that stays as it is, on disk and in memory: readers that match by either must
     leave them alone."""
-    dense = [name for name in plan.linears if name not in plan.rewritten]
+    family, tensors = skeleton.family, skeleton.checkpoint.tensors
+    inside = {name for names in skeleton.checkpoint.block_names() for name in names}
+    matrices = [name for name in inside if name.endswith(".weight") and len(tensors[name].shape) == 2]
+    names = {name.removesuffix(".weight") for name in matrices}
+    names |= {family.memory_name(name) for name in names if name not in plan.linears}
     outside = [name for name in skeleton.checkpoint.outside_names() if name.endswith("weight")]
     beside = {disk: memory for memory, disk in skeleton.beside().items()}
-    outside += [beside.get(name) or skeleton.family.memory_name(name) for name in outside]
-    names = {name.removesuffix(".weight") for name in outside} | {"lm_head"}
-    changed = {form for name in plan.rewritten for form in (name, skeleton.family.memory_name(name))}
-    return {*dense, *_routers(skeleton), *(name for name in names - changed if not name.endswith("norm"))}
-
-
-def _routers(skeleton: Skeleton) -> list[str]:
-    """Names of router gates, on disk and in memory."""
-    family = skeleton.family
-    last = [name.rpartition(".")[2] for name in (family.experts.router, *family.experts.gates)]
-    endings = tuple(f".{family.disk_name(name)}.weight" for name in last)
-    found = [name.removesuffix(".weight") for name in skeleton.checkpoint.tensors if name.endswith(endings)]
-    return list({*found, *map(family.memory_name, found)})
+    outside += [beside.get(name) or family.memory_name(name) for name in outside]
+    names |= {name.removesuffix(".weight") for name in outside if not name.endswith("norm.weight")} | {family.head}
+    return names - {form for name in plan.rewritten for form in (name, family.memory_name(name))}
 
 
 def check_complete(folder: Path, original: Checkpoint) -> Checkpoint:

@@ -54,6 +54,9 @@ class TensorInfo:
 class Checkpoint:
     """One model folder.
 
+    Args:
+        family: of the model, where that is known before it is looked for.
+
     Attributes:
         path: the folder.
         config: `config.json` as a dictionary.
@@ -65,8 +68,8 @@ class Checkpoint:
         ModelError: anything wrong with the folder, in one line.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Path, family: Family | None = None) -> None:
+        self.path, self._given = Path(path), family
         if not self.path.is_dir():
             raise ModelError(f"{self.path}: no such model folder")
         self.config = self._config()
@@ -82,10 +85,18 @@ class Checkpoint:
 
     @cached_property
     def family(self) -> Family:
+        if self._given is not None:
+            return self._given
         try:
-            return family_of(self.config, self.tensors)
+            return family_of(self.config, self.tensors, self._found)
         except ModelError as error:
             raise ModelError(f"{self.path}/config.json: {error}") from None
+
+    def _found(self) -> Family:
+        from .probe import probed  # runs models, and is rarely wanted
+        from .skeleton import model_config
+
+        return probed(model_config(self).get_text_config())
 
     @property
     def text_config(self) -> Mapping[str, Any]:
@@ -102,7 +113,7 @@ class Checkpoint:
     def vocabulary(self) -> int:
         """Rows of the embedding."""
         family = self.family
-        return self.tensors[family.disk_name(f"{family.decoder}.embed_tokens.weight")].shape[0]
+        return self.tensors[family.disk_name(f"{family.decoder}.{family.embedding}.weight")].shape[0]
 
     def check_ids(self, ids: Tensor) -> None:
         """Refuse token ids that the model does not have."""
@@ -111,7 +122,12 @@ class Checkpoint:
 
     @cached_property
     def _blocks(self) -> str:
-        return blocks_of(self.tensors)
+        if self._given is not None:
+            return self._given.blocks
+        try:
+            return self.family.blocks
+        except ModelError:
+            return blocks_of(self.tensors)
 
     def block_index(self, name: str) -> int | None:
         """The transformer block a tensor belongs to, or None for embeddings, the final norm and the head."""
@@ -243,7 +259,9 @@ class Checkpoint:
 
     def _unfuse(self) -> None:
         """Name the linears of fused experts in place of the tensors they lie in."""
-        known = FAMILIES.get(str(self.text_config.get("model_type")))
+        known = self._given or FAMILIES.get(str(self.text_config.get("model_type")))
+        if known is None and any(len(info.shape) == 3 and "conv" not in name for name, info in self.tensors.items()):
+            known = self.family
         if known is None or not known.experts.fused:
             return
         self.stored, self.tensors = dict(self.tensors), {}

@@ -111,13 +111,16 @@ class Family:
         attention: the module of a block that mixes tokens, and returns its weights beside its output.
         keys, values: projections whose outputs are cached; empty where something else is.
         ends: parts of a block that end in a linear: once that is final, the rest of the part is not computed again.
-        segments: segments of names in memory → on disk, where they differ (a bijection).
+        segments: segments of names in memory → on disk, where they differ (a bijection); several may be joined by dots.
         places: prefixes of names in memory → on disk, of the decoder and of the head.
+        layers, embedding, norm: attributes of the decoder: the list of its blocks, what is in front of the first, and
+            what is behind the last.
         offset_norms: whether norms multiply by one more than their weight.
         centered: whether norms of the residual stream subtract the mean.
         residual: the key of the config with the factor on what attention and MLP add; empty for none.
         entry: the decoder's attribute with the factor on what enters the first block; empty for none.
         rotates: whether an attention module turns queries and keys by their position.
+        turns: whether rotations can be folded into it.
     """
 
     stages: tuple[Stage, ...]
@@ -128,11 +131,15 @@ class Family:
     ends: Mapping[str, str] = field(default_factory=lambda: {"self_attn": "self_attn.o_proj", "mlp": "mlp.down_proj"})
     segments: Mapping[str, str] = field(default_factory=dict)
     places: Mapping[str, str] = field(default_factory=lambda: _PLAIN)
+    layers: str = BLOCKS
+    embedding: str = "embed_tokens"
+    norm: str = "norm"
     offset_norms: bool = False
     centered: bool = False
     residual: str = ""
     entry: str = ""
     rotates: Callable[[Any], bool] = _always
+    turns: bool = True
 
     @property
     def decoder(self) -> str:
@@ -140,9 +147,14 @@ class Family:
         return next(iter(self.places))
 
     @property
+    def head(self) -> str:
+        """The output head in memory."""
+        return list(self.places)[1]
+
+    @property
     def blocks(self) -> str:
         """What the names of all blocks start with on disk."""
-        return f"{self.places[self.decoder]}.{BLOCKS}."
+        return f"{self.places[self.decoder]}.{self.layers}."
 
     def disk_name(self, name: str) -> str:
         """A tensor or module name of the model in memory → its name in the checkpoint."""
@@ -150,14 +162,11 @@ class Family:
             if f"{name}.".startswith(memory + "."):
                 name = disk + name.removeprefix(memory)
                 break
-        return ".".join(self.segments.get(segment, segment) for segment in name.split("."))
+        return renamed(name, self.segments)
 
     def memory_name(self, name: str) -> str:
         """The inverse of `disk_name`."""
-        padded = f".{name}."
-        for memory, disk in self.segments.items():
-            padded = padded.replace(f".{disk}.", f".{memory}.")
-        name = padded[1:-1]
+        name = renamed(name, {disk: memory for memory, disk in self.segments.items()})
         for memory, disk in self.places.items():
             if f"{name}.".startswith(disk + "."):
                 return memory + name.removeprefix(disk)
@@ -183,7 +192,16 @@ class Family:
 
     def inside(self, name: str) -> str:
         """The name that a tensor or module, named as on disk, has inside its block in memory."""
-        return self.memory_name(name).removeprefix(f"{self.decoder}.{BLOCKS}.").split(".", 1)[1]
+        return self.memory_name(name).removeprefix(f"{self.decoder}.{self.layers}.").split(".", 1)[1]
+
+
+def renamed(name: str, segments: Mapping[str, str]) -> str:
+    """A name with other segments; the longest that fit count, and what was put in is not renamed again."""
+    if not segments:
+        return name
+    longest = sorted(segments, key=len, reverse=True)
+    pattern = "|".join(rf"(?<![^.]){re.escape(one)}(?![^.])" for one in longest)
+    return re.sub(pattern, lambda found: segments[found[0]], name)
 
 
 def block_index(name: str, blocks: str) -> int | None:
@@ -325,24 +343,22 @@ def with_text(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
     return {**config, **changes}
 
 
-def family_of(config: Mapping[str, Any], names: Collection[str]) -> Family:
+def family_of(config: Mapping[str, Any], names: Collection[str], found: Callable[[], Family]) -> Family:
     """The family of a model folder.
 
     Args:
         config: its `config.json`; of a model that sees or hears, the part that is about its language model counts.
         names: of its tensors, by which it is found where the language model lies.
+        found: finds a family that is not described here.
 
     Raises:
-        ModelError: the family is unknown or refused; the message lists the known ones.
+        ModelError: the family is refused, or not found.
     """
     model_type = text_config(config).get("model_type")
     for name in (config.get("model_type"), model_type):
         if name in REFUSED:
             raise ModelError(f"model_type {name!r} is not supported: {REFUSED[name]}")
-    if model_type not in FAMILIES:
-        known = ", ".join(sorted(FAMILIES))
-        raise ModelError(f"model_type {model_type!r} is not a known family; known: {known}")
-    family = FAMILIES[model_type]
+    family = FAMILIES.get(str(model_type)) or found()
     return replace(family, places=_places(names)) if config.get(_TEXT) else family
 
 

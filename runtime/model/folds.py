@@ -58,7 +58,7 @@ def seams(skeleton: Skeleton, index: int) -> dict[str, Seam]:
             beside = [name for name in (family.experts.router, *family.experts.gates) if name in modules]
         channels, heads = modules[names[0]].in_features, (1, 1)
         if not norm and names[0].startswith(family.attention + "."):
-            heads = config.num_attention_heads, config.num_key_value_heads
+            heads = config.num_attention_heads, getattr(config, "num_key_value_heads", config.num_attention_heads)
             channels = channels // heads[0] * heads[1]
         disk = tuple(skeleton.disk_name(index, name) for name in names)
         found[feeder] = Seam(feeder, (*names, *beside), disk, channels, heads, norm)

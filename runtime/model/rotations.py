@@ -192,8 +192,10 @@ def rotated(skeleton: Skeleton, stream: Rotation | None, values: Rotation | None
 def _turn_ends(skeleton: Skeleton, turn: Rotation, table: dict[str, _Turned]) -> dict[str, Derived]:
     """The embedding, the head and the norm before it."""
     family = skeleton.family
-    embedding, norm = (family.disk_name(f"{family.decoder}.{name}") for name in ("embed_tokens.weight", "norm"))
-    head = family.disk_name("lm_head.weight")
+    embedding, norm = (
+        family.disk_name(f"{family.decoder}.{name}") for name in (f"{family.embedding}.weight", family.norm)
+    )
+    head = family.disk_name(f"{family.head}.weight")
     if skeleton.tied:
         table[head] = _Turned(embedding)
     table[head].gain = f"{norm}.weight"

@@ -23,7 +23,7 @@ from ..errors import ModelError, first_line
 from ..schemes import Operator
 from .checkpoint import Checkpoint
 from .experts import unfuse_experts
-from .families import BLOCKS, Group, Stage
+from .families import Group, Stage
 
 HEAD_ROWS = 4096  # of the output head, in float32 at a time
 
@@ -60,7 +60,13 @@ def model_config(checkpoint: Checkpoint) -> Any:
     """The transformers config of a checkpoint, from the dictionary that was read."""
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     try:
-        return CONFIG_MAPPING[config["model_type"]].from_dict(config)
+        kind = CONFIG_MAPPING[config["model_type"]]
+        return kind.from_dict(kind._decode_special_floats(config))  # as infinities are written
+    except KeyError:
+        raise ModelError(
+            f"{checkpoint.path}/config.json: model_type {config.get('model_type')!r} is not a family that transformers "
+            "knows"
+        ) from None
     except Exception as error:  # transformers raises whatever its config classes do
         raise ModelError(f"{checkpoint.path}/config.json: transformers cannot read it ({first_line(error)})") from None
 
@@ -79,11 +85,20 @@ def _without_autocast(router: nn.Module, device: str) -> None:
     """Let a router compute in float32: rounding would send tokens to other experts."""
     forward = router.forward
 
-    def exact(hidden: Tensor) -> Any:
+    def exact(hidden: Tensor, *more: Any, **options: Any) -> Any:
         with torch.autocast(device, enabled=False):
-            return forward(hidden.float())
+            return forward(hidden.float(), *more, **options)
 
     router.forward = exact
+
+
+def _set_layer_types(config: Any, kinds: list[Any]) -> None:
+    """What a config says of its layers, also where it derives that from other keys."""
+    kind, name = type(config), (config.attribute_map or {}).get("layer_types", "layer_types")
+    if isinstance(getattr(kind, name, None), property):
+        config.__class__ = type(kind.__name__, (kind,), {name: kinds})
+    else:
+        config.layer_types = kinds
 
 
 class _Head(nn.Module):
@@ -94,6 +109,11 @@ class _Head(nn.Module):
         self._weight, self._bias, self._device = weight, bias, device
         # Fresh pages for every part would take longer than the product of a few tokens.
         self._room = torch.empty(min(HEAD_ROWS, len(weight)), weight.shape[1], device=device)
+
+    @property
+    def weight(self) -> Tensor:
+        """What some models ask for the dtype of."""
+        return self._room
 
     def forward(self, hidden: Tensor) -> Tensor:
         logits = hidden.new_empty(*hidden.shape[:-1], len(self._weight))
@@ -148,7 +168,7 @@ class Skeleton:
     @property
     def layers(self) -> Any:
         """The blocks on `meta`."""
-        return self.decoder.get_submodule(BLOCKS)
+        return self.decoder.get_submodule(self.family.layers)
 
     @property
     def copies(self) -> bool:
@@ -205,7 +225,7 @@ class Skeleton:
         }
         where = self.checkpoint.path
         if self.tied:
-            expected.pop(self.family.disk_name("lm_head.weight"), None)
+            expected.pop(self.family.disk_name(f"{self.family.head}.weight"), None)
         for name, tensor in expected.items():
             if name not in self.checkpoint.tensors:
                 raise ModelError(f"{where}: {name} is missing, which {self.config.model_type} needs; is it all there?")
@@ -229,7 +249,7 @@ class Skeleton:
 
     def disk_name(self, index: int, name: str) -> str:
         """A name inside block `index` in memory → its name in the checkpoint."""
-        return self.family.disk_name(f"{self.family.decoder}.{BLOCKS}.{index}.{name}")
+        return self.family.disk_name(f"{self.family.decoder}.{self.family.layers}.{index}.{name}")
 
     def linears(self, index: int) -> dict[str, nn.Linear]:
         """Disk name (without `.weight`) → meta linear, for every linear that a block's stages name."""
@@ -243,7 +263,7 @@ class Skeleton:
     def outer(self) -> dict[str, bool]:
         """Disk name (without `.weight`) of the embedding and, where it has a matrix of its own, of the output head →
         whether its rows are looked up, not multiplied."""
-        names = {self._decoder_name("embed_tokens"): True, self.family.disk_name("lm_head"): False}
+        names = {self._decoder_name(self.family.embedding): True, self.family.disk_name(self.family.head): False}
         return {name: rows for name, rows in names.items() if f"{name}.weight" in self.checkpoint.tensors}
 
     def stages(self, index: int) -> list[Stage]:
@@ -318,23 +338,24 @@ class Skeleton:
         """A decoder whose only layer is `block`: call it with `inputs_embeds`, read `last_hidden_state`."""
         runner = self._decoder_of([block])
         if getattr(self.config, "layer_types", None):
-            runner.config.layer_types = [self.config.layer_types[index]]
+            _set_layer_types(runner.config, [self.config.layer_types[index]])
         return runner
 
     def _decoder_of(self, blocks: Sequence[nn.Module]) -> Any:
         """The decoder with other blocks, without its embedding and its final norm; what is given to it as
         `inputs_embeds` enters the first block as it is."""
-        decoder = copy.copy(self.decoder)
-        own = {"embed_tokens", "norm", BLOCKS}
+        decoder, family = copy.copy(self.decoder), self.family
+        own = {family.embedding, family.norm, family.layers}
         decoder._modules = {
             name: module if name in own else copy.deepcopy(module) for name, module in self.decoder._modules.items()
         }
-        decoder.embed_tokens = None
+        setattr(decoder, family.embedding, None)
         decoder.config = copy.copy(self.config)
         decoder.config.num_hidden_layers = len(blocks)
-        decoder.layers, decoder.norm = nn.ModuleList(blocks), nn.Identity()
-        if self.family.entry:  # what enters a block is multiplied already
-            setattr(decoder, self.family.entry, 1.0)
+        setattr(decoder, family.layers, nn.ModuleList(blocks))
+        setattr(decoder, family.norm, nn.Identity())
+        if family.entry:  # what enters a block is multiplied already
+            setattr(decoder, family.entry, 1.0)
         return decoder
 
     def forward(self, runner: Any, hidden: Tensor) -> Tensor:
@@ -355,13 +376,13 @@ class Skeleton:
             stored: the embedding `[vocab_size, hidden_size]`, where it is another than the checkpoint's.
         """
         found, places = ids.unique(return_inverse=True)
-        table = copy.deepcopy(self.decoder.embed_tokens)
+        table = copy.deepcopy(self.decoder.get_submodule(self.family.embedding))
         table.padding_idx = None
-        name = self._decoder_name("embed_tokens.weight")
+        name = self._decoder_name(f"{self.family.embedding}.weight")
         rows = self.checkpoint.rows(name, found) if stored is None else stored.rows(found.to(self.device)).dense()
         table.weight = nn.Parameter(rows.to(self.device, torch.float32), requires_grad=False)
         decoder = self._decoder_of([])
-        decoder.embed_tokens = table
+        setattr(decoder, self.family.embedding, table)
         if self.family.entry:
             setattr(decoder, self.family.entry, getattr(self.decoder, self.family.entry))
         entered: Tensor = decoder(input_ids=places.to(self.device), use_cache=False).last_hidden_state
@@ -378,12 +399,13 @@ class Skeleton:
             table: `[vocab_size, hidden_size]`, in place of the head's.
         """
         decoder = self._decoder_of([])
-        norm = copy.deepcopy(self.decoder.norm)
-        state = {name: self.checkpoint.tensor(self._decoder_name(f"norm.{name}")) for name in norm.state_dict()}
+        last, own = self.family.norm, self.decoder.get_submodule(self.family.norm)
+        norm = copy.deepcopy(own)
+        state = {name: self.checkpoint.tensor(self._decoder_name(f"{last}.{name}")) for name in norm.state_dict()}
         norm.load_state_dict({name: t.to(self.device, torch.float32) for name, t in state.items()}, assign=True)
-        decoder.norm = norm
+        setattr(decoder, last, norm)
         head, whole = self._head(table), copy.copy(self.model)
-        whole._modules = {**self.model._modules, self.family.decoder: decoder, "lm_head": head}
+        whole._modules = {**self.model._modules, self.family.decoder: decoder, self.family.head: head}
 
         @torch.no_grad()
         def answer(hidden: Tensor) -> Tensor:
@@ -398,8 +420,8 @@ class Skeleton:
 
     def _head(self, changed: Tensor | None = None) -> _Head:
         tensors = self.checkpoint.tensors
-        weight, bias = (self.family.disk_name(f"lm_head.{part}") for part in ("weight", "bias"))
-        table = weight if weight in tensors else self._decoder_name("embed_tokens.weight")
+        weight, bias = (self.family.disk_name(f"{self.family.head}.{part}") for part in ("weight", "bias"))
+        table = weight if weight in tensors else self._decoder_name(f"{self.family.embedding}.weight")
         own = self.checkpoint.tensor(bias) if bias in tensors else None
         if changed is not None:
             return _Head(changed, own, self.device)

@@ -53,7 +53,7 @@ class View(Checkpoint):
         parts: Mapping[str, Derived],
         made: Sequence[Path] = (),
     ) -> None:
-        self._source, self.path, self.stored = source, source.path, source.stored
+        self._source, self.path, self.stored, self._given = source, source.path, source.stored, source.family
         self.config, self._parts = dict(config), parts
         self.tensors = {name: self._info(part) for name, part in parts.items()}
         self._made: dict[str, Path] = {}

@@ -58,6 +58,8 @@ class Rotate(ModelPass):
         from ....runtime.model.rotations import stream_width, value_width
 
         family, result = skeleton.family, self.model_copy()
+        if not family.turns:
+            raise RecipeError(f"{self.kind}: this family does something that no rotation can be folded into")
         if self.residual:
             if family.centered and self.seed is None:
                 raise RecipeError(

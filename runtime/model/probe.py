@@ -1,0 +1,360 @@
+"""A family that nobody described, found by running a small copy of the model: what its blocks do, how their tensors are
+named on disk, and whether blocks that are run one at a time do what the whole model does.
+
+What is found is held against stock transformers before it is used: a model that is not run exactly is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from ..errors import ModelError, first_line
+from .experts import Experts, unfuse_experts
+from .families import Family, Group, Mixture, renamed
+from .small import HIDDEN, TOP_K, VOCABULARY, small_config, small_model
+from .trace import Trace, groups_of, starred, traced
+
+_LEFT = {"router", "indexer", "compressor"}  # parts of blocks whose few weights choose what the others do
+_WIDTHS = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
+_CLOSE = 1e-5  # of logits in float32, relative
+
+
+class Unfit(Exception):
+    """Why a model is not run exactly, in a few words."""
+
+
+def probed(config: Any) -> Family:
+    """The family of a transformers config of a language model.
+
+    Raises:
+        ModelError: it cannot be found, or what is found does not do what the model does.
+    """
+    return _probed(json.dumps(config.to_dict(), default=str))
+
+
+@lru_cache(maxsize=8)
+def _probed(told: str) -> Family:
+    config = json.loads(told)
+    try:
+        return find(CONFIG_MAPPING[config["model_type"]].from_dict(config))
+    except (Unfit, ModelError) as error:
+        why = str(error)
+    except Exception as error:  # transformers raises whatever its models do
+        why = f"a small copy of it cannot be built and run ({first_line(error)})"
+    raise ModelError(f"model_type {config['model_type']!r} is not described here, nor found by running it: {why}")
+
+
+def find(config: Any) -> Family:
+    """The family of a config, held against the model.
+
+    Raises:
+        Unfit: they do not agree.
+    """
+    model = small_model(small_config(config))
+    ids = torch.randint(3, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected: Tensor = model(input_ids=ids, use_cache=False).logits
+    with tempfile.TemporaryDirectory() as room:
+        folder = Path(room)
+        model.save_pretrained(folder)
+        family = _around(model)
+        experts = _unfused(model)
+        family = _inside(family, model, _traces(model, family, ids), experts)
+        family = _named(family, model, folder, experts)
+        _check(family, folder, ids, expected)
+        family = _folding(family, folder, ids, expected)
+        return replace(family, turns=_turns(family, folder, ids, expected))
+
+
+def _around(model: Any) -> Family:
+    """A family of which nothing is known but where its blocks are, and what is around them."""
+    count = model.config.get_text_config().num_hidden_layers
+    lists = [name for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part) == count]
+    lists = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
+    if len(lists) != 1:
+        raise Unfit("its blocks are not in a list of their own")
+    place, _, layers = lists[0].rpartition(".")
+    parts = dict(model.get_submodule(place).named_children())
+    embeddings = [name for name, part in parts.items() if part is model.get_input_embeddings()]
+    norms = [name for name in list(parts)[list(parts).index(layers) :] if "norm" in type(parts[name]).__name__.lower()]
+    heads = [name for name, part in model.named_children() if part is model.get_output_embeddings()]
+    if len(embeddings) != 1 or len(norms) != 1 or len(heads) != 1:
+        raise Unfit(f"{type(model).__name__} has not one embedding, one norm and one head around its blocks")
+    beside = [parts[name] for name in set(parts) - {layers, *embeddings, *norms}]
+    if any(True for part in beside for _ in part.parameters()):
+        raise Unfit(f"{place} has other weights than those of an embedding, blocks and a norm")
+    return Family(
+        (),
+        keys="",
+        values="",
+        places={place: place, heads[0]: heads[0]},
+        layers=layers,
+        embedding=embeddings[0],
+        norm=norms[0],
+        centered=_centered(parts[norms[0]]),
+    )
+
+
+def _centered(norm: nn.Module) -> bool:
+    """Whether a norm takes no notice of the mean."""
+    hidden = torch.randn(4, HIDDEN, generator=torch.Generator().manual_seed(4))
+    return bool(torch.allclose(norm(hidden + 1), norm(hidden), atol=1e-4))
+
+
+def _unfused(model: Any) -> dict[str, Any]:
+    """Let experts be linears, as they are where models are run here; modules that were in their place."""
+    fused = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "gate_up_proj", None), nn.Parameter)
+    }
+    for name, module in model.named_modules():
+        many = [part for part, tensor in module.named_parameters(recurse=False) if tensor.dim() == 3]
+        if many and name not in fused and not isinstance(module, nn.Conv1d):
+            raise Unfit(f"{name}.{many[0]} has three dimensions, and is not of experts that are known")
+    if not all(callable(getattr(module, "act_fn", None)) for module in fused.values()):
+        raise Unfit("its experts have an activation of their own")
+    unfuse_experts(model)
+    for name, module in fused.items():
+        _fill(model.get_submodule(name), module)
+    return fused
+
+
+def _fill(experts: Experts, fused: Any) -> None:
+    """
+    Raises:
+        Unfit: what becomes of them does something else.
+    """
+    gate_up, down, each = fused.gate_up_proj, fused.down_proj, list[Any](experts)
+    if len(list(fused.parameters())) > 2:
+        raise Unfit("its experts have biases, or more than two matrices")
+    inner = gate_up.shape[1] // 2
+    if gate_up.shape[2] != down.shape[1] or down.shape[2] != inner:
+        raise Unfit("its experts are transposed")
+    for expert, upper, lower in zip(each, gate_up, down, strict=True):
+        for part, weight in (("gate_proj", upper[:inner]), ("up_proj", upper[inner:]), ("down_proj", lower)):
+            getattr(expert, part).weight = nn.Parameter(weight, requires_grad=False)
+    hidden = torch.randn(6, gate_up.shape[2], generator=torch.Generator().manual_seed(2)) * 3
+    index, weights = torch.tensor([[0, 1]]).expand(6, 2), torch.tensor([[0.3, 0.9]]).expand(6, 2)
+    if not torch.allclose(experts(hidden, index, weights), fused(hidden, index, weights), rtol=1e-4, atol=1e-5):
+        raise Unfit("its experts do something else than gated linears with an activation")
+
+
+def _blocks(model: Any, family: Family) -> Any:
+    return model.get_submodule(f"{family.decoder}.{family.layers}")
+
+
+def _traces(model: Any, family: Family, ids: Tensor) -> list[Trace]:
+    """Of every block, in the run of the whole model."""
+    return [traced(block, lambda: model(input_ids=ids, use_cache=False)) for block in _blocks(model, family)]
+
+
+def _inside(family: Family, model: Any, traces: Sequence[Trace], experts: Mapping[str, Any]) -> Family:
+    """With what is in its blocks."""
+    inside = sorted({family.inside(name) for name in experts})
+    if len(inside) > 1:
+        raise Unfit(f"experts lie in {' and '.join(inside)}")
+    mixture = _mixture(model, family, inside[0]) if inside else Mixture()
+    stages = groups_of(traces, left=[mixture.router, *mixture.gates] if inside else [])
+    stages = [[group for group in stage if not _left_out(group)] for stage in stages]
+    mixing = {part for trace in traces for part in trace.mixing}
+    kept = {name for stage in stages for group in stage for name in group.linears}
+    ends = {part: end for trace in traces for part, end in trace.ends.items() if end in kept}
+    if len(mixing) > 1:
+        raise Unfit(f"{' and '.join(sorted(mixing))} return several things each")
+    return replace(
+        family,
+        stages=tuple(tuple(stage) for stage in stages if stage),
+        experts=mixture,
+        attention=next(iter(mixing), "self_attn"),
+        ends=ends,
+    )
+
+
+def _left_out(group: Group) -> bool:
+    return any(_LEFT.intersection(name.split(".")) for name in group.linears)
+
+
+def _mixture(model: Any, family: Family, where: str) -> Mixture:
+    """Where experts, their router and what weighs shared ones are."""
+    blocks, config = _blocks(model, family), model.config.get_text_config()
+    parent, _, _ = where.rpartition(".")
+    block = next(block for block in blocks if where in dict(block.named_modules()))
+    experts, inside = block.get_submodule(where), block.get_submodule(parent)
+    routers, gates = [], []
+    for name, module in inside.named_children():
+        rows = {len(tensor) for tensor in module.parameters() if tensor.dim() == 2}
+        if len(experts) in rows and ("gate" in name or "router" in name):
+            routers.append(f"{parent}.{name}")
+        elif rows == {1}:
+            gates.append(f"{parent}.{name}")
+    if len(routers) != 1:
+        raise Unfit(f"the router beside {where} is not found")
+    width = experts[0].gate_proj.out_features
+    shared = next((f"{parent}.{name}" for name, _ in inside.named_children() if name.startswith("shared_exp")), "")
+    return Mixture(
+        where=where,
+        router=routers[0],
+        gates=tuple(gates),
+        shared=shared,
+        width=next((key for key in _WIDTHS if getattr(config, key, None) == width), ""),
+        top_k=next((key for key in TOP_K if hasattr(config, key)), ""),
+    )
+
+
+def _named(family: Family, model: Any, folder: Path, experts: Mapping[str, Any]) -> Family:
+    """With the names that tensors have on disk: found by their values, which are random."""
+    from .checkpoint import Checkpoint  # which asks here for families that are not described
+
+    checkpoint = Checkpoint(folder, family)
+    lying = {_key(checkpoint.stored_tensor(name)): name for name in checkpoint.stored}
+    fused: dict[str, tuple[str, ...]] = {}
+    for module in experts.values():
+        for part, linears in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
+            if (name := lying.get(_key(getattr(module, part)))) is not None:
+                fused[name.removeprefix(family.blocks).split(".", 1)[1]] = linears
+    tied = f"{family.head}.weight" if model.config.tie_word_embeddings else ""
+    pairs = {
+        name: lying.get(_key(tensor), "")
+        for name, tensor in model.state_dict().items()
+        if name != tied and not (fused and any(name.startswith(where + ".") for where in experts))
+    }
+    if lost := next((name for name, found in pairs.items() if not found), ""):
+        raise Unfit(f"{lost} is not on disk as it is in memory")
+    return replace(family, segments=_segments(pairs), experts=replace(family.experts, fused=fused))
+
+
+def _key(tensor: Tensor) -> tuple[Any, ...]:
+    """A tensor of random numbers, as few of them as tell it from others."""
+    return tuple(tensor.shape), *tensor.flatten()[:8].tolist()
+
+
+def _segments(pairs: Mapping[str, str]) -> dict[str, str]:
+    """Names in memory → on disk, as the shortest segments that make the ones of the others.
+
+    Raises:
+        Unfit: there are none.
+    """
+    rules: dict[str, str] = {}
+    for context in range(4):
+        for ours, theirs in pairs.items():
+            if renamed(ours, rules) != theirs:
+                rules |= _differences(ours.split("."), theirs.split("."), context)
+        rules = {memory: disk for memory, disk in rules.items() if not _harms(memory, rules, pairs)}
+    for ours, theirs in pairs.items():
+        if renamed(ours, rules) != theirs or renamed(theirs, {disk: memory for memory, disk in rules.items()}) != ours:
+            raise Unfit(f"{ours} is {theirs} on disk")
+    return rules
+
+
+def _differences(memory: Sequence[str], disk: Sequence[str], context: int) -> dict[str, str]:
+    """The segments in which two names differ, and so many around them; one by one where there are as many."""
+    if len(memory) == len(disk):
+        places = [i for i, (a, b) in enumerate(zip(memory, disk, strict=True)) if a != b]
+        ranges = [(max(0, i - context), i + context + 1) for i in places]
+        found = {".".join(memory[a:b]): ".".join(disk[a:b]) for a, b in ranges}
+    else:
+        found = _difference(memory, disk, context)
+    return {ours: theirs for ours, theirs in found.items() if not any(part.isdigit() for part in ours.split("."))}
+
+
+def _difference(memory: Sequence[str], disk: Sequence[str], context: int) -> dict[str, str]:
+    """The same, of all together: one of each at least."""
+    start = next((i for i, (a, b) in enumerate(zip(memory, disk, strict=False)) if a != b), 0)
+    end = next((i for i, (a, b) in enumerate(zip(memory[::-1], disk[::-1], strict=False)) if a != b), 0)
+    start = min(start, len(memory) - 1, len(disk) - 1)
+    end = min(end, len(memory) - start - 1, len(disk) - start - 1)
+    first, last = max(0, start - context), max(0, end - context)
+    return {".".join(memory[first : len(memory) - last]): ".".join(disk[first : len(disk) - last])}
+
+
+def _harms(memory: str, rules: Mapping[str, str], pairs: Mapping[str, str]) -> bool:
+    """Whether a rule is why some name comes out wrong."""
+    touched = [ours for ours in pairs if f".{memory}." in f".{ours}."]
+    return any(renamed(ours, rules) != pairs[ours] for ours in touched)
+
+
+def _skeleton(family: Family, folder: Path) -> Any:
+    from .checkpoint import Checkpoint
+    from .skeleton import Skeleton
+
+    return Skeleton(Checkpoint(folder, family))
+
+
+@torch.no_grad()
+def walked(skeleton: Any, ids: Tensor) -> Tensor:
+    """Logits of a model that is run block by block."""
+    hidden = skeleton.embed(ids)
+    for index in range(skeleton.blocks):
+        hidden = skeleton.run(skeleton.runner(index, skeleton.block(index)), hidden)
+    logits: Tensor = skeleton.logits(hidden)
+    return logits
+
+
+def _check(family: Family, folder: Path, ids: Tensor, expected: Tensor) -> None:
+    skeleton = _skeleton(family, folder)
+    if not any(skeleton.linears(index) for index in range(skeleton.blocks)):
+        raise Unfit("no linear runs in its blocks")
+    off = float((walked(skeleton, ids) - expected).norm() / expected.norm())
+    if not off < _CLOSE:
+        raise Unfit(f"run block by block, its answers are {off:.2g} off")
+
+
+def _folding(family: Family, folder: Path, ids: Tensor, expected: Tensor) -> Family:
+    """With those seams alone across which scales really can be moved."""
+    from .folds import folded, seams
+    from .skeleton import Skeleton
+    from .view import changed
+
+    def fits(found: Family, feeder: str) -> bool:
+        skeleton, parts = _skeleton(found, folder), dict[str, Any]()
+        try:
+            for index in range(skeleton.blocks):
+                for name, seam in seams(skeleton, index).items():
+                    if starred(name) == feeder:
+                        scale = torch.rand(seam.channels, generator=torch.Generator().manual_seed(3)) + 0.5
+                        parts |= folded(skeleton, index, seam, scale)
+            answers = walked(Skeleton(changed(skeleton.checkpoint, parts)), ids)
+        except (RuntimeError, IndexError, KeyError):  # of shapes that do not go together
+            return False
+        return float((answers - expected).norm() / expected.norm()) < 10 * _CLOSE
+
+    held: set[str] = set()
+    for feeder in sorted({group.reads for stage in family.stages for group in stage if group.reads}):
+        for offset in dict.fromkeys((family.offset_norms, True)):
+            if fits(replace(family, offset_norms=offset), feeder):
+                held.add(feeder)
+                family = replace(family, offset_norms=offset)
+                break
+    stages = tuple(
+        tuple(replace(group, reads=group.reads if group.reads in held else "") for group in stage)
+        for stage in family.stages
+    )
+    return replace(family, stages=stages)
+
+
+def _turns(family: Family, folder: Path, ids: Tensor, expected: Tensor) -> bool:
+    """Whether rotations change nothing, where the family does not refuse them anyway."""
+    from .rotations import Rotation, rotated, stream_width, value_width
+    from .skeleton import Skeleton
+
+    skeleton = _skeleton(family, folder)
+    try:
+        stream = Rotation(stream_width(skeleton), 0, family.centered)
+    except ModelError:
+        stream = None
+    width = value_width(skeleton)
+    if stream is None and not width:
+        return True
+    turned = rotated(skeleton, stream, Rotation(width, 0) if width else None)
+    return float((walked(Skeleton(turned), ids) - expected).norm() / expected.norm()) < 100 * _CLOSE

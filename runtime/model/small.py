@@ -1,0 +1,94 @@
+"""A model like another, small enough to be run at once: the same code paths, a few numbers wide, random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+HIDDEN, INNER, EXPERT, HEAD, VOCABULARY = 64, 96, 32, 16, 128
+_HEADS, _KEPT, _EXPERTS, _CHOSEN = 4, 2, 4, 2
+_LAYERS, _DEEPEST = 6, 12  # at most: of as many kinds, and in a row
+TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts")
+
+_SIZES: Mapping[str, Any] = {
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim"), HIDDEN),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "mlp_hidden_size", "ffn_hidden_size"), INNER),
+    **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size"), EXPERT),
+    **dict.fromkeys(("shared_expert_intermediate_size", "shared_intermediate_size"), EXPERT),
+    **dict.fromkeys(("head_dim", "v_head_dim", "global_head_dim", "attention_head_dim"), HEAD),
+    **dict.fromkeys(("num_attention_heads", "n_head", "num_heads"), _HEADS),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), _EXPERTS),
+    **dict.fromkeys(("n_group", "topk_group", "num_expert_group", "moe_n_group", "moe_topk_group"), 1),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 32),
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim"), 8),
+    "qk_head_dim": HEAD, "vocab_size": VOCABULARY, "sliding_window": 8,
+    "max_position_embeddings": 256, "n_positions": 256, "max_seq_len": 256,
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), HEAD),
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "rotary_dim": 8,
+    "mamba_d_head": HEAD, "mamba_head_dim": HEAD, "mamba_d_ssm": 2 * HIDDEN, "mamba_expand": 2,
+    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads"), 2 * HIDDEN // HEAD),
+    "bos_token_id": 1, "pad_token_id": 2, "eos_token_id": 0,
+}  # fmt: skip
+
+
+def small_config(config: Any) -> Any:
+    """A transformers config of a language model, made small; layers of as many kinds as it has.
+
+    Raises:
+        Exception: whatever transformers says of what it makes no sense of.
+    """
+    own = config.to_dict()
+    told = {key: value for key, value in own.items() if not isinstance(getattr(type(config), key, None), property)}
+    found = {key: _SIZES[key] for key in told if key in _SIZES and told[key] is not None}
+    found |= {key: _CHOSEN for key in TOP_K if key in told}
+    if told.get("qk_rope_head_dim") is not None and "head_dim" in told:
+        found["head_dim"] = _SIZES["qk_rope_head_dim"]
+    if (kept := told.get("num_key_value_heads")) is not None:
+        found["num_key_value_heads"] = _HEADS if kept == told.get("num_attention_heads") else _KEPT
+    lists, chosen = _kinds(config, told)
+    found["num_hidden_layers"] = len(chosen)
+    found |= {key: [told[key][index] for index in chosen] for key in lists}
+    for key, value in told.items():
+        if isinstance(value, dict) and value and all(str(number).isdigit() for number in value):
+            numbers = {int(number): each for number, each in value.items()}
+            found[key] = {place: numbers[index] for place, index in enumerate(chosen) if index in numbers}
+    return CONFIG_MAPPING[told["model_type"]].from_dict({**told, **found, "dtype": "float32"})
+
+
+def _kinds(config: Any, told: Mapping[str, Any]) -> tuple[list[str], list[int]]:
+    """Keys that say something of each layer, and numbers of layers among which all kinds are: by what is said of them,
+    and by what they hold. Where nothing is said, all up to the last that is new."""
+    layers = config.num_hidden_layers
+    lists = [key for key, value in told.items() if isinstance(value, list) and len(value) == layers > 1]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    [blocks] = [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == layers][:1]
+    first: dict[str, int] = {}
+    for index, block in enumerate(blocks):
+        said = [told[key][index] for key in lists]
+        first.setdefault(repr((said, type(block).__name__, list(block.state_dict()))), index)
+    new = sorted(first.values())
+    if lists:
+        return lists, new[:_LAYERS] if len(new) > 1 else [0, 1]
+    return lists, list(range(min(layers, max(2, new[-1] + 1), _DEEPEST)))
+
+
+def small_model(config: Any) -> Any:
+    """Random weights in float32, gains of norms near one, by a generator of its own."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    stored = model.state_dict()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name not in stored or not tensor.is_floating_point():
+            continue
+        noise = torch.randn(tensor.shape, generator=generator) * 0.1
+        constant = tensor.numel() > 0 and bool((tensor == tensor.flatten()[0]).all())
+        # What is a gain, or some constant, stays near to that, but equals no other.
+        tensor.data = noise if not constant else tensor.detach() * (1 + noise) + noise * (tensor == 0)
+    return model.requires_grad_(False).eval()

@@ -1,0 +1,199 @@
+"""Families that are found by running them: what is described is found alike, what is not is run exactly or refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from pico import FAMILIES, benchmark
+from torch import nn
+
+from compressor.cli.apply import plan
+from compressor.runtime.errors import ModelError, RecipeError
+from compressor.runtime.model import probe
+from compressor.runtime.model.checkpoint import Checkpoint
+from compressor.runtime.model.families import FAMILIES as KNOWN
+from compressor.runtime.model.families import Family, Group
+from compressor.runtime.model.folds import seams
+from compressor.runtime.model.trace import traced
+from compressor.runtime.stored import open_model
+
+families = benchmark("families")
+DESCRIBED = [name for name in KNOWN if name in FAMILIES]
+# How often stages of equal groups differ: MLPs that read what attention does are measured with it.
+PARALLEL = {"cohere2"}
+
+
+def groups(family: Family) -> dict[frozenset[str], str]:
+    return {frozenset(group.linears): group.reads for stage in family.stages for group in stage}
+
+
+@pytest.mark.parametrize("name", DESCRIBED)
+def test_what_is_described_is_what_is_found(name: str) -> None:
+    found, row = probe.find(families.config_of(name)), KNOWN[name]
+    own = groups(found)
+    for linears, reads in own.items():
+        assert any(linears <= other for other in groups(row)), linears
+        assert {reads} == {other for key, other in groups(row).items() if linears <= key}
+    assert (found.offset_norms, found.centered, found.head) == (row.offset_norms, row.centered, row.head)
+    assert found.ends.items() <= row.ends.items()
+    if any("experts" in linear for linears in own for linear in linears):
+        ours, theirs = found.experts, row.experts
+        assert (ours.where, ours.router, ours.width, ours.top_k) == (
+            theirs.where,
+            theirs.router,
+            theirs.width,
+            theirs.top_k,
+        )
+        assert ours.fused == theirs.fused
+    names = [f"model.layers.3.{name}.weight".replace("*", "5") for linears in own for name in linears]
+    for one in [*names, "model.embed_tokens.weight", f"model.layers.0.{row.experts.router}.weight"]:
+        assert found.disk_name(one) == row.disk_name(one)
+        assert found.memory_name(found.disk_name(one)) == one
+
+
+@pytest.mark.parametrize("name", DESCRIBED)
+def test_groups_come_after_what_they_need(name: str) -> None:
+    """Whatever the row says, a stage's inputs are final once the stages before it are."""
+    found, row = probe.find(families.config_of(name)), KNOWN[name]
+    places = [
+        {linear: place for place, stage in enumerate(family.stages) for group in stage for linear in group.linears}
+        for family in (found, row)
+    ]
+    for group in (group for stage in found.stages for group in stage):
+        feeder = group.reads
+        if feeder in places[0]:
+            assert all(places[0][feeder] < places[0][linear] for linear in group.linears)
+    if name not in PARALLEL:
+        shared = places[0].keys() & places[1].keys()
+        assert sorted(shared, key=lambda one: (places[0][one], one)) == sorted(
+            shared, key=lambda one: (places[1][one], one)
+        )
+
+
+# Of each mechanism one: gated delta nets, state spaces, MLA, lists of blocks of other names, experts named otherwise or
+# fused on disk, dense layers among sparse ones, two matrices in an MLP.
+NEW = [
+    "qwen3_next",
+    "jamba",
+    "glm4_moe_lite",
+    "gpt_neox",
+    "minimax_m2",
+    "granitemoeshared",
+    "ernie4_5_moe",
+    "phi",
+    "lfm2",
+]
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_what_nobody_described_is_compressed_and_read_by_stock_transformers(name: str, tmp_path: Path) -> None:
+    assert name not in KNOWN
+    said = families.check(families.build(name, tmp_path / "model"), tmp_path)
+    assert [line.split()[0] for line in said] == ["rtn", "gptq"]
+
+
+def test_scales_move_across_seams_that_were_found(tmp_path: Path) -> None:
+    model = families.build("qwen3_next", tmp_path / "model")
+    families.compress(model, tmp_path / "out", "{kind: awq}, {kind: rtn, bits: 8, group_size: 32}")
+    plain, found = families.stock_logits(model), families.stock_logits(tmp_path / "out")
+    assert (found - plain).norm() / plain.norm() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("nanochat", r"run block by block, its answers are [\d.e+]+ off"),
+        ("gpt2", "transformer has other weights than those of an embedding, blocks and a norm"),
+        ("aria_text", "its experts are transposed"),
+        ("minimax_m3_vl_text", "its experts have an activation of their own"),
+    ],
+)
+def test_what_is_not_run_exactly_is_refused_with_the_reason(name: str, why: str, tmp_path: Path) -> None:
+    model = families.build(name, tmp_path / "model")
+    with pytest.raises(ModelError, match=rf"model_type '{name}' is not described here, nor found by running it: {why}"):
+        open_model(model).family  # noqa: B018
+    with pytest.raises(ModelError, match="nor found by running it"):
+        plan("w4a16-rtn", str(model))
+
+
+def test_a_type_that_transformers_does_not_know(tmp_path: Path) -> None:
+    model = families.build("llama", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "model_type": "llama9"}))
+    with pytest.raises(ModelError, match="model_type 'llama9' is not a family that transformers knows"):
+        Checkpoint(model).family  # noqa: B018
+
+
+def test_latents_are_not_for_what_was_found(tmp_path: Path) -> None:
+    model = families.build("arcee", tmp_path / "model")
+    with pytest.raises(RecipeError, match="lorc"):
+        families.compress(model, tmp_path / "out", "{kind: lorc, ratio: 0.5}")
+
+
+class Block(nn.Module):
+    """Something of everything that matters for seams."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("a", "b", "c", "d", "e", "f", "g"):
+            self.add_module(name, nn.Linear(8, 8, bias=False))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = self.a(x), self.b(x)
+        c = self.c(a * b.sigmoid())  # a, channel by channel
+        d = self.d(c + x)  # of a sum
+        e = self.e((c @ c.transpose(-1, -2)).softmax(-1) @ d)  # d, tokens added up
+        f = self.f(e * e)  # twice in a product
+        out: torch.Tensor = self.g(f @ torch.eye(8))  # channels added up
+        return out
+
+
+def test_what_is_linear_in_what() -> None:
+    block = Block()
+    x = torch.randn(2, 3, 8)
+    trace = traced(block, lambda: block(x))
+    linear = {
+        name: {one for one, linearly in source.linear.items() if linearly} for name, source in trace.reads.items()
+    }
+    assert linear == {"a": set(), "b": set(), "c": {"a"}, "d": set(), "e": {"d"}, "f": set(), "g": set()}
+    assert set(trace.reads["g"].linear) == set("abcdef")
+    assert trace.inputs["a"] == trace.inputs["b"] != trace.inputs["c"]
+
+
+def test_segments_that_make_one_name_of_another() -> None:
+    pairs = {
+        "model.layers.0.mlp.gate.weight": "model.layers.0.mlp.router.gate.weight",
+        "model.layers.0.mlp.experts.0.up_proj.weight": "model.layers.0.mlp.experts.0.w3.weight",
+        "model.layers.1.mlp.gate.weight": "model.layers.1.mlp.router.gate.weight",
+        "model.norm.weight": "model.norm.weight",
+    }
+    assert probe._segments(pairs) == {"gate": "router.gate", "up_proj": "w3"}
+    with pytest.raises(probe.Unfit, match=r"b\.weight is model\.layers\..\..\.weight on disk"):
+        probe._segments(
+            {"model.layers.0.b.weight": "model.layers.0.c.weight", "model.layers.1.b.weight": "model.layers.1.d.weight"}
+        )
+
+
+def test_a_seam_that_changes_answers_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a norm whose output something else reads, too."""
+    real = probe.groups_of
+
+    def wrong(*args: object, **options: object) -> list[list[Group]]:
+        stages = real(*args, **options)  # type: ignore[arg-type]
+        return [
+            [Group(group.linears, group.reads.replace("post_attention", "input")) for group in stage]
+            for stage in stages
+        ]
+
+    monkeypatch.setattr(probe, "groups_of", wrong)
+    found = probe.find(families.config_of("arcee"))
+    assert groups(found)[frozenset({"mlp.up_proj"})] == ""
+
+
+def test_seams_of_a_family_that_was_found_serve_every_block(tmp_path: Path) -> None:
+    checkpoint = open_model(families.build("jamba", tmp_path / "model"))
+    skeleton = probe._skeleton(checkpoint.family, checkpoint.path)
+    assert all(seams(skeleton, index) for index in range(skeleton.blocks))
