@@ -43,7 +43,7 @@ def members_of(skeleton: Skeleton, layer: nn.Module) -> list[Member]:
     """The experts of a block whose down projections can be fitted together."""
     where, beside = skeleton.family.experts.where, skeleton.family.experts.shared
     routed = [Member(f"{where}.{n}", expert, n) for n, expert in enumerate(experts_of(skeleton, layer) or ())]
-    shared = dict(layer.named_modules()).get(beside)
+    shared = dict(layer.named_modules()).get(beside) if beside else None
     return routed if shared is None or not routed else [*routed, Member(beside, shared, None)]
 
 

@@ -115,6 +115,8 @@ class StoredModel(Checkpoint):
         linear = name.removesuffix(".weight")
         if not self.made(name):
             return super().stored_bytes(name)
+        if any(suffix.startswith("/") for suffix in self._suffixes[linear]):  # of which others have a part
+            return int(self.outline(linear).nbytes)
         return sum(self.stored[stored_name(linear, suffix)].nbytes for suffix in self._suffixes[linear])
 
     def made(self, name: str) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from pico import benchmark
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
@@ -298,3 +299,47 @@ def test_compressed_tensors_with_one_scale(pico: Pico, tmp_path: Path, kind: str
     with torch.no_grad():
         found, reference = load(model, dtype=torch.float32)(IDS).logits, theirs(IDS).logits
     assert (found - reference).norm() / reference.norm() < 0.05
+
+
+def test_gpt_oss_as_it_is_published(tmp_path: Path) -> None:
+    """Experts in MXFP4, all of a block in one tensor; against transformers' own decoder."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    families = benchmark("families")
+    model = families.build("gpt_oss", tmp_path / "model")
+    before = load_file(model / "model.safetensors")
+    tensors, decoded = dict[str, Tensor](), dict[str, Tensor]()
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in before.items():
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            tensors[name] = tensor
+            continue
+        experts, columns, rows = tensor.shape
+        blocks = torch.randint(0, 256, (experts, rows, columns // 32, 16), dtype=torch.uint8, generator=generator)
+        scales = torch.randint(119, 124, (experts, rows, columns // 32), dtype=torch.uint8, generator=generator)
+        tensors |= {name + "_blocks": blocks, name + "_scales": scales}
+        decoded[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+        assert decoded[name].shape == tensor.shape
+    restored(model, tensors, {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]})
+    source = StoredModel(model)
+    for name, weight in decoded.items():
+        where, _, part = name.rpartition(".")
+        for number in range(len(weight)):
+            for place, linear in enumerate(("gate_proj", "up_proj") if part == "gate_up_proj" else ("down_proj",)):
+                own = weight[number].T[place::2] if part == "gate_up_proj" else weight[number].T
+                assert torch.equal(source.tensor(f"{where}.{number}.{linear}.weight"), own.to(source.dtype))
+    assert source.nbytes < 1.05 * sum(tensor.nbytes for tensor in tensors.values())
+    reference = run(tensors_without(tensors, "_blocks", "_scales") | decoded, model)
+    with torch.no_grad():
+        found = load(model, dtype=torch.float32)(IDS).logits
+    assert (found - reference).norm() / reference.norm() < 1e-4
+    families.compress(model, tmp_path / "out", "{kind: gptq, bits: 4, group_size: 32, targets: ['*.self_attn.*']}")
+    out = StoredModel(tmp_path / "out")
+    assert out.operator("model.layers.1.mlp.experts.2.up_proj").description == "mxfp4"
+    assert verify(tmp_path / "out") == []
+    families.compress(model, tmp_path / "four", "{kind: gptq, bits: 4, group_size: 32}")
+    assert verify(tmp_path / "four") == []
+
+
+def tensors_without(tensors: Mapping[str, Tensor], *endings: str) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith(endings)}

@@ -19,6 +19,7 @@ from .compressed_tensors import CompressedTensors
 from .fp8 import FbgemmFp8, Fp8
 from .gptq import Gptq
 from .modelopt import ModelOpt
+from .mxfp4 import Mxfp4
 from .native import Native
 from .plain import Plain
 
@@ -28,7 +29,13 @@ PLAIN, NATIVE = Plain(), Native()
 FORMATS: dict[str, WrittenFormat] = {
     one.name: one for one in (PLAIN, CompressedTensors(), Gptq(), Awq(), NATIVE)
 }  # in order of preference
-SOURCES: tuple[Format, ...] = (Fp8(), FbgemmFp8(), ModelOpt(), BitsAndBytes())  # which are read and not written
+SOURCES: tuple[Format, ...] = (
+    Fp8(),
+    FbgemmFp8(),
+    ModelOpt(),
+    Mxfp4(),
+    BitsAndBytes(),
+)  # which are read and not written
 
 
 def choose_format(

@@ -87,7 +87,7 @@ class Awq(IntegerFormat):
         }
         return {**source, "quantization_config": quantization}
 
-    def schemes(self, path: Path, config: Mapping[str, Any], stored: Iterable[str]) -> Schemes:
+    def schemes(self, path: Path, config: Mapping[str, Any], stored: Mapping[str, Any]) -> Schemes:
         told = config["quantization_config"]
         version = str(told.get("version", "gemm")).lower()
         size, zeros = told.get("group_size"), told.get("zero_point", True)

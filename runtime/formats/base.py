@@ -83,12 +83,12 @@ class Format(ABC):
         return bool((config.get("quantization_config") or {}).get("quant_method") == self.name)
 
     @abstractmethod
-    def schemes(self, path: Path, config: Mapping[str, Any], stored: Iterable[str]) -> Schemes:
+    def schemes(self, path: Path, config: Mapping[str, Any], stored: Mapping[str, Any]) -> Schemes:
         """The scheme of every compressed linear in a folder that it claims.
 
         Args:
             path: of the folder, for errors.
-            stored: names of its tensors.
+            stored: its tensors by name, of which shape and dtype are known.
 
         Raises:
             ModelError: something in the config is not understood, so that weights might be read as others.

@@ -32,7 +32,7 @@ class BitsAndBytes(Format):
     reads: ClassVar[str] = "bitsandbytes' NF4, FP4 and int8"
     shapes: ClassVar[tuple[str, ...]] = (f"{_STATE}nf4", f"{_STATE}fp4")
 
-    def schemes(self, path: Path, config: Mapping[str, Any], stored: Iterable[str]) -> Schemes:
+    def schemes(self, path: Path, config: Mapping[str, Any], stored: Mapping[str, Any]) -> Schemes:
         names = list(stored)
         fours = [name.split(f".{_STATE}")[0] for name in names if f".{_STATE}" in name]
         eights = [name.removesuffix(".SCB") for name in names if name.endswith(".SCB")]

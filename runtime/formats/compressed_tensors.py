@@ -163,7 +163,7 @@ class CompressedTensors(WrittenFormat):
         quantization = config.get("quantization_config") or {}
         return quantization.get("quant_method") == self.name and (quantization.get("format") or self.name) in _MARKS
 
-    def schemes(self, path: Path, config: Mapping[str, Any], stored: Iterable[str]) -> Schemes:
+    def schemes(self, path: Path, config: Mapping[str, Any], stored: Mapping[str, Any]) -> Schemes:
         quantization = config["quantization_config"]
         method = quantization["format"]
         refuse_unknown(path, quantization, _understood(method))

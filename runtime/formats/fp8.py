@@ -37,7 +37,7 @@ class Fp8(Format):
         "expert_dtype": ("fp8",),
     }
 
-    def schemes(self, path: Path, config: Mapping[str, Any], stored: Iterable[str]) -> Schemes:
+    def schemes(self, path: Path, config: Mapping[str, Any], stored: Mapping[str, Any]) -> Schemes:
         told = config["quantization_config"]
         refuse_unknown(path, told, self._understood)
         static = told.get("activation_scheme") == "static"
@@ -71,7 +71,7 @@ class FbgemmFp8(Format):
         ("quant_method", "modules_to_not_convert", "activation_scale_ub"), ANY
     )
 
-    def schemes(self, path: Path, config: Mapping[str, Any], stored: Iterable[str]) -> Schemes:
+    def schemes(self, path: Path, config: Mapping[str, Any], stored: Mapping[str, Any]) -> Schemes:
         refuse_unknown(path, config["quantization_config"], self._understood)
         return {name: {"kind": W8A8.kind, "type": "float"} for name in _linears(stored, ".weight_scale")}
 

@@ -107,7 +107,7 @@ class Gptq(IntegerFormat):
         }
         return {**source, "quantization_config": quantization}
 
-    def schemes(self, path: Path, config: Mapping[str, Any], stored: Iterable[str]) -> Schemes:
+    def schemes(self, path: Path, config: Mapping[str, Any], stored: Mapping[str, Any]) -> Schemes:
         quantization = config["quantization_config"]
         form = quantization.get("checkpoint_format") or quantization.get("format") or "gptq"
         symmetric = quantization.get("sym", True)

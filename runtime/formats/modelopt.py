@@ -34,7 +34,7 @@ class ModelOpt(Format):
     name: ClassVar[str] = "modelopt"
     reads: ClassVar[str] = "ModelOpt's NVFP4 and FP8"
 
-    def schemes(self, path: Path, config: Mapping[str, Any], stored: Iterable[str]) -> Schemes:
+    def schemes(self, path: Path, config: Mapping[str, Any], stored: Mapping[str, Any]) -> Schemes:
         told = config["quantization_config"]
         method = told.get("quant_algo")
         if method not in _PARTS:

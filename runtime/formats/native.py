@@ -54,7 +54,7 @@ class Native(WrittenFormat):
     def claims(self, config: Mapping[str, Any]) -> bool:
         return bool(config.get("model_type") == self.name)
 
-    def schemes(self, path: Path, config: Mapping[str, Any], stored: Iterable[str]) -> Schemes:
+    def schemes(self, path: Path, config: Mapping[str, Any], stored: Mapping[str, Any]) -> Schemes:
         native = config.get("compressor", {})
         if native.get("version") != VERSION:
             raise ModelError(

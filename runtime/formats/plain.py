@@ -38,5 +38,5 @@ class Plain(WrittenFormat):
     def claims(self, config: Mapping[str, Any]) -> bool:
         return False  # it is what no other claims
 
-    def schemes(self, path: Path, config: Mapping[str, Any], stored: Iterable[str]) -> Schemes:
+    def schemes(self, path: Path, config: Mapping[str, Any], stored: Mapping[str, Any]) -> Schemes:
         return {}

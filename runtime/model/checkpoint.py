@@ -268,8 +268,7 @@ class Checkpoint:
         for name, info in self.stored.items():
             found = dict(slices(known, name, info.shape))
             for linear, part in found.items():
-                shape = (part.rows.stop - part.rows.start, info.shape[2])
-                self.tensors[linear] = TensorInfo(info.file, info.dtype, shape)
+                self.tensors[linear] = TensorInfo(info.file, info.dtype, part.shape)
             self._slices |= found
             if not found:
                 self.tensors[name] = info

@@ -1,6 +1,7 @@
 """Experts that lie in one three-dimensional tensor on disk, seen as a matrix of each, and back.
 
-`[experts, rows, columns]` holds the linears of an expert one below the other, in equal parts.
+`[experts, rows, columns]` (or transposed) holds the linears of an expert one below the other, in equal parts, or row by
+row in turns; `[experts, rows]` their biases.
 """
 
 from __future__ import annotations
@@ -13,46 +14,63 @@ from torch import Tensor
 
 from .families import Family
 
+BIAS = "_bias"  # how names end of tensors of biases
+
 
 @dataclass(frozen=True)
 class Slice:
-    """Where one expert's linear lies: in which tensor, at which number, in which rows."""
+    """Where one expert's linear lies: in which tensor, at which number, in which rows, of what shape."""
 
     stored: str
     expert: int
     rows: slice
+    shape: tuple[int, ...]
+    transposed: bool = False
 
     def of(self, tensor: Tensor) -> Tensor:
-        return tensor[self.expert, self.rows]
+        own = tensor[self.expert]
+        return (own.T if self.transposed else own)[self.rows]
 
 
 def slices(family: Family, stored: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Slice]]:
-    """The linears' weights (disk names) of a tensor on disk; none if it is no fused one."""
-    for ending, linears in family.experts.fused.items():
-        if not stored.endswith("." + ending) or len(shape) != 3:
+    """The linears' weights or biases (disk names) of a tensor on disk; none if it is no fused one."""
+    experts = family.experts
+    for ending, linears in experts.fused.items():
+        if not stored.endswith("." + ending) or len(shape) != (2 if ending.endswith(BIAS) else 3):
             continue
-        size = shape[1] // len(linears)
+        transposed = experts.transposed and len(shape) == 3
+        rows, columns = (shape[2], shape[1:2]) if transposed else (shape[1], shape[2:])
+        size = rows // len(linears)
         for expert in range(shape[0]):
             for number, linear in enumerate(linears):
-                name = _name(family, stored.removesuffix(ending), expert, linear)
-                yield name, Slice(stored, expert, slice(number * size, (number + 1) * size))
+                part = slice(number * size, (number + 1) * size)
+                if experts.interleaved and len(linears) > 1:
+                    part = slice(number, None, len(linears))
+                name = _name(family, stored.removesuffix(ending), expert, linear, ending)
+                yield name, Slice(stored, expert, part, (size, *columns), transposed)
 
 
 def fuse(family: Family, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Whole blocks' tensors under the names of linears → as such models lie on disk."""
-    if not family.experts.fused:
+    experts = family.experts
+    if not experts.fused:
         return dict(tensors)
     left, found = dict(tensors), dict[str, Tensor]()
-    marker = f".{family.experts.where}.0."
+    marker = f".{experts.where}.0."
     for start in sorted({name.split(marker)[0] + "." for name in tensors if marker in name}):
-        for ending, linears in family.experts.fused.items():
-            experts: list[Tensor] = []
-            while all(_name(family, start, len(experts), linear) in left for linear in linears):
-                names = [_name(family, start, len(experts), linear) for linear in linears]
-                experts.append(torch.cat([left.pop(name) for name in names]))
-            found[start + ending] = torch.stack(experts)
+        for ending, linears in experts.fused.items():
+            each: list[Tensor] = []
+            while all(_name(family, start, len(each), linear, ending) in left for linear in linears):
+                parts = [left.pop(_name(family, start, len(each), linear, ending)) for linear in linears]
+                if experts.interleaved and len(parts) > 1:
+                    joined = torch.stack(parts, dim=1).flatten(0, 1)
+                else:
+                    joined = torch.cat(parts)
+                each.append(joined.T if experts.transposed and joined.dim() == 2 else joined)
+            found[start + ending] = torch.stack(each)
     return {**left, **found}
 
 
-def _name(family: Family, start: str, expert: int, linear: str) -> str:
-    return f"{start}{family.disk_name(family.experts.where)}.{expert}.{family.disk_name(linear)}.weight"
+def _name(family: Family, start: str, expert: int, linear: str, ending: str) -> str:
+    kind = "bias" if ending.endswith(BIAS) else "weight"
+    return f"{start}{family.disk_name(family.experts.where)}.{expert}.{family.disk_name(linear)}.{kind}"

@@ -3,29 +3,116 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.moe import _default_apply_gate
 
 from ...kernels import ops
 from ...kernels.swizzles import stacked_rows
 from ..schemes import IntLinear
 
 
-class Expert(nn.Module):
-    """One gated MLP; `weights` are the router's coefficients of the rows."""
+@dataclass(frozen=True)
+class Form:
+    """How transformers keeps the matrices of all experts of a block: in tensors of three dimensions.
 
-    def __init__(self, hidden_size: int, intermediate_size: int, activation: Callable[[Tensor], Tensor]) -> None:
+    Attributes:
+        transposed: whether a matrix is `[in, out]`.
+        interleaved: whether rows of gate and up come in turns, not one below the other.
+        bias: whether there are biases.
+        gated: whether there is a gate.
+        combine: what the module makes of `[tokens, rows]` that gate and up put out; None for the activation of the one
+            times the other (or the activation of up alone).
+    """
+
+    transposed: bool
+    interleaved: bool
+    bias: bool
+    gated: bool
+    combine: Callable[[Tensor], Tensor] | None
+
+    @classmethod
+    def of(cls, module: Any) -> Form | None:
+        """That of a module; None where it holds no experts."""
+        gated = _fused(module, "gate_up_proj")
+        if not _fused(module, "down_proj") or not (gated or _fused(module, "up_proj")):
+            return None
+        own = getattr(type(module), "_apply_gate", _default_apply_gate) is not _default_apply_gate
+        return cls(
+            transposed=bool(getattr(module, "is_transposed", False)),
+            interleaved=not getattr(module, "is_concatenated", True),
+            bias=bool(getattr(module, "has_bias", False)),
+            gated=gated,
+            combine=module._apply_gate if gated and own else None,
+        )
+
+    def sizes(self, module: Any) -> tuple[int, int, int]:
+        """How many experts a module has, and the width of what enters them and of what lies within."""
+        count, one, other = module.down_proj.shape
+        hidden, inner = (other, one) if self.transposed else (one, other)
+        return count, hidden, inner
+
+    def parts(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        """One expert's gate and up, `[rows, ...]` each, of the tensor that has both."""
+        rows = tensor.T if self.transposed and tensor.dim() == 2 else tensor
+        if self.interleaved:
+            return rows[0::2], rows[1::2]
+        return rows[: len(rows) // 2], rows[len(rows) // 2 :]
+
+    def joined(self) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """What is made of an expert's gate and up, where it is not the activation of the one times the other."""
+        if self.combine is None:
+            return None
+        combine = self.combine
+        if self.interleaved:
+            return lambda gate, up: combine(torch.stack([gate, up], dim=-1).flatten(-2))
+        return lambda gate, up: combine(torch.cat([gate, up], dim=-1))
+
+
+def _fused(module: Any, name: str) -> bool:
+    tensor = getattr(module, name, None)
+    return isinstance(tensor, nn.Parameter) and tensor.dim() == 3
+
+
+class Expert(nn.Module):
+    """One MLP; `weights` are the router's coefficients of the rows.
+
+    Attributes:
+        plain: whether it is `down(activation(gate) * up)`, without biases.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        activation: Callable[[Tensor], Tensor] | None,
+        *,
+        bias: bool = False,
+        gated: bool = True,
+        combine: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
-        self.activation = activation
+        if gated:
+            self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
+        self.activation, self.combine = activation, combine
+        self.plain = gated and not bias and combine is None
 
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
         """x `[tokens, hidden_size]`, weights `[tokens]` → `[tokens, hidden_size]`."""
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x)) * weights[:, None]
+        return self.down_proj(self.within(x)) * weights[:, None]
+
+    def within(self, x: Tensor) -> Tensor:
+        """What enters the last linear, `[tokens, intermediate_size]`."""
+        up: Tensor = self.up_proj(x)
+        if self.combine is not None:
+            return self.combine(self.gate_proj(x), up)
+        assert self.activation is not None
+        return self.activation(self.gate_proj(x)) * up if hasattr(self, "gate_proj") else self.activation(up)
 
 
 class Experts(nn.ModuleList):
@@ -39,9 +126,17 @@ class Experts(nn.ModuleList):
     """
 
     def __init__(
-        self, count: int, hidden_size: int, intermediate_size: int, activation: Callable[[Tensor], Tensor]
+        self,
+        count: int,
+        hidden_size: int,
+        intermediate_size: int,
+        activation: Callable[[Tensor], Tensor] | None,
+        form: Form | None = None,
     ) -> None:
-        super().__init__(Expert(hidden_size, intermediate_size, activation) for _ in range(count))
+        options: dict[str, Any] = {}
+        if form is not None:
+            options = {"bias": form.bias, "gated": form.gated, "combine": form.joined()}
+        super().__init__(Expert(hidden_size, intermediate_size, activation, **options) for _ in range(count))
         self.routing: tuple[Tensor, Tensor] | None = None
         self.forced: tuple[Tensor, Tensor] | None = None
         self.everyone: int | None = None
@@ -102,6 +197,8 @@ class PackedExperts(nn.Module):
 
 def _can_be_packed(experts: Sequence[Any]) -> bool:
     """Whether a kernel runs all experts at once: weights in its layout, of one scheme, and gates with SiLU."""
+    if not all(one.plain for one in experts):
+        return False
     linears = [part for one in experts for part in (one.gate_proj, one.up_proj, one.down_proj)]
     if not all(
         isinstance(part, IntLinear) and part.device_layout and part.bias is None and part.inputs is None
@@ -129,14 +226,15 @@ def pack_experts(model: nn.Module) -> None:
 
 def unfuse_experts(model: nn.Module) -> None:
     """Replace every fused experts module of a model on `meta` by `Experts` of the same sizes."""
-    fused = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "gate_up_proj", None), nn.Parameter)
-    ]
-    for name, module in fused:
-        count, double, hidden_size = module.gate_up_proj.shape
+    fused = [(name, module, form) for name, module in model.named_modules() if (form := Form.of(module)) is not None]
+    for name, module, form in fused:
         parent, _, child = name.rpartition(".")
-        with torch.device(module.gate_up_proj.device):
-            experts = Experts(count, hidden_size, double // 2, module.act_fn).to(module.gate_up_proj.dtype)
+        down: Any = module.down_proj
+        with torch.device(down.device):
+            experts = Experts(*form.sizes(module), _activation(module), form).to(down.dtype)
         setattr(model.get_submodule(parent), child, experts)
+
+
+def _activation(module: Any) -> Callable[[Tensor], Tensor] | None:
+    found: Callable[[Tensor], Tensor] | None = getattr(module, "act_fn", None)
+    return found

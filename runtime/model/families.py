@@ -66,22 +66,28 @@ class Mixture:
         where, router: modules of a block.
         gates: modules that weigh shared experts, one number a token.
         shared: experts that every token enters, no coefficient multiplies, and `width` widens.
+        rows: tensors beside the router's that have a row, or a number, for each expert.
         counts: keys of config.json that say how many experts there are; `also` is a name that older readers look for.
         width: the key that says how many neurons an expert has.
         top_k: the key that says how many experts a token goes to.
-        fused: tensors of a block on disk that hold one matrix of every expert → the linears whose rows lie in it, one
-            below the other (`disk_experts.py`).
+        fused: tensors of a block on disk that hold one matrix (or, where their names end in `_bias`, the biases) of
+            every expert → the linears whose rows lie in it (`disk_experts.py`), one below the other.
+        transposed: whether these matrices are `[in, out]` there.
+        interleaved: whether rows of two linears come in turns there.
     """
 
     where: str = "mlp.experts"
     router: str = "mlp.gate"
     gates: tuple[str, ...] = ("mlp.shared_expert_gate",)
     shared: str = "mlp.shared_experts"
+    rows: tuple[str, ...] = ()
     counts: tuple[str, ...] = ("num_experts", "num_local_experts", "n_routed_experts")
     also: tuple[str, ...] = ()
     width: str = "moe_intermediate_size"
     top_k: str = "num_experts_per_tok"
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    transposed: bool = False
+    interleaved: bool = False
 
     def number(self, name: str) -> int | None:
         """The routed expert that a linear belongs to, if it does."""
@@ -324,8 +330,6 @@ _SCALED_INPUTS = (
     "be weighted as for other families"
 )
 REFUSED = {
-    "gpt_oss": "its experts have biases, an activation of their own, and rows of gate and up in turns (MXFP4 on the "
-    "hub), none of which a linear of one expert can say",
     "llama4": _SCALED_INPUTS,
     "llama4_text": _SCALED_INPUTS,
 }

@@ -7,8 +7,10 @@ What is found is held against stock transformers before it is used: a model that
 from __future__ import annotations
 
 import json
+import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -17,9 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging
 
 from ..errors import ModelError, first_line
-from .experts import Experts, unfuse_experts
+from .disk_experts import BIAS
+from .experts import Experts, Form, unfuse_experts
 from .families import Family, Group, Mixture, renamed
 from .small import HIDDEN, TOP_K, VOCABULARY, small_config, small_model
 from .trace import Trace, groups_of, starred, traced
@@ -46,12 +50,27 @@ def probed(config: Any) -> Family:
 def _probed(told: str) -> Family:
     config = json.loads(told)
     try:
-        return find(CONFIG_MAPPING[config["model_type"]].from_dict(config))
-    except (Unfit, ModelError) as error:
+        with _quiet():
+            return find(CONFIG_MAPPING[config["model_type"]].from_dict(config))
+    except Unfit as error:
         why = str(error)
     except Exception as error:  # transformers raises whatever its models do
         why = f"a small copy of it cannot be built and run ({first_line(error)})"
     raise ModelError(f"model_type {config['model_type']!r} is not described here, nor found by running it: {why}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what transformers has to say of a model that is nobody's."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def find(config: Any) -> Family:
@@ -65,15 +84,21 @@ def find(config: Any) -> Family:
     with torch.no_grad():
         expected: Tensor = model(input_ids=ids, use_cache=False).logits
     with tempfile.TemporaryDirectory() as room:
-        folder = Path(room)
-        model.save_pretrained(folder)
-        family = _around(model)
-        experts = _unfused(model)
-        family = _inside(family, model, _traces(model, family, ids), experts)
-        family = _named(family, model, folder, experts)
-        _check(family, folder, ids, expected)
-        family = _folding(family, folder, ids, expected)
-        return replace(family, turns=_turns(family, folder, ids, expected))
+        try:
+            return _found(model, Path(room), ids, expected)
+        except ModelError as error:  # of a folder that is gone
+            raise Unfit(str(error).replace(room, "").lstrip("/: ")) from None
+
+
+def _found(model: Any, folder: Path, ids: Tensor, expected: Tensor) -> Family:
+    model.save_pretrained(folder)
+    family = _around(model)
+    experts = _unfused(model)
+    family = _inside(family, model, _traces(model, family, ids), experts)
+    family = _named(family, model, folder, experts)
+    _check(family, folder, ids, expected)
+    family = _folding(family, folder, ids, expected)
+    return replace(family, turns=_turns(family, folder, ids, expected))
 
 
 def _around(model: Any) -> Family:
@@ -113,38 +138,38 @@ def _centered(norm: nn.Module) -> bool:
 
 def _unfused(model: Any) -> dict[str, Any]:
     """Let experts be linears, as they are where models are run here; modules that were in their place."""
-    fused = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "gate_up_proj", None), nn.Parameter)
-    }
+    forms = {name: form for name, module in model.named_modules() if (form := Form.of(module)) is not None}
+    fused = {name: model.get_submodule(name) for name in forms}
     for name, module in model.named_modules():
         many = [part for part, tensor in module.named_parameters(recurse=False) if tensor.dim() == 3]
         if many and name not in fused and not isinstance(module, nn.Conv1d):
             raise Unfit(f"{name}.{many[0]} has three dimensions, and is not of experts that are known")
-    if not all(callable(getattr(module, "act_fn", None)) for module in fused.values()):
-        raise Unfit("its experts have an activation of their own")
     unfuse_experts(model)
     for name, module in fused.items():
-        _fill(model.get_submodule(name), module)
+        _fill(model.get_submodule(name), module, forms[name])
     return fused
 
 
-def _fill(experts: Experts, fused: Any) -> None:
+def _fill(experts: Experts, fused: Any, form: Form) -> None:
     """
     Raises:
         Unfit: what becomes of them does something else.
     """
-    gate_up, down, each = fused.gate_up_proj, fused.down_proj, list[Any](experts)
-    if len(list(fused.parameters())) > 2:
-        raise Unfit("its experts have biases, or more than two matrices")
-    inner = gate_up.shape[1] // 2
-    if gate_up.shape[2] != down.shape[1] or down.shape[2] != inner:
-        raise Unfit("its experts are transposed")
-    for expert, upper, lower in zip(each, gate_up, down, strict=True):
-        for part, weight in (("gate_proj", upper[:inner]), ("up_proj", upper[inner:]), ("down_proj", lower)):
-            getattr(expert, part).weight = nn.Parameter(weight, requires_grad=False)
-    hidden = torch.randn(6, gate_up.shape[2], generator=torch.Generator().manual_seed(2)) * 3
+    named = dict(fused.named_parameters())
+    known = {"gate_up_proj", "up_proj", "down_proj"} | {"gate_up_proj_bias", "up_proj_bias", "down_proj_bias"}
+    if more := sorted(set(named) - known):
+        raise Unfit(f"its experts have {more[0]}")
+    for number, expert in enumerate(list[Any](experts)):
+        for whole, tensor in named.items():
+            kind = "bias" if whole.endswith(BIAS) else "weight"
+            own, part = tensor[number], whole.removesuffix(BIAS)
+            if part == "gate_up_proj":
+                pairs = zip(("gate_proj", "up_proj"), form.parts(own), strict=True)
+            else:
+                pairs = zip((part,), (own.T if form.transposed and kind == "weight" else own,), strict=True)
+            for linear, values in pairs:
+                setattr(getattr(expert, linear), kind, nn.Parameter(values.clone(), requires_grad=False))
+    hidden = torch.randn(6, form.sizes(fused)[1], generator=torch.Generator().manual_seed(2)) * 3
     index, weights = torch.tensor([[0, 1]]).expand(6, 2), torch.tensor([[0.3, 0.9]]).expand(6, 2)
     if not torch.allclose(experts(hidden, index, weights), fused(hidden, index, weights), rtol=1e-4, atol=1e-5):
         raise Unfit("its experts do something else than gated linears with an activation")
@@ -200,14 +225,26 @@ def _mixture(model: Any, family: Family, where: str) -> Mixture:
             gates.append(f"{parent}.{name}")
     if len(routers) != 1:
         raise Unfit(f"the router beside {where} is not found")
-    width = experts[0].gate_proj.out_features
-    shared = next((f"{parent}.{name}" for name, _ in inside.named_children() if name.startswith("shared_exp")), "")
+    width, told = experts[0].up_proj.out_features, config.to_dict()
+    widths = [key for key in _WIDTHS if told.get(key) == width]
+    dense = any(where not in dict(block.named_modules()) for block in blocks)
+    if widths and widths[0] == "intermediate_size" and dense:
+        widths = []  # it may widen other blocks too
+    counts = [key for key, value in told.items() if value == len(experts) and re.fullmatch(r"(\w+_)?experts", key)]
+    shared = ""
+    for name, module in inside.named_children():
+        rows = {part.out_features for part in module.modules() if isinstance(part, nn.Linear)} - {HIDDEN}
+        if name.startswith("shared_exp") and not gates and all(row % width == 0 for row in rows):
+            shared = name
+    per_expert = [name for name, tensor in inside.state_dict().items() if tensor.dim() and len(tensor) == len(experts)]
     return Mixture(
         where=where,
         router=routers[0],
         gates=tuple(gates),
-        shared=shared,
-        width=next((key for key in _WIDTHS if getattr(config, key, None) == width), ""),
+        shared=shared and f"{parent}.{shared}",
+        rows=tuple(f"{parent}.{name}" for name in per_expert if "." not in name),
+        counts=tuple(counts),
+        width=next(iter(widths), ""),
         top_k=next((key for key in TOP_K if hasattr(config, key)), ""),
     )
 
@@ -219,9 +256,14 @@ def _named(family: Family, model: Any, folder: Path, experts: Mapping[str, Any])
     checkpoint = Checkpoint(folder, family)
     lying = {_key(checkpoint.stored_tensor(name)): name for name in checkpoint.stored}
     fused: dict[str, tuple[str, ...]] = {}
+    forms = [form for module in experts.values() if (form := Form.of(module)) is not None]
     for module in experts.values():
-        for part, linears in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
-            if (name := lying.get(_key(getattr(module, part)))) is not None:
+        for part, tensor in module.named_parameters():
+            if (name := lying.get(_key(tensor))) is not None:
+                linear = part.removesuffix(BIAS)
+                linears = ("gate_proj", "up_proj") if linear == "gate_up_proj" else (linear,)
+                if part.endswith(BIAS) != name.endswith(BIAS):
+                    raise Unfit(f"{name} on disk is {part}")
                 fused[name.removeprefix(family.blocks).split(".", 1)[1]] = linears
     tied = f"{family.head}.weight" if model.config.tie_word_embeddings else ""
     pairs = {
@@ -231,7 +273,11 @@ def _named(family: Family, model: Any, folder: Path, experts: Mapping[str, Any])
     }
     if lost := next((name for name, found in pairs.items() if not found), ""):
         raise Unfit(f"{lost} is not on disk as it is in memory")
-    return replace(family, segments=_segments(pairs), experts=replace(family.experts, fused=fused))
+    mixture = family.experts
+    if fused:
+        form = forms[0]
+        mixture = replace(mixture, fused=fused, transposed=form.transposed, interleaved=form.interleaved)
+    return replace(family, segments=_segments(pairs), experts=mixture)
 
 
 def _key(tensor: Tensor) -> tuple[Any, ...]:

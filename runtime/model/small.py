@@ -10,19 +10,19 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-HIDDEN, INNER, EXPERT, HEAD, VOCABULARY = 64, 96, 32, 16, 128
+HIDDEN, INNER, EXPERT, SHARED, HEAD, VOCABULARY = 64, 96, 32, 48, 16, 128
 _HEADS, _KEPT, _EXPERTS, _CHOSEN = 4, 2, 4, 2
 _LAYERS, _DEEPEST = 6, 12  # at most: of as many kinds, and in a row
-TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts")
+TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 
 _SIZES: Mapping[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim"), HIDDEN),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "mlp_hidden_size", "ffn_hidden_size"), INNER),
     **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size"), EXPERT),
-    **dict.fromkeys(("shared_expert_intermediate_size", "shared_intermediate_size"), EXPERT),
+    **dict.fromkeys(("shared_expert_intermediate_size", "shared_intermediate_size"), SHARED),
     **dict.fromkeys(("head_dim", "v_head_dim", "global_head_dim", "attention_head_dim"), HEAD),
     **dict.fromkeys(("num_attention_heads", "n_head", "num_heads"), _HEADS),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), _EXPERTS),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), _EXPERTS),
     **dict.fromkeys(("n_group", "topk_group", "num_expert_group", "moe_n_group", "moe_topk_group"), 1),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 32),
     **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim"), 8),

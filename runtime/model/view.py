@@ -157,7 +157,8 @@ def fewer_experts(source: Checkpoint, kept: Mapping[int, Sequence[int]], made: S
         inside = family.inside(name)
         number = experts.number(inside)
         if number is None:
-            cut = partial(_rows, numbers=tuple(kept[index])) if inside.startswith(experts.router + ".") else None
+            each = inside.startswith(experts.router + ".") or inside in experts.rows
+            cut = partial(_rows, numbers=tuple(kept[index])) if each else None
             parts[name] = Derived((name,), cut)
         elif number in kept[index]:
             rest = inside.removeprefix(f"{experts.where}.{number}.")
@@ -205,8 +206,8 @@ def without_further_layers(source: Checkpoint, changes: Mapping[str, Any]) -> di
 
 
 def _rows(tensor: Tensor, *, numbers: Sequence[int]) -> Tensor:
-    """Some rows, in the order given."""
-    return tensor[list(numbers)]
+    """Some rows, in the order given; columns of a tensor of one row."""
+    return tensor[list(numbers)] if len(tensor) > 1 else tensor[:, list(numbers)]
 
 
 def _first(tensor: Tensor, *, count: int, columns: bool) -> Tensor:

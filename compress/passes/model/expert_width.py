@@ -86,6 +86,8 @@ class ExpertWidth(ModelPass):
             RecipeError: the model has no experts, or kernels cannot work with so many neurons.
         """
         expert_counts(self.kind, skeleton)
+        if not skeleton.family.experts.width:
+            raise RecipeError(f"{self.kind}: nothing in config.json gives the width of this model's experts alone")
         before = int(skeleton.checkpoint.text_config[skeleton.family.experts.width])
         step = 64 if before >= 512 else 16
         after = self.width or (max(step, int(before * (1 - self.ratio) / step) * step) if self.ratio else before)

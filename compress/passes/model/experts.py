@@ -31,6 +31,8 @@ def expert_counts(step: str, skeleton: Skeleton) -> dict[int, int]:
     found = {}
     for index, layer in enumerate(skeleton.layers):
         if (experts := experts_of(skeleton, layer)) is not None:
+            if not experts[0].plain:
+                raise RecipeError(f"{step}: experts of this model are no gated linears without biases, which it is for")
             found[index] = len(experts)
     if not found:
         raise RecipeError(f"{step}: this model has no experts")
