@@ -270,7 +270,8 @@ def around_of(skeleton: Skeleton) -> Around:
     family_names = [*skeleton.outer(), *(name for group in groups for name in group)]
     experts = frozenset(name for group in groups for name in group if family.expert(name) is not None)
     names = {disk: memory for disk in family_names if (memory := family.memory_name(disk)) != disk}
-    return Around(experts, groups, bool(family.experts.fused), skeleton.outer(), skeleton.tied, names)
+    fused = bool(family.experts.fused)
+    return Around(experts, groups, fused, skeleton.outer(), skeleton.tied, names, untried=family.found)
 
 
 def input_groups(skeleton: Skeleton) -> list[list[str]]:

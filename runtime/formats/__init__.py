@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import ModelError, RecipeError
 from ..schemes import Operator
 from .awq import Awq
-from .base import Around, Format, WrittenFormat
+from .base import OURS, Around, Format, WrittenFormat
 from .bitsandbytes import BitsAndBytes
 from .compressed_tensors import CompressedTensors
 from .fp8 import FbgemmFp8, Fp8
@@ -63,7 +63,10 @@ def choose_format(
                 f"output.format is {wanted!r}, whose readers cannot take {found}; use 'auto', or change that"
             )
         if not found:
-            return one, one.readers(held, around), obstacle if one is NATIVE else ""
+            readers = one.readers(held, around)
+            if around.untried:
+                readers = tuple(name for name in readers if name in (*OURS, "transformers"))
+            return one, readers, obstacle if one is NATIVE else ""
         obstacle = found
     raise AssertionError(wanted)  # the native format holds everything, and recipes name no other
 

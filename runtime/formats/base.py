@@ -46,6 +46,7 @@ class Around:
         outer: the embedding and the head → whether rows are looked up (`Skeleton.outer`).
         tied: whether config.json says that the two are one, whatever the files hold.
         names: name on disk → in memory, where they differ.
+        untried: whether no engine but transformers was ever given a model of its family.
     """
 
     experts: frozenset[str] = frozenset()
@@ -54,6 +55,7 @@ class Around:
     outer: Mapping[str, bool] = field(default_factory=dict)
     tied: bool = False
     names: Mapping[str, str] = field(default_factory=dict)
+    untried: bool = False
 
 
 class Format(ABC):

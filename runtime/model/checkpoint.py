@@ -96,6 +96,10 @@ class Checkpoint:
         from .probe import probed  # runs models, and is rarely wanted
         from .skeleton import model_config
 
+        for key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):  # before so many are built
+            count = self.text_config.get(key, 1)
+            if not isinstance(count, int) or not 1 <= count <= len(self.tensors):
+                raise ModelError(f"{key} is {reprlib.repr(count)}, and there are {len(self.tensors)} tensors")
         return probed(model_config(self).get_text_config())
 
     @property

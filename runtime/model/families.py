@@ -34,10 +34,12 @@ class Group:
         reads: the norm whose output they read; or the linear, in whose last rows what they read is linear: values for
             the output projection, the upper projection for the lower one. Empty where it is neither, so that no scale
             can be moved across.
+        beside: linears that read the same and stay as they are.
     """
 
     linears: tuple[str, ...]
     reads: str = ""
+    beside: tuple[str, ...] = ()
 
 
 Stage = tuple[Group, ...]  # groups that can be solved once the stages before are final
@@ -127,6 +129,7 @@ class Family:
         entry: the decoder's attribute with the factor on what enters the first block; empty for none.
         rotates: whether an attention module turns queries and keys by their position.
         turns: whether rotations can be folded into it.
+        found: whether it was found by running it (`probe.py`), so that nobody tried it with other engines.
     """
 
     stages: tuple[Stage, ...]
@@ -146,6 +149,7 @@ class Family:
     entry: str = ""
     rotates: Callable[[Any], bool] = _always
     turns: bool = True
+    found: bool = False
 
     @property
     def decoder(self) -> str:

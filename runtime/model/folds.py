@@ -49,13 +49,15 @@ def seams(skeleton: Skeleton, index: int) -> dict[str, Seam]:
     family, config = skeleton.family, skeleton.config
     modules = dict(skeleton.layers[index].named_modules())
     readers: dict[str, list[str]] = {}
+    others: dict[str, list[str]] = {}
     for group in (group for stage in skeleton.stages(index) for group in stage if group.reads):
         readers.setdefault(group.reads, []).extend(group.linears)
+        others.setdefault(group.reads, []).extend(group.beside)
     found = {}
     for feeder, names in readers.items():
-        norm, beside = not hasattr(modules[feeder], "in_features"), list[str]()
+        norm, beside = not hasattr(modules[feeder], "in_features"), others[feeder]
         if norm and any(family.experts.number(name) is not None for name in names):
-            beside = [name for name in (family.experts.router, *family.experts.gates) if name in modules]
+            beside = [*beside, *(name for name in (family.experts.router, *family.experts.gates) if name in modules)]
         channels, heads = modules[names[0]].in_features, (1, 1)
         if not norm and names[0].startswith(family.attention + "."):
             heads = config.num_attention_heads, getattr(config, "num_key_value_heads", config.num_attention_heads)

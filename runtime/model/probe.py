@@ -25,7 +25,7 @@ from ..errors import ModelError, first_line
 from .disk_experts import BIAS
 from .experts import Experts, Form, unfuse_experts
 from .families import Family, Group, Mixture, renamed
-from .small import HIDDEN, TOP_K, VOCABULARY, small_config, small_model
+from .small import FEW, HIDDEN, TOP_K, VOCABULARY, small_config, small_model
 from .trace import Trace, groups_of, starred, traced
 
 _LEFT = {"router", "indexer", "compressor"}  # parts of blocks whose few weights choose what the others do
@@ -127,6 +127,7 @@ def _around(model: Any) -> Family:
         embedding=embeddings[0],
         norm=norms[0],
         centered=_centered(parts[norms[0]]),
+        found=True,
     )
 
 
@@ -191,7 +192,14 @@ def _inside(family: Family, model: Any, traces: Sequence[Trace], experts: Mappin
         raise Unfit(f"experts lie in {' and '.join(inside)}")
     mixture = _mixture(model, family, inside[0]) if inside else Mixture()
     stages = groups_of(traces, left=[mixture.router, *mixture.gates] if inside else [])
-    stages = [[group for group in stage if not _left_out(group)] for stage in stages]
+    few = {
+        starred(name)
+        for block in _blocks(model, family)
+        for name, part in block.named_modules()
+        if isinstance(part, nn.Linear) and part.out_features <= FEW
+    }
+    stages = [[_without(group, few) for group in stage] for stage in stages]
+    stages = [[group for group in stage if group.linears] for stage in stages]
     mixing = {part for trace in traces for part in trace.mixing}
     kept = {name for stage in stages for group in stage for name in group.linears}
     ends = {part: end for trace in traces for part, end in trace.ends.items() if end in kept}
@@ -206,8 +214,10 @@ def _inside(family: Family, model: Any, traces: Sequence[Trace], experts: Mappin
     )
 
 
-def _left_out(group: Group) -> bool:
-    return any(_LEFT.intersection(name.split(".")) for name in group.linears)
+def _without(group: Group, few: set[str]) -> Group:
+    """A group without linears that choose, or weigh heads, for the others: few weights, on which much depends."""
+    left = tuple(name for name in group.linears if name in few or _LEFT.intersection(name.split(".")))
+    return replace(group, linears=tuple(name for name in group.linears if name not in left), beside=left)
 
 
 def _mixture(model: Any, family: Family, where: str) -> Mixture:

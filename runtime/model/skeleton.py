@@ -281,7 +281,8 @@ class Skeleton:
                     kept = tuple(name for name in names if name in present)
                     reads = group.reads.replace("*", digits)
                     if kept:
-                        groups.append(Group(kept, reads if reads in modules else ""))
+                        beside = tuple(name for name in group.beside if name in present)
+                        groups.append(Group(kept, reads if reads in modules else "", beside))
             if groups:
                 stages.append(tuple(groups))
         return stages

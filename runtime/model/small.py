@@ -13,6 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 HIDDEN, INNER, EXPERT, SHARED, HEAD, VOCABULARY = 64, 96, 32, 48, 16, 128
 _HEADS, _KEPT, _EXPERTS, _CHOSEN = 4, 2, 4, 2
 _LAYERS, _DEEPEST = 6, 12  # at most: of as many kinds, and in a row
+FEW = 8  # outputs of a linear that puts out a number a head, or less
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 
 _SIZES: Mapping[str, Any] = {
