@@ -33,6 +33,7 @@ from .resources import (
 )  # fmt: skip
 from .surveys import Text, read_calibration
 
+_GROWTH = 1.1  # how many times as large an output may be, so that engines read it
 LARGE_MODEL = 100_000_000  # parameters from which the built-in calibration text is too little
 
 
@@ -316,14 +317,14 @@ def _formed(
 ) -> tuple[dict[str, LinearPlan], tuple[WrittenFormat, tuple[str, ...], str]]:
     """Linears as the format has them that is chosen for them, and that.
 
-    What no pass rewrites keeps the form that it has in the model where the format for all else can hold that, or where
-    none but ours holds that form in any case; else it is decoded.
+    What no pass rewrites keeps the form that it has in the model where the format for all else can hold that. Else it
+    is decoded, if that format was asked for, or is one that engines read and the output grows by no more than a tenth.
     """
     checkpoint, around, wanted = skeleton.checkpoint, around_of(skeleton), recipe.output.format
     plain = {name: _original(checkpoint, name) for name in linears}
     decoded = {name: plan if plan.steps else replace(plan, operator=plain[name]) for name, plan in linears.items()}
-    stays = {name: plain[name] if plan.steps else plan.operator for name, plan in linears.items()}
-    ours = choose_format("auto", stays, around)[0] is NATIVE
+    sizes = [sum(plan.operator.nbytes for plan in some.values()) for some in (linears, decoded)]
+    ours = checkpoint.native or sizes[1] > _GROWTH * sizes[0]
     for kept in (linears, decoded):
         last = kept is decoded or (ours and wanted == "auto")
         try:

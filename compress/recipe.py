@@ -86,9 +86,10 @@ class Output(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: Literal["auto", "compressed-tensors", "gptq", "awq", "compressor", "dense"] = Field(
+    format: Literal["auto", "compressed-tensors", "fp8", "gptq", "awq", "compressor", "dense"] = Field(
         "auto",
-        description="auto: compressed-tensors wherever a reader of it can take every tensor, else compressor; gptq, "
+        description="auto: compressed-tensors wherever a reader of it can take every tensor, else fp8 (what fp8-block "
+        "leaves, rows and columns of any number), else compressor; gptq, "
         "awq: integers (awq: of 4 bits) for GPTQModel and engines that want such checkpoints; dense: decoded to plain "
         "weights, which is no smaller",
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .errors import ModelError
-from .formats import PLAIN, format_of
+from .formats import NATIVE, PLAIN, format_of
 from .model.checkpoint import Checkpoint, TensorInfo
 from .schemes import LOOKUPS, Operator, from_tensors, looked_up, shared_prefixes, stored_name
 
@@ -110,6 +110,10 @@ class StoredModel(Checkpoint):
     @property
     def nbytes(self) -> int:
         return sum(info.nbytes for info in self.stored.values())
+
+    @property
+    def native(self) -> bool:
+        return self.format is NATIVE
 
     def stored_bytes(self, name: str) -> int:
         linear = name.removesuffix(".weight")

@@ -19,7 +19,7 @@ from compressor.compress.apply import Job, apply
 from compressor.compress.output.verify import verify
 from compressor.compress.recipe import parse_recipe
 from compressor.runtime import load
-from compressor.runtime.errors import ModelError
+from compressor.runtime.errors import ModelError, RecipeError
 from compressor.runtime.schemes import IntQuantized
 from compressor.runtime.stored import StoredModel, open_model
 
@@ -343,3 +343,25 @@ def test_gpt_oss_as_it_is_published(tmp_path: Path) -> None:
 
 def tensors_without(tensors: Mapping[str, Tensor], *endings: str) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(endings)}
+
+
+def test_fp8_in_blocks_whose_rows_are_not_whole_is_written_as_it_is_published(folder: Path, tmp_path: Path) -> None:
+    text = "passes: [{kind: rtn, scheme: fp8-block, ignore: ['*.k_proj']}]"
+    plan = apply(Job(parse_recipe(text), text, (), folder, tmp_path / "out", "pico"), lambda event: None)
+    assert plan.format.name == "fp8"
+    assert plan.readers == ("compressor",)  # 192 columns are no multiple either
+    told = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert told["weight_block_size"] == [128, 128]
+    assert {"lm_head", "model.layers.0.self_attn.k_proj"} <= set(told["modules_to_not_convert"])
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    scales = tensors["model.layers.1.mlp.up_proj.weight_scale_inv"]
+    codes = tensors["model.layers.1.mlp.up_proj.weight"]
+    assert (codes.dtype, scales.shape) == (torch.float8_e4m3fn, (3, 2))
+    found = open_model(tmp_path / "out").tensor("model.layers.1.mlp.up_proj.weight")
+    assert torch.equal(found, (codes.float() * over(scales.float(), codes.shape)).bfloat16())
+    before = load_file(folder / "model.safetensors")["model.layers.1.mlp.up_proj.weight"]
+    assert (found.float() - before.float()).norm() / before.float().norm() < 0.04
+    assert verify(tmp_path / "out") == []
+    text = "output: {format: fp8}\npasses: [{kind: rtn, bits: 4, group_size: 32}]"
+    with pytest.raises(RecipeError, match="whose readers cannot take"):
+        apply(Job(parse_recipe(text), text, (), folder, tmp_path / "no", "pico"), lambda event: None)

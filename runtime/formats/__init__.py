@@ -27,10 +27,9 @@ __all__ = ["FORMATS", "NATIVE", "PLAIN", "Around", "Format", "WrittenFormat", "c
 
 PLAIN, NATIVE = Plain(), Native()
 FORMATS: dict[str, WrittenFormat] = {
-    one.name: one for one in (PLAIN, CompressedTensors(), Gptq(), Awq(), NATIVE)
+    one.name: one for one in (PLAIN, CompressedTensors(), Fp8(), Gptq(), Awq(), NATIVE)
 }  # in order of preference
 SOURCES: tuple[Format, ...] = (
-    Fp8(),
     FbgemmFp8(),
     ModelOpt(),
     Mxfp4(),
@@ -67,7 +66,7 @@ def choose_format(
             if around.untried:
                 readers = tuple(name for name in readers if name in (*OURS, "transformers"))
             return one, readers, obstacle if one is NATIVE else ""
-        obstacle = found
+        obstacle = found if one.telling else obstacle
     raise AssertionError(wanted)  # the native format holds everything, and recipes name no other
 
 

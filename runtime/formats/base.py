@@ -118,10 +118,12 @@ class WrittenFormat(Format):
 
     Attributes:
         automatic: whether it is written without being asked for by `output.format` of a recipe.
+        telling: whether people want to know why it was not.
         files: further files of a folder, with their texts.
     """
 
     automatic: ClassVar[bool] = True
+    telling: ClassVar[bool] = True
     files: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod

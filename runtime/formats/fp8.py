@@ -15,16 +15,20 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
-from ..schemes import W8A8, BlockScaled
-from .base import ANY, HINT, Format, Schemes, for_rows, refuse_unknown
+from ..schemes import W8A8, BlockScaled, Operator, rewritten
+from .base import ANY, HINT, OURS, VLLM_GPU, Around, Format, Schemes, WrittenFormat, for_rows, refuse_unknown
 
 _BLOCK = [128, 128]
 
 
-class Fp8(Format):
-    """`quant_method: fp8`: blocks, or one scale for all."""
+class Fp8(WrittenFormat):
+    """`quant_method: fp8`: blocks, or one scale for all, which alone is not written.
+
+    It holds what compressed-tensors does not, rows that are no multiple of a block, as DeepSeek's models have them.
+    """
 
     name: ClassVar[str] = "fp8"
+    telling: ClassVar[bool] = False
     reads: ClassVar[str] = "FP8 in blocks of 128 x 128 or with one scale"
     _parts: ClassVar[frozenset[str]] = frozenset({"weight", "weight_scale_inv", "activation_scale"})
     _understood: ClassVar[Mapping[str, Any]] = {
@@ -36,6 +40,34 @@ class Fp8(Format):
         "scale_fmt": ("float", "ue8m0"),  # which the scales' dtype tells
         "expert_dtype": ("fp8",),
     }
+
+    def obstacle(self, linears: Mapping[str, Operator], around: Around) -> str:
+        for name, operator in rewritten(linears).items():
+            if name in around.outer or (name in around.experts and around.one_tensor) or not _in_blocks(operator):
+                return f"{name} ({operator.description})"
+        return "" if rewritten(linears) else "a model in which no linear is stored otherwise"
+
+    def readers(self, linears: Mapping[str, Operator], around: Around) -> tuple[str, ...]:
+        whole = all(not operator.shape[1] % _BLOCK[1] for operator in rewritten(linears).values())
+        return (*OURS, VLLM_GPU) if whole else OURS  # by its documentation
+
+    def tensors(self, operator: Operator) -> dict[str, Tensor]:
+        found = operator.to_tensors()
+        if isinstance(operator, BlockScaled):
+            found["weight_scale_inv"] = found.pop("weight_scale")
+        return found
+
+    def config(
+        self, source: Mapping[str, Any], linears: Mapping[str, Operator], dense: Iterable[str], around: Around
+    ) -> dict[str, Any]:
+        told = {
+            "quant_method": self.name,
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": _BLOCK,
+            "modules_to_not_convert": sorted(dense),
+        }
+        return {**source, "quantization_config": told}
 
     def schemes(self, path: Path, config: Mapping[str, Any], stored: Mapping[str, Any]) -> Schemes:
         told = config["quantization_config"]
@@ -53,6 +85,8 @@ class Fp8(Format):
         _refuse_parts(path, suffixes, self._parts)
 
     def operator_tensors(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any]) -> dict[str, Tensor]:
+        if "weight_scale_inv" not in tensors:  # what it leaves as it was
+            return dict(tensors)
         codes, scales = tensors["weight"], tensors["weight_scale_inv"]
         if scales.dtype == torch.float8_e8m0fnu:
             scales = scales.float()
@@ -80,6 +114,10 @@ class FbgemmFp8(Format):
 
     def operator_tensors(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any]) -> dict[str, Tensor]:
         return {"weight": tensors["weight"], "weight_scale": tensors["weight_scale"].view(-1, 1)}
+
+
+def _in_blocks(operator: Operator) -> bool:
+    return isinstance(operator, BlockScaled) and (operator.name, operator.inputs) == ("fp8_block", "fp8_group")
 
 
 def _linears(stored: Iterable[str], suffix: str) -> list[str]:

@@ -178,6 +178,11 @@ class Checkpoint:
         """Whether any is."""
         return any(map(self.made, self.tensors))
 
+    @property
+    def native(self) -> bool:
+        """Whether it lies in compressor's own format, which no engine reads."""
+        return False
+
     def outline(self, linear: str) -> Operator:
         """A linear, by its name without `.weight`, as it is stored: on `meta`, with shapes and bytes but no values."""
         info = self.tensors[linear + ".weight"]

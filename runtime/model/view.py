@@ -87,6 +87,10 @@ class View(Checkpoint):
         part = self._parts[name]
         return part.anew or (name not in self._made and any(map(self._source.made, part.sources)))
 
+    @property
+    def native(self) -> bool:
+        return self._source.native
+
     def _unchanged(self, linear: str) -> str | None:
         """The linear of the source that one is; None where it is another."""
         name = linear + ".weight"
