@@ -279,17 +279,17 @@ def _begin(
         journal.done({"step": "outside", **_done(-1, events, writer, written, files)})
     if windows is None:
         return None
-    embedding = next((operator for name, operator in outer.items() if skeleton.outer().get(name)), None)
+    embedding = next((outer.get(name) for name, looked_up in skeleton.outer().items() if looked_up), None)
+    kept = next((name for name, looked_up in skeleton.outer().items() if looked_up and name in plan.stays), None)
+    if kept is not None:
+        embedding = skeleton.checkpoint.operator(kept)
     return start_chains(skeleton, windows, journal.chains, chain_names(plan.needs), embedding)
 
 
 def _rewrite_outer(plan: Plan, found: dict[str, Operator], listener: Listener) -> Iterator[Event]:
-    """Fill in what becomes of what lies outside the blocks: of the embedding and the head, where passes name them, and
-    of what keeps the form that it has."""
+    """Fill in what becomes of the embedding and the head, where passes name them."""
     checkpoint = plan.skeleton.checkpoint
-    outside = {name.removesuffix(".weight") for name in checkpoint.outside_names()}
-    found |= {name: checkpoint.operator(name) for name in sorted(outside & plan.stays)}
-    for name in (name for name in plan.skeleton.outer() if name in plan.linears and name not in found):
+    for name in (name for name in plan.skeleton.outer() if name in plan.linears and name not in plan.stays):
         weight = checkpoint.tensor(f"{name}.weight").to(plan.skeleton.device)
         work = StageWork({name: Dense(weight)}, {name: weight}, [[name]], unseen="its inputs are not measured")
         for step in plan.recipe.linear_passes.values():
@@ -325,7 +325,8 @@ def _store(
     """Write tensors of a block, or of none; read them back and compare what they decode to with what the passes meant.
 
     Args:
-        linears: disk name → what is to be stored in place of the checkpoint's weight.
+        linears: disk name → what is to be stored in place of the checkpoint's weight; others that the plan says stay
+            as they are stored are, too.
         changed: tensors besides that are not as in the checkpoint.
         names: of all these, and of those that stay, in the checkpoint.
     """
@@ -333,8 +334,9 @@ def _store(
     written: dict[str, tuple[Operator, list[str]]] = {}  # and the suffixes of its tensors
     for name in names:
         linear = name.removesuffix(".weight")
-        if linear in linears:
-            operator = plan.format.as_written(linears[linear], checkpoint.tensors[name].dtype)
+        if linear in linears or linear in plan.stays:
+            becomes = linears[linear] if linear in linears else checkpoint.operator(linear)
+            operator = plan.format.as_written(becomes, checkpoint.tensors[name].dtype)
             stored = plan.format.tensors(operator)
             written[linear] = operator, list(stored)
             tensors.update({stored_name(linear, suffix): tensor for suffix, tensor in stored.items()})

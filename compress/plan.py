@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -307,7 +307,8 @@ def _made(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _stored_outside(checkpoint: Checkpoint, linears: Mapping[str, LinearPlan]) -> dict[str, LinearPlan]:
-    """Linears that are not stored as plain weights, and that are neither in a block nor rewritten."""
+    """Linears that are not stored as plain weights and that no pass can rewrite: beyond the last block, or in one where
+    the family names them in no group."""
     found = {name: _unchanged(checkpoint, name) for name in _made(checkpoint) if name not in linears}
     return {name: plan for name, plan in found.items() if plan.operator.kind != "dense"}
 
@@ -321,25 +322,38 @@ def _formed(
     is decoded, if that format was asked for, or is one that engines read and the output grows by no more than a tenth.
     """
     checkpoint, around, wanted = skeleton.checkpoint, around_of(skeleton), recipe.output.format
-    plain = {name: _original(checkpoint, name) for name in linears}
-    decoded = {name: plan if plan.steps else replace(plan, operator=plain[name]) for name, plan in linears.items()}
-    sizes = [sum(plan.operator.nbytes for plan in some.values()) for some in (linears, decoded)]
-    ours = checkpoint.native or sizes[1] > _GROWTH * sizes[0]
-    for kept in (linears, decoded):
-        last = kept is decoded or (ours and wanted == "auto")
+    running = {f"{name}.weight" for index in range(skeleton.blocks) for name in skeleton.linears(index)}
+    running |= {f"{name}.weight" for name in skeleton.outer()}
+
+    def decoded(which: Callable[[str], bool]) -> dict[str, LinearPlan]:
+        plain = {name: _original(checkpoint, name) for name, plan in linears.items() if not plan.steps and which(name)}
+        return {name: replace(plan, operator=plain.get(name, plan.operator)) for name, plan in linears.items()}
+
+    def size(some: Mapping[str, LinearPlan]) -> float:
+        return sum(plan.operator.nbytes for plan in some.values())
+
+    found: list[tuple[Mapping[str, LinearPlan], tuple[WrittenFormat, tuple[str, ...], str]]] = []
+    for kept in (linears, decoded(lambda name: f"{name}.weight" not in running), decoded(lambda name: True)):
         try:
-            found = choose_format(wanted, {name: plan.operator for name, plan in kept.items()}, around)
-        except RecipeError:
-            if last:
-                raise
+            chosen = choose_format(wanted, {name: plan.operator for name, plan in kept.items()}, around)
+        except RecipeError as error:
+            refused = error
             continue
-        if last or found[0] is not NATIVE or wanted == NATIVE.name:
+        if wanted != "auto" or chosen[0] is not NATIVE:
+            if wanted != "auto" or size(kept) <= _GROWTH * size(linears):
+                found.insert(0, (kept, chosen))
             break
-    held = {name: checkpoint.tensors[name + ".weight"].dtype for name in kept}
-    formed = {
-        name: replace(plan, operator=found[0].as_written(plan.operator, held[name])) for name, plan in kept.items()
+        found.append((kept, chosen))
+        if checkpoint.native:
+            break
+    if not found:
+        raise refused
+    kept, chosen = found[0]
+    dtypes = {name: checkpoint.tensors[name + ".weight"].dtype for name in kept}
+    written = {
+        name: replace(plan, operator=chosen[0].as_written(plan.operator, dtypes[name])) for name, plan in kept.items()
     }
-    return formed, found
+    return written, chosen
 
 
 def _plan_outer(

@@ -40,7 +40,11 @@ def load(
     skeleton = Skeleton(checkpoint, kind, target)
     model, family = skeleton.model, skeleton.family
     if isinstance(checkpoint, StoredModel):
+        modules = dict(model.named_modules())
         for disk_name in checkpoint.schemes:
+            module = modules.get(family.memory_name(disk_name))
+            if type(module) is not nn.Linear and not isinstance(module, nn.Embedding):
+                continue  # of a layer that is not run, or something that is no product, which gets it decoded
             try:
                 _put_stored(skeleton, checkpoint, disk_name, target, kind)
             except (KeyError, IndexError, ValueError) as error:

@@ -136,7 +136,7 @@ class StoredModel(Checkpoint):
         stored = {suffix: self.stored_tensor(stored_name(name, suffix)) for suffix in self._suffixes[name]}
         try:
             return self.format.operator_tensors(stored, self.schemes[name])
-        except ValueError as error:
+        except (KeyError, IndexError, RuntimeError, ValueError, TypeError) as error:
             raise ModelError(f"{self.path}: {name} cannot be decoded: {error}") from None
 
     def tensor(self, name: str) -> Tensor:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from pico import FAMILIES, benchmark
+from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from compressor.cli.apply import plan
 from compressor.runtime import load
@@ -205,3 +208,52 @@ def test_seams_of_a_family_that_was_found_serve_every_block(tmp_path: Path) -> N
     checkpoint = open_model(families.build("jamba", tmp_path / "model"))
     skeleton = probe._skeleton(checkpoint.family, checkpoint.path)
     assert all(seams(skeleton, index) for index in range(skeleton.blocks))
+
+
+def test_experts_in_one_tensor_though_transformers_writes_them_one_by_one(tmp_path: Path) -> None:
+    """As Qwen3.5's mixtures are published."""
+    model = families.build("qwen3_5_moe_text", tmp_path / "model")
+    plain, tensors = families.stock_logits(model), load_file(model / "model.safetensors")
+    for where in {name.partition(".experts.")[0] + ".experts" for name in tensors if ".experts." in name}:
+        count = len({name for name in tensors if name.startswith(where + ".") and name.endswith("down_proj.weight")})
+        parts = [[tensors.pop(f"{where}.{n}.{p}_proj.weight") for p in ("gate", "up", "down")] for n in range(count)]
+        tensors[f"{where}.gate_up_proj"] = torch.stack([torch.cat(part[:2]) for part in parts])
+        tensors[f"{where}.down_proj"] = torch.stack([part[2] for part in parts])
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    assert torch.allclose(families.stock_logits(model), plain)
+    said = families.check(model, tmp_path)
+    assert all("read by transformers" in line for line in said)
+
+
+def test_kinds_of_layers_that_begin_somewhere(tmp_path: Path) -> None:
+    """Whatever is said of each layer, and from which one on experts are."""
+    types = ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"] * 4
+    config = CONFIG_MAPPING["afmoe"](num_hidden_layers=16, num_dense_layers=6, layer_types=types)
+    found = probe.find(config)
+    assert frozenset({"mlp.experts.*.gate_proj", "mlp.experts.*.up_proj"}) in groups(found)
+    assert found.experts.router == "mlp.router"
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"linear_conv_kernel_dim": 10**6}, "a small copy of it has .* weights"),
+        ({"num_experts": 10**9}, "num_experts is 1000000000, which no model has"),
+        ({"num_hidden_layers": 10**9, "layer_types": None}, "num_hidden_layers is 1000000000, and there are"),
+    ],
+)
+def test_a_config_that_says_too_much_is_refused_at_once(changes: dict[str, Any], why: str, tmp_path: Path) -> None:
+    model = families.build("qwen3_next", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ModelError, match=why):
+        open_model(model).family  # noqa: B018
+
+
+def test_nobodys_code_is_run(tmp_path: Path) -> None:
+    model = families.build("llama", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "mt5", "auto_map": {"AutoModelForCausalLM": "somebody/something--modeling_x.X"}}
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="a small copy of it cannot be built"):
+        open_model(model).family  # noqa: B018

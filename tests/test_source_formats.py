@@ -365,3 +365,76 @@ def test_fp8_in_blocks_whose_rows_are_not_whole_is_written_as_it_is_published(fo
     text = "output: {format: fp8}\npasses: [{kind: rtn, bits: 4, group_size: 32}]"
     with pytest.raises(RecipeError, match="whose readers cannot take"):
         apply(Job(parse_recipe(text), text, (), folder, tmp_path / "no", "pico"), lambda event: None)
+
+
+def in_blocks(folder: Path) -> dict[str, Tensor]:
+    """All matrices of its blocks in FP8, routers and indexers too: what they decode to."""
+    stored, decoded = dict[str, Tensor](), dict[str, Tensor]()
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        stored[name] = tensor
+        inside = ".layers." in name and ".mlp.gate." not in name
+        if tensor.dim() == 2 and inside and name.endswith(".weight"):
+            scales = (torch.rand(-(-tensor.shape[0] // 128), -(-tensor.shape[1] // 128)) + 0.5) / 4096
+            wide = over(scales, tensor.shape)
+            stored[name], stored[name + "_scale_inv"] = e4m3(tensor, wide), scales
+            decoded[name] = (stored[name].float() * wide).to(tensor.dtype)
+    blocks = {"weight_block_size": [128, 128], "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"}
+    restored(folder, stored, blocks)
+    return decoded
+
+
+@pytest.mark.parametrize("extra", ["", "output: {format: compressor}\n"])
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_what_no_pass_can_rewrite_is_carried_in_its_form_and_run(
+    pico: Pico, tmp_path: Path, family: str, extra: str
+) -> None:
+    """A router in FP8, and layers that predict more tokens behind the last block."""
+    model = Path(shutil.copytree(pico(family), tmp_path / "model"))
+    if family == "deepseek_v3":
+        tensors = load_file(model / "model.safetensors")
+        more = {
+            name.replace(".layers.1.", ".layers.2."): tensor.clone()
+            for name, tensor in tensors.items()
+            if ".layers.1." in name
+        }
+        save_file(tensors | more, model / "model.safetensors", {"format": "pt"})
+    decoded = in_blocks(model)
+    text = extra + "passes: [{kind: rtn, scheme: fp8-block, targets: ['*.v_proj', '*.kv_b_proj']}]"
+    apply(Job(parse_recipe(text), text, (), model, tmp_path / "out", "pico"), lambda event: None)
+    assert verify(tmp_path / "out") == []
+    out = StoredModel(tmp_path / "out")
+    rewritten = ("v_proj.weight", "kv_b_proj.weight")
+    assert all(
+        torch.equal(out.tensor(name), weight) for name, weight in decoded.items() if not name.endswith(rewritten)
+    )
+    for folder in (model, tmp_path / "out"):
+        with torch.no_grad():
+            assert bool(load(folder)(IDS).logits.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"blocksize": 128}, "weight.absmax has 96 numbers, not 48"),
+        ({"blocksize": "64"}, "its blocks are of '64' numbers"),
+        ({"nested_blocksize": 10**13, "nested_offset": None}, "nested_offset is None"),
+        ({"nested_offset": None, "blocksize": None}, "gate_proj is not whole"),
+    ],
+)
+def test_a_damaged_state_of_bitsandbytes_is_refused(
+    pico: Pico, tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    model = Path(shutil.copytree(pico(), tmp_path / "model"))
+    made = load_file(Path(__file__).parent / "data" / "bitsandbytes.safetensors")
+    parts = {name.removeprefix("nf4-nested/"): part for name, part in made.items() if name.startswith("nf4-nested/")}
+    state = "weight.quant_state.bitsandbytes__nf4"
+    told = json.loads(bytes(parts[state].tolist())) | change
+    parts[state] = torch.tensor(list(json.dumps(told).encode()), dtype=torch.uint8)
+    del parts["decoded"]
+    tensors = load_file(model / "model.safetensors")
+    del tensors[GATE + ".weight"]
+    restored(
+        model, tensors | {f"{GATE}.{part}": tensor for part, tensor in parts.items()}, {"quant_method": "bitsandbytes"}
+    )
+    with pytest.raises(ModelError, match=words):
+        StoredModel(model)

@@ -10,6 +10,7 @@ https://github.com/bitsandbytes-foundation/bitsandbytes
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -55,6 +56,7 @@ class BitsAndBytes(Format):
             return {"weight": codes.float() * tensors["SCB"].float()[:, None] / 127}
         state = json.loads(bytes(next(part for name, part in tensors.items() if name.startswith(_STATE)).tolist()))
         rows, columns = state["shape"]
+        _check_sizes(tensors, state, rows * columns)
         if codes.dtype != torch.uint8 or codes.numel() != -(-rows * columns // 2):
             raise ValueError(f"its weight is {codes.dtype} {list(codes.shape)}, but its state says {rows} x {columns}")
         if codes.is_meta:
@@ -68,3 +70,23 @@ class BitsAndBytes(Format):
         values = tensors["weight.quant_map"].float()[places]
         weight = values * scales.repeat_interleave(state["blocksize"])[: rows * columns]
         return {"weight": weight.view(rows, columns)}
+
+
+def _check_sizes(tensors: Mapping[str, Tensor], state: Mapping[str, Any], numbers: int) -> None:
+    """Refuse scales by which the numbers of a matrix would be others."""
+    scales = tensors["weight.absmax"].numel()
+    wanted = {"weight.quant_map": 16, "weight.absmax": _blocks(numbers, state["blocksize"])}
+    if set(tensors) >= _NESTED:
+        wanted |= {"weight.nested_quant_map": 256}
+        wanted |= {"weight.nested_absmax": _blocks(scales, state["nested_blocksize"])}
+        if not isinstance(state["nested_offset"], float):
+            raise ValueError(f"its nested_offset is {reprlib.repr(state['nested_offset'])}")
+    for name, count in wanted.items():
+        if tensors[name].numel() != count:
+            raise ValueError(f"its {name} has {tensors[name].numel()} numbers, not {count}")
+
+
+def _blocks(numbers: int, size: Any) -> int:
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"its blocks are of {reprlib.repr(size)} numbers")
+    return -(-numbers // size)

@@ -7,6 +7,7 @@ one number. https://huggingface.co/docs/transformers/quantization/finegrained_fp
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +20,7 @@ from ..schemes import W8A8, BlockScaled, Operator, rewritten
 from .base import ANY, HINT, OURS, VLLM_GPU, Around, Format, Schemes, WrittenFormat, for_rows, refuse_unknown
 
 _BLOCK = [128, 128]
+_SCALING = re.compile(r"^weight|scale|zero_point|g_idx")  # how tensors are called that change what others decode to
 
 
 class Fp8(WrittenFormat):
@@ -126,5 +128,5 @@ def _linears(stored: Iterable[str], suffix: str) -> list[str]:
 
 def _refuse_parts(path: Path, suffixes: Mapping[str, Iterable[str]], known: Iterable[str]) -> None:
     for name, found in suffixes.items():
-        if more := sorted(set(found).difference(known)):
+        if more := sorted(part for part in set(found).difference(known) if _SCALING.search(part)):
             raise ModelError(f"{path}: {name} has a tensor {more[0]}, which {HINT}")

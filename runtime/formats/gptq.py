@@ -29,7 +29,7 @@ class Gptq(IntegerFormat):
 
     name: ClassVar[str] = "gptq"
     parts: ClassVar[frozenset[str]] = frozenset({"qweight", "qzeros", "scales", "g_idx"})
-    reads: ClassVar[str] = "GPTQ's, without an order of columns,"
+    reads: ClassVar[str] = "GPTQ's"
 
     def unheld(self, operator: IntQuantized) -> str:
         rows, columns = operator.shape

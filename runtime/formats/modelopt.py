@@ -25,7 +25,6 @@ _PARTS = {
     "NVFP4": frozenset({"weight", "weight_scale", "weight_scale_2"}),
     "FP8": frozenset({"weight", "weight_scale"}),
 }
-_CACHE = (".k_proj.k_scale", ".v_proj.v_scale")  # for keys and values in 8 bits, which are not read
 
 
 class ModelOpt(Format):
@@ -53,6 +52,8 @@ class ModelOpt(Format):
     def operator_tensors(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any]) -> dict[str, Tensor]:
         codes, scales = tensors["weight"], tensors["weight_scale"]
         if scheme["quant_algo"] == "FP8":
+            if codes.dtype != torch.float8_e4m3fn:
+                raise ValueError(f"its weight is {codes.dtype}")
             return {"weight": codes.float() * scales.float().view(1, 1)}
         rows, columns = codes.shape[0], 2 * codes.shape[1]
         if codes.dtype != torch.uint8 or tuple(scales.shape) != (rows, columns // _BLOCK):

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..errors import ModelError
 from ..files import PIECE
 from ..schemes import Dense, Operator
-from .disk_experts import Slice, slices
+from .disk_experts import Slice, as_published, slices
 from .families import FAMILIES, Family, block_index, blocks_of, family_of, text_config
 
 DTYPES = {
@@ -30,6 +30,7 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
+_EXPERTS = 100_000  # or more are not looked for
 _SIDE_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tekken.json", "chat_template.jinja",
@@ -96,10 +97,13 @@ class Checkpoint:
         from .probe import probed  # runs models, and is rarely wanted
         from .skeleton import model_config
 
-        for key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):  # before so many are built
+        for key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"):
             count = self.text_config.get(key, 1)
-            if not isinstance(count, int) or not 1 <= count <= len(self.tensors):
+            if not isinstance(count, int) or not 1 <= count <= len(self.tensors):  # before so many are built
                 raise ModelError(f"{key} is {reprlib.repr(count)}, and there are {len(self.tensors)} tensors")
+        for key, value in self.text_config.items():
+            if "expert" in key and isinstance(value, int) and value > _EXPERTS:
+                raise ModelError(f"{key} is {value}, which no model has")
         return probed(model_config(self).get_text_config())
 
     @property
@@ -110,8 +114,10 @@ class Checkpoint:
     @property
     def positions(self) -> int | None:
         """How many tokens config.json says that the model can read, if it does."""
-        found = self.text_config.get("max_position_embeddings")
-        return found if isinstance(found, int) and found > 0 else None
+        for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
+            if isinstance(found := self.text_config.get(key), int) and found > 0:
+                return found
+        return None
 
     @property
     def vocabulary(self) -> int:
@@ -271,6 +277,7 @@ class Checkpoint:
         known = self._given or FAMILIES.get(str(self.text_config.get("model_type")))
         if known is None and any(len(info.shape) == 3 and "conv" not in name for name, info in self.tensors.items()):
             known = self.family
+        known = known and as_published(known, {name: info.shape for name, info in self.tensors.items()})
         if known is None or not known.experts.fused:
             return
         self.stored, self.tensors = dict(self.tensors), {}

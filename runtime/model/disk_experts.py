@@ -7,7 +7,7 @@ row in turns; `[experts, rows]` their biases.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,6 +30,24 @@ class Slice:
     def of(self, tensor: Tensor) -> Tensor:
         own = tensor[self.expert]
         return (own.T if self.transposed else own)[self.rows]
+
+
+def as_published(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> Family:
+    """A family as a folder has it whose experts lie in one tensor, as transformers holds them, though it writes them
+    one by one.
+
+    Args:
+        shapes: of the folder's tensors, by name.
+    """
+    experts, place = family.experts, family.disk_name(family.experts.where)
+    parts = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
+    fused = {
+        f"{place}.{part}{kind}": linears
+        for part, linears in parts.items()
+        for kind, dimensions in (("", 3), (BIAS, 2))
+        if any(name.endswith(f".{place}.{part}{kind}") and len(shape) == dimensions for name, shape in shapes.items())
+    }
+    return replace(family, experts=replace(experts, fused=fused)) if fused and not experts.fused else family
 
 
 def slices(family: Family, stored: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Slice]]:

@@ -25,11 +25,12 @@ from ..errors import ModelError, first_line
 from .disk_experts import BIAS
 from .experts import Experts, Form, unfuse_experts
 from .families import Family, Group, Mixture, renamed
-from .small import FEW, HIDDEN, TOP_K, VOCABULARY, small_config, small_model
+from .small import FEW, HIDDEN, TOP_K, VOCABULARY, outline, small_config, small_model
 from .trace import Trace, groups_of, starred, traced
 
 _LEFT = {"router", "indexer", "compressor"}  # parts of blocks whose few weights choose what the others do
 _WIDTHS = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
+_LARGEST = 20_000_000  # weights of a small copy
 _CLOSE = 1e-5  # of logits in float32, relative
 
 
@@ -43,20 +44,23 @@ def probed(config: Any) -> Family:
     Raises:
         ModelError: it cannot be found, or what is found does not do what the model does.
     """
-    return _probed(json.dumps(config.to_dict(), default=str))
+    found = _probed(json.dumps(config.to_dict(), default=str))
+    if isinstance(found, Family):
+        return found
+    raise ModelError(f"model_type {config.model_type!r} is not described here, nor found by running it: {found}")
 
 
 @lru_cache(maxsize=8)
-def _probed(told: str) -> Family:
+def _probed(told: str) -> Family | str:
+    """The family, or why there is none."""
     config = json.loads(told)
     try:
         with _quiet():
             return find(CONFIG_MAPPING[config["model_type"]].from_dict(config))
     except Unfit as error:
-        why = str(error)
+        return str(error)
     except Exception as error:  # transformers raises whatever its models do
-        why = f"a small copy of it cannot be built and run ({first_line(error)})"
-    raise ModelError(f"model_type {config['model_type']!r} is not described here, nor found by running it: {why}")
+        return f"a small copy of it cannot be built and run ({first_line(error)})"
 
 
 @contextmanager
@@ -79,7 +83,13 @@ def find(config: Any) -> Family:
     Raises:
         Unfit: they do not agree.
     """
-    model = small_model(small_config(config))
+    small, kinds = small_config(config)
+    size, has = outline(small)
+    if size > _LARGEST:
+        raise Unfit(f"a small copy of it has {size:,} weights, for config.json says more than is known of")
+    if lost := sorted(set(kinds) - set(has)):
+        raise Unfit(f"a small copy of it has no block like block {kinds[lost[0]]}")
+    model = small_model(small)
     ids = torch.randint(3, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected: Tensor = model(input_ids=ids, use_cache=False).logits
@@ -241,17 +251,14 @@ def _mixture(model: Any, family: Family, where: str) -> Mixture:
     if widths and widths[0] == "intermediate_size" and dense:
         widths = []  # it may widen other blocks too
     counts = [key for key, value in told.items() if value == len(experts) and re.fullmatch(r"(\w+_)?experts", key)]
-    shared = ""
-    for name, module in inside.named_children():
-        rows = {part.out_features for part in module.modules() if isinstance(part, nn.Linear)} - {HIDDEN}
-        if name.startswith("shared_exp") and not gates and all(row % width == 0 for row in rows):
-            shared = name
+    own = any("shared" in key and "intermediate" in key and isinstance(value, int) for key, value in told.items())
+    parts = [name for name, _ in inside.named_children() if name.startswith("shared_exp") and not gates and not own]
     per_expert = [name for name, tensor in inside.state_dict().items() if tensor.dim() and len(tensor) == len(experts)]
     return Mixture(
         where=where,
         router=routers[0],
         gates=tuple(gates),
-        shared=shared and f"{parent}.{shared}",
+        shared=f"{parent}.{parts[0]}" if parts else "",
         rows=tuple(f"{parent}.{name}" for name in per_expert if "." not in name),
         counts=tuple(counts),
         width=next(iter(widths), ""),
@@ -283,10 +290,9 @@ def _named(family: Family, model: Any, folder: Path, experts: Mapping[str, Any])
     }
     if lost := next((name for name, found in pairs.items() if not found), ""):
         raise Unfit(f"{lost} is not on disk as it is in memory")
-    mixture = family.experts
-    if fused:
-        form = forms[0]
-        mixture = replace(mixture, fused=fused, transposed=form.transposed, interleaved=form.interleaved)
+    mixture = replace(family.experts, fused=fused)
+    if forms:
+        mixture = replace(mixture, transposed=forms[0].transposed, interleaved=forms[0].interleaved)
     return replace(family, segments=_segments(pairs), experts=mixture)
 
 
@@ -372,12 +378,12 @@ def _folding(family: Family, folder: Path, ids: Tensor, expected: Tensor) -> Fam
     from .skeleton import Skeleton
     from .view import changed
 
-    def fits(found: Family, feeder: str) -> bool:
+    def fits(found: Family, feeders: set[str]) -> bool:
         skeleton, parts = _skeleton(found, folder), dict[str, Any]()
         try:
             for index in range(skeleton.blocks):
                 for name, seam in seams(skeleton, index).items():
-                    if starred(name) == feeder:
+                    if starred(name) in feeders:
                         scale = torch.rand(seam.channels, generator=torch.Generator().manual_seed(3)) + 0.5
                         parts |= folded(skeleton, index, seam, scale)
             answers = walked(Skeleton(changed(skeleton.checkpoint, parts)), ids)
@@ -385,18 +391,18 @@ def _folding(family: Family, folder: Path, ids: Tensor, expected: Tensor) -> Fam
             return False
         return float((answers - expected).norm() / expected.norm()) < 10 * _CLOSE
 
-    held: set[str] = set()
-    for feeder in sorted({group.reads for stage in family.stages for group in stage if group.reads}):
-        for offset in dict.fromkeys((family.offset_norms, True)):
-            if fits(replace(family, offset_norms=offset), feeder):
-                held.add(feeder)
-                family = replace(family, offset_norms=offset)
-                break
+    best, held = family, set[str]()
+    for offset in (False, True):  # one rule serves all norms of a family
+        other = replace(family, offset_norms=offset)
+        feeders = {group.reads for stage in family.stages for group in stage if group.reads}
+        found = {feeder for feeder in sorted(feeders) if fits(other, {feeder})}
+        if len(found) > len(held):
+            best, held = other, found
     stages = tuple(
         tuple(replace(group, reads=group.reads if group.reads in held else "") for group in stage)
-        for stage in family.stages
+        for stage in best.stages
     )
-    return replace(family, stages=stages)
+    return replace(best, stages=stages)
 
 
 def _turns(family: Family, folder: Path, ids: Tensor, expected: Tensor) -> bool:

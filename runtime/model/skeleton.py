@@ -23,7 +23,7 @@ from ..errors import ModelError, first_line
 from ..schemes import Operator
 from .checkpoint import Checkpoint
 from .experts import unfuse_experts
-from .families import Group, Stage
+from .families import BLOCKS, Group, Stage
 
 HEAD_ROWS = 4096  # of the output head, in float32 at a time
 
@@ -35,7 +35,7 @@ def meta_model(checkpoint: Checkpoint) -> Any:
     try:
         with torch.device("meta"):
             kind = AutoModelForCausalLM if plain else AutoModelForImageTextToText
-            model = kind.from_config(config, dtype=torch.float32)
+            model = kind.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its models do
         told = f"transformers cannot build the model ({first_line(error)})"
         raise ModelError(f"{checkpoint.path}/config.json: {told}") from None
@@ -356,7 +356,8 @@ class Skeleton:
         setattr(decoder, family.embedding, None)
         decoder.config = copy.copy(self.config)
         decoder.config.num_hidden_layers = len(blocks)
-        setattr(decoder, family.layers, nn.ModuleList(blocks))
+        for name in {family.layers, BLOCKS}:  # by which what runs a block finds it
+            setattr(decoder, name, nn.ModuleList(blocks))
         setattr(decoder, family.norm, nn.Identity())
         if family.entry:  # what enters a block is multiplied already
             setattr(decoder, family.entry, 1.0)

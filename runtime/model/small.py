@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-HIDDEN, INNER, EXPERT, SHARED, HEAD, VOCABULARY = 64, 96, 32, 48, 16, 128
+HIDDEN, INNER, EXPERT, SHARED, HEAD, VOCABULARY = 64, 96, 32, 96, 16, 128
 _HEADS, _KEPT, _EXPERTS, _CHOSEN = 4, 2, 4, 2
 _LAYERS, _DEEPEST = 6, 12  # at most: of as many kinds, and in a row
 FEW = 8  # outputs of a linear that puts out a number a head, or less
+_STARTS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 
 _SIZES: Mapping[str, Any] = {
@@ -37,8 +39,9 @@ _SIZES: Mapping[str, Any] = {
 }  # fmt: skip
 
 
-def small_config(config: Any) -> Any:
-    """A transformers config of a language model, made small; layers of as many kinds as it has.
+def small_config(config: Any) -> tuple[Any, dict[str, int]]:
+    """A transformers config of a language model, made small, with layers of as many kinds as it has; and these kinds,
+    with the first layer of each.
 
     Raises:
         Exception: whatever transformers says of what it makes no sense of.
@@ -51,39 +54,58 @@ def small_config(config: Any) -> Any:
         found["head_dim"] = _SIZES["qk_rope_head_dim"]
     if (kept := told.get("num_key_value_heads")) is not None:
         found["num_key_value_heads"] = _HEADS if kept == told.get("num_attention_heads") else _KEPT
-    lists, chosen = _kinds(config, told)
+    layers, (_, kinds) = config.num_hidden_layers, outline(config)
+    lists = [key for key, value in told.items() if isinstance(value, list) and len(value) == layers > 1]
+    chosen = _chosen(layers, kinds, [told[key] for key in lists])
     found["num_hidden_layers"] = len(chosen)
     found |= {key: [told[key][index] for index in chosen] for key in lists}
+    if lists:  # layers from which on something else begins
+        starts = {key: told[key] for key in _STARTS if isinstance(told.get(key), int)}
+        found |= {key: sum(index < start for index in chosen) for key, start in starts.items()}
     for key, value in told.items():
         if isinstance(value, dict) and value and all(str(number).isdigit() for number in value):
             numbers = {int(number): each for number, each in value.items()}
             found[key] = {place: numbers[index] for place, index in enumerate(chosen) if index in numbers}
-    return CONFIG_MAPPING[told["model_type"]].from_dict({**told, **found, "dtype": "float32"})
+    return CONFIG_MAPPING[told["model_type"]].from_dict({**told, **found, "dtype": "float32"}), _first(kinds)
 
 
-def _kinds(config: Any, told: Mapping[str, Any]) -> tuple[list[str], list[int]]:
-    """Keys that say something of each layer, and numbers of layers among which all kinds are: by what is said of them,
-    and by what they hold. Where nothing is said, all up to the last that is new."""
-    layers = config.num_hidden_layers
-    lists = [key for key, value in told.items() if isinstance(value, list) and len(value) == layers > 1]
+def outline(config: Any) -> tuple[int, list[str]]:
+    """How many weights a model has, and of what kind each of its layers is."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    [blocks] = [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == layers][:1]
-    first: dict[str, int] = {}
-    for index, block in enumerate(blocks):
-        said = [told[key][index] for key in lists]
-        first.setdefault(repr((said, type(block).__name__, list(block.state_dict()))), index)
-    new = sorted(first.values())
-    if lists:
-        return lists, new[:_LAYERS] if len(new) > 1 else [0, 1]
-    return lists, list(range(min(layers, max(2, new[-1] + 1), _DEEPEST)))
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    lists = [part for part in model.modules() if isinstance(part, nn.ModuleList)]
+    blocks = next((list(part) for part in lists if len(part) == config.num_hidden_layers), list[nn.Module]())
+    kinds = [
+        repr((type(block).__name__, sorted({_numberless(name) for name in block.state_dict()}))) for block in blocks
+    ]
+    return sum(parameter.numel() for parameter in model.parameters()), kinds
+
+
+def _numberless(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", name)
+
+
+def _first(kinds: Sequence[str]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for index, kind in enumerate(kinds):
+        found.setdefault(kind, index)
+    return found
+
+
+def _chosen(layers: int, kinds: Sequence[str], said: Sequence[Sequence[Any]]) -> list[int]:
+    """Numbers of layers among which all kinds are: by what is said of each, and by what they hold. Where nothing is
+    said, all up to the last that is new."""
+    new = sorted(_first([repr((kind, [each[index] for each in said])) for index, kind in enumerate(kinds)]).values())
+    if said:
+        return new[:_LAYERS] if len(new) > 1 else [0, 1]
+    return list(range(min(layers, max(2, new[-1] + 1 if new else 2), _DEEPEST)))
 
 
 def small_model(config: Any) -> Any:
     """Random weights in float32, gains of norms near one, by a generator of its own."""
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     stored = model.state_dict()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name not in stored or not tensor.is_floating_point():

@@ -48,8 +48,13 @@ class _Source:
         return _Source(dict.fromkeys(self.linear, False))
 
     def part(self, place: str) -> _Source:
-        """Some of the channels."""
-        return _Source({f"{name}#{place}": linearly for name, linearly in self.linear.items()})
+        """Some of the channels; what is a part already is told from others no more."""
+        return _Source(
+            {
+                name if "#" in name else f"{name}#{place}": linearly and "#" not in name
+                for name, linearly in self.linear.items()
+            }
+        )
 
 
 class Trace(TorchDispatchMode):
@@ -115,7 +120,10 @@ class Trace(TorchDispatchMode):
     def _ended(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             first = output[0] if isinstance(output, tuple) else output
-            if isinstance(first, Tensor) and (end := self._of(first).from_linear).startswith(name + "."):
+            if isinstance(output, tuple) and len(output) != 2:
+                return  # more than one tensor and weights, which nothing stands in for
+            end = self._of(first).from_linear if isinstance(first, Tensor) else ""
+            if end.rpartition(".")[0] == name:
                 self.ends[name] = end
                 if isinstance(output, tuple):
                     self.mixing.append(name)
