@@ -118,6 +118,7 @@ def test_scales_move_across_seams_that_were_found(tmp_path: Path) -> None:
     [
         ("nanochat", r"run block by block, its answers are [\d.e+]+ off"),
         ("gpt2", "transformer has other weights than those of an embedding, blocks and a norm"),
+        ("falcon", "self_attention.query_key_value is of a class of its own, FalconLinear"),
         ("nemotron_h", r"config\.json: num_hidden_layers is 0, not their number"),
         ("olmo_hybrid", r"model\.layers\.0\.linear_attn\.conv1d\.weight is not on disk as it is in memory"),
     ],

@@ -107,6 +107,7 @@ def _found(model: Any, folder: Path, ids: Tensor, expected: Tensor) -> Family:
     family = _inside(family, model, _traces(model, family, ids), experts)
     family = _named(family, model, folder, experts)
     _check(family, folder, ids, expected)
+    _check_linears(family, model, ids)
     family = _folding(family, folder, ids, expected)
     return replace(family, turns=_turns(family, folder, ids, expected))
 
@@ -370,6 +371,37 @@ def _check(family: Family, folder: Path, ids: Tensor, expected: Tensor) -> None:
     off = float((walked(skeleton, ids) - expected).norm() / expected.norm())
     if not off < _CLOSE:
         raise Unfit(f"run block by block, its answers are {off:.2g} off")
+
+
+class _Weightless(nn.Module):
+    """A linear as stored ones are: without a weight that could be asked for."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self._linear = [linear]
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self._linear[0](x)
+        return found
+
+
+@torch.no_grad()
+def _check_linears(family: Family, model: Any, ids: Tensor) -> None:
+    """
+    Raises:
+        Unfit: linears are no mere products, or are used without being called.
+    """
+    names = {name for stage in family.stages for group in stage for name in group.linears}
+    for block in _blocks(model, family):
+        for name, part in list(block.named_modules()):
+            if isinstance(part, nn.Linear) and starred(name) in names:
+                if type(part).forward is not nn.Linear.forward:
+                    raise Unfit(f"{name} is of a class of its own, {type(part).__name__}")
+                block.set_submodule(name, _Weightless(part))
+    try:
+        model(input_ids=ids, use_cache=False)
+    except AttributeError as error:
+        raise Unfit(f"it uses linears without calling them ({first_line(error)})") from None
 
 
 def _folding(family: Family, folder: Path, ids: Tensor, expected: Tensor) -> Family:
