@@ -222,6 +222,7 @@ from multiprocessing import get_context
 from compressor.compress import check
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which what runs in the background starts without
     check._IMPORTED, context = [], get_context("forkserver")
     check._start_server(context)
     with ProcessPoolExecutor(1, context) as pool:
