@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ..runtime.formats.base import OURS
-from ..runtime.model.families import text_config
+from ..runtime.model.families import starred, text_config
 from ..runtime.schemes import BlockScaled, IntQuantized, Operator
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ def unsplittable(plan: Plan, parts: int) -> list[str]:
         # Every GPU has a head of keys and values, be it that of others, too.
         times = min(parts, key_heads) if inside in (family.keys, family.values) else parts
         for problem in _problems(linear.operator, family.split(inside), times):
-            place = re.sub(r"\.\d+\.", ".*.", name)
+            place = starred(name)
             found[f"{place}: {problem}"] = found.get(f"{place}: {problem}", 0) + 1
     return [text if count == 1 else f"{text} ({count} of them)" for text, count in found.items()]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +16,7 @@ from ..runtime.errors import RecipeError
 from ..runtime.formats import NATIVE, PLAIN, Around, WrittenFormat, choose_format
 from ..runtime.model.checkpoint import Checkpoint
 from ..runtime.model.disk_experts import fuse
+from ..runtime.model.families import starred
 from ..runtime.model.skeleton import Skeleton
 from ..runtime.schemes import LOOKUPS, Dense, Operator, rewritten, stored_name
 from .passes.base import SURVEYED, Cost, LinearPass, ModelPass, Pass, Survey
@@ -414,7 +414,7 @@ def rows(plan: Plan) -> list[Row]:
     folded: dict[tuple[str, tuple[str, ...], str, tuple[int, int]], list[tuple[int, float]]] = {}
     blocks: dict[Any, set[int]] = {}
     for name, linear in plan.linears.items():
-        short = re.sub(r"\.\d+\.", ".*.", name)
+        short = starred(name)
         key = (short, linear.steps, linear.operator.description, linear.operator.shape)
         folded.setdefault(key, []).append((linear.before, linear.operator.nbytes))
         index = plan.skeleton.checkpoint.block_index(name + ".weight")

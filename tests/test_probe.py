@@ -258,3 +258,9 @@ def test_nobodys_code_is_run(tmp_path: Path) -> None:
     (model / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="a small copy of it cannot be built"):
         open_model(model).family  # noqa: B018
+
+
+def test_a_router_that_goes_by_more_than_its_weight_is_not_run_alone(tmp_path: Path) -> None:
+    model = families.build("minimax_m2", tmp_path / "model")
+    with pytest.raises(RecipeError, match=r"runs the router alone, which here goes by .*e_score_correction_bias too"):
+        families.compress(model, tmp_path / "out", "{kind: expert_prune, keep: 3, criterion: reconstruction}")

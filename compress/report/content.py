@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +11,7 @@ from typing import Any
 
 from ...runtime.errors import VerifyError
 from ...runtime.model.checkpoint import Checkpoint
+from ...runtime.model.families import starred
 from ...runtime.stored import open_model
 from ..output.card import loading
 from ..output.folder import PLAN, TIMINGS, events_of
@@ -129,7 +129,7 @@ class Content:
         """Block and name in it, of a disk name, experts' numbers left out; of the embedding and the head None and the
         name."""
         block = self.model.block_index(f"{name}.weight")
-        return block, name if block is None else re.sub(r"\.\d+\.", ".*.", self.model.family.inside(name))
+        return block, name if block is None else starred(self.model.family.inside(name))
 
     def of(self, kind: str) -> list[Mapping[str, Any]]:
         """Events of a kind."""

@@ -50,8 +50,10 @@ class Fp8(WrittenFormat):
         return "" if rewritten(linears) else "a model in which no linear is stored otherwise"
 
     def readers(self, linears: Mapping[str, Operator], around: Around) -> tuple[str, ...]:
-        whole = all(not operator.shape[1] % _BLOCK[1] for operator in rewritten(linears).values())
-        return (*OURS, VLLM_GPU) if whole else OURS  # by its documentation
+        stored = rewritten(linears)
+        whole = all(not operator.shape[1] % _BLOCK[1] for operator in stored.values())
+        fused = all(len({name in stored for name in group}) < 2 for group in around.fused)
+        return (*OURS, VLLM_GPU) if whole and fused else OURS  # by its documentation
 
     def tensors(self, operator: Operator) -> dict[str, Tensor]:
         found = operator.to_tensors()

@@ -56,8 +56,9 @@ class ModelOpt(Format):
                 raise ValueError(f"its weight is {codes.dtype}")
             return {"weight": codes.float() * scales.float().view(1, 1)}
         rows, columns = codes.shape[0], 2 * codes.shape[1]
-        if codes.dtype != torch.uint8 or tuple(scales.shape) != (rows, columns // _BLOCK):
-            raise ValueError(f"its weight is {codes.dtype} {list(codes.shape)}, its scales {list(scales.shape)}")
+        kinds, shape = (codes.dtype, scales.dtype), tuple(scales.shape)
+        if kinds != (torch.uint8, torch.float8_e4m3fn) or shape != (rows, columns // _BLOCK):
+            raise ValueError(f"its weight and scales are {kinds}, of {list(codes.shape)} and {list(scales.shape)}")
         values = E2M1.of_bytes(unpack_indices(codes, columns)).unflatten(1, (-1, _BLOCK))
         steps = scales.float() * tensors["weight_scale_2"].float()
         return {"weight": (values * steps[..., None]).flatten(1)}

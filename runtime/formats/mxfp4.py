@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ..errors import ModelError
@@ -53,4 +54,6 @@ class Mxfp4(Format):
     def operator_tensors(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any]) -> dict[str, Tensor]:
         rows = slice(scheme["first"], None, scheme["step"])
         blocks, scales = (tensors[f"/{scheme['tensor']}{part}"][scheme["expert"]][rows] for part in (_BLOCKS, _SCALES))
+        if blocks.dtype != torch.uint8 or scales.dtype != torch.uint8:
+            raise ValueError(f"its blocks are {blocks.dtype}, its scales {scales.dtype}")
         return {"weight_packed": blocks.flatten(1).contiguous(), "weight_scale": scales.contiguous()}

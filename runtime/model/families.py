@@ -193,7 +193,7 @@ class Family:
             1, its columns, of what ends attention or an MLP; None of what a norm within attention reads, which every
             GPU has whole; else 0.
         """
-        name = re.sub(r"\.\d+\.", ".*.", name)
+        name = starred(name)
         reads = {one: group.reads for stage in self.stages for group in stage for one in group.linears}
         if name in self.ends.values() or (reads.get(name) and "norm" not in reads[name]):
             return 1
@@ -203,6 +203,11 @@ class Family:
     def inside(self, name: str) -> str:
         """The name that a tensor or module, named as on disk, has inside its block in memory."""
         return self.memory_name(name).removeprefix(f"{self.decoder}.{self.layers}.").split(".", 1)[1]
+
+
+def starred(name: str) -> str:
+    """A name with `*` in place of numbers: of layers, or of experts."""
+    return re.sub(r"\.\d+\.", ".*.", name)
 
 
 def renamed(name: str, segments: Mapping[str, str]) -> str:

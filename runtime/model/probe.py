@@ -24,9 +24,9 @@ from transformers.utils import logging
 from ..errors import ModelError, first_line
 from .disk_experts import BIAS
 from .experts import Experts, Form, unfuse_experts
-from .families import Family, Group, Mixture, renamed
+from .families import Family, Group, Mixture, renamed, starred
 from .small import FEW, HIDDEN, TOP_K, VOCABULARY, outline, small_config, small_model
-from .trace import Trace, groups_of, starred, traced
+from .trace import Trace, groups_of, traced
 
 _LEFT = {"router", "indexer", "compressor"}  # parts of blocks whose few weights choose what the others do
 _WIDTHS = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")

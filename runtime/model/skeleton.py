@@ -321,9 +321,6 @@ class Skeleton:
         """The router of a block as if it had some experts only: hidden states `[tokens, hidden_size]` → logits,
         coefficients `[tokens, top_k]`, and indices into `numbers`."""
         where = self.family.experts.router
-        if self.family.experts.rows:
-            more = self.family.experts.rows[0]
-            raise ModelError(f"{self.checkpoint.path}: its router does not choose by itself, but by {more} too")
         router = copy.deepcopy(self.layers[index].get_submodule(where))
         for name, old in router.state_dict(keep_vars=True).items():
             stored = self.checkpoint.tensor(self.disk_name(index, f"{where}.{name}"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +9,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from .families import starred
 
 HIDDEN, INNER, EXPERT, SHARED, HEAD, VOCABULARY = 64, 96, 32, 96, 16, 128
 _HEADS, _KEPT, _EXPERTS, _CHOSEN = 4, 2, 4, 2
@@ -75,14 +76,8 @@ def outline(config: Any) -> tuple[int, list[str]]:
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     lists = [part for part in model.modules() if isinstance(part, nn.ModuleList)]
     blocks = next((list(part) for part in lists if len(part) == config.num_hidden_layers), list[nn.Module]())
-    kinds = [
-        repr((type(block).__name__, sorted({_numberless(name) for name in block.state_dict()}))) for block in blocks
-    ]
+    kinds = [repr((type(block).__name__, sorted({starred(name) for name in block.state_dict()}))) for block in blocks]
     return sum(parameter.numel() for parameter in model.parameters()), kinds
-
-
-def _numberless(name: str) -> str:
-    return re.sub(r"\.\d+\.", ".*.", name)
 
 
 def _first(kinds: Sequence[str]) -> dict[str, int]:

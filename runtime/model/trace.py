@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .families import Group
+from .families import Group, starred
 
 # Operators of ATen whose result has its argument's numbers in another place, or some of them.
 _MOVED = frozenset({
@@ -223,11 +223,6 @@ def _unequal(found: Mapping[tuple[str, ...], _Source]) -> dict[tuple[str, ...], 
 def _whole(name: str) -> str:
     """The linear that a source is, or has a part of."""
     return starred(name.partition("#")[0])
-
-
-def starred(name: str) -> str:
-    """`*` for the number of an expert."""
-    return re.sub(r"\.\d+\.", ".*.", name)
 
 
 @torch.no_grad()
