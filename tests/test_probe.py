@@ -264,3 +264,13 @@ def test_a_router_that_goes_by_more_than_its_weight_is_not_run_alone(tmp_path: P
     model = families.build("minimax_m2", tmp_path / "model")
     with pytest.raises(RecipeError, match=r"runs the router alone, which here goes by .*e_score_correction_bias too"):
         families.compress(model, tmp_path / "out", "{kind: expert_prune, keep: 3, criterion: reconstruction}")
+
+
+def test_what_stays_beside_a_group_follows_the_scales_that_are_moved() -> None:
+    """Gates of heads read the same norm: without them a scale could not be moved across it."""
+    group = next(group for group in found_of("qwen3_5_text").stages[0] if "linear_attn.in_proj_qkv" in group.linears)
+    assert group == Group(
+        ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z"),
+        "input_layernorm",
+        ("linear_attn.in_proj_b", "linear_attn.in_proj_a"),
+    )

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from compressor.calibrate.walk import walk
 from compressor.compress.apply import Job, apply
 from compressor.compress.events import Event, Warned
 from compressor.compress.output.verify import export_dense, verify
@@ -15,6 +16,7 @@ from compressor.compress.plan import Plan
 from compressor.compress.recipe import parse_recipe
 from compressor.runtime import load
 from compressor.runtime.errors import RecipeError
+from compressor.runtime.model.skeleton import Skeleton
 from compressor.runtime.stored import StoredModel, open_model
 
 Pico = Callable[..., Path]
@@ -126,3 +128,31 @@ def test_an_embedding_that_is_stored_in_few_bits_stays(pico: Pico, tmp_path: Pat
         assert after.operator(name).description == "int8 g32"
         assert torch.equal(after.operator(name).dense(), before.operator(name).dense())
     assert verify(tmp_path / "out") == []
+
+
+def test_scales_are_not_moved_into_what_stays(pico: Pico, tmp_path: Path) -> None:
+    source = stored(pico, tmp_path, "{kind: rtn, bits: 4, group_size: 32, targets: '*.up_proj'}")
+    skeleton = Skeleton(open_model(source))
+    for stays in (frozenset[str](), frozenset(f"model.layers.{index}.mlp.up_proj" for index in range(2))):
+        offered = {
+            name for block in walk(skeleton, None, {}, stays=stays) for work in block.stages() for name in work.seams
+        }
+        assert "input_layernorm" in offered
+        assert ("post_attention_layernorm" in offered) == (not stays)
+
+
+def test_later_layers_see_what_stays_round_its_inputs(pico: Pico, tmp_path: Path, calibration_text: Path) -> None:
+    """As they do where a pass in front makes the same of plain weights."""
+    eights, rest = (
+        "{kind: rtn, scheme: int8, targets: '*.self_attn.*'}",
+        "{kind: gptq, bits: 3, group_size: 32, targets: '*.mlp.*'}",
+    )
+    compress(pico("llama", dtype=torch.float32), tmp_path / "source", eights)
+    export_dense(tmp_path / "source", tmp_path / "plain")
+    data = f"data: {{source: {calibration_text}, samples: 8, sequence_length: 32}}\n"
+    compress(tmp_path / "source", tmp_path / "kept", rest, extra=data)
+    compress(tmp_path / "plain", tmp_path / "rounded", eights, rest, extra=data)
+    compress(tmp_path / "plain", tmp_path / "exact", rest, extra=data)
+    kept, rounded, exact = (decoded(tmp_path / name) for name in ("kept", "rounded", "exact"))
+    last = "model.layers.1.mlp.down_proj.weight"
+    assert (kept[last] - rounded[last]).norm() < 0.1 * (kept[last] - exact[last]).norm()
