@@ -274,3 +274,8 @@ def test_what_stays_beside_a_group_follows_the_scales_that_are_moved() -> None:
         "input_layernorm",
         ("linear_attn.in_proj_b", "linear_attn.in_proj_a"),
     )
+
+
+def test_engines_that_nobody_tried_are_not_named(tmp_path: Path) -> None:
+    made = families.compress(families.build("arcee", tmp_path / "model"), tmp_path / "out", families.PASSES["rtn"])
+    assert made.readers == ("compressor", "transformers")
