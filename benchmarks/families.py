@@ -42,6 +42,7 @@ SAID: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"head_dim": 128},
     "ministral": {"head_dim": 128},
     "nemotron": {"num_key_value_heads": 8},
+    "gemma4_text": {"num_kv_shared_layers": 12},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "cohere_compass_text": {"layer_types": ["full_attention"] * 2, "num_hidden_layers": 2},
 }

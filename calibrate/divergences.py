@@ -75,7 +75,7 @@ def divergences(
     shape = carried(skeleton.blocks, *windows.shape)
     rows, length = map(slice, shape)
     every, changed = slice(None), dict[str, Spill]()
-    few = Chains(scratch, (), (*shape, skeleton.config.hidden_size))
+    few = Chains(scratch, (), (*shape, skeleton.width))
     for index, blocks, chains in drive({"original": skeleton}, windows, scratch):
         block = blocks["original"]
         layer, hidden = block.layer, chains.read(index, block.chain)[every]

@@ -41,7 +41,7 @@ def start_chains(
     Args:
         embedding: what the compressed chain has in place of the checkpoint's.
     """
-    chains = Chains(folder, names, (*windows.shape, skeleton.config.hidden_size))
+    chains = Chains(folder, names, (*windows.shape, skeleton.width))
     for name in names:
         stored = embedding if name == "compressed" else None
         carry(chains, name, 0, partial(_embedded, skeleton, windows, stored))
@@ -90,7 +90,7 @@ def drive(
         folder: for activations; the drive goes on where an earlier one was interrupted. Deleted at the end.
     """
     first = next(iter(skeletons.values()))
-    chains = Chains(folder, tuple(skeletons), (*windows.shape, first.config.hidden_size))
+    chains = Chains(folder, tuple(skeletons), (*windows.shape, first.width))
     if (start := chains.reached) < 0:
         start_chains(first, windows, folder, tuple(skeletons))
         chains.advanced(start := 0)

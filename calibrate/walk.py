@@ -257,7 +257,7 @@ class Block:
         lead, both = "compressed" if "compressed" in self._runners else "reference", len(self._runners) == 2
         seen, reference = self._forward(lead, rows, captures[lead]), {}
         if both:
-            with RoutedAs(self._runners[lead], self._runners["reference"]):
+            with RoutedAs(self._runners[lead].layers[0], self._runners["reference"].layers[0]):
                 reference = self._forward("reference", rows, captures["reference"])
         return {group: (x, w, reference[group][0] if both else None) for group, (x, w) in seen.items()}
 

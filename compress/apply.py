@@ -188,7 +188,7 @@ def _run(
     if first == 0:
         chains = _begin(plan, windows, writer, written[-1], files[-1], journal, listener, fresh=not done)
     elif windows is not None:
-        chains = Chains(journal.chains, chain_names(plan.needs), (*windows.shape, skeleton.config.hidden_size))
+        chains = Chains(journal.chains, chain_names(plan.needs), (*windows.shape, skeleton.width))
         if first < skeleton.blocks and not chains.exists(first):
             raise ResourceError(
                 f"{journal.folder}: the calibration activations are not there (a folder of statistics served in "

@@ -272,7 +272,7 @@ def around_of(skeleton: Skeleton) -> Around:
     experts = frozenset(name for group in groups for name in group if family.expert(name) is not None)
     names = {disk: memory for disk in family_names if (memory := family.memory_name(disk)) != disk}
     fused = bool(family.experts.fused)
-    return Around(experts, groups, fused, skeleton.outer(), skeleton.tied, names, untried=family.found)
+    return Around(experts, groups, fused, skeleton.outer(), skeleton.tied, names, family.found, family.rebuilt)
 
 
 def input_groups(skeleton: Skeleton) -> list[list[str]]:

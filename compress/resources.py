@@ -130,7 +130,7 @@ def comparing_memory(recipe: Recipe, skeleton: Skeleton, linears: Linears, *, ca
     if _on_host(skeleton):
         together = decoding + block * item * skeleton.copies + beside
         return together, together
-    return 2 * block * item + beside, decoding + 2 * 4.0 * tokens * skeleton.config.hidden_size
+    return 2 * block * item + beside, decoding + 2 * 4.0 * tokens * skeleton.width
 
 
 def _original(skeleton: Skeleton) -> int:
@@ -146,7 +146,7 @@ def _running(skeleton: Skeleton, tokens: int, widest: int) -> float:
     """A batch on its way through a block: its widest activations, or one of them measured, and the residual stream of
     both chains."""
     item = skeleton.dtype.itemsize
-    return float(tokens * (max(3 * item, item + 6) * widest + 12 * skeleton.config.hidden_size))
+    return float(tokens * (max(3 * item, item + 6) * widest + 12 * skeleton.width))
 
 
 def outer_memory(recipe: Recipe, skeleton: Skeleton, linears: Linears) -> float:
@@ -202,7 +202,7 @@ def chain_bytes(recipe: Recipe, skeleton: Skeleton, needs: frozenset[str]) -> in
         modules = dict(layer.named_modules())
         widths = [modules[last].in_features for last in skeleton.family.ends.values() if last in modules]
         kept = max(kept, sum(widths) * skeleton.dtype.itemsize)
-    return len(chain_names(needs)) * tokens * (2 * 4 * skeleton.config.hidden_size + kept)
+    return len(chain_names(needs)) * tokens * (2 * 4 * skeleton.width + kept)
 
 
 def flops(recipe: Recipe, skeleton: Skeleton, linears: Linears, needs: frozenset[str]) -> float:

@@ -92,8 +92,8 @@ def _loading_info(folder: Path) -> dict[str, Any]:
 
     skeleton = Skeleton(open_model(folder))
     beside = skeleton.beside()
-    known = {beside.get(name) or skeleton.family.disk_name(name) for name in skeleton.model.state_dict()}
-    unexpected = set(skeleton.checkpoint.tensors) - known
+    known = {part for name in skeleton.model.state_dict() for part in skeleton.family.lying(name)}
+    unexpected = set(skeleton.checkpoint.tensors) - known.union(beside.values())
     return {"missing_keys": set(), "unexpected_keys": unexpected, "mismatched_keys": set(), "error_msgs": []}
 
 

@@ -51,9 +51,9 @@ def load(
                 raise ModelError(f"{path}: {disk_name} is not whole ({error})") from None
     state, beside = {}, skeleton.beside()
     for name, tensor in model.state_dict().items():
-        disk_name = beside.get(name) or family.disk_name(name)
-        if tensor.is_meta and disk_name in checkpoint.tensors:
-            state[name] = skeleton.held(name, disk_name, tensor)
+        lying = (beside[name],) if name in beside else family.lying(name)
+        if tensor.is_meta and all(part in checkpoint.tensors for part in lying):
+            state[name] = skeleton.held(name, lying, tensor)
     model.load_state_dict(state, assign=True, strict=False)
     _tie(model, state, family.head, family.disk_name(f"{family.head}.weight") in checkpoint.tensors)
     model.get_output_embeddings().register_forward_pre_hook(_without_gaps)

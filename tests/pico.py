@@ -58,6 +58,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,
     "phi3": {},
+    "gpt2": {"n_inner": 96, "n_positions": 256, "bos_token_id": 0, "num_key_value_heads": 4},
     "glm4": {"attention_bias": True},
     "olmo2": {},
     "granite": _SCALED,

@@ -27,7 +27,7 @@ IDS = torch.randint(1, 128, (2, 12), generator=torch.Generator().manual_seed(3))
 # Families whose rows hold what is tested elsewhere in any number of ways run once.
 QUICK = [family for family in FAMILIES if family not in ("mistral", "qwen2", "qwen3_moe", "olmoe", "deepseek_v2")]
 # Sliding windows everywhere, latents of their own, one matrix for queries, keys and values, or capped scores.
-NO_LATENTS = {"mistral", "qwen2", "phi3", "deepseek_v2", "deepseek_v3", "gemma2"}
+NO_LATENTS = {"mistral", "qwen2", "phi3", "deepseek_v2", "deepseek_v3", "gemma2", "gpt2"}
 
 
 def made(passes: str, model: Path, out: Path, text: Path) -> Plan:

@@ -86,7 +86,7 @@ def evaluation_memory(skeleton: Skeleton, tokens: int, *, decoded: bool) -> floa
     rows, hidden = skeleton.config.vocab_size, skeleton.config.hidden_size
     logits = 4.0 * 5 * min(tokens, tokens_at_a_time(skeleton)) * rows
     head = 4.0 * min(HEAD_ROWS, rows) * hidden + decoded * skeleton.checkpoint.dtype.itemsize * rows * hidden
-    return 2 * 4.0 * tokens * hidden + logits + head
+    return 2 * 4.0 * tokens * skeleton.width + logits + head
 
 
 def _as_it_runs(model: Skeleton, index: int) -> torch.nn.Module:

@@ -64,7 +64,8 @@ def choose_format(
         if not found:
             readers = one.readers(held, around)
             if around.untried:
-                readers = tuple(name for name in readers if name in (*OURS, "transformers"))
+                stock = ("transformers",) if around.rebuilt or one is PLAIN else ()
+                readers = tuple(name for name in readers if name in (*OURS, *stock))
             return one, readers, obstacle if one is NATIVE else ""
         obstacle = found if one.telling else obstacle
     raise AssertionError(wanted)  # the native format holds everything, and recipes name no other

@@ -47,6 +47,7 @@ class Around:
         tied: whether config.json says that the two are one, whatever the files hold.
         names: name on disk → in memory, where they differ.
         untried: whether no engine but transformers was ever given a model of its family.
+        rebuilt: whether transformers builds it with linears that have no weights of their own.
     """
 
     experts: frozenset[str] = frozenset()
@@ -56,6 +57,7 @@ class Around:
     tied: bool = False
     names: Mapping[str, str] = field(default_factory=dict)
     untried: bool = False
+    rebuilt: bool = True
 
 
 class Format(ABC):

@@ -203,7 +203,9 @@ class CompressedTensors(WrittenFormat):
                     raise ModelError(f"{path}: {name} has a tensor {suffix}, which {HINT}")
                 owned.add(stored_name(name, suffix))
         for name in stored:
-            if name not in owned and re.search(r"\.(weight_\w+|\w+_(scale|zero_point|g_idx))$", name):
+            if name not in owned and re.search(
+                r"\.(weight_\w+|(input|output|[qkv]|kv)_(\w*scale|zero_point|g_idx))$", name
+            ):
                 raise ModelError(f"{path}: {name} is of a linear in another format, which {HINT}")
 
 

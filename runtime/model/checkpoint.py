@@ -10,7 +10,7 @@ import hashlib
 import json
 import reprlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -273,12 +273,14 @@ class Checkpoint:
         self._open.clear()
 
     def _unfuse(self) -> None:
-        """Name the linears of fused experts in place of the tensors they lie in."""
+        """Name linears in place of the tensors that they lie in, in another way."""
         known = self._given or FAMILIES.get(str(self.text_config.get("model_type")))
         if known is None and any(len(info.shape) == 3 and "conv" not in name for name, info in self.tensors.items()):
             known = self.family
+        if known is not None and known.transposed:
+            known = replace(known, transposed=frozenset()) if "quantization_config" in self.config else self.family
         known = known and as_published(known, {name: info.shape for name, info in self.tensors.items()})
-        if known is None or not known.experts.fused:
+        if known is None or not (known.experts.fused or known.transposed):
             return
         self.stored, self.tensors = dict(self.tensors), {}
         for name, info in self.stored.items():

@@ -1,4 +1,5 @@
-"""Experts that lie in one three-dimensional tensor on disk, seen as a matrix of each, and back.
+"""Matrices that lie on disk in another way than models hold them here, and back: transposed ones, and experts in one
+three-dimensional tensor.
 
 `[experts, rows, columns]` (or transposed) holds the linears of an expert one below the other, in equal parts, or row by
 row in turns; `[experts, rows]` their biases.
@@ -12,23 +13,23 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .families import Family
+from .families import Family, starred
 
 BIAS = "_bias"  # how names end of tensors of biases
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Where one expert's linear lies: in which tensor, at which number, in which rows, of what shape."""
+    """Where a linear lies: in which tensor, for experts at which number, in which rows, of what shape."""
 
     stored: str
-    expert: int
+    expert: int | None
     rows: slice
     shape: tuple[int, ...]
     transposed: bool = False
 
     def of(self, tensor: Tensor) -> Tensor:
-        own = tensor[self.expert]
+        own = tensor if self.expert is None else tensor[self.expert]
         return (own.T if self.transposed else own)[self.rows]
 
 
@@ -51,8 +52,10 @@ def as_published(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> Famil
 
 
 def slices(family: Family, stored: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Slice]]:
-    """The linears' weights or biases (disk names) of a tensor on disk; none if it is no fused one."""
+    """The linears' weights or biases (disk names) of a tensor on disk; none if it is held as it lies."""
     experts = family.experts
+    if _transposed(family, stored):
+        yield stored, Slice(stored, None, slice(None), (shape[-1], *shape[:-1]), transposed=True)
     for ending, linears in experts.fused.items():
         if not stored.endswith("." + ending) or len(shape) != (2 if ending.endswith(BIAS) else 3):
             continue
@@ -71,9 +74,10 @@ def slices(family: Family, stored: str, shape: tuple[int, ...]) -> Iterator[tupl
 def fuse(family: Family, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Whole blocks' tensors under the names of linears → as such models lie on disk."""
     experts = family.experts
+    left = {name: tensor.T if _transposed(family, name) else tensor for name, tensor in tensors.items()}
     if not experts.fused:
-        return dict(tensors)
-    left, found = dict(tensors), dict[str, Tensor]()
+        return left
+    found = dict[str, Tensor]()
     marker = f".{experts.where}.0."
     for start in sorted({name.split(marker)[0] + "." for name in tensors if marker in name}):
         for ending, linears in experts.fused.items():
@@ -87,6 +91,12 @@ def fuse(family: Family, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 each.append(joined.T if experts.transposed and joined.dim() == 2 else joined)
             found[start + ending] = torch.stack(each)
     return {**left, **found}
+
+
+def _transposed(family: Family, stored: str) -> bool:
+    """Whether a tensor is a weight that lies transposed in plain folders."""
+    inside = stored.startswith(family.blocks) and stored.endswith(".weight")
+    return inside and starred(family.inside(stored.removesuffix(".weight"))) in family.transposed
 
 
 def _name(family: Family, start: str, expert: int, linear: str, ending: str) -> str:

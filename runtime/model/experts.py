@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import _default_apply_gate
+from transformers.pytorch_utils import Conv1D
 
 from ...kernels import ops
 from ...kernels.swizzles import stacked_rows
@@ -233,6 +234,18 @@ def unfuse_experts(model: nn.Module) -> None:
         with torch.device(down.device):
             experts = Experts(*form.sizes(module), _activation(module), form).to(down.dtype)
         setattr(model.get_submodule(parent), child, experts)
+
+
+def plain_linears(model: nn.Module) -> None:
+    """Put linears in place of modules that hold the same with their weights transposed."""
+    for name, module in [*model.named_modules()]:
+        if isinstance(module, Conv1D):
+            columns, rows = module.weight.shape
+            with torch.device("meta"):
+                linear = nn.Linear(columns, rows)
+            linear.weight = nn.Parameter(module.weight.T, requires_grad=False)
+            linear.bias = module.bias
+            model.set_submodule(name, linear)
 
 
 def _activation(module: Any) -> Callable[[Tensor], Tensor] | None:

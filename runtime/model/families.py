@@ -9,10 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 from ..errors import ModelError
 
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 BLOCKS = "layers"  # of a decoder, in memory and on disk
 _TEXT = "text_config"  # of a config.json whose model has other parts than the language model
 _TOWER = "model.language_model"  # where that is in memory
@@ -119,16 +121,23 @@ class Family:
         attention: the module of a block that mixes tokens, and returns its weights beside its output.
         keys, values: projections whose outputs are cached; empty where something else is.
         ends: parts of a block that end in a linear: once that is final, the rest of the part is not computed again.
-        segments: segments of names in memory → on disk, where they differ (a bijection); several may be joined by dots.
-        places: prefixes of names in memory → on disk, of the decoder and of the head.
+        segments: segments of names in memory → on disk, where they differ (a bijection); several may be joined by
+            dots, and `*` stands for a number.
+        transposed: linears (`*` for numbers) whose weights are `[in, out]` in plain folders.
+        joined: ends of names → those of the tensors on disk that lie below one another in one in memory.
+        places: prefixes of names in memory → on disk, of the decoder and of the head; empty for a decoder alone.
         layers, embedding, norm: attributes of the decoder: the list of its blocks, what is in front of the first, and
             what is behind the last.
         offset_norms: whether norms multiply by one more than their weight.
         centered: whether norms of the residual stream subtract the mean.
         residual: the key of the config with the factor on what attention and MLP add; empty for none.
         entry: the decoder's attribute with the factor on what enters the first block; empty for none.
+        entrance: further attributes of the decoder that only what enters the first block goes through: positions that
+            are added, a norm of the embedding.
+        wide: whether blocks get more than hidden states (`wide.py`).
         rotates: whether an attention module turns queries and keys by their position.
         turns: whether rotations can be folded into it.
+        rebuilt: whether transformers builds it with linears that have no weights of their own, as those in few bits.
         found: whether it was found by running it (`probe.py`), so that nobody tried it with other engines.
     """
 
@@ -139,6 +148,8 @@ class Family:
     values: str = "self_attn.v_proj"
     ends: Mapping[str, str] = field(default_factory=lambda: {"self_attn": "self_attn.o_proj", "mlp": "mlp.down_proj"})
     segments: Mapping[str, str] = field(default_factory=dict)
+    transposed: frozenset[str] = frozenset()
+    joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     places: Mapping[str, str] = field(default_factory=lambda: _PLAIN)
     layers: str = BLOCKS
     embedding: str = "embed_tokens"
@@ -147,8 +158,11 @@ class Family:
     centered: bool = False
     residual: str = ""
     entry: str = ""
+    entrance: tuple[str, ...] = ()
+    wide: bool = False
     rotates: Callable[[Any], bool] = _always
     turns: bool = True
+    rebuilt: bool = True
     found: bool = False
 
     @property
@@ -164,23 +178,35 @@ class Family:
     @property
     def blocks(self) -> str:
         """What the names of all blocks start with on disk."""
-        return f"{self.places[self.decoder]}.{self.layers}."
+        return f"{self.places[self.decoder]}.{self.layers}.".removeprefix(".")
 
     def disk_name(self, name: str) -> str:
         """A tensor or module name of the model in memory → its name in the checkpoint."""
+        return renamed(self.placed(name), self.segments)
+
+    def lying(self, name: str) -> tuple[str, ...]:
+        """A tensor's name in memory → those in the checkpoint of what lies below one another in it: one, mostly."""
+        disk = self.disk_name(name)
+        for end, parts in self.joined.items():
+            if disk.endswith(f".{end}"):
+                return tuple(disk.removesuffix(end) + part for part in parts)
+        return (disk,)
+
+    def placed(self, name: str) -> str:
+        """A name in memory with the place that it has on disk."""
         for memory, disk in self.places.items():
             if f"{name}.".startswith(memory + "."):
-                name = disk + name.removeprefix(memory)
-                break
-        return renamed(name, self.segments)
+                return (disk + name.removeprefix(memory)).removeprefix(".")
+        return name
 
     def memory_name(self, name: str) -> str:
         """The inverse of `disk_name`."""
         name = renamed(name, {disk: memory for memory, disk in self.segments.items()})
         for memory, disk in self.places.items():
-            if f"{name}.".startswith(disk + "."):
+            if disk and f"{name}.".startswith(disk + "."):
                 return memory + name.removeprefix(disk)
-        return name
+        bare = not self.places[self.decoder]
+        return f"{self.decoder}.{name}" if bare else name
 
     def expert(self, name: str) -> int | None:
         """The number of the routed expert that a linear of a block, named as on disk, is part of; None for others."""
@@ -211,12 +237,24 @@ def starred(name: str) -> str:
 
 
 def renamed(name: str, segments: Mapping[str, str]) -> str:
-    """A name with other segments; the longest that fit count, and what was put in is not renamed again."""
+    """A name with other segments; the longest that fit count, and what was put in is not renamed again. A `*` in a
+    segment stands for a number."""
     if not segments:
         return name
-    longest = sorted(segments, key=len, reverse=True)
-    pattern = "|".join(rf"(?<![^.]){re.escape(one)}(?![^.])" for one in longest)
-    return re.sub(pattern, lambda found: segments[found[0]], name)
+
+    def other(found: re.Match[str]) -> str:
+        if found[0] in segments:
+            return segments[found[0]]
+        numbers = iter(_NUMBER.findall(found[0]))
+        return re.sub(r"\*", lambda star: next(numbers), segments[_NUMBER.sub("*", found[0])])
+
+    return _any_of(tuple(segments)).sub(other, name)
+
+
+@lru_cache(maxsize=256)
+def _any_of(segments: tuple[str, ...]) -> re.Pattern[str]:
+    longest = [re.escape(one).replace(r"\*", r"(?:\d+|\*)") for one in sorted(segments, key=len, reverse=True)]
+    return re.compile("|".join(rf"(?<![^.]){one}(?![^.])" for one in longest))
 
 
 def block_index(name: str, blocks: str) -> int | None:
@@ -331,6 +369,27 @@ FAMILIES: dict[str, Family] = {
         residual="residual_multiplier",
         entry="embedding_multiplier",
     ),
+    "gpt2": Family(
+        _rows(
+            Group(("attn.c_attn",), "ln_1"),
+            Group(("attn.c_proj",), "attn.c_attn"),
+            Group(("mlp.c_fc",), "ln_2"),
+            Group(("mlp.c_proj",)),
+        ),
+        attention="attn",
+        keys="",
+        values="",
+        ends={"attn": "attn.c_proj", "mlp": "mlp.c_proj"},
+        transposed=frozenset({"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}),
+        places={"transformer": "transformer", "lm_head": "lm_head"},
+        layers="h",
+        embedding="wte",
+        norm="ln_f",
+        centered=True,
+        entrance=("wpe",),
+        rebuilt=False,
+        found=True,
+    ),
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,
 }
@@ -372,7 +431,20 @@ def family_of(config: Mapping[str, Any], names: Collection[str], found: Callable
         if name in REFUSED:
             raise ModelError(f"model_type {name!r} is not supported: {REFUSED[name]}")
     family = FAMILIES.get(str(model_type)) or found()
-    return replace(family, places=_places(names)) if config.get(_TEXT) else family
+    if config.get(_TEXT):
+        return replace(family, places=_places(names))
+    first = f"{family.layers}.0."
+    if any(name.startswith(first) for name in names) and not any(name.startswith(family.blocks) for name in names):
+        family = replace(family, places={**family.places, family.decoder: ""})  # as a decoder is stored alone
+    return _as_named(family, names) if family.found else family
+
+
+def _as_named(family: Family, names: Collection[str]) -> Family:
+    """With names that are on disk what they are in memory, though transformers writes others: it reads both."""
+    inside = {starred(name) for name in names if name.startswith(family.blocks)}
+    kept = {name for name in inside if family.disk_name(family.memory_name(name)) != name}
+    same = {name.removeprefix(family.blocks).rpartition(".")[0] for name in kept}
+    return replace(family, segments={**family.segments, **{name: name for name in same}})
 
 
 def _places(names: Collection[str]) -> Mapping[str, str]:

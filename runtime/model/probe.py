@@ -23,19 +23,17 @@ from transformers.utils import logging
 
 from ..errors import ModelError, first_line
 from .disk_experts import BIAS
-from .experts import Experts, Form, unfuse_experts
-from .families import Family, Group, Mixture, renamed, starred
+from .disk_names import Unfit, named
+from .experts import Experts, Form, plain_linears, unfuse_experts
+from .families import Family, Group, Mixture, starred
 from .small import FEW, HIDDEN, TOP_K, VOCABULARY, outline, small_config, small_model
-from .trace import Trace, groups_of, traced
+from .trace import Trace, groups_of, is_norm, traced
+from .wide import is_wide
 
 _LEFT = {"router", "indexer", "compressor"}  # parts of blocks whose few weights choose what the others do
 _WIDTHS = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
 _LARGEST = 20_000_000  # weights of a small copy
 _CLOSE = 1e-5  # of logits in float32, relative
-
-
-class Unfit(Exception):
-    """Why a model is not run exactly, in a few words."""
 
 
 def probed(config: Any) -> Family:
@@ -105,10 +103,11 @@ def _found(model: Any, folder: Path, ids: Tensor, expected: Tensor) -> Family:
     family = _around(model)
     experts = _unfused(model)
     family = _inside(family, model, _traces(model, family, ids), experts)
-    family = _named(family, model, folder, experts)
+    family = named(family, model, folder, experts)
+    family = _entering(family, folder)
     _check(family, folder, ids, expected)
     _check_linears(family, model, ids)
-    family = _folding(family, folder, ids, expected)
+    family = replace(_folding(family, folder, ids, expected), rebuilt=not family.joined and _rebuilt(family, model))
     return replace(family, turns=_turns(family, folder, ids, expected))
 
 
@@ -122,13 +121,19 @@ def _around(model: Any) -> Family:
     place, _, layers = lists[0].rpartition(".")
     parts = dict(model.get_submodule(place).named_children())
     embeddings = [name for name, part in parts.items() if part is model.get_input_embeddings()]
-    norms = [name for name in list(parts)[list(parts).index(layers) :] if "norm" in type(parts[name]).__name__.lower()]
+    norms = [name for name, part in parts.items() if "norm" in type(part).__name__.lower() and _streams(part)]
+    norms = [name for name in norms if list(parts).index(name) > list(parts).index(layers)] or norms
     heads = [name for name, part in model.named_children() if part is model.get_output_embeddings()]
     if len(embeddings) != 1 or len(norms) != 1 or len(heads) != 1:
         raise Unfit(f"{type(model).__name__} has not one embedding, one norm and one head around its blocks")
-    beside = [parts[name] for name in set(parts) - {layers, *embeddings, *norms}]
-    if any(True for part in beside for _ in part.parameters()):
-        raise Unfit(f"{place} has other weights than those of an embedding, blocks and a norm")
+    beside = [name for name, part in parts.items() if name not in {layers, *embeddings, *norms} and part.state_dict()]
+    wide = is_wide(model.config.get_text_config())
+    if (
+        others := []
+        if wide
+        else [name for name in beside if not (isinstance(parts[name], nn.Embedding) or is_norm(parts[name]))]
+    ):
+        raise Unfit(f"{place} has other weights than those of an embedding, blocks and a norm: {others[0]}")
     return Family(
         (),
         keys="",
@@ -138,8 +143,16 @@ def _around(model: Any) -> Family:
         embedding=embeddings[0],
         norm=norms[0],
         centered=_centered(parts[norms[0]]),
+        entrance=() if wide else tuple(beside),
+        wide=wide,
         found=True,
     )
+
+
+def _streams(norm: Any) -> bool:
+    """Whether a norm is as wide as the residual stream, or says nothing of its width."""
+    weight = getattr(norm, "weight", None)
+    return weight is None or weight.numel() == HIDDEN
 
 
 def _centered(norm: nn.Module) -> bool:
@@ -150,6 +163,7 @@ def _centered(norm: nn.Module) -> bool:
 
 def _unfused(model: Any) -> dict[str, Any]:
     """Let experts be linears, as they are where models are run here; modules that were in their place."""
+    plain_linears(model)
     forms = {name: form for name, module in model.named_modules() if (form := Form.of(module)) is not None}
     fused = {name: model.get_submodule(name) for name in forms}
     for name, module in model.named_modules():
@@ -207,13 +221,18 @@ def _inside(family: Family, model: Any, traces: Sequence[Trace], experts: Mappin
         starred(name)
         for block in _blocks(model, family)
         for name, part in block.named_modules()
-        if isinstance(part, nn.Linear) and part.out_features <= FEW
+        if isinstance(part, nn.Linear) and (min(part.out_features, part.in_features) <= FEW or not _mere(part))
     }
     stages = [[_without(group, few) for group in stage] for stage in stages]
     stages = [[group for group in stage if group.linears] for stage in stages]
     mixing = {part for trace in traces for part in trace.mixing}
     kept = {name for stage in stages for group in stage for name in group.linears}
-    ends = {part: end for trace in traces for part, end in trace.ends.items() if end in kept}
+    found: dict[str, set[tuple[str, bool]]] = {}
+    for trace in traces:
+        for part, end in trace.ends.items():
+            found.setdefault(part, set()).add((end, part in trace.mixing))
+    # A part that ends otherwise in other blocks has no one stand-in.
+    ends = {part: end for part, ways in found.items() for end, _ in ways if len(ways) == 1 and end in kept}
     if len(mixing) > 1:
         raise Unfit(f"{' and '.join(sorted(mixing))} return several things each")
     return replace(
@@ -231,6 +250,10 @@ def _without(group: Group, few: set[str]) -> Group:
     return replace(group, linears=tuple(name for name in group.linears if name not in left), beside=left)
 
 
+def _inside_of(parent: str, name: str) -> str:
+    return f"{parent}.{name}" if parent else name
+
+
 def _mixture(model: Any, family: Family, where: str) -> Mixture:
     """Where experts, their router and what weighs shared ones are."""
     blocks, config = _blocks(model, family), model.config.get_text_config()
@@ -241,9 +264,9 @@ def _mixture(model: Any, family: Family, where: str) -> Mixture:
     for name, module in inside.named_children():
         rows = {len(tensor) for tensor in module.parameters() if tensor.dim() == 2}
         if len(experts) in rows and ("gate" in name or "router" in name):
-            routers.append(f"{parent}.{name}")
+            routers.append(_inside_of(parent, name))
         elif rows == {1}:
-            gates.append(f"{parent}.{name}")
+            gates.append(_inside_of(parent, name))
     if len(routers) != 1:
         raise Unfit(f"the router beside {where} is not found")
     width, told = experts[0].up_proj.out_features, config.to_dict()
@@ -259,92 +282,12 @@ def _mixture(model: Any, family: Family, where: str) -> Mixture:
         where=where,
         router=routers[0],
         gates=tuple(gates),
-        shared=f"{parent}.{parts[0]}" if parts else "",
-        rows=tuple(f"{parent}.{name}" for name in per_expert if "." not in name),
+        shared=_inside_of(parent, parts[0]) if parts else "",
+        rows=tuple(_inside_of(parent, name) for name in per_expert if "." not in name),
         counts=tuple(counts),
         width=next(iter(widths), ""),
         top_k=next((key for key in TOP_K if hasattr(config, key)), ""),
     )
-
-
-def _named(family: Family, model: Any, folder: Path, experts: Mapping[str, Any]) -> Family:
-    """With the names that tensors have on disk: found by their values, which are random."""
-    from .checkpoint import Checkpoint  # which asks here for families that are not described
-
-    checkpoint = Checkpoint(folder, family)
-    lying = {_key(checkpoint.stored_tensor(name)): name for name in checkpoint.stored}
-    fused: dict[str, tuple[str, ...]] = {}
-    forms = [form for module in experts.values() if (form := Form.of(module)) is not None]
-    for module in experts.values():
-        for part, tensor in module.named_parameters():
-            if (name := lying.get(_key(tensor))) is not None:
-                linear = part.removesuffix(BIAS)
-                linears = ("gate_proj", "up_proj") if linear == "gate_up_proj" else (linear,)
-                if part.endswith(BIAS) != name.endswith(BIAS):
-                    raise Unfit(f"{name} on disk is {part}")
-                fused[name.removeprefix(family.blocks).split(".", 1)[1]] = linears
-    tied = f"{family.head}.weight" if model.config.tie_word_embeddings else ""
-    pairs = {
-        name: lying.get(_key(tensor), "")
-        for name, tensor in model.state_dict().items()
-        if name != tied and not (fused and any(name.startswith(where + ".") for where in experts))
-    }
-    if lost := next((name for name, found in pairs.items() if not found), ""):
-        raise Unfit(f"{lost} is not on disk as it is in memory")
-    mixture = replace(family.experts, fused=fused)
-    if forms:
-        mixture = replace(mixture, transposed=forms[0].transposed, interleaved=forms[0].interleaved)
-    return replace(family, segments=_segments(pairs), experts=mixture)
-
-
-def _key(tensor: Tensor) -> tuple[Any, ...]:
-    """A tensor of random numbers, as few of them as tell it from others."""
-    return tuple(tensor.shape), *tensor.flatten()[:8].tolist()
-
-
-def _segments(pairs: Mapping[str, str]) -> dict[str, str]:
-    """Names in memory → on disk, as the shortest segments that make the ones of the others.
-
-    Raises:
-        Unfit: there are none.
-    """
-    rules: dict[str, str] = {}
-    for context in range(4):
-        for ours, theirs in pairs.items():
-            if renamed(ours, rules) != theirs:
-                rules |= _differences(ours.split("."), theirs.split("."), context)
-        rules = {memory: disk for memory, disk in rules.items() if not _harms(memory, rules, pairs)}
-    for ours, theirs in pairs.items():
-        if renamed(ours, rules) != theirs or renamed(theirs, {disk: memory for memory, disk in rules.items()}) != ours:
-            raise Unfit(f"{ours} is {theirs} on disk")
-    return rules
-
-
-def _differences(memory: Sequence[str], disk: Sequence[str], context: int) -> dict[str, str]:
-    """The segments in which two names differ, and so many around them; one by one where there are as many."""
-    if len(memory) == len(disk):
-        places = [i for i, (a, b) in enumerate(zip(memory, disk, strict=True)) if a != b]
-        ranges = [(max(0, i - context), i + context + 1) for i in places]
-        found = {".".join(memory[a:b]): ".".join(disk[a:b]) for a, b in ranges}
-    else:
-        found = _difference(memory, disk, context)
-    return {ours: theirs for ours, theirs in found.items() if not any(part.isdigit() for part in ours.split("."))}
-
-
-def _difference(memory: Sequence[str], disk: Sequence[str], context: int) -> dict[str, str]:
-    """The same, of all together: one of each at least."""
-    start = next((i for i, (a, b) in enumerate(zip(memory, disk, strict=False)) if a != b), 0)
-    end = next((i for i, (a, b) in enumerate(zip(memory[::-1], disk[::-1], strict=False)) if a != b), 0)
-    start = min(start, len(memory) - 1, len(disk) - 1)
-    end = min(end, len(memory) - start - 1, len(disk) - start - 1)
-    first, last = max(0, start - context), max(0, end - context)
-    return {".".join(memory[first : len(memory) - last]): ".".join(disk[first : len(disk) - last])}
-
-
-def _harms(memory: str, rules: Mapping[str, str], pairs: Mapping[str, str]) -> bool:
-    """Whether a rule is why some name comes out wrong."""
-    touched = [ours for ours in pairs if f".{memory}." in f".{ours}."]
-    return any(renamed(ours, rules) != pairs[ours] for ours in touched)
 
 
 def _skeleton(family: Family, folder: Path) -> Any:
@@ -364,6 +307,31 @@ def walked(skeleton: Any, ids: Tensor) -> Tensor:
     return logits
 
 
+def _entering(family: Family, folder: Path) -> Family:
+    """With what the decoder does to what enters its first block, which no other block may go through: found by what
+    has to be left out until a decoder without blocks puts out what it was given."""
+    if family.wide:
+        return family
+    hidden = torch.randn(1, 4, HIDDEN, generator=torch.Generator().manual_seed(5))
+
+    def same(found: Family) -> bool:
+        left = _skeleton(found, folder).run(_skeleton(found, folder).runner_of([]), hidden)
+        return bool(torch.equal(left, hidden))
+
+    decoder = _skeleton(family, folder).decoder
+    places = [name for name, part in decoder.named_children() if not part.state_dict()]
+    factors = [name for name, value in vars(decoder).items() if type(value) is float and value != 1]
+    tries = [family, *(replace(family, entrance=(*family.entrance, name)) for name in places)]
+    tries += [replace(one, entry=name) for one in tries for name in factors]
+    for one in tries:
+        try:
+            if same(one):
+                return one
+        except (AttributeError, RuntimeError, TypeError, KeyError, ValueError):  # of a part that cannot be left out
+            continue
+    raise Unfit("what enters its first block is changed by more than a factor, positions or a norm")
+
+
 def _check(family: Family, folder: Path, ids: Tensor, expected: Tensor) -> None:
     skeleton = _skeleton(family, folder)
     if not any(skeleton.linears(index) for index in range(skeleton.blocks)):
@@ -378,30 +346,67 @@ class _Weightless(nn.Module):
 
     def __init__(self, linear: nn.Module) -> None:
         super().__init__()
-        self._linear = [linear]
+        self.linear = [linear]
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self._linear[0](x)
+        found: Tensor = self.linear[0](x)
         return found
+
+
+def _mere(linear: nn.Linear) -> bool:
+    """Whether a linear, which may be of a class of its own, is a product and no more."""
+    hidden = torch.randn(4, linear.in_features, generator=torch.Generator().manual_seed(6))
+    try:
+        found = linear(hidden)
+    except RuntimeError:  # it takes something else
+        return False
+    return isinstance(found, Tensor) and torch.allclose(
+        found, nn.functional.linear(hidden, linear.weight, linear.bias), rtol=1e-4, atol=1e-5
+    )
 
 
 @torch.no_grad()
 def _check_linears(family: Family, model: Any, ids: Tensor) -> None:
     """
     Raises:
-        Unfit: linears are no mere products, or are used without being called.
+        Unfit: linears are used without being called.
     """
     names = {name for stage in family.stages for group in stage for name in group.linears}
     for block in _blocks(model, family):
         for name, part in list(block.named_modules()):
             if isinstance(part, nn.Linear) and starred(name) in names:
-                if type(part).forward is not nn.Linear.forward:
-                    raise Unfit(f"{name} is of a class of its own, {type(part).__name__}")
                 block.set_submodule(name, _Weightless(part))
     try:
         model(input_ids=ids, use_cache=False)
     except AttributeError as error:
         raise Unfit(f"it uses linears without calling them ({first_line(error)})") from None
+
+
+def _rebuilt(family: Family, model: Any) -> bool:
+    """Whether what gives values to new weights leaves linears alone that have none: transformers calls it on models
+    whose linears lie in another form. They lose their weights by this. Names of such forms, too, have to be found."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
+    known = model.state_dict()
+    for name in known:
+        if name.endswith(".weight") and family.expert(disk := family.disk_name(name)) is None:
+            found, _ = rename_source_key(f"{disk}_packed", renamings, [], model.base_model_prefix, known)
+            if found != f"{name}_packed":
+                return False
+    for block in _blocks(model, family):
+        for name, part in list(block.named_modules()):
+            if isinstance(part, _Weightless):
+                del part.linear[0].weight
+                block.set_submodule(name, part.linear[0])
+    try:
+        with torch.no_grad():
+            for module in model.modules():
+                model._init_weights(module)
+    except AttributeError:
+        return False
+    return True
 
 
 def _folding(family: Family, folder: Path, ids: Tensor, expected: Tensor) -> Family:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ModelError
 from .folds import multiplied, seams
@@ -104,6 +104,9 @@ def stream_width(skeleton: Skeleton) -> int:
     """
     if skeleton.beside():
         raise ModelError("what the model sees or hears enters its residual stream, too, which nothing here turns")
+    for name in skeleton.family.entrance:
+        if not isinstance(skeleton.decoder.get_submodule(name), nn.Embedding):
+            raise ModelError(f"{name} is in front of the first block, and cannot be turned")
     for index in range(skeleton.blocks):
         layer, read = skeleton.layers[index], {name for name, seam in seams(skeleton, index).items() if seam.norm}
         bare = [group.linears[0] for stage in skeleton.stages(index) for group in stage if not group.reads]
@@ -200,6 +203,8 @@ def _turn_ends(skeleton: Skeleton, turn: Rotation, table: dict[str, _Turned]) ->
         table[head] = _Turned(embedding)
     table[head].gain = f"{norm}.weight"
     table[head].columns.append(turn)
+    for place in family.entrance:
+        table[family.disk_name(f"{family.decoder}.{place}.weight")].columns.append(turn)
     table[embedding].columns.append(turn)
     return _plain_norm(skeleton, norm, turn)
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import reprlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -22,10 +23,11 @@ from ...kernels.dispatch import cpu_capability, products_dtype
 from ..errors import ModelError, first_line
 from ..schemes import Operator
 from .checkpoint import Checkpoint
-from .experts import unfuse_experts
-from .families import BLOCKS, Group, Stage
-
-HEAD_ROWS = 4096  # of the output head, in float32 at a time
+from .experts import plain_linears, unfuse_experts
+from .families import BLOCKS, Group, Stage, starred
+from .parts import HEAD_ROWS, Head, Zero, compute_buffers, set_layer_types, without_autocast
+from .trace import is_norm
+from .wide import Wide
 
 
 def meta_model(checkpoint: Checkpoint) -> Any:
@@ -40,20 +42,8 @@ def meta_model(checkpoint: Checkpoint) -> Any:
         told = f"transformers cannot build the model ({first_line(error)})"
         raise ModelError(f"{checkpoint.path}/config.json: {told}") from None
     unfuse_experts(model)
+    plain_linears(model)
     return model.eval()
-
-
-def _compute_buffers(model: Any, device: torch.device | str) -> None:
-    """Give values to the buffers that checkpoints do not store, by the rule that transformers loads models with."""
-    stored = model.state_dict().keys()
-    for place, module in model.named_modules():
-        names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
-        computed = [name for name in names if f"{place}.{name}" not in stored]
-        for name in computed:
-            setattr(module, name, torch.empty_like(getattr(module, name), device=device))
-        if computed:
-            with torch.no_grad():
-                model._init_weights(module)
 
 
 def model_config(checkpoint: Checkpoint) -> Any:
@@ -81,48 +71,6 @@ def calibration_dtype(checkpoint: Checkpoint, device: torch.device | str = "cpu"
     return products_dtype(cpu_capability()) if torch.device(device).type == "cpu" else torch.bfloat16
 
 
-def _without_autocast(router: nn.Module, device: str) -> None:
-    """Let a router compute in float32: rounding would send tokens to other experts."""
-    forward = router.forward
-
-    def exact(hidden: Tensor, *more: Any, **options: Any) -> Any:
-        with torch.autocast(device, enabled=False):
-            return forward(hidden.float(), *more, **options)
-
-    router.forward = exact
-
-
-def _set_layer_types(config: Any, kinds: list[Any]) -> None:
-    """What a config says of its layers, also where it derives that from other keys."""
-    kind, name = type(config), (config.attribute_map or {}).get("layer_types", "layer_types")
-    if isinstance(getattr(kind, name, None), property):
-        config.__class__ = type(kind.__name__, (kind,), {name: kinds})
-    else:
-        config.layer_types = kinds
-
-
-class _Head(nn.Module):
-    """An output head whose rows are converted to float32 some at a time."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, device: torch.device) -> None:
-        super().__init__()
-        self._weight, self._bias, self._device = weight, bias, device
-        # Fresh pages for every part would take longer than the product of a few tokens.
-        self._room = torch.empty(min(HEAD_ROWS, len(weight)), weight.shape[1], device=device)
-
-    @property
-    def weight(self) -> Tensor:
-        """What some models ask for the dtype of."""
-        return self._room
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        logits = hidden.new_empty(*hidden.shape[:-1], len(self._weight))
-        for start in range(0, len(self._weight), HEAD_ROWS):
-            part = self._weight[start : start + HEAD_ROWS]
-            logits[..., start : start + len(part)] = nn.functional.linear(hidden, self._room[: len(part)].copy_(part))
-        return logits if self._bias is None else logits + self._bias.to(self._device, torch.float32)
-
-
 class Skeleton:
     """A checkpoint's model on `meta`, and the means to run it one block at a time on `device`.
 
@@ -146,7 +94,7 @@ class Skeleton:
         self.config = self.model.config.get_text_config()
         self._check_routing()
         self._check_tensors()
-        _compute_buffers(self.model, self.device)  # once it is known that they are no larger than the weights say
+        compute_buffers(self.model, self.device)  # once it is known that they are no larger than the weights say
 
     def _check_routing(self) -> None:
         """
@@ -164,6 +112,16 @@ class Skeleton:
     @cached_property
     def decoder(self) -> Any:
         return self.model.get_submodule(self.family.decoder)
+
+    @cached_property
+    def wide(self) -> Wide | None:
+        """How blocks are run that get more than hidden states."""
+        return Wide(self) if self.family.wide else None
+
+    @property
+    def width(self) -> int:
+        """Numbers that go over blocks with each token: a hidden state, mostly no more."""
+        return int(self.config.hidden_size) if self.wide is None else self.wide.width
 
     @property
     def layers(self) -> Any:
@@ -203,36 +161,39 @@ class Skeleton:
             kept |= set(self.model._keep_in_fp32_modules or ())
         return torch.float32 if kept.intersection(name.split(".")) else self.dtype
 
-    def held(self, name: str, disk_name: str, like: Tensor) -> Tensor:
+    def held(self, name: str, lying: Sequence[str], like: Tensor) -> Tensor:
         """A tensor of the checkpoint as the model holds it in place of one on `meta`.
+
+        Args:
+            name: in memory.
+            lying: of what it is made on disk, `Family.lying`.
 
         Raises:
             ModelError: it is of integers where the model has numbers.
         """
-        stored = self.checkpoint.tensor(disk_name)
+        parts = [self.checkpoint.tensor(part) for part in lying]
+        stored = parts[0] if len(parts) == 1 else torch.cat(parts)
         if like.is_floating_point() and not stored.is_floating_point():
             kind = str(stored.dtype).removeprefix("torch.")
-            raise ModelError(f"{self.checkpoint.path}: {disk_name} is of {kind}, and no floating-point numbers")
+            raise ModelError(f"{self.checkpoint.path}: {lying[0]} is of {kind}, and no floating-point numbers")
         return stored.to(self.device, self.tensor_dtype(name, stored.dtype))
 
     def _check_tensors(self) -> None:
         """Refuse a checkpoint that lacks a tensor of the language model; what it has besides is carried along."""
         own = tuple(f"{place}." for place in self.family.places)
-        expected = {
-            self.family.disk_name(name): tensor
-            for name, tensor in self.model.state_dict().items()
-            if name.startswith(own)
-        }
-        where = self.checkpoint.path
-        if self.tied:
-            expected.pop(self.family.disk_name(f"{self.family.head}.weight"), None)
-        for name, tensor in expected.items():
-            if name not in self.checkpoint.tensors:
-                raise ModelError(f"{where}: {name} is missing, which {self.config.model_type} needs; is it all there?")
-            info = self.checkpoint.tensors[name]
-            if info.shape != tuple(tensor.shape):
-                found, shape = list(info.shape), list(tensor.shape)
-                raise ModelError(f"{where}: {name} has shape {found}, config.json says {shape}")
+        head, where, tensors = f"{self.family.head}.weight", self.checkpoint.path, self.checkpoint.tensors
+        for name, tensor in self.model.state_dict().items():
+            if not name.startswith(own) or (self.tied and name == head):
+                continue
+            lying = self.family.lying(name)
+            if lost := [part for part in lying if part not in tensors]:
+                needs = f"{lost[0]} is missing, which {self.config.model_type} needs"
+                raise ModelError(f"{where}: {needs}; is it all there?")
+            shapes = [tensors[part].shape for part in lying]
+            found = shapes[0] if len(shapes) == 1 else (sum(shape[0] for shape in shapes), *shapes[0][1:])
+            if found != tuple(tensor.shape):
+                told = " and ".join(lying)
+                raise ModelError(f"{where}: {told} has shape {list(found)}, config.json says {list(tensor.shape)}")
 
     def beside(self) -> dict[str, str]:
         """Name in memory → on disk, of every tensor that is not the language model's, by transformers' own renaming."""
@@ -263,7 +224,7 @@ class Skeleton:
     def outer(self) -> dict[str, bool]:
         """Disk name (without `.weight`) of the embedding and, where it has a matrix of its own, of the output head →
         whether its rows are looked up, not multiplied."""
-        names = {self._decoder_name(self.family.embedding): True, self.family.disk_name(self.family.head): False}
+        names = {self.decoder_name(self.family.embedding): True, self.family.disk_name(self.family.head): False}
         return {name: rows for name, rows in names.items() if f"{name}.weight" in self.checkpoint.tensors}
 
     def stages(self, index: int) -> list[Stage]:
@@ -272,7 +233,7 @@ class Skeleton:
         present = {name for name, module in modules.items() if isinstance(module, nn.Linear)}
         experts = sorted({number for name in present if (number := self.family.experts.number(name)) is not None})
         stages = []
-        for stage in self.family.stages:
+        for stage in self._of_one_block(present):
             groups: list[Group] = []
             for group in stage:
                 numbers = [str(number) for number in experts] if "*" in group.linears[0] else [""]
@@ -286,6 +247,20 @@ class Skeleton:
             if groups:
                 stages.append(tuple(groups))
         return stages
+
+    def _of_one_block(self, present: Collection[str]) -> list[Stage]:
+        """The family's stages without linears, of groups that the block has in part, that it has in a whole one."""
+        stars = {starred(name) for name in present}
+        groups = [group for stage in self.family.stages for group in stage]
+        whole = {name for group in groups if stars.issuperset(group.linears) for name in group.linears}
+
+        def left(group: Group) -> Group:
+            if stars.issuperset(group.linears):
+                return group
+            return replace(group, linears=tuple(name for name in group.linears if name not in whole))
+
+        cut = [tuple(left(group) for group in stage) for stage in self.family.stages]
+        return [tuple(group for group in stage if group.linears) for stage in cut]
 
     def unnamed(self, index: int) -> list[str]:
         """Disk names of the block's matrices that no group names, so that no pass can rewrite them; those of routers
@@ -304,7 +279,8 @@ class Skeleton:
         """Block `index` with its weights."""
         layer = copy.deepcopy(self.layers[index])
         wanted = layer.state_dict()
-        state = {name: self.held(name, self.disk_name(index, name), like) for name, like in wanted.items()}
+        place = f"{self.family.decoder}.{self.family.layers}.{index}"
+        state = {name: self.held(name, self.family.lying(f"{place}.{name}"), like) for name, like in wanted.items()}
         layer.load_state_dict(state, assign=True)
         for module in layer.modules():
             if isinstance(module, nn.LayerNorm):  # unlike the families' own norms, it takes no mixture of dtypes
@@ -314,7 +290,7 @@ class Skeleton:
     def _exact_router(self, layer: nn.Module) -> Any:
         router = self.family.experts.router
         if router in dict(layer.named_modules()):
-            _without_autocast(layer.get_submodule(router).float(), self.device.type)
+            without_autocast(layer.get_submodule(router).float(), self.device.type)
         return layer.requires_grad_(False)
 
     def router(self, index: int, numbers: Sequence[int]) -> Any:
@@ -337,12 +313,12 @@ class Skeleton:
 
     def runner(self, index: int, block: nn.Module) -> Any:
         """A decoder whose only layer is `block`: call it with `inputs_embeds`, read `last_hidden_state`."""
-        runner = self._decoder_of([block])
+        runner = self.runner_of([block]) if self.wide is None else self.wide.runner(index, block)
         if getattr(self.config, "layer_types", None):
-            _set_layer_types(runner.config, [self.config.layer_types[index]])
+            set_layer_types(runner.config, [self.config.layer_types[index]])
         return runner
 
-    def _decoder_of(self, blocks: Sequence[nn.Module]) -> Any:
+    def runner_of(self, blocks: Sequence[nn.Module]) -> Any:
         """The decoder with other blocks, without its embedding and its final norm; what is given to it as
         `inputs_embeds` enters the first block as it is."""
         decoder, family = copy.copy(self.decoder), self.family
@@ -358,11 +334,15 @@ class Skeleton:
         setattr(decoder, family.norm, nn.Identity())
         if family.entry:  # what enters a block is multiplied already
             setattr(decoder, family.entry, 1.0)
+        for name in family.entrance:
+            setattr(decoder, name, nn.Identity() if is_norm(getattr(self.decoder, name)) else Zero())
         return decoder
 
     def forward(self, runner: Any, hidden: Tensor) -> Tensor:
-        """Hidden states `[batch, tokens, hidden_size]` through a runner's block."""
+        """Hidden states `[batch, tokens, width]` through a runner's block."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            if self.wide is not None:
+                return self.wide.through(runner, hidden)
             return runner(inputs_embeds=hidden.to(self.device), use_cache=False).last_hidden_state.float()
 
     @torch.no_grad()
@@ -372,23 +352,37 @@ class Skeleton:
 
     @torch.no_grad()
     def embed(self, ids: Tensor, stored: Operator | None = None) -> Tensor:
-        """Token ids `[batch, tokens]` → what enters block 0, float32 `[batch, tokens, hidden_size]`.
+        """Token ids `[batch, tokens]` → what enters block 0, float32 `[batch, tokens, width]`.
 
         Args:
             stored: the embedding `[vocab_size, hidden_size]`, where it is another than the checkpoint's.
         """
+        if self.wide is not None:
+            return self.wide.enter(ids, stored)
         found, places = ids.unique(return_inverse=True)
-        table = copy.deepcopy(self.decoder.get_submodule(self.family.embedding))
-        table.padding_idx = None
-        name = self._decoder_name(f"{self.family.embedding}.weight")
-        rows = self.checkpoint.rows(name, found) if stored is None else stored.rows(found.to(self.device)).dense()
-        table.weight = nn.Parameter(rows.to(self.device, torch.float32), requires_grad=False)
-        decoder = self._decoder_of([])
-        setattr(decoder, self.family.embedding, table)
+        decoder = self.runner_of([])
+        setattr(decoder, self.family.embedding, self.table(self.family.embedding, found, stored))
         if self.family.entry:
             setattr(decoder, self.family.entry, getattr(self.decoder, self.family.entry))
+        for place in self.family.entrance:
+            setattr(decoder, place, self.outer_part(place))
         entered: Tensor = decoder(input_ids=places.to(self.device), use_cache=False).last_hidden_state
         return entered
+
+    def table(self, place: str, which: Tensor, stored: Operator | None = None) -> nn.Module:
+        """A table of the decoder that ids are looked up in, of some of its rows, in float32.
+
+        Args:
+            stored: the table, where it is another than the checkpoint's.
+        """
+        table: Any = copy.deepcopy(self.decoder.get_submodule(place))
+        table.padding_idx = None
+        if stored is None:
+            rows = self.checkpoint.rows(self.decoder_name(f"{place}.weight"), which.cpu())
+        else:
+            rows = stored.rows(which.to(self.device)).dense()
+        table.weight = nn.Parameter(rows.to(self.device, torch.float32), requires_grad=False)
+        return table
 
     def logits(self, hidden: Tensor) -> Tensor:
         """What leaves the last block → float32 `[..., vocab_size]`; the head is converted a part at a time."""
@@ -400,19 +394,19 @@ class Skeleton:
         Args:
             table: `[vocab_size, hidden_size]`, in place of the head's.
         """
-        decoder = self._decoder_of([])
-        last, own = self.family.norm, self.decoder.get_submodule(self.family.norm)
-        norm = copy.deepcopy(own)
-        state = {name: self.checkpoint.tensor(self._decoder_name(f"{last}.{name}")) for name in norm.state_dict()}
-        norm.load_state_dict({name: t.to(self.device, torch.float32) for name, t in state.items()}, assign=True)
-        setattr(decoder, last, norm)
-        head, whole = self._head(table), copy.copy(self.model)
-        whole._modules = {**self.model._modules, self.family.decoder: decoder, self.family.head: head}
+        norm = self.outer_part(self.family.norm)
+        if self.wide is None:
+            decoder = self.runner_of([])
+            setattr(decoder, self.family.norm, norm)
+        else:
+            decoder = self.wide.leaving(norm)
+        head = self._head(table)
+        whole = self._causal(decoder, head)
 
         @torch.no_grad()
         def answer(hidden: Tensor) -> Tensor:
             batched = hidden.to(self.device, torch.float32).reshape(1, -1, hidden.shape[-1])
-            if self.model.base_model is not self.decoder:  # beside other parts, nothing but the head follows
+            if whole is None:
                 logits = head(decoder(inputs_embeds=batched, use_cache=False).last_hidden_state)
             else:
                 logits = whole(inputs_embeds=batched, use_cache=False).logits
@@ -420,20 +414,43 @@ class Skeleton:
 
         return answer
 
-    def _head(self, changed: Tensor | None = None) -> _Head:
+    def _causal(self, decoder: nn.Module, head: nn.Module) -> Any:
+        """The model whose code says what follows its decoder, with another one; None where only the head does."""
+        if self.model.base_model is self.decoder:
+            whole, place = copy.copy(self.model), self.family.decoder
+        elif self.model.config is self.config:
+            return None
+        else:  # beside other parts, the language model answers as it would alone
+            try:
+                with torch.device("meta"):
+                    whole = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
+            except ValueError:  # it is never alone
+                return None
+            place = whole.base_model_prefix
+        whole._modules = {**whole._modules, place: decoder, self.family.head: head}
+        return whole
+
+    def outer_part(self, place: str) -> nn.Module:
+        """A part of the decoder beside its blocks, in float32."""
+        part: nn.Module = copy.deepcopy(self.decoder.get_submodule(place))
+        state = {name: self.checkpoint.tensor(self.decoder_name(f"{place}.{name}")) for name in part.state_dict()}
+        part.load_state_dict({name: t.to(self.device, torch.float32) for name, t in state.items()}, assign=True)
+        return part
+
+    def _head(self, changed: Tensor | None = None) -> Head:
         tensors = self.checkpoint.tensors
         weight, bias = (self.family.disk_name(f"{self.family.head}.{part}") for part in ("weight", "bias"))
-        table = weight if weight in tensors else self._decoder_name(f"{self.family.embedding}.weight")
+        table = weight if weight in tensors else self.decoder_name(f"{self.family.embedding}.weight")
         own = self.checkpoint.tensor(bias) if bias in tensors else None
         if changed is not None:
-            return _Head(changed, own, self.device)
+            return Head(changed, own, self.device)
         if not self.checkpoint.by_rows(table):
-            return _Head(self.checkpoint.tensor(table), own, self.device)
+            return Head(self.checkpoint.tensor(table), own, self.device)
         decoded = torch.empty(tensors[table].shape, dtype=tensors[table].dtype)
         for part in torch.arange(len(decoded)).split(HEAD_ROWS):
             decoded[part] = self.checkpoint.rows(table, part).to(decoded.dtype)
-        return _Head(decoded, own, self.device)
+        return Head(decoded, own, self.device)
 
-    def _decoder_name(self, name: str) -> str:
+    def decoder_name(self, name: str) -> str:
         """A name inside the decoder in memory → its name in the checkpoint."""
         return self.family.disk_name(f"{self.family.decoder}.{name}")

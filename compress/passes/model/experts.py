@@ -152,7 +152,7 @@ def walk_cost(skeleton: Skeleton, samples: int, sequence_length: int) -> Cost:
     from ....calibrate.chains import BATCH_TOKENS
     from ....calibrate.routing import SAMPLE_TOKENS
 
-    tokens, hidden, item = samples * sequence_length, skeleton.config.hidden_size, skeleton.dtype.itemsize
+    tokens, hidden, item = samples * sequence_length, skeleton.width, skeleton.dtype.itemsize
     shapes = [[(w.out_features, w.in_features) for w in skeleton.linears(n).values()] for n in range(skeleton.blocks)]
     block = max(sum(rows * columns for rows, columns in block) for block in shapes)
     widest = max(max(shape) for block in shapes for shape in block)

@@ -1,0 +1,79 @@
+"""What the model around blocks is made of, where its own modules would take memory, rounding or work of no use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+HEAD_ROWS = 4096  # of the output head, in float32 at a time
+
+
+def compute_buffers(model: Any, device: torch.device | str) -> None:
+    """Give values to the buffers that checkpoints do not store, by the rule that transformers loads models with."""
+    stored, own = model.state_dict().keys(), set[str]()
+    for place, module in model.named_modules():
+        names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        computed = [name for name in names if f"{place}.{name}" not in stored]
+        for name in computed:
+            setattr(module, name, torch.empty_like(getattr(module, name), device=device))
+        if computed:  # some have their values from a module that they are in
+            parts = place.split(".")
+            own |= {".".join(parts[:count]) for count in range(len(parts) + 1)}
+    with torch.no_grad():
+        for place in sorted(own, key=lambda place: (-place.count("."), place)):
+            parts = place.split(".") if place else []
+            above = [model.get_submodule(".".join(parts[:count])) for count in range(len(parts) + 1)]
+            owner: Any = next(one for one in reversed(above) if isinstance(one, PreTrainedModel))
+            owner._init_weights(above[-1])
+
+
+def without_autocast(router: nn.Module, device: str) -> None:
+    """Let a router compute in float32: rounding would send tokens to other experts."""
+    forward = router.forward
+
+    def exact(hidden: Tensor, *more: Any, **options: Any) -> Any:
+        with torch.autocast(device, enabled=False):
+            return forward(hidden.float(), *more, **options)
+
+    router.forward = exact
+
+
+def set_layer_types(config: Any, kinds: list[Any]) -> None:
+    """What a config says of its layers, also where it derives that from other keys."""
+    kind, name = type(config), (config.attribute_map or {}).get("layer_types", "layer_types")
+    if isinstance(getattr(kind, name, None), property):
+        config.__class__ = type(kind.__name__, (kind,), {name: kinds})
+    else:
+        config.layer_types = kinds
+
+
+class Head(nn.Module):
+    """An output head whose rows are converted to float32 some at a time."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, device: torch.device) -> None:
+        super().__init__()
+        self._weight, self._bias, self._device = weight, bias, device
+        # Fresh pages for every part would take longer than the product of a few tokens.
+        self._room = torch.empty(min(HEAD_ROWS, len(weight)), weight.shape[1], device=device)
+
+    @property
+    def weight(self) -> Tensor:
+        """What some models ask for the dtype of."""
+        return self._room
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits = hidden.new_empty(*hidden.shape[:-1], len(self._weight))
+        for start in range(0, len(self._weight), HEAD_ROWS):
+            part = self._weight[start : start + HEAD_ROWS]
+            logits[..., start : start + len(part)] = nn.functional.linear(hidden, self._room[: len(part)].copy_(part))
+        return logits if self._bias is None else logits + self._bias.to(self._device, torch.float32)
+
+
+class Zero(nn.Module):
+    """In place of positions that are added to what enters the first block alone."""
+
+    def forward(self, *args: Any, **options: Any) -> Tensor:
+        return torch.zeros(())

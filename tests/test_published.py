@@ -1,0 +1,100 @@
+"""Models of families that were found, as they are published, which is not always as transformers writes them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from pico import benchmark
+from safetensors.torch import load_file, save_file
+
+from compressor.compress.output.verify import export_dense, verify
+from compressor.runtime import load
+from compressor.runtime.errors import ModelError
+from compressor.runtime.model import probe
+from compressor.runtime.stored import open_model
+
+families = benchmark("families")
+
+
+def named(model: Path, other: Callable[[str], str]) -> Path:
+    """The same folder with other names of tensors, which stock transformers reads alike."""
+    plain, tensors = families.stock_logits(model), load_file(model / "model.safetensors")
+    save_file({other(name): tensor for name, tensor in tensors.items()}, model / "model.safetensors")
+    assert torch.equal(families.stock_logits(model), plain)
+    return model
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bloom"])
+def test_a_decoder_that_is_stored_alone(name: str, tmp_path: Path) -> None:
+    model = named(families.build(name, tmp_path / "model"), lambda name: name.removeprefix("transformer."))
+    families.check(model, tmp_path)
+    assert "h.0.ln_1.weight" in open_model(model).tensors or name != "gpt2"
+    assert all(
+        name.startswith(("h.", "w", "ln_f", "lm_head")) for name in load_file(tmp_path / "rtn/model.safetensors")
+    )
+
+
+def test_matrices_that_lie_transposed_do_so_in_a_plain_output(tmp_path: Path) -> None:
+    model = families.build("gpt2", tmp_path / "model")
+    families.compress(model, tmp_path / "out", families.PASSES["rtn"])
+    assert not verify(tmp_path / "out")
+    export_dense(tmp_path / "out", tmp_path / "plain")
+    before, after = (load_file(folder / "model.safetensors") for folder in (model, tmp_path / "plain"))
+    assert {name: tensor.shape for name, tensor in before.items()} == {n: t.shape for n, t in after.items()}
+    own = load(tmp_path / "out", dtype=torch.float32)(input_ids=families.IDS, use_cache=False).logits
+    assert (families.stock_logits(tmp_path / "plain") - own).norm() / own.norm() < 1e-5
+
+
+def test_dense_layers_that_are_named_as_in_memory(tmp_path: Path) -> None:
+    """As those of Kimi Linear, which transformers writes under the names of its mixtures."""
+    model = families.build("kimi_linear", tmp_path / "model")
+    dense = [f"block_sparse_moe.{part}_proj" for part in ("gate", "up", "down")]
+
+    def other(name: str) -> str:
+        return name.replace("block_sparse_moe", "mlp") if any(f"0.{part}." in name for part in dense) else name
+
+    families.check(named(model, other), tmp_path)
+
+
+def test_parts_that_lie_below_one_another_in_memory(tmp_path: Path) -> None:
+    found = open_model(families.build("olmo_hybrid", tmp_path / "model")).family
+    assert found.joined == {
+        "linear_attn.conv1d.weight": tuple(f"linear_attn.{one}_conv1d.weight" for one in ("q", "k", "v"))
+    }
+    tensors = load_file(tmp_path / "model/model.safetensors")
+    lost = next(name for name in tensors if "k_conv1d" in name)
+    save_file({name: tensor for name, tensor in tensors.items() if name != lost}, tmp_path / "model/model.safetensors")
+    with pytest.raises(ModelError, match=f"{lost} is missing, which olmo_hybrid needs"):
+        families.compress(tmp_path / "model", tmp_path / "out", families.PASSES["rtn"])
+
+
+@pytest.mark.parametrize("name", ["falcon", "gpt_bigcode", "mamba"])
+def test_transformers_is_not_named_where_it_asks_linears_for_weights(name: str, tmp_path: Path) -> None:
+    plan = families.compress(families.build(name, tmp_path / "model"), tmp_path / "out", families.PASSES["rtn"])
+    assert plan.readers == ("compressor",)
+    with pytest.raises(AttributeError, match="has no attribute 'weight'"):
+        families.stock_logits(tmp_path / "out")
+
+
+def test_blocks_that_get_more_than_hidden_states_are_calibrated_with_it(tmp_path: Path) -> None:
+    """Each block of Gemma 4 with what is looked up for it, and the keys and values that an earlier one made."""
+    model = families.build("gemma4_text", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    assert config["num_kv_shared_layers"] == 2
+    assert config["hidden_size_per_layer_input"] == 16
+    checkpoint = open_model(model)
+    skeleton = probe._skeleton(checkpoint.family, model)
+    shared = [layer for layer in skeleton.layers if layer.self_attn.is_kv_shared_layer]
+    assert len(shared) == 2
+    row = skeleton.embed(families.IDS)
+    assert torch.equal(row[..., skeleton.config.hidden_size].long(), families.IDS)
+    near = {}
+    for name, step in families.PASSES.items():
+        families.compress(model, tmp_path / name, step.replace("bits: 8", "bits: 3"))
+        own = load(tmp_path / name, dtype=torch.float32)(input_ids=families.IDS, use_cache=False).logits
+        near[name] = float((own - families.stock_logits(model)).norm())
+    assert near["gptq"] < near["rtn"]
