@@ -32,6 +32,7 @@ from .guards import check_output, source_skeleton
 from .job import Job
 from .journal import Journal
 from .output.folder import check_complete, check_runs, finish_folder, write_beside
+from .output.stock import check_stock
 from .output.verify import changed_files
 from .output.writer import ShardedWriter
 from .plan import Plan, make_plan, plan_for_text
@@ -149,9 +150,9 @@ def _measured(
     if not any(entry.get("step") == "measured" for entry in journal.entries):
         start = time.monotonic()
         listener(Measuring())
+        check_stock(check_complete(journal.result, plan.skeleton.checkpoint), original.checkpoint)
         texts, reason = texts_to_measure(job.recipe, original.checkpoint, text)
         if texts:
-            check_complete(journal.result, plan.skeleton.checkpoint)
             quality = measure(journal.result, original, texts, plan.recipe.passes)
         else:
             check_runs(journal.result, plan.skeleton.checkpoint)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from pico import benchmark
 from safetensors.torch import load_file, save_file
 
+from compressor.compress.output import stock
 from compressor.compress.output.verify import export_dense, verify
 from compressor.runtime import load
-from compressor.runtime.errors import ModelError
+from compressor.runtime.errors import ModelError, VerifyError
 from compressor.runtime.model import probe
+from compressor.runtime.model.checkpoint import Checkpoint
 from compressor.runtime.stored import open_model
 
 families = benchmark("families")
@@ -98,3 +101,29 @@ def test_blocks_that_get_more_than_hidden_states_are_calibrated_with_it(tmp_path
         own = load(tmp_path / name, dtype=torch.float32)(input_ids=families.IDS, use_cache=False).logits
         near[name] = float((own - families.stock_logits(model)).norm())
     assert near["gptq"] < near["rtn"]
+
+
+def test_a_result_that_transformers_would_fill_up_with_chance_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where config.json says something else than the tensors do."""
+    model = families.build("qwen3_moe", tmp_path / "model")
+    for number, (fault, told) in enumerate(
+        (
+            ({"num_local_experts": 3}, r"model\.layers\.0\.mlp\.experts\.\w+ would be initialised at random"),
+            ({"attention_bias": True}, r"model\.layers\.0\.self_attn\.k_proj\.bias would be .*, for it is missing"),
+            ({"num_hidden_layers": 1}, r"model\.layers\.1\.\S+ would be left out, for no module has it"),
+        )
+    ):
+        right = stock.model_config
+
+        def wrong(checkpoint: Checkpoint, fault: dict[str, Any] = fault, right: Any = right) -> Any:
+            config = right(checkpoint)
+            if checkpoint.path != model:
+                config = type(config).from_dict({**config.to_dict(), **fault})
+            return config
+
+        monkeypatch.setattr(stock, "model_config", wrong)
+        with pytest.raises(VerifyError, match=told):
+            families.compress(model, tmp_path / str(number), families.PASSES["rtn"])
+        monkeypatch.setattr(stock, "model_config", right)

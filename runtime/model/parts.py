@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 HEAD_ROWS = 4096  # of the output head, in float32 at a time
 
@@ -77,3 +80,17 @@ class Zero(nn.Module):
 
     def forward(self, *args: Any, **options: Any) -> Tensor:
         return torch.zeros(())
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what transformers has to say of models that are built or loaded to learn something."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

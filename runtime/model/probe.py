@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -19,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.utils import logging
 
 from ..errors import ModelError, first_line
 from .disk_experts import BIAS
 from .disk_names import Unfit, named
 from .experts import Experts, Form, plain_linears, unfuse_experts
 from .families import Family, Group, Mixture, starred
+from .parts import quiet
 from .small import FEW, HIDDEN, TOP_K, VOCABULARY, outline, small_config, small_model
 from .trace import Trace, groups_of, is_norm, traced
 from .wide import is_wide
@@ -53,26 +52,12 @@ def _probed(told: str) -> Family | str:
     """The family, or why there is none."""
     config = json.loads(told)
     try:
-        with _quiet():
+        with quiet():
             return find(CONFIG_MAPPING[config["model_type"]].from_dict(config))
     except Unfit as error:
         return str(error)
     except Exception as error:  # transformers raises whatever its models do
         return f"a small copy of it cannot be built and run ({first_line(error)})"
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what transformers has to say of a model that is nobody's."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def find(config: Any) -> Family:
