@@ -28,6 +28,7 @@ from compressor.compress.recipe import parse_recipe
 from compressor.runtime import load
 from compressor.runtime.errors import CompressorError, first_line
 from compressor.runtime.model.small import VOCABULARY, small_config, small_model
+from compressor.runtime.stored import open_model
 
 SECONDS = 300  # that a family may take
 IDS = torch.randint(3, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(3))
@@ -107,6 +108,13 @@ def check(model: Path, room: Path) -> list[str]:
                 raise AssertionError(f"{name}: stock transformers answers {apart:.2g} apart from compressor")
             read = ", read by transformers"
         found.append(f"{name} {off:.1e}{read}")
+    if open_model(model).family.keys:
+        compress(model, room / "lorc", "{kind: lorc, ratio: 1}")
+        own = load(room / "lorc", dtype=torch.float32)(input_ids=IDS, use_cache=False).logits
+        off = float((own - plain).norm() / plain.norm())
+        if not off < 1e-4:
+            raise AssertionError(f"lorc: answers from latents of full rank are {off:.2g} off")
+        found.append("latents")
     return found
 
 

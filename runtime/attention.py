@@ -21,6 +21,7 @@ from .model.skeleton import Skeleton
 from .schemes import StoredLinear
 
 TILE = 1024  # cached tokens whose keys are made again at a time while decoding
+_UNLIMITED = ("full_attention", "attention", "hybrid")  # kinds of layers that see all tokens
 _ROPE = ("default", "linear", "llama3", "yarn")  # whose angles depend on the position alone
 
 
@@ -40,7 +41,7 @@ def sliding(config: Any, index: int) -> bool:
     """Whether layer `index` sees a window of tokens only."""
     kinds = getattr(config, "layer_types", None)
     if kinds:
-        return bool(kinds[index] != "full_attention")
+        return kinds[index] not in _UNLIMITED
     return getattr(config, "sliding_window", None) is not None
 
 

@@ -28,7 +28,9 @@ class LatentDecode(nn.Module):
     def of(cls, attention: Any) -> LatentDecode | None:
         """That of a `LatentAttention`, or None where the kernel does not fit it."""
         parts = attention.keys, attention.values
-        dtype = next(part.dtype for part in parts if part.keeps_latents)
+        dtype = next((part.dtype for part in parts if part.keeps_latents), None)
+        if dtype is None:
+            return None
         norm = attention.k_norm
         widths = [_groups(part, attention.kv_heads)[1] for part in parts]
         fits = (

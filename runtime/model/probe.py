@@ -93,7 +93,8 @@ def _found(model: Any, folder: Path, ids: Tensor, expected: Tensor) -> Family:
     _check(family, folder, ids, expected)
     _check_linears(family, model, ids)
     family = replace(_folding(family, folder, ids, expected), rebuilt=not family.joined and _rebuilt(family, model))
-    return replace(family, turns=_turns(family, folder, ids, expected))
+    family = replace(family, turns=_turns(family, folder, ids, expected))
+    return _caching(family, model.config, ids, expected)
 
 
 def _around(model: Any) -> Family:
@@ -113,11 +114,8 @@ def _around(model: Any) -> Family:
         raise Unfit(f"{type(model).__name__} has not one embedding, one norm and one head around its blocks")
     beside = [name for name, part in parts.items() if name not in {layers, *embeddings, *norms} and part.state_dict()]
     wide = is_wide(model.config.get_text_config())
-    if (
-        others := []
-        if wide
-        else [name for name in beside if not (isinstance(parts[name], nn.Embedding) or is_norm(parts[name]))]
-    ):
+    others = [name for name in beside if not (isinstance(parts[name], nn.Embedding) or is_norm(parts[name]))]
+    if others and not wide:
         raise Unfit(f"{place} has other weights than those of an embedding, blocks and a norm: {others[0]}")
     return Family(
         (),
@@ -442,3 +440,30 @@ def _turns(family: Family, folder: Path, ids: Tensor, expected: Tensor) -> bool:
         return True
     turned = rotated(skeleton, stream, Rotation(width, 0) if width else None)
     return float((walked(Skeleton(turned), ids) - expected).norm() / expected.norm()) < 100 * _CLOSE
+
+
+def _caching(family: Family, config: Any, ids: Tensor, expected: Tensor) -> Family:
+    """With the projections whose outputs are cached, where attention that may cache latents instead does what the
+    family's own does, for all tokens at once and for one after the other."""
+    from ..attention import LatentAttention, RotaryTable, rope_obstacle, sliding
+
+    keys, values = (f"{family.attention}.{name}_proj" for name in "kv")
+    if family.wide or rope_obstacle(config):
+        return family
+    model, found = small_model(config), 0
+    try:
+        table = RotaryTable(model.get_submodule(family.decoder).rotary_emb)
+        for index, block in enumerate(_blocks(model, family)):
+            if not sliding(config, index) and {keys, values} <= dict(block.named_modules()).keys():
+                block.set_submodule(family.attention, LatentAttention(block.get_submodule(family.attention), table))
+                found += 1
+        with torch.no_grad():
+            whole = model(input_ids=ids, use_cache=False).logits
+            last = model(input_ids=ids[:, :1])
+            for place in range(1, ids.shape[1]):
+                last = model(input_ids=ids[:, place : place + 1], past_key_values=last.past_key_values)
+    except Exception:  # whatever attention of another kind lacks
+        return family
+    near = [float((one - other).norm() / other.norm()) for one, other in
+            ((whole, expected), (last.logits[:, -1], expected[:, -1]))]  # fmt: skip
+    return replace(family, keys=keys, values=values) if found and max(near) < 10 * _CLOSE else family
