@@ -14,6 +14,7 @@ import signal
 import tempfile
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,8 @@ from compressor.compress.apply import Job, apply
 from compressor.compress.plan import Plan
 from compressor.compress.recipe import parse_recipe
 from compressor.runtime import load
-from compressor.runtime.errors import CompressorError, first_line
+from compressor.runtime.errors import CompressorError, RecipeError, first_line
 from compressor.runtime.model.small import VOCABULARY, small_config, small_model
-from compressor.runtime.stored import open_model
 
 SECONDS = 300  # that a family may take
 IDS = torch.randint(3, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(3))
@@ -108,7 +108,7 @@ def check(model: Path, room: Path) -> list[str]:
                 raise AssertionError(f"{name}: stock transformers answers {apart:.2g} apart from compressor")
             read = ", read by transformers"
         found.append(f"{name} {off:.1e}{read}")
-    if open_model(model).family.keys:
+    with suppress(RecipeError):  # where there are no projections, or caching latents would do something else
         compress(model, room / "lorc", "{kind: lorc, ratio: 1}")
         own = load(room / "lorc", dtype=torch.float32)(input_ids=IDS, use_cache=False).logits
         off = float((own - plain).norm() / plain.norm())
@@ -128,7 +128,8 @@ def row(model_type: str) -> tuple[bool, str, float]:
             found = check(build(model_type, room / "model"), room)
         return True, "; ".join(found), time.monotonic() - start
     except CompressorError as error:
-        return False, str(error).rpartition("nor found by running it: ")[2], time.monotonic() - start
+        said = str(error).rpartition("nor found by running it: ")[2].rpartition("config.json: ")[2]
+        return False, said, time.monotonic() - start
     except BaseException as error:  # whatever a family's code does
         if isinstance(error, KeyboardInterrupt):
             raise

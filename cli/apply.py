@@ -57,9 +57,9 @@ def apply(
     from ..compress.events import Event, Measured
     from ..compress.output.folder import REPORT
     from ..compress.quality import Quality, most_lost
-    from ..runtime.model.checkpoint import Checkpoint
+    from ..runtime.stored import open_model
 
-    checkpoint = Checkpoint(folder)
+    checkpoint = open_model(folder)
     blocks = len(checkpoint.block_names())
     recipe_file = Path(recipe) if Path(recipe).is_file() else None
     _say_first(folder, model, out, resume)

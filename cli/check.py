@@ -153,7 +153,7 @@ def _update(baseline: Baseline, outcomes: Sequence[Outcome], text: str, why: str
 
     from ..compress.baseline import Entry, Update, updated
     from ..runtime.hub import resolve_model
-    from ..runtime.model.checkpoint import Checkpoint
+    from ..runtime.stored import open_model
 
     measured = [outcome for outcome in outcomes if outcome.figures is not None]
     other = text != baseline.text.sha256
@@ -180,7 +180,7 @@ def _update(baseline: Baseline, outcomes: Sequence[Outcome], text: str, why: str
     if not changes:
         return
     sources = {outcome.case.model: outcome.case.folder for outcome in measured}
-    sizes = {name: Checkpoint(resolve_model(source, None)[0]).nbytes for name, source in sources.items()}
+    sizes = {name: open_model(resolve_model(source, None)[0]).nbytes for name, source in sources.items()}
     new = updated(baseline, changes, sources, sizes)
     date = datetime.now(timezone.utc).date().isoformat()
     entry = Update(date=date, compressor=version("compressor"), why=why, changed=tuple(said))

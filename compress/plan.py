@@ -216,7 +216,8 @@ def widest_input(skeleton: Skeleton) -> int:
 
 def _source_warnings(checkpoint: Checkpoint) -> Iterator[str]:
     """Of a model that is not stored as plain weights."""
-    forms = Counter(checkpoint.outline(linear).description for linear in _made(checkpoint))
+    forms = Counter(map(checkpoint.form, _made(checkpoint)))
+    del forms["dense"]
     if forms:
         told = " and ".join(f"{count:,} as {form}" for form, count in forms.most_common())
         yield (

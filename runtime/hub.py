@@ -19,8 +19,8 @@ _NOT = ["consolidated*", "*/*"]  # the same weights over again, in their makers'
 def resolve_model(source: str, revision: str | None = None) -> tuple[Path, str | None]:
     """The local folder of a model, and the commit when it came from the hub.
 
-    A folder is used as it is. Anything shaped like `owner/name` is downloaded (or found in the cache; with
-    `HF_HUB_OFFLINE=1` only the cache is looked at).
+    A folder is used as it is, and of a GGUF file one that links to it. Anything shaped like `owner/name` is downloaded
+    (or found in the cache; with `HF_HUB_OFFLINE=1` only the cache is looked at).
 
     Raises:
         ModelError: neither a folder nor a hub model that can be had.
@@ -30,6 +30,10 @@ def resolve_model(source: str, revision: str | None = None) -> tuple[Path, str |
         if revision:
             raise ModelError(f"{source}: is a folder, which has no revisions; leave --revision out")
         return path, None
+    if path.is_file() and path.suffix == ".gguf":
+        from .gguf_source import folder_of  # which imports torch
+
+        return folder_of(path), None
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         raise ModelError(f"{source}: no such model folder, and not a hub id of the form owner/name")
     from huggingface_hub import snapshot_download

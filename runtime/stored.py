@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .errors import ModelError
 from .formats import NATIVE, PLAIN, format_of
+from .gguf_source import GgufModel, is_gguf
 from .model.checkpoint import Checkpoint, TensorInfo
 from .schemes import LOOKUPS, Operator, from_tensors, looked_up, shared_prefixes, stored_name
 
@@ -163,6 +164,8 @@ def open_model(path: Path) -> Checkpoint:
     Raises:
         ModelError: it is damaged, or in a format that is not read here.
     """
+    if is_gguf(path):
+        return GgufModel(path)
     checkpoint = Checkpoint(path)
     return checkpoint if format_of(path, checkpoint.config) is PLAIN else StoredModel(path)
 

@@ -135,6 +135,21 @@ def test_experts_of_what_was_found_are_fewer_or_narrower(name: str, step: str, t
     assert (own - found).norm() / found.norm() < 1e-5
 
 
+@pytest.mark.parametrize(
+    "step", ["{kind: expert_prune, ratio: 0.25}", "{kind: expert_prune, keep: 3, criterion: reconstruction}"]
+)
+def test_a_router_with_further_tensors_keeps_those(step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma 4's scales channels before it chooses, and lies beside the MLP, not in it."""
+    sparse = {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 704}
+    monkeypatch.setitem(families.SAID, "gemma4_text", {"hidden_size_per_layer_input": 0, **sparse})
+    model = families.build("gemma4_text", tmp_path / "model")
+    families.compress(model, tmp_path / "out", step)
+    found, own = families.stock_logits(tmp_path / "out"), load(tmp_path / "out", dtype=torch.float32)
+    assert torch.allclose(own(input_ids=families.IDS, use_cache=False).logits, found, atol=1e-4)
+    assert open_model(tmp_path / "out").text_config["num_experts"] == 3
+    assert open_model(tmp_path / "out").family.experts.router == "router"
+
+
 def test_scales_move_across_seams_that_were_found(tmp_path: Path) -> None:
     model = families.build("qwen3_next", tmp_path / "model")
     families.compress(model, tmp_path / "out", "{kind: awq}, {kind: rtn, bits: 8, group_size: 32}")

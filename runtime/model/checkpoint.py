@@ -78,8 +78,7 @@ class Checkpoint:
         self.tensors: dict[str, TensorInfo] = {}
         self.stored: Mapping[str, TensorInfo] = self.tensors
         self._slices: dict[str, Slice] = {}
-        for file, names in self._weight_files().items():
-            self._read_header(file, names)
+        self._read_files()
         if not any(info.dtype.is_floating_point for info in self.tensors.values()):
             raise ModelError(f"{self.path}: the weight files hold no tensor of floating-point numbers")
         self._unfuse()
@@ -194,6 +193,10 @@ class Checkpoint:
         info = self.tensors[linear + ".weight"]
         return Dense(torch.empty(info.shape, dtype=info.dtype, device="meta"))
 
+    def form(self, linear: str) -> str:
+        """In what form a linear is stored, for people."""
+        return self.outline(linear).description
+
     def operator(self, linear: str) -> Operator:
         """The same with its values."""
         return Dense(self.tensor(linear + ".weight"))
@@ -271,6 +274,11 @@ class Checkpoint:
     def release(self) -> None:
         """Close the memory maps; the next `tensor` opens them again."""
         self._open.clear()
+
+    def _read_files(self) -> None:
+        """Fill `tensors`."""
+        for file, names in self._weight_files().items():
+            self._read_header(file, names)
 
     def _unfuse(self) -> None:
         """Name linears in place of the tensors that they lie in, in another way."""

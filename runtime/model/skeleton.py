@@ -298,10 +298,15 @@ class Skeleton:
         coefficients `[tokens, top_k]`, and indices into `numbers`."""
         where = self.family.experts.router
         router = copy.deepcopy(self.layers[index].get_submodule(where))
+        count = len(self.layers[index].get_submodule(self.family.experts.where))
         for name, old in router.state_dict(keep_vars=True).items():
             stored = self.checkpoint.tensor(self.disk_name(index, f"{where}.{name}"))
-            tensor = stored.to(self.device, torch.float32)[list(numbers)]
-            setattr(router, name, nn.Parameter(tensor) if isinstance(old, nn.Parameter) else tensor)
+            tensor = stored.to(self.device, torch.float32)
+            if len(tensor) == count:
+                tensor = tensor[list(numbers)]
+            place, _, leaf = name.rpartition(".")
+            part = nn.Parameter(tensor) if isinstance(old, nn.Parameter) else tensor
+            setattr(router.get_submodule(place), leaf, part)
         router.num_experts = len(numbers)
         return router.requires_grad_(False)
 

@@ -101,6 +101,10 @@ class View(Checkpoint):
         source = self._unchanged(linear)
         return super().outline(linear) if source is None else self._source.outline(source)
 
+    def form(self, linear: str) -> str:
+        source = self._unchanged(linear)
+        return super().form(linear) if source is None else self._source.form(source)
+
     def operator(self, linear: str) -> Operator:
         source = self._unchanged(linear)
         return super().operator(linear) if source is None else self._source.operator(source)
@@ -151,6 +155,11 @@ def fewer_experts(source: Checkpoint, kept: Mapping[int, Sequence[int]], made: S
     family = source.family
     experts, blocks = family.experts, source.text_config.get("num_hidden_layers")
     parts: dict[str, Derived] = {}
+    counts: dict[int, int] = {}
+    for name in source.tensors:
+        index = source.block_index(name)
+        if index is not None and index in kept and (number := experts.number(family.inside(name))) is not None:
+            counts[index] = max(counts.get(index, 0), number + 1)
     for name in source.tensors:
         index = source.block_index(name)
         if index is not None and blocks is not None and index >= blocks:
@@ -162,6 +171,7 @@ def fewer_experts(source: Checkpoint, kept: Mapping[int, Sequence[int]], made: S
         number = experts.number(inside)
         if number is None:
             each = inside.startswith(experts.router + ".") or inside in experts.rows
+            each = each and counts[index] in source.tensors[name].shape[:2]  # routers have other tensors, too
             cut = partial(_rows, numbers=tuple(kept[index])) if each else None
             parts[name] = Derived((name,), cut)
         elif number in kept[index]:
