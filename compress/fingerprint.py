@@ -14,6 +14,7 @@ from ..calibrate.corpus import Corpus
 from ..kernels.dispatch import cpu_capability
 from ..runtime.files import file_sha256
 from ..runtime.model.skeleton import Skeleton
+from ..runtime.stored import open_model
 from .job import Job
 
 
@@ -29,6 +30,7 @@ def make_fingerprint(
     others = ["config.json", *(path.name for path in checkpoint.side_files)]
     return {
         "model": checkpoint.digests() | {name: file_sha256(checkpoint.path / name) for name in others},
+        "models": [open_model(folder).digests() for step in job.recipe.passes for folder in step.inputs],
         "recipe": job.recipe.model_dump(mode="json"),
         "corpus": None if corpus is None else {"name": corpus.name, "sha256": corpus.sha256},
         "tokens": None if windows is None else windows.numel(),

@@ -33,4 +33,5 @@ class Job:
         """What the run reads."""
         sources = {self.recipe.data.source, *(step.text or "builtin" for step in self.recipe.passes)}
         data = [Path(source) for source in sorted(sources - {"builtin"})]
-        return [self.model, *data, *([self.recipe_file] if self.recipe_file else [])]
+        models = [folder for step in self.recipe.passes for folder in step.inputs]
+        return [self.model, *models, *data, *([self.recipe_file] if self.recipe_file else [])]

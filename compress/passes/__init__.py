@@ -10,6 +10,7 @@ from .base import Pass
 from .linear.armor import ArmorPass
 from .linear.awq import Awq
 from .linear.eora import Eora
+from .linear.from_stored import FromStored
 from .linear.gptq import Gptq
 from .linear.lorc import Lorc
 from .linear.outlier_columns import OutlierColumns
@@ -29,6 +30,7 @@ _ALL: tuple[type[Pass], ...] = (
     SparsePass,
     ArmorPass,
     Eora,
+    FromStored,
     Lorc,
     ExpertPrune,
     ExpertWidth,

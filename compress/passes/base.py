@@ -151,6 +151,11 @@ class Pass(BaseModel):
         return None
 
     @property
+    def inputs(self) -> tuple[Path, ...]:
+        """Model folders that the pass reads besides the model."""
+        return ()
+
+    @property
     def note(self) -> str:
         """What a table of linears does not show of a prepared pass, in a few words."""
         return ""
