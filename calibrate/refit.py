@@ -53,10 +53,19 @@ class Routed:
     Attributes:
         target: `[samples, tokens, hidden_size]`.
         device: where what is read is worked on.
+        scaled: whether coefficients multiply what enters an expert, not what leaves it.
     """
 
-    def __init__(self, chains: Chains, dtype: torch.dtype, top_k: int, device: torch.device | str = "cpu") -> None:
-        self.chains, self.dtype, self.device = chains, dtype, device
+    def __init__(
+        self,
+        chains: Chains,
+        dtype: torch.dtype,
+        top_k: int,
+        device: torch.device | str = "cpu",
+        *,
+        scaled: bool = False,
+    ) -> None:
+        self.chains, self.dtype, self.device, self.scaled = chains, dtype, device, scaled
         hidden = chains.shape[2]
         self.hidden, self.target = chains.scratch(hidden, self.dtype), chains.scratch(hidden, torch.float32)
         self.places, self.weights = chains.scratch(top_k, torch.int32), chains.scratch(top_k, torch.float32)
@@ -93,7 +102,10 @@ class Routed:
             if member.number is not None:
                 tokens, slots = torch.where(places == member.number)
                 coefficients = weights[tokens, slots][:, None]
-            h = neurons(member.module, x[tokens]).float()
+            entering = x[tokens]
+            if self.scaled and coefficients is not None:
+                entering, coefficients = (entering * coefficients).to(entering.dtype), None
+            h = neurons(member.module, entering).float()
             yield member, tokens, h if coefficients is None else h * coefficients
 
 
@@ -101,9 +113,12 @@ def _slices(start: int, stop: int, size: int) -> list[slice]:
     return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
 
 
+_ACTIVATIONS = ("activation", "act_fn", "activation_fn")  # attributes, ours and those of transformers
+
+
 def neurons(module: Any, x: Tensor) -> Tensor:
     """What enters the down projection of a gated MLP."""
-    activation = module.activation if hasattr(module, "activation") else module.act_fn
+    activation = next(getattr(module, name) for name in _ACTIVATIONS if hasattr(module, name))
     gate, up = (nn.functional.linear(x, part.weight.to(x.dtype)) for part in (module.gate_proj, module.up_proj))
     hidden: Tensor = activation(gate) * up
     return hidden
@@ -245,7 +260,8 @@ def refit_blocks(
         experts, follow = experts_of(changed, block.layer), blocks["reference"].carry()
         if experts is not None:
             members = members_of(changed, block.layer)
-            routed = Routed(chains, changed.dtype, changed.experts_per_token, changed.device)
+            scaled = changed.family.experts.scaled
+            routed = Routed(chains, changed.dtype, changed.experts_per_token, changed.device, scaled=scaled)
             _watch(block, routed, members, follow)
             try:
                 change(index, block.layer, routed)

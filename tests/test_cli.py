@@ -228,7 +228,7 @@ def test_people_are_told_what_they_may_not_expect(pico: Pico, tmp_path: Path, ca
     assert "was calibrated on text.txt" in run(*words, "text.txt", cwd=tmp_path).stderr
     assert "calibrated" not in run(*words, calibration_text, cwd=tmp_path).stderr
     close = run("recipes", "show", "w4a16", cwd=tmp_path, code=2)
-    assert "did you mean 'w4a16-awq' or 'w4a16-gptq' or 'w4a16-rtn'?" in close.stderr
+    assert "did you mean 'w4a16-awq' or 'w4a16-awq-gptq' or 'w4a16-gptq' or 'w4a16-rtn'?" in close.stderr
     assert "no such recipe file" in run("recipes", "validate", "nowhere.yaml", cwd=tmp_path, code=2).stderr
     timed = json.loads(run("bench", "out", "--against", model, "--prompt", 8, "--tokens", 2, "--rounds", 1, "--json",
                            cwd=tmp_path).stdout)  # fmt: skip

@@ -76,7 +76,7 @@ def test_all_mistakes_at_once_each_with_its_place() -> None:
         "r.yaml:6:5: passes.0.group_sise: unknown key (did you mean 'group_size'?)",
         "r.yaml:7:11: passes.1.kind: unknown pass 'gtpq' (did you mean 'gptq'?)",
         "r.yaml:8:5: passes.2: a pass needs a 'kind'; known: rtn, gptq, awq, smoothquant, outlier_columns, sparse24, "
-        "armor, eora, lorc, expert_prune, expert_width, rotate",
+        "armor, eora, stored, lorc, expert_prune, expert_width, rotate",
     ]
 
 

@@ -67,7 +67,9 @@ def named(family: Family, model: Any, folder: Path, experts: Mapping[str, Any]) 
     pairs = {family.placed(ours): theirs for ours, theirs in pairs.items()}
     mixture = replace(family.experts, fused=fused)
     if forms:
-        mixture = replace(mixture, transposed=forms[0].transposed, interleaved=forms[0].interleaved)
+        mixture = replace(
+            mixture, transposed=forms[0].transposed, interleaved=forms[0].interleaved, scaled=forms[0].scaled
+        )
     family = replace(family, segments=_segments(pairs), experts=mixture)
     return replace(family, joined=_joined(family, made), transposed=frozenset(flat))
 

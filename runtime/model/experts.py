@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ class Form:
         interleaved: whether rows of gate and up come in turns, not one below the other.
         bias: whether there are biases.
         gated: whether there is a gate.
+        scaled: whether the router's coefficient multiplies what enters an expert, not what leaves it.
         combine: what the module makes of `[tokens, rows]` that gate and up put out; None for the activation of the one
             times the other (or the activation of up alone).
     """
@@ -33,6 +35,7 @@ class Form:
     interleaved: bool
     bias: bool
     gated: bool
+    scaled: bool
     combine: Callable[[Tensor], Tensor] | None
 
     @classmethod
@@ -43,10 +46,11 @@ class Form:
             return None
         own = getattr(type(module), "_apply_gate", _default_apply_gate) is not _default_apply_gate
         return cls(
-            transposed=bool(getattr(module, "is_transposed", False)),
+            transposed=bool(getattr(module, "is_transposed", gated and _lies_transposed(module))),
             interleaved=not getattr(module, "is_concatenated", True),
             bias=bool(getattr(module, "has_bias", False)),
             gated=gated,
+            scaled=len(inspect.signature(module.forward).parameters) == 1,
             combine=module._apply_gate if gated and own else None,
         )
 
@@ -71,6 +75,12 @@ class Form:
         if self.interleaved:
             return lambda gate, up: combine(torch.stack([gate, up], dim=-1).flatten(-2))
         return lambda gate, up: combine(torch.cat([gate, up], dim=-1))
+
+
+def _lies_transposed(module: Any) -> bool:
+    """Whether matrices are `[in, out]`, of a module that does not say."""
+    _, inner, hidden = module.down_proj.shape
+    return tuple(module.gate_up_proj.shape[1:]) == (hidden, 2 * inner)
 
 
 def _fused(module: Any, name: str) -> bool:
@@ -137,6 +147,7 @@ class Experts(nn.ModuleList):
         options: dict[str, Any] = {}
         if form is not None:
             options = {"bias": form.bias, "gated": form.gated, "combine": form.joined()}
+        self.scaled = form is not None and form.scaled
         super().__init__(Expert(hidden_size, intermediate_size, activation, **options) for _ in range(count))
         self.routing: tuple[Tensor, Tensor] | None = None
         self.forced: tuple[Tensor, Tensor] | None = None
@@ -156,9 +167,34 @@ class Experts(nn.ModuleList):
             if self.only is not None and number not in self.only:
                 continue
             token, slot = torch.where(top_k_index == number)
-            output = self[number](hidden_states[token], top_k_weights[token, slot])
+            entering, coefficients = hidden_states[token], top_k_weights[token, slot]
+            if self.scaled:
+                entering, coefficients = entering * coefficients[:, None], torch.ones_like(coefficients)
+            output = self[number](entering, coefficients)
             result.index_add_(0, token, output.to(result.dtype))
         return result
+
+
+class ScaledMixture(nn.Module):
+    """A mixture whose experts get what their router's scores multiply, of many tokens for each expert, most of them
+    zeros (Llama 4): the same with experts that run the tokens which go to them."""
+
+    router: Any
+    shared_expert: Any
+
+    def __init__(self, source: Any, experts: Experts) -> None:
+        super().__init__()
+        for name, module in source.named_children():
+            setattr(self, name, module)
+        self.top_k = source.top_k
+        self.experts = experts
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """`[..., hidden_size]` → `[tokens, hidden_size]`, and the router's logits."""
+        hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, logits = self.router(hidden)
+        scores, index = logits.topk(self.top_k, dim=1)
+        return self.shared_expert(hidden) + self.experts(hidden, index, scores.float().sigmoid().to(hidden)), logits
 
 
 class PackedExperts(nn.Module):
@@ -233,7 +269,10 @@ def unfuse_experts(model: nn.Module) -> None:
         down: Any = module.down_proj
         with torch.device(down.device):
             experts = Experts(*form.sizes(module), _activation(module), form).to(down.dtype)
-        setattr(model.get_submodule(parent), child, experts)
+        if form.scaled:
+            model.set_submodule(parent, ScaledMixture(model.get_submodule(parent), experts))
+        else:
+            setattr(model.get_submodule(parent), child, experts)
 
 
 def plain_linears(model: nn.Module) -> None:

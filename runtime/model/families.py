@@ -78,6 +78,7 @@ class Mixture:
             every expert → the linears whose rows lie in it (`disk_experts.py`), one below the other.
         transposed: whether these matrices are `[in, out]` there.
         interleaved: whether rows of two linears come in turns there.
+        scaled: whether coefficients multiply what enters an expert, not what leaves it.
     """
 
     where: str = "mlp.experts"
@@ -92,6 +93,7 @@ class Mixture:
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     transposed: bool = False
     interleaved: bool = False
+    scaled: bool = False
 
     def number(self, name: str) -> int | None:
         """The routed expert that a linear belongs to, if it does."""
@@ -393,14 +395,6 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,
 }
-_SCALED_INPUTS = (
-    "its router scales what enters an expert, not what leaves it, so that no second moment of an expert's inputs can "
-    "be weighted as for other families"
-)
-REFUSED = {
-    "llama4": _SCALED_INPUTS,
-    "llama4_text": _SCALED_INPUTS,
-}
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -424,12 +418,9 @@ def family_of(config: Mapping[str, Any], names: Collection[str], found: Callable
         found: finds a family that is not described here.
 
     Raises:
-        ModelError: the family is refused, or not found.
+        ModelError: the family is not found.
     """
     model_type = text_config(config).get("model_type")
-    for name in (config.get("model_type"), model_type):
-        if name in REFUSED:
-            raise ModelError(f"model_type {name!r} is not supported: {REFUSED[name]}")
     family = FAMILIES.get(str(model_type)) or found()
     if config.get(_TEXT):
         return replace(family, places=_places(names))

@@ -180,8 +180,17 @@ def _fill(experts: Experts, fused: Any, form: Form) -> None:
                 setattr(getattr(expert, linear), kind, nn.Parameter(values.clone(), requires_grad=False))
     hidden = torch.randn(6, form.sizes(fused)[1], generator=torch.Generator().manual_seed(2)) * 3
     index, weights = torch.tensor([[0, 1]]).expand(6, 2), torch.tensor([[0.3, 0.9]]).expand(6, 2)
-    if not torch.allclose(experts(hidden, index, weights), fused(hidden, index, weights), rtol=1e-4, atol=1e-5):
+    expected = _scaled(fused, hidden, index, weights) if form.scaled else fused(hidden, index, weights)
+    if not torch.allclose(experts(hidden, index, weights), expected, rtol=1e-4, atol=1e-5):
         raise Unfit("its experts do something else than gated linears with an activation")
+
+
+def _scaled(fused: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """What experts put out that get all tokens, times their coefficients."""
+    scores = torch.zeros(len(hidden), len(fused.down_proj)).scatter_(1, index, weights)
+    entering = (hidden * scores.T[..., None]).flatten(0, 1)
+    found: Tensor = fused(entering).view(len(fused.down_proj), *hidden.shape).sum(0)
+    return found
 
 
 def _blocks(model: Any, family: Family) -> Any:

@@ -148,10 +148,11 @@ class Lorc(Calibrated):
 
         if why := rope_obstacle(skeleton.config):
             raise RecipeError(f"{self.kind}: latents cannot be cached for this model: {why}")
-        config = skeleton.config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shapes: dict[str, Shape] = {}
+        config, shapes = skeleton.config, dict[str, Shape]()
         cached = (skeleton.family.keys, skeleton.family.values)
+        head_dim = 0
+        if any(cached):  # else it may be another one in each layer
+            head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         for index in range(skeleton.blocks):
             for name, linear in skeleton.linears(index).items():
                 if self.wants(name) and skeleton.family.inside(name) in cached and not sliding(config, index):

@@ -170,6 +170,11 @@ class ExpertPrune(ModelPass):
         _check(self.kind, keep, count, skeleton.experts_per_token, grouped)
         if self.criterion == "reconstruction" and groups > 1 and not few_enough(count, keep, groups):
             raise RecipeError(f"{self.kind}: reconstruction cannot search {groups} groups of so many; use reap")
+        if self.criterion == "reconstruction" and skeleton.family.experts.scaled:
+            raise RecipeError(
+                f"{self.kind}: reconstruction weighs what experts put out, and here the router's coefficients multiply "
+                "what enters them; use reap"
+            )
         if self.criterion == "reconstruction" and (more := skeleton.family.experts.rows):
             raise RecipeError(f"{self.kind}: reconstruction runs the router alone, which here goes by {more[0]} too")
         result = self.model_copy()
