@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from ..runtime.model.drafting import Drafter, drafters
 from ..runtime.model.experts import Experts
 from ..runtime.model.skeleton import Skeleton
+from .chains import Chains
 from .drive import drive
 
 if TYPE_CHECKING:
@@ -100,22 +103,47 @@ def observe_routing(
     Args:
         windows: token ids `[samples, tokens]`.
         scratch: a folder for the activations of two blocks, deleted at the end.
-        kept: gets each block's sums, and the first 2,048 of the tokens that entered its experts.
+        kept: gets each block's sums, and the first 2,048 of the tokens that entered its experts; those of layers that
+            draft tokens, too.
         done: told each block that is behind.
     """
-    for index, blocks, _ in drive({"routing": skeleton}, windows, scratch):
-        experts = experts_of(skeleton, blocks["routing"].layer)
-        seen, entered = Routing.empty(len(experts or ())), list[Tensor]()
-        handles = [expert.register_forward_hook(_recorder(seen, n)) for n, expert in enumerate(experts or ())]
-        if experts is not None:
-            handles.append(experts.register_forward_pre_hook(_keeper(entered)))
-        blocks["routing"].carry()
-        for handle in handles:
-            handle.remove()
-        if experts is not None:
-            kept.save(index, seen, torch.cat(entered))
+    further = drafters(skeleton)
+    for index, blocks, chains in drive({"routing": skeleton}, windows, scratch):
+        block = blocks["routing"]
+        _observed(skeleton, block.layer, block.carry, partial(kept.save, index))
+        for number in further if index == skeleton.blocks - 1 else ():
+            drafter = Drafter(skeleton, number)
+            _observed(
+                skeleton,
+                drafter.layer,
+                partial(_draft, drafter, chains, skeleton.blocks, windows),
+                partial(kept.save, number),
+            )
         done(index)
-    kept.finish(index for index in range(skeleton.blocks) if experts_of(skeleton, skeleton.layers[index]))
+    inside = [index for index in range(skeleton.blocks) if experts_of(skeleton, skeleton.layers[index])]
+    kept.finish([*inside, *further])
+
+
+def _draft(drafter: Drafter, chains: Chains, blocks: int, windows: Tensor) -> None:
+    """Run a layer that drafts tokens over what left the last block."""
+    hidden = chains.read(blocks, "routing")
+    for rows in chains.batches():
+        drafter.run(hidden[rows], windows[rows])
+
+
+def _observed(skeleton: Skeleton, layer: nn.Module, run: Callable[[], object], save: Callable[..., None]) -> None:
+    """Run a layer over the text, and save what its experts did, if it has any."""
+    experts = experts_of(skeleton, layer)
+    if experts is None:
+        run()
+        return
+    seen, entered = Routing.empty(len(experts)), list[Tensor]()
+    handles = [expert.register_forward_hook(_recorder(seen, n)) for n, expert in enumerate(experts)]
+    handles.append(experts.register_forward_pre_hook(_keeper(entered)))
+    run()
+    for handle in handles:
+        handle.remove()
+    save(seen, torch.cat(entered))
 
 
 def experts_of(skeleton: Skeleton, layer: nn.Module) -> Experts | None:

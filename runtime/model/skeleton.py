@@ -275,9 +275,13 @@ class Skeleton:
         ]
         return [name for name in matrices if name not in named]
 
-    def block(self, index: int) -> Any:
-        """Block `index` with its weights."""
-        layer = copy.deepcopy(self.layers[index])
+    def block(self, index: int, like: int | None = None) -> Any:
+        """Block `index` with its weights.
+
+        Args:
+            like: a block of which it is another one, where the model has none of this number.
+        """
+        layer = copy.deepcopy(self.layers[index if like is None else like])
         wanted = layer.state_dict()
         place = f"{self.family.decoder}.{self.family.layers}.{index}"
         state = {name: self.held(name, self.family.lying(f"{place}.{name}"), like) for name, like in wanted.items()}

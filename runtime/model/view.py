@@ -147,10 +147,10 @@ def fewer_experts(source: Checkpoint, kept: Mapping[int, Sequence[int]], made: S
     """Some experts of each block, renumbered in the order given.
 
     Every block keeps as many, for config.json has one count for all of them. Layers beyond the last block, which some
-    models carry to predict several tokens and whose experts are not looked at, are left out.
+    models carry to predict several tokens, are left out if `kept` does not have them.
 
     Args:
-        kept: block → numbers of its experts that stay.
+        kept: block, or layer beyond → numbers of its experts that stay.
     """
     family = source.family
     experts, blocks = family.experts, source.text_config.get("num_hidden_layers")
@@ -162,7 +162,7 @@ def fewer_experts(source: Checkpoint, kept: Mapping[int, Sequence[int]], made: S
             counts[index] = max(counts.get(index, 0), number + 1)
     for name in source.tensors:
         index = source.block_index(name)
-        if index is not None and blocks is not None and index >= blocks:
+        if index is not None and blocks is not None and index >= blocks and index not in kept:
             continue
         if index is None or index not in kept:
             parts[name] = Derived((name,))
@@ -178,7 +178,8 @@ def fewer_experts(source: Checkpoint, kept: Mapping[int, Sequence[int]], made: S
             rest = inside.removeprefix(f"{experts.where}.{number}.")
             place = f"{experts.where}.{list(kept[index]).index(number)}.{rest}"
             parts[family.disk_name(f"{family.memory_name(name).removesuffix(inside)}{place}")] = Derived((name,))
-    return View(source, pruned_config(source, {len(numbers) for numbers in kept.values()}), parts, made)
+    beyond = sum(index >= blocks for index in kept) if blocks is not None else 0
+    return View(source, pruned_config(source, {len(numbers) for numbers in kept.values()}, beyond), parts, made)
 
 
 def narrower_experts(source: Checkpoint, width: int, made: Sequence[Path] = ()) -> View:
@@ -205,17 +206,21 @@ def narrower_experts(source: Checkpoint, width: int, made: Sequence[Path] = ()) 
     return View(source, without_further_layers(source, {experts.width: width}), parts, made)
 
 
-def pruned_config(source: Checkpoint, counts: set[int]) -> dict[str, Any]:
-    """`config.json` for another number of experts, under every name that readers look for it."""
+def pruned_config(source: Checkpoint, counts: set[int], beyond: int = 0) -> dict[str, Any]:
+    """`config.json` for another number of experts, under every name that readers look for it.
+
+    Args:
+        beyond: layers that stay behind the last block.
+    """
     [count] = counts
     experts = source.family.experts
     names = {name for name in experts.counts if name in source.text_config}.union(experts.also)
-    return without_further_layers(source, dict.fromkeys(sorted(names), count))
+    return without_further_layers(source, dict.fromkeys(sorted(names), count), beyond)
 
 
-def without_further_layers(source: Checkpoint, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`config.json` with changes of what it says of the language model, without layers beyond the last block."""
-    beyond = {"num_nextn_predict_layers": 0} if "num_nextn_predict_layers" in source.text_config else {}
+def without_further_layers(source: Checkpoint, changes: Mapping[str, Any], left: int = 0) -> dict[str, Any]:
+    """`config.json` with changes of what it says of the language model, with so many layers beyond the last block."""
+    beyond = {"num_nextn_predict_layers": left} if "num_nextn_predict_layers" in source.text_config else {}
     return with_text(source.config, {**changes, **beyond})
 
 

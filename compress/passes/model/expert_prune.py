@@ -160,6 +160,7 @@ class ExpertPrune(ModelPass):
         Raises:
             RecipeError: the model has no experts, or so many cannot go.
         """
+        from ....runtime.model.drafting import drafters
         from ...solvers.expert_subsets import few_enough
 
         blocks = expert_counts(self.kind, skeleton)
@@ -179,9 +180,10 @@ class ExpertPrune(ModelPass):
             raise RecipeError(f"{self.kind}: reconstruction runs the router alone, which here goes by {more[0]} too")
         result = self.model_copy()
         result._blocks, result._groups = blocks, groups
+        further = drafters(skeleton)
         if self.kept is None:
-            result = result._with_kept({index: _first(count, keep, groups) for index in blocks}, nominal=True)
-        elif set(self.kept) != set(blocks) or not all(
+            result = result._with_kept({n: _first(count, keep, groups) for n in [*blocks, *further]}, nominal=True)
+        elif set(self.kept) not in (set(blocks), {*blocks, *further}) or not all(
             _can_stay(numbers, keep, count, groups) for numbers in self.kept.values()
         ):
             equal = f", as many of each of {groups} groups" if groups > 1 else ""
@@ -205,11 +207,14 @@ class ExpertPrune(ModelPass):
         """With the experts that matter in `kept`, each block's told as `ExpertsKept`; and with new weights."""
         if not self.to_survey:
             return self
-        look = Look.at(skeleton, survey, self._blocks if self._observes else (), protect=self.protect_super_experts)
+        assert self.kept is not None
+        further = [index for index in self.kept if index not in self._blocks]
+        watched = [*self._blocks, *further] if self._observes else []
+        look = Look.at(skeleton, survey, watched, protect=self.protect_super_experts)
         result = self
         if self._nominal:
             chosen = {}
-            for index in self._blocks:
+            for index in self.kept:
                 chosen[index] = self._choice(look, index)
                 kept, found = chosen[index]
                 tokens = look.seen[index].tokens.int().tolist() if index in look.seen else []
@@ -243,18 +248,21 @@ class ExpertPrune(ModelPass):
         return len(next(iter(self.kept.values())))
 
     def _choice(self, look: Look, index: int) -> Choice:
-        """The experts of a block that stay, and every expert's score."""
+        """The experts of a block that stay, and every expert's score; of a layer that drafts tokens, each by what it
+        does alone."""
         import torch
 
+        drafts = index not in self._blocks
         if self.criterion == "random":
             generator = torch.Generator().manual_seed(1000 * self.seed + index)
-            scores = torch.rand(self._blocks[index], generator=generator, dtype=torch.float64)
-        elif self.criterion == "reconstruction":
+            scores = torch.rand(max(self._blocks.values()), generator=generator, dtype=torch.float64)
+        elif self.criterion == "reconstruction" and not drafts:
             return self._search(look, index)
         else:
-            scores, tokens = saliency(look.seen[index], self.criterion), look.seen[index].tokens
+            criterion = "reap" if self.criterion == "reconstruction" else self.criterion
+            scores, tokens = saliency(look.seen[index], criterion), look.seen[index].tokens
             scores = torch.where(tokens < self.min_tokens, scores - scores.max() - 1, scores)
-        if self.merge != "hc":
+        if self.merge != "hc" or drafts:
             return highest(scores, self._keep, self._groups, look.protected.get(index, ())), scores.tolist()
         best = (max(cluster, key=lambda number: float(scores[number])) for cluster in self._clusters(look, index))
         return tuple(sorted(best)), scores.tolist()
@@ -299,7 +307,7 @@ class ExpertPrune(ModelPass):
 
         assert self.kept is not None
         view = self.view(look.skeleton)
-        for index, kept in self.kept.items():
+        for index, kept in ((index, self.kept[index]) for index in self._blocks):
             experts = [_neurons(expert) for expert in look.experts(index)]
             found: dict[int, Neurons] = {}
             if self.merge == "dern":

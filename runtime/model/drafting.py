@@ -1,0 +1,77 @@
+"""Layers beyond the last block that predict a token further ahead (MTP), as DeepSeek-V3 and GLM-4.5 have them.
+
+`block(W [norm(embedding of the next token); norm(hidden state)])` is what such a layer makes (arXiv:2412.19437, eq.
+21-22); hidden states are those behind the final norm, as engines feed them. transformers does not run these layers.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .skeleton import Skeleton
+
+_JOINS, _NORMS = "eh_proj.weight", ("enorm", "hnorm")  # of the next token's embedding, and of the hidden state
+
+
+def drafters(skeleton: Skeleton) -> list[int]:
+    """Numbers of the layers that draft tokens, and are but for that what the last block is."""
+    tensors, found = skeleton.checkpoint.tensors, []
+    number = skeleton.blocks
+    while skeleton.wide is None and skeleton.disk_name(number, _JOINS) in tensors:
+        own = (skeleton.disk_name(number, name) for name in skeleton.layers[-1].state_dict())
+        if all(name in tensors for name in own):
+            found.append(number)
+        number += 1
+    return found
+
+
+class Drafter:
+    """One of them, with its weights.
+
+    Attributes:
+        layer: its block.
+    """
+
+    def __init__(self, skeleton: Skeleton, number: int) -> None:
+        self._skeleton, self._number = skeleton, number
+        self.layer = skeleton.block(number, like=skeleton.blocks - 1)
+        self._runner = skeleton.runner(skeleton.blocks - 1, self.layer)
+        self._behind = skeleton.outer_part(skeleton.family.norm)
+        self._joins = self._tensor(_JOINS)
+        self._norms = [self._norm(f"{name}.weight") for name in _NORMS]
+
+    def _tensor(self, name: str) -> Tensor:
+        skeleton = self._skeleton
+        stored = skeleton.checkpoint.tensor(skeleton.disk_name(self._number, name))
+        return stored.to(skeleton.device, torch.float32)
+
+    def _norm(self, name: str) -> Any:
+        """A norm as the final one is."""
+        norm = copy.deepcopy(self._behind)
+        norm.weight = nn.Parameter(self._tensor(name), requires_grad=False)
+        return norm
+
+    @torch.no_grad()
+    def run(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """What leaves the last block `[batch, tokens, hidden_size]`, of these ids `[batch, tokens]` → what leaves the
+        layer, of all tokens but the last, `[batch, tokens - 1, hidden_size]`."""
+        skeleton = self._skeleton
+        before, after = self._norms
+        known = after(self._behind(hidden[:, :-1].to(skeleton.device).float()))
+        entered = torch.cat([before(skeleton.embed(ids[:, 1:])), known], -1) @ self._joins.T
+        return skeleton.run(self._runner, entered)
+
+    @cached_property
+    def _head(self) -> tuple[Any, Tensor]:
+        return self._norm("shared_head.norm.weight"), self._tensor("shared_head.head.weight")
+
+    def answers(self, left: Tensor) -> Tensor:
+        """Logits of the tokens after the next, of what `run` returns."""
+        norm, head = self._head
+        found: Tensor = norm(left) @ head.T
+        return found
