@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from .skeleton import Skeleton
 
-_JOINS, _NORMS = "eh_proj.weight", ("enorm", "hnorm")  # of the next token's embedding, and of the hidden state
+_JOINS, _HEAD = "eh_proj.weight", "shared_head"
+_NORMS = ("enorm", "hnorm", f"{_HEAD}.norm")
 
 
 def drafters(skeleton: Skeleton) -> list[int]:
@@ -35,6 +36,8 @@ class Drafter:
 
     Attributes:
         layer: its block.
+        joins: `[hidden_size, 2 · hidden_size]`, of the next token's embedding and the hidden state.
+        norms: of these two, and of what leaves the block.
     """
 
     def __init__(self, skeleton: Skeleton, number: int) -> None:
@@ -42,8 +45,8 @@ class Drafter:
         self.layer = skeleton.block(number, like=skeleton.blocks - 1)
         self._runner = skeleton.runner(skeleton.blocks - 1, self.layer)
         self._behind = skeleton.outer_part(skeleton.family.norm)
-        self._joins = self._tensor(_JOINS)
-        self._norms = [self._norm(f"{name}.weight") for name in _NORMS]
+        self.joins = nn.Parameter(self._tensor(_JOINS), requires_grad=False)
+        self.norms = {name: self._norm(f"{name}.weight") for name in _NORMS}
 
     def _tensor(self, name: str) -> Tensor:
         skeleton = self._skeleton
@@ -56,22 +59,23 @@ class Drafter:
         norm.weight = nn.Parameter(self._tensor(name), requires_grad=False)
         return norm
 
+    def forward(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """What leaves the final norm `[batch, tokens, hidden_size]`, of these ids `[batch, tokens]` → what leaves the
+        layer, of all tokens but the last, `[batch, tokens - 1, hidden_size]`."""
+        known = self.norms["hnorm"](hidden[:, :-1].to(self._skeleton.device).float())
+        entered = torch.cat([self.norms["enorm"](self._skeleton.embed(ids[:, 1:])), known], -1) @ self.joins.T
+        return self._skeleton.forward(self._runner, entered)
+
     @torch.no_grad()
     def run(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        """What leaves the last block `[batch, tokens, hidden_size]`, of these ids `[batch, tokens]` → what leaves the
-        layer, of all tokens but the last, `[batch, tokens - 1, hidden_size]`."""
-        skeleton = self._skeleton
-        before, after = self._norms
-        known = after(self._behind(hidden[:, :-1].to(skeleton.device).float()))
-        entered = torch.cat([before(skeleton.embed(ids[:, 1:])), known], -1) @ self._joins.T
-        return skeleton.run(self._runner, entered)
+        """`forward` of what leaves the last block, where no gradient is wanted."""
+        return self.forward(self._behind(hidden.to(self._skeleton.device).float()), ids)
 
     @cached_property
-    def _head(self) -> tuple[Any, Tensor]:
-        return self._norm("shared_head.norm.weight"), self._tensor("shared_head.head.weight")
+    def _head(self) -> Tensor:
+        return self._tensor(f"{_HEAD}.head.weight")
 
     def answers(self, left: Tensor) -> Tensor:
-        """Logits of the tokens after the next, of what `run` returns."""
-        norm, head = self._head
-        found: Tensor = norm(left) @ head.T
+        """Logits of the tokens after the next, of what leaves the layer."""
+        found: Tensor = self.norms[f"{_HEAD}.norm"](left) @ self._head.T
         return found
