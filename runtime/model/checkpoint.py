@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import ModelError
+from ..errors import ModelError, first_line
 from ..files import PIECE
 from ..schemes import Dense, Operator
 from .disk_experts import Slice, as_published, slices
@@ -373,6 +373,8 @@ class Checkpoint:
                     self.tensors[name] = TensorInfo(file, DTYPES[view.get_dtype()], tuple(view.get_shape()))
         except UnicodeEncodeError:
             raise ModelError(f"{str(path)!a}: safetensors needs paths that are UTF-8; rename the folder") from None
+        except RuntimeError as error:  # of a file that is too large to be mapped here
+            raise ModelError(f"{path}: {first_line(error)}") from None
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path}: damaged or cut short ({error}); download or make the model again") from None
         if promised is not None and promised != set(names):
