@@ -126,10 +126,10 @@ def divergences_cost(
     vocabulary, hidden = skeleton.config.vocab_size, skeleton.config.hidden_size
     # What entered the block and a copy that runs, the residual stream behind attention and its norm; gate, up and
     # their product.
-    running = 4 * (block + held) + 4 * seen * (3 * widest + 4 * hidden)
+    running = 4 * (block + held) + 4 * seen * (3 * widest + 4 * skeleton.width)
     comparing = 5 * 4 * max(LOGITS, 32 * vocabulary) + 4 * hidden * min(vocabulary, HEAD_ROWS)
     flops = 2.0 * each * changes * (skeleton.blocks / 2 * block + vocabulary * hidden)
-    return max(running, comparing) + 4 * 4 * outer, 4 * hidden * (changes * each + 2 * seen), flops
+    return max(running, comparing) + 4 * 4 * outer, 4 * skeleton.width * (changes * each + 2 * seen), flops
 
 
 def _compared(

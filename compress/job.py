@@ -34,4 +34,5 @@ class Job:
         sources = {self.recipe.data.source, *(step.text or "builtin" for step in self.recipe.passes)}
         data = [Path(source) for source in sorted(sources - {"builtin"})]
         models = [folder for step in self.recipe.passes for folder in step.inputs]
-        return [self.model, *models, *data, *([self.recipe_file] if self.recipe_file else [])]
+        linked = [file for folder in (self.model, *models) for file in folder.glob("*.gguf")]
+        return [self.model, *models, *linked, *data, *([self.recipe_file] if self.recipe_file else [])]

@@ -31,6 +31,7 @@ SUFFIX = ".gguf"
 _WIDE = {"F32": torch.float32, "F16": torch.float16}  # all other types are held as bfloat16
 _NUMBERS = {"F32": np.float32, "F16": np.float16}
 _TABLE = "gguf.json"  # of a folder: what its tensors are in the model, and where in the file; to find out takes seconds
+_TABLES = ("token_embd.weight", "per_layer_token_embd.weight", "output.weight")  # which lie row by row as in the model
 # Keys of a file's metadata → of config.json, of which transformers 5.23 leaves some out for some models.
 _TOLD = {
     "attention.key_length": ("head_dim",),
@@ -64,8 +65,15 @@ class _Lying:
         found: str = _gguf().GGMLQuantizationType(self.kind).name
         return found
 
-    def numbers(self, number: int | None = None) -> Tensor:
-        """Float32 numbers, of one expert where there are several."""
+    @property
+    def expected(self) -> int:
+        """The bytes that so many numbers of its type take."""
+        gguf = _gguf()
+        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(self.kind)]
+        return int(np.prod(self.shape)) // block * size
+
+    def numbers(self, number: int | None = None, rows: Tensor | None = None) -> Tensor:
+        """Float32 numbers, of one expert where there are several; or some rows."""
         gguf = _gguf()
         kind, shape = gguf.GGMLQuantizationType(self.kind), self.shape
         start, size = self.offset, self.nbytes
@@ -77,7 +85,11 @@ class _Lying:
             lying = lying.view(_NUMBERS[self.type]).reshape(shape)
         else:
             lying = lying.reshape(gguf.quant_shape_to_byte_shape(shape, kind))
-        return torch.from_numpy(np.array(gguf.dequantize(lying, kind), dtype=np.float32))
+        if rows is not None:
+            lying = lying[rows.numpy()]
+        found = gguf.dequantize(lying, kind)
+        mapped = np.shares_memory(found, lying)
+        return torch.from_numpy(np.array(found, dtype=np.float32) if mapped else found.astype(np.float32, copy=False))
 
 
 def _gguf() -> Any:
@@ -99,7 +111,7 @@ def folder_of(file: Path) -> Path:
     _gguf()
     file, state = file.resolve(), file.stat()
     told = json.dumps([str(file), state.st_size, state.st_mtime_ns, version("transformers"), version("gguf")])
-    folder = Path(HF_HOME) / "compressor" / f"{file.stem}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
+    folder = Path(HF_HOME) / "compressor" / f"{file.stem[:80]}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as room:
@@ -122,11 +134,12 @@ def _describe(file: Path, folder: Path) -> None:
     folder.mkdir()
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-            tokenizer.save_pretrained(folder)
             reader = _gguf().GGUFReader(file)
             architecture = theirs.read_field(reader, "general.architecture")[0]
+            blocks = (theirs.read_field(reader, f"{architecture}.block_count") or [0])[0]
+            if not 0 < int(blocks) <= len(reader.tensors):  # before so many are built
+                raise ValueError(f"block_count is {blocks}, and there are {len(reader.tensors)} tensors")
+            config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
             for key, ours in _TOLD.items():
                 told = theirs.read_field(reader, f"{architecture}.{key}")
                 for name in ours if told else ():
@@ -136,12 +149,21 @@ def _describe(file: Path, folder: Path) -> None:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
             names = theirs.get_gguf_hf_weights_map(model, processor)
-    except Exception as error:  # transformers raises whatever it finds
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            tokenizer.save_pretrained(folder)
+    except BaseException as error:  # transformers raises whatever it finds, tokenizers more than that
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
         shutil.rmtree(folder)
         raise ModelError(f"{file}: transformers cannot read it ({first_line(error)})") from None
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-    config.architectures = [kind] if kind else None
-    config.dtype = "bfloat16"
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    config.architectures = [causal] if causal else None
+    sizes: dict[str, int] = {}
+    for one in reader.tensors:
+        kind = _gguf().GGMLQuantizationType(one.tensor_type).name
+        sizes[kind] = sizes.get(kind, 0) + int(np.prod(one.shape))
+    most = max(sizes, key=lambda kind: sizes[kind])
+    config.dtype = str(_WIDE.get(most, torch.bfloat16)).removeprefix("torch.")
     config.save_pretrained(folder)
     tensors = [
         [one.name, int(one.tensor_type), [int(n) for n in reversed(one.shape)], int(one.data_offset), int(one.n_bytes)]
@@ -153,7 +175,8 @@ def _describe(file: Path, folder: Path) -> None:
 
 def is_gguf(folder: Path) -> bool:
     """Whether a folder's weights are in a GGUF file, one that `folder_of` links to."""
-    return (folder / f"model{SUFFIX}").is_file() and not (folder / "model.safetensors").exists()
+    beside = any((folder / f"model.safetensors{more}").exists() for more in ("", ".index.json"))
+    return (folder / f"model{SUFFIX}").is_file() and (folder / _TABLE).is_file() and not beside
 
 
 class GgufModel(Checkpoint):
@@ -165,12 +188,18 @@ class GgufModel(Checkpoint):
         file = f"model{SUFFIX}"
         path, size = (self.path / file).resolve(), (self.path / file).stat().st_size
         told = self._json(_TABLE)
-        lying = [_Lying(path, name, kind, tuple(shape), *place) for name, kind, shape, *place in told["tensors"]]
+        try:
+            lying = [_Lying(path, name, kind, tuple(shape), *place) for name, kind, shape, *place in told["tensors"]]
+            if any(one.offset < 0 or one.nbytes != one.expected for one in lying):
+                raise ValueError("sizes do not go together")
+            names, architecture = dict(told["names"]), told["architecture"]
+        except (KeyError, TypeError, ValueError) as error:
+            place = self.path / _TABLE
+            raise ModelError(f"{place}: damaged ({first_line(error)}); delete {self.path}, and name {path}") from None
         if any(one.offset + one.nbytes > size for one in lying):
             raise ModelError(f"{path}: cut short; get a whole copy")
         try:
-            names = told["names"]
-            processor = theirs.TENSOR_PROCESSORS.get(told["architecture"], theirs.TensorProcessor)(config=self.config)
+            processor = theirs.TENSOR_PROCESSORS.get(architecture, theirs.TensorProcessor)(config=self.config)
             process = partial(processor.process, tensor_key_mapping=names, parsed_parameters={"tensors": {}})
             parts = [part for one in lying for part in self._parts(one, names, process)]
         except Exception as error:  # transformers raises whatever it finds
@@ -212,6 +241,14 @@ class GgufModel(Checkpoint):
 
     def made(self, name: str) -> bool:
         return True
+
+    def by_rows(self, name: str) -> bool:
+        return self._made[name][0].name in _TABLES
+
+    def rows(self, name: str, which: Tensor) -> Tensor:
+        if not self.by_rows(name):
+            return super().rows(name, which)
+        return self._made[name][0].numbers(rows=which).to(self.tensors[name].dtype).float()
 
     def stored_bytes(self, name: str) -> int:
         one = self._made[name][0]

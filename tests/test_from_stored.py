@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from compressor.compress.apply import Job, apply
 from compressor.compress.events import Warned
@@ -67,6 +69,19 @@ def test_what_does_not_go_together_is_refused(pico: Pico, tmp_path: Path) -> Non
         compress(pico("llama", head_dim=32), tmp_path / "out", f"passes: [{taken}]")
     with pytest.raises(RecipeError, match="compressed already: put it first"):
         compress(model, tmp_path / "out", f"passes: [{{kind: rtn, bits: 4, group_size: 32}}, {taken}]")
+    turned = f"passes: [{{kind: rotate, residual: false}}, {{kind: stored, model: {few}, targets: '*.o_proj'}}]"
+    with pytest.raises(RecipeError, match="which a pass before changes"):
+        compress(model, tmp_path / "out", turned)
+    for changed, told in (
+        ("model.layers.0.mlp.up_proj", "is of another model"),
+        ("model.embed_tokens", "is another in"),
+    ):
+        other = Path(shutil.copytree(model, tmp_path / changed))
+        tensors = load_file(other / "model.safetensors")
+        tensors[f"{changed}.weight"] *= -1
+        save_file(tensors, other / "model.safetensors", {"format": "pt"})
+        with pytest.raises(RecipeError, match=told):
+            compress(model, tmp_path / f"to {changed}", f"passes: [{{kind: stored, model: {other}}}]")
     with pytest.raises(ModelError, match="no such model folder"):
         compress(model, tmp_path / "out", "passes: [{kind: stored, model: nowhere}]")
     with pytest.raises(ResourceError, match="which is read"):

@@ -21,7 +21,7 @@ from compressor.compress.apply import Job, apply
 from compressor.compress.plan import Plan
 from compressor.compress.recipe import parse_recipe
 from compressor.runtime import load
-from compressor.runtime.errors import ModelError
+from compressor.runtime.errors import ModelError, ResourceError
 from compressor.runtime.hub import resolve_model
 from compressor.runtime.model.checkpoint import Checkpoint
 from compressor.runtime.stored import open_model
@@ -159,6 +159,9 @@ def test_it_is_compressed(pico: Pico, tmp_path: Path, family: str) -> None:
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architectures"]
     assert config["dtype"] == "bfloat16"
+    assert config["num_experts_per_tok" if family == "qwen3_moe" else "hidden_size"] == (
+        2 if family == "qwen3_moe" else 64
+    )
 
 
 def test_a_folder_is_made_once_for_each_file(pico: Pico, tmp_path: Path, cache: Path) -> None:
@@ -204,3 +207,53 @@ def test_without_the_package_it_says_so(pico: Pico, tmp_path: Path, monkeypatch:
     monkeypatch.setattr("builtins.__import__", without)
     with pytest.raises(ModelError, match=r"pip install 'compressor\[gguf\]'"):
         resolve_model(str(file))
+
+
+def test_rows_of_a_table_are_decoded_alone(pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = open_model(resolve_model(str(written(pico("llama"), tmp_path / "model.gguf", Kind.Q8_0)))[0])
+    name, which = "model.embed_tokens.weight", torch.tensor([5, 0, 127])
+    expected = found.tensor(name)[which].float()
+    monkeypatch.setattr(type(found), "tensor", lambda self, name: pytest.fail("the whole of it"))
+    assert torch.equal(found.rows(name, which), expected)
+
+
+def test_the_file_is_not_overwritten_by_what_becomes_of_it(pico: Pico, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    file = written(pico("llama"), out / "model.gguf", Kind.F16)
+    (out / "config.json").write_text("{}")
+    text = "passes: [{kind: rtn, bits: 4, group_size: 32}]"
+    job = Job(parse_recipe(text), text, (), resolve_model(str(file))[0], out, str(file))
+    with pytest.raises(ResourceError, match="which is read"):
+        apply(job, lambda event: None, overwrite=True)
+    assert file.is_file()
+
+
+def test_a_folder_that_somebody_else_made_is_checked(pico: Pico, tmp_path: Path) -> None:
+    folder = resolve_model(str(written(pico("llama"), tmp_path / "model.gguf", Kind.Q8_0)))[0]
+    table = folder / "gguf.json"
+    told = json.loads(table.read_text())
+    for change in (
+        {"tensors": None},
+        {"tensors": [told["tensors"][0][:3]]},
+        {"tensors": [[*told["tensors"][0][:3], -8, told["tensors"][0][4]]]},
+        {"tensors": [[*told["tensors"][0][:4], 7]]},
+        {"tensors": [[told["tensors"][0][0], 99, *told["tensors"][0][2:]]]},
+        {"names": 5},
+    ):
+        table.write_text(json.dumps({**told, **change}))
+        with pytest.raises(ModelError, match=r"gguf\.json: damaged \(.*delete"):
+            open_model(folder)
+    table.write_text(json.dumps(told))
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ModelError, match="no 'weight_map' object"):
+        open_model(folder)
+
+
+def test_as_many_blocks_as_nobody_has_are_not_built(
+    pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = GGUFWriter.add_block_count
+    monkeypatch.setattr(GGUFWriter, "add_block_count", lambda self, count: real(self, 20_000_000))
+    with pytest.raises(ModelError, match="block_count is 20000000, and there are"):
+        resolve_model(str(written(pico("llama"), tmp_path / "model.gguf", Kind.F16)))

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from pico import benchmark
 
 from compressor.compress.apply import Job, apply
 from compressor.compress.recipe import parse_recipe
@@ -81,6 +82,15 @@ def test_models_run_by_the_kernels(pico: Callable[..., Path], calibration_text: 
         kinds, found, by_kernels, by_hand = line.split()
         assert found == kinds
         assert float(by_kernels) < max(2e-3, 2 * float(by_hand)), line
+
+
+def test_experts_whose_inputs_are_scaled_are_run_one_by_one(tmp_path: Path) -> None:
+    families = benchmark("families")
+    model = families.build("llama4_text", tmp_path / "model")
+    families.compress(model, tmp_path / "int", "{kind: rtn, bits: 4, group_size: 32}")
+    kinds, found, by_kernels, by_hand = interpreted("tests/interpreted.py", str(tmp_path / "int")).split()
+    assert found == kinds
+    assert float(by_kernels) < max(2e-3, 2 * float(by_hand))
 
 
 def test_the_gpu_benchmark_runs(tmp_path: Path) -> None:

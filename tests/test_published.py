@@ -95,6 +95,9 @@ def test_blocks_that_get_more_than_hidden_states_are_calibrated_with_it(tmp_path
     assert len(shared) == 2
     row = skeleton.embed(families.IDS)
     assert torch.equal(row[..., skeleton.config.hidden_size].long(), families.IDS)
+    ids = skeleton.config.hidden_size
+    assert torch.equal(skeleton.stream(row), row[..., :ids])
+    assert skeleton.stream(row).shape[-1] == ids  # what drift is measured of
     near = {}
     for name, step in families.PASSES.items():
         families.compress(model, tmp_path / name, step.replace("bits: 8", "bits: 3"))

@@ -53,7 +53,8 @@ def evaluate_blocks(
         exact, found = streams
         if not bool(found.isfinite().all()):
             raise VerifyError(f"{output.checkpoint.path}: block {index} gives activations that are not finite")
-        drift.append(sum(_off(found[rows], moved(exact[rows])) for rows in parts) / len(windows))
+        pairs = ((output.stream(found[rows]), moved(original.stream(exact[rows]))) for rows in parts)
+        drift.append(sum(_off(*pair) for pair in pairs) / len(windows))
     answer, reference = output.answers(), original.answers()
     results, start = {}, 0
     for name, ids in texts.items():

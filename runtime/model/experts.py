@@ -232,9 +232,9 @@ class PackedExperts(nn.Module):
         return result.to(hidden_states.dtype)
 
 
-def _can_be_packed(experts: Sequence[Any]) -> bool:
+def _can_be_packed(experts: Any) -> bool:
     """Whether a kernel runs all experts at once: weights in its layout, of one scheme, and gates with SiLU."""
-    if not all(one.plain for one in experts):
+    if experts.scaled or not all(one.plain for one in experts):
         return False
     linears = [part for one in experts for part in (one.gate_proj, one.up_proj, one.down_proj)]
     if not all(

@@ -123,6 +123,10 @@ class Skeleton:
         """Numbers that go over blocks with each token: a hidden state, mostly no more."""
         return int(self.config.hidden_size) if self.wide is None else self.wide.width
 
+    def stream(self, row: Tensor) -> Tensor:
+        """The residual stream in `[..., width]`."""
+        return row if self.wide is None else row[..., : self.wide.streams]
+
     @property
     def layers(self) -> Any:
         """The blocks on `meta`."""

@@ -120,6 +120,8 @@ def small_model(config: Any) -> Any:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     stored = model.state_dict()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name in stored and not tensor.is_floating_point() and tensor.dim() == 2:  # such as experts by a token's id
+            tensor.data = torch.randint(0, 2, tensor.shape, generator=generator, dtype=tensor.dtype)
         if name not in stored or not tensor.is_floating_point():
             continue
         noise = torch.randn(tensor.shape, generator=generator) * 0.1

@@ -58,6 +58,7 @@ class Wide:
 
     Attributes:
         width: numbers that go along with a token.
+        streams: how many of these, the first ones, are its residual streams.
     """
 
     def __init__(self, skeleton: Skeleton) -> None:
@@ -76,7 +77,7 @@ class Wide:
                     heads = attention.k_proj.out_features // attention.head_dim
                     self._shared[attention.layer_type] = (heads, attention.head_dim)
         self._sizes = [self._streams * self._hidden, 1, *(2 * h * d for h, d in self._shared.values())]
-        self.width = sum(self._sizes)
+        self.width, self.streams = sum(self._sizes), self._sizes[0]
 
     def runner(self, index: int, block: nn.Module) -> Any:
         """A decoder whose only layer is `block`, with what of its own parts that block needs."""

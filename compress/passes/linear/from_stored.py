@@ -50,6 +50,10 @@ class FromStored(LinearPass):
         Raises:
             RecipeError: the folder is of another model.
         """
+        from ....runtime.model.view import View
+
+        if isinstance(skeleton.checkpoint, View):
+            raise RecipeError(f"{self.kind} takes linears of the model as it was, which a pass before changes")
         ours, theirs = skeleton.checkpoint.tensors, self._stored.tensors
         for index in range(skeleton.blocks):
             for name in (f"{linear}.weight" for linear in skeleton.linears(index) if self.wants(linear)):
@@ -67,13 +71,19 @@ class FromStored(LinearPass):
 
         ours, theirs = skeleton.checkpoint, self._stored
         linears = {f"{name}.weight" for index in range(skeleton.blocks) for name in skeleton.linears(index)}
-        for name in (name for names in ours.block_names() for name in names if name not in linears):
+        beside = [name for names in ours.block_names() for name in names if name not in linears]
+        stored = {f"{name}.weight" for name in getattr(theirs, "schemes", ())}  # such as an embedding in few bits
+        for name in (name for name in [*beside, *ours.outside_names()] if name not in stored):
             exact = ours.tensor(name)
             if name not in theirs.tensors or not torch.equal(theirs.tensor(name).to(exact.dtype), exact):
                 raise RecipeError(
                     f"{self.kind}: {name} is another in {self.model}, so that its linears go with other inputs (scales "
                     "were moved, or the model turned); nothing can go on from them against the model as it was"
                 )
+        for name in (f"{linear}.weight" for linear in skeleton.linears(0) if self.wants(linear)):
+            exact = ours.tensor(name).float()
+            if (theirs.tensor(name).float() - exact).norm() > exact.norm():
+                raise RecipeError(f"{self.kind}: {name} in {self.model} is of another model")
         result = self.model_copy()
         result._compared = True
         return result
@@ -84,8 +94,13 @@ class FromStored(LinearPass):
         return self._stored.outline(name)
 
     def apply(self, work: StageWork) -> Iterator[Event]:
+        from ....runtime.schemes import from_tensors
+
         for name in (name for names in work.groups for name in names if self.wants(name)):
             exact, operator = work.originals[name].float(), self._stored.operator(name)
-            lost = (operator.dense().to(exact.device) - exact).square().sum() / exact.square().sum().clamp(min=1e-30)
+            if exact.device.type != "cpu":
+                tensors = {suffix: tensor.to(exact.device) for suffix, tensor in operator.to_tensors().items()}
+                operator = from_tensors(tensors, operator.scheme())
+            lost = (operator.dense() - exact).square().sum() / exact.square().sum().clamp(min=1e-30)
             work.linears[name] = operator
             yield LayerDone.of(name, self.kind, float(lost), operator, 0)

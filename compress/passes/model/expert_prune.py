@@ -26,6 +26,7 @@ from .experts import (
     Look,
     change_experts,
     check_samples,
+    check_stream,
     expert_counts,
     merge_cost,
     refit_cost,
@@ -346,6 +347,7 @@ class ExpertPrune(ModelPass):
         if self.merge != "none" and self._drops:
             costs.append(merge_cost(skeleton, self._keep, compared=self.merge == "dern"))
         if self.refit and self._drops:
+            check_stream(self.kind, skeleton)
             check_samples(self.kind, samples)
             costs.append(refit_cost(self.view(skeleton), samples, sequence_length))
         return Cost.of(costs)

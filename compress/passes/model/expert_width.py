@@ -16,7 +16,7 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from ....runtime.errors import RecipeError
 from ..base import Cost, ModelPass, Need, Survey
-from .experts import change_experts, check_samples, expert_counts, refit_cost
+from .experts import change_experts, check_samples, check_stream, expert_counts, refit_cost
 
 if TYPE_CHECKING:
     from ....calibrate.refit import Member, Routed
@@ -140,6 +140,7 @@ class ExpertWidth(ModelPass):
     def survey_cost(self, skeleton: Skeleton, samples: int, sequence_length: int) -> Cost:
         if not self.needs:
             return Cost()
+        check_stream(self.kind, skeleton)
         if self.refit:
             check_samples(self.kind, samples)
         return refit_cost(skeleton, samples, sequence_length, parts=len(_PARTS))

@@ -190,6 +190,15 @@ def _converted(skeleton: Skeleton) -> float:
     return 3.0 * count * hidden * width * skeleton.dtype.itemsize
 
 
+def check_stream(step: str, skeleton: Skeleton) -> None:
+    """Refuse to fit experts to what leaves a block, where that is more than they add to."""
+    if skeleton.wide is not None:
+        hint = "; set refit: false" if step == "expert_prune" else ""
+        raise RecipeError(
+            f"{step}: experts are fitted to the residual stream, and blocks of this model hand on more than that{hint}"
+        )
+
+
 def check_samples(step: str, samples: int) -> None:
     """Refuse to fit to a single sample, of which none could be held out."""
     if samples < 2:
