@@ -72,16 +72,21 @@ def test_what_does_not_go_together_is_refused(pico: Pico, tmp_path: Path) -> Non
     turned = f"passes: [{{kind: rotate, residual: false}}, {{kind: stored, model: {few}, targets: '*.o_proj'}}]"
     with pytest.raises(RecipeError, match="which a pass before changes"):
         compress(model, tmp_path / "out", turned)
-    for changed, told in (
-        ("model.layers.0.mlp.up_proj", "is of another model"),
-        ("model.embed_tokens", "is another in"),
+    name = "model.layers.0.mlp.up_proj"
+    for changed, factor, told in (
+        (name, -1, "is of another model"),
+        ("model.embed_tokens", -1, "is another in"),
+        ("model.norm", 0, "is another in"),
+        (name, 0, r"has no .*up_proj\.weight; it is of another model"),
     ):
-        other = Path(shutil.copytree(model, tmp_path / changed))
+        other = Path(shutil.copytree(model, tmp_path / f"{changed} {factor}"))
         tensors = load_file(other / "model.safetensors")
-        tensors[f"{changed}.weight"] *= -1
+        tensors[f"{changed}.weight"] *= factor
+        if not factor:
+            del tensors[f"{changed}.weight"]
         save_file(tensors, other / "model.safetensors", {"format": "pt"})
         with pytest.raises(RecipeError, match=told):
-            compress(model, tmp_path / f"to {changed}", f"passes: [{{kind: stored, model: {other}}}]")
+            compress(model, tmp_path / f"to {changed} {factor}", f"passes: [{{kind: stored, model: '{other}'}}]")
     with pytest.raises(ModelError, match="no such model folder"):
         compress(model, tmp_path / "out", "passes: [{kind: stored, model: nowhere}]")
     with pytest.raises(ResourceError, match="which is read"):

@@ -130,3 +130,16 @@ def test_a_result_that_transformers_would_fill_up_with_chance_is_an_error(
         with pytest.raises(VerifyError, match=told):
             families.compress(model, tmp_path / str(number), families.PASSES["rtn"])
         monkeypatch.setattr(stock, "model_config", right)
+
+
+def test_ids_that_a_table_of_every_block_does_not_have(tmp_path: Path) -> None:
+    """Those of images and sounds, of which Gemma 3n looks up the first row."""
+    config, _ = families.small_config(families.config_of("gemma3n_text"))
+    config.vocab_size_per_layer_input = 100
+    families.small_model(config).save_pretrained(tmp_path / "model")
+    checkpoint = open_model(tmp_path / "model")
+    skeleton = probe._skeleton(checkpoint.family, checkpoint.path)
+    assert int(families.IDS.max()) >= 100
+    torch.testing.assert_close(
+        probe.walked(skeleton, families.IDS), families.stock_logits(tmp_path / "model"), rtol=1e-4, atol=1e-4
+    )
