@@ -143,3 +143,19 @@ def test_ids_that_a_table_of_every_block_does_not_have(tmp_path: Path) -> None:
     torch.testing.assert_close(
         probe.walked(skeleton, families.IDS), families.stock_logits(tmp_path / "model"), rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("step", ["{kind: expert_prune, ratio: 0.25}", "{kind: expert_width, width: 16}"])
+def test_layers_that_draft_and_are_named_apart(step: str, sparse: bool, tmp_path: Path) -> None:
+    """Qwen3-Next's: with experts they would have another number than config.json says."""
+    model = families.build("qwen3_next", tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    place = "model.layers.3." if any(name.startswith("model.layers.3.") for name in tensors) else "model.layers.1."
+    own = {name.replace(place, "mtp.layers.0."): tensor for name, tensor in tensors.items() if name.startswith(place)}
+    own = {name: tensor.clone() for name, tensor in own.items() if sparse or "experts" not in name}
+    own["mtp.fc.weight"] = torch.randn(64, 128)
+    save_file(tensors | own, model / "model.safetensors", {"format": "pt"})
+    families.compress(model, tmp_path / "out", step)
+    left = {name for name in load_file(tmp_path / "out" / "model.safetensors") if name.startswith("mtp.")}
+    assert left == (set() if sparse else set(own))

@@ -147,7 +147,8 @@ def fewer_experts(source: Checkpoint, kept: Mapping[int, Sequence[int]], made: S
     """Some experts of each block, renumbered in the order given.
 
     Every block keeps as many, for config.json has one count for all of them. Layers beyond the last block, which some
-    models carry to predict several tokens, are left out if `kept` does not have them.
+    models carry to predict several tokens, are left out if `kept` does not have them, or if they have experts and are
+    named apart (Qwen3-Next's).
 
     Args:
         kept: block, or layer beyond → numbers of its experts that stay.
@@ -160,9 +161,10 @@ def fewer_experts(source: Checkpoint, kept: Mapping[int, Sequence[int]], made: S
         index = source.block_index(name)
         if index is not None and index in kept and (number := experts.number(family.inside(name))) is not None:
             counts[index] = max(counts.get(index, 0), number + 1)
+    apart = _apart(source)
     for name in source.tensors:
         index = source.block_index(name)
-        if index is not None and blocks is not None and index >= blocks and index not in kept:
+        if name in apart or (index is not None and blocks is not None and index >= blocks and index not in kept):
             continue
         if index is None or index not in kept:
             parts[name] = Derived((name,))
@@ -192,7 +194,7 @@ def narrower_experts(source: Checkpoint, width: int, made: Sequence[Path] = ()) 
     family, blocks = source.family, source.text_config.get("num_hidden_layers")
     experts = family.experts
     before = source.text_config[experts.width]
-    parts: dict[str, Derived] = {}
+    parts, apart = dict[str, Derived](), _apart(source)
     for name, info in source.tensors.items():
         index = source.block_index(name)
         inside = family.inside(name) if index is not None else ""
@@ -201,9 +203,15 @@ def narrower_experts(source: Checkpoint, width: int, made: Sequence[Path] = ()) 
             columns = inside.endswith("down_proj.weight")
             stays = info.shape[1 if columns else 0] // before * width
             cut = partial(_first, count=stays, columns=columns)
-        if index is None or blocks is None or index < blocks:
+        if name not in apart and (index is None or blocks is None or index < blocks):
             parts[name] = Derived((name,), cut)
     return View(source, without_further_layers(source, {experts.width: width}), parts, made)
+
+
+def _apart(source: Checkpoint) -> set[str]:
+    """Tensors of layers that predict several tokens and are named apart, if these have experts."""
+    found = {name for name in source.tensors if name.startswith("mtp.")}
+    return found if any(".experts." in name for name in found) else set()
 
 
 def pruned_config(source: Checkpoint, counts: set[int], beyond: int = 0) -> dict[str, Any]:
