@@ -33,6 +33,7 @@ from .resources import (
 )  # fmt: skip
 from .surveys import Text, read_calibration
 
+_MUCH = 0.05  # of all bytes, from which it is told what no pass rewrites
 _GROWTH = 1.1  # how many times as large an output may be, so that engines read it
 LARGE_MODEL = 100_000_000  # parameters from which the built-in calibration text is too little
 
@@ -181,7 +182,10 @@ def make_plan(
         flops(recipe, skeleton, linears, walked) + survey.flops, *_cache_bytes(checkpoint, linears), room,
         int(host if skeleton.device.type != "cpu" else peak),
         tuple(name for index in range(skeleton.blocks) for name in skeleton.unnamed(index)),
-        (*_source_warnings(whole), *_warnings(recipe, widest, whole.parameters, all_there_is)),
+        (
+            *_source_warnings(whole), *_table_warnings(skeleton),
+            *_warnings(recipe, widest, whole.parameters, all_there_is),
+        ),
     )  # fmt: skip
 
 
@@ -224,6 +228,22 @@ def _source_warnings(checkpoint: Checkpoint) -> Iterator[str]:
             f"the model is not stored as plain weights ({told}): what it decodes to counts as the original, and what "
             "was lost before is not measured"
         )
+
+
+def _table_warnings(skeleton: Skeleton) -> Iterator[str]:
+    """Of matrices beside the blocks that no pass rewrites, where they are much of a model (Gemma 3n's and 4's)."""
+    outer, checkpoint = skeleton.outer(), skeleton.checkpoint
+    inside = f"{skeleton.family.layers}."
+    names = [
+        name
+        for part, tensor in skeleton.decoder.named_parameters()
+        if tensor.dim() == 2 and not part.startswith(inside)
+        for name in skeleton.family.lying(f"{skeleton.family.decoder}.{part}")
+        if name.removesuffix(".weight") not in outer
+    ]
+    share = sum(map(checkpoint.stored_bytes, names)) / max(checkpoint.nbytes, 1)
+    if share > _MUCH:
+        yield f"{share:.0%} of the weights stay as they are, for no pass rewrites them: {', '.join(names[:3])}"
 
 
 def _warnings(recipe: Recipe, widest: int, parameters: int, all_there_is: bool) -> Iterator[str]:
