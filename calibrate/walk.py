@@ -72,7 +72,7 @@ class Block:
             if "compressed" in self.chains.names:
                 # Weights are shared until a pass replaces them.
                 compressed = self.skeleton.block_like(self.index, original)
-                self._runners["compressed"] = self.skeleton.runner(self.index, compressed)
+                self._runners["compressed"] = self.skeleton.runner(self.index, compressed, compressed=True)
             if "reference" in self.chains.names:
                 self._runners["reference"] = self.skeleton.runner(self.index, original)
             metrics = self._probe()

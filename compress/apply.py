@@ -189,6 +189,10 @@ def _run(
     if first == 0:
         chains = _begin(plan, windows, writer, written[-1], files[-1], journal, listener, fresh=not done)
     elif windows is not None:
+        if skeleton.wide is not None:
+            outer: dict[str, Operator] = {}
+            list(_rewrite_outer(plan, outer, lambda event: None))
+            skeleton.wide.changed = _embedding(plan, outer)
         chains = Chains(journal.chains, chain_names(plan.needs), (*windows.shape, skeleton.width))
         if first < skeleton.blocks and not chains.exists(first):
             raise ResourceError(
@@ -280,11 +284,16 @@ def _begin(
         journal.done({"step": "outside", **_done(-1, events, writer, written, files)})
     if windows is None:
         return None
-    embedding = next((outer.get(name) for name, looked_up in skeleton.outer().items() if looked_up), None)
-    kept = next((name for name, looked_up in skeleton.outer().items() if looked_up and name in plan.stays), None)
-    if kept is not None:
-        embedding = skeleton.checkpoint.operator(kept)
+    embedding = _embedding(plan, outer)
+    if skeleton.wide is not None:
+        skeleton.wide.changed = embedding
     return start_chains(skeleton, windows, journal.chains, chain_names(plan.needs), embedding)
+
+
+def _embedding(plan: Plan, outer: Mapping[str, Operator]) -> Operator | None:
+    """The embedding of the model that is written, where it is another than that of the one that is read."""
+    name = next(name for name, looked_up in plan.skeleton.outer().items() if looked_up)
+    return plan.skeleton.checkpoint.operator(name) if name in plan.stays else outer.get(name)
 
 
 def _rewrite_outer(plan: Plan, found: dict[str, Operator], listener: Listener) -> Iterator[Event]:

@@ -18,6 +18,9 @@ from compressor.runtime import load
 from compressor.runtime.errors import ModelError, VerifyError
 from compressor.runtime.model import probe
 from compressor.runtime.model.checkpoint import Checkpoint
+from compressor.runtime.model.skeleton import Skeleton
+from compressor.runtime.model.view import Derived, changed
+from compressor.runtime.schemes import Dense
 from compressor.runtime.stored import open_model
 
 families = benchmark("families")
@@ -165,3 +168,22 @@ def test_layers_that_draft_and_are_named_apart(step: str, sparse: bool, tmp_path
     families.compress(model, tmp_path / "out", step)
     left = {name for name in load_file(tmp_path / "out" / "model.safetensors") if name.startswith("mtp.")}
     assert left == (set() if sparse else set(own))
+
+
+@pytest.mark.parametrize("name", ["gemma4_text", "gemma3n_text"])
+def test_what_blocks_look_up_goes_by_the_embedding_of_the_chain(name: str, tmp_path: Path) -> None:
+    checkpoint = open_model(families.build(name, tmp_path / "model"))
+    table = "model.embed_tokens.weight"
+    other = Dense(checkpoint.tensor(table) * 2 + 0.3)
+    skeleton = Skeleton(checkpoint)
+    whole = Skeleton(changed(checkpoint, {table: Derived((table,), lambda tensor: tensor * 2 + 0.3)}))
+    assert skeleton.wide is not None
+    skeleton.wide.changed = other
+    row, expected = skeleton.embed(families.IDS, other), whole.embed(families.IDS)
+    for index in range(skeleton.blocks):
+        block = skeleton.block(index)
+        plain = skeleton.run(skeleton.runner(index, block), row)
+        row = skeleton.run(skeleton.runner(index, block, compressed=True), row)
+        assert not torch.allclose(plain, row)
+        expected = whole.run(whole.runner(index, whole.block(index)), expected)
+        torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-4)

@@ -324,9 +324,13 @@ class Skeleton:
         layer.load_state_dict(block.state_dict(), assign=True)
         return self._exact_router(layer)
 
-    def runner(self, index: int, block: nn.Module) -> Any:
-        """A decoder whose only layer is `block`: call it with `inputs_embeds`, read `last_hidden_state`."""
-        runner = self.runner_of([block]) if self.wide is None else self.wide.runner(index, block)
+    def runner(self, index: int, block: nn.Module, *, compressed: bool = False) -> Any:
+        """A decoder whose only layer is `block`: call it with `inputs_embeds`, read `last_hidden_state`.
+
+        Args:
+            compressed: whether it is for the chain that follows what passes make of the model.
+        """
+        runner = self.runner_of([block]) if self.wide is None else self.wide.runner(index, block, compressed)
         if getattr(self.config, "layer_types", None):
             set_layer_types(runner.config, [self.config.layer_types[index]])
         return runner

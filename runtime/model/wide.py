@@ -59,10 +59,12 @@ class Wide:
     Attributes:
         width: numbers that go along with a token.
         streams: how many of these, the first ones, are its residual streams.
+        changed: the embedding in the compressed chain, where that is another than the checkpoint's.
     """
 
     def __init__(self, skeleton: Skeleton) -> None:
         self._skeleton, config = skeleton, skeleton.config
+        self.changed: Operator | None = None
         counts: list[tuple[int, int]] = [
             (getattr(config, key), axis) for key, axis in _STREAMS.items() if getattr(config, key, None)
         ]
@@ -79,10 +81,11 @@ class Wide:
         self._sizes = [self._streams * self._hidden, 1, *(2 * h * d for h, d in self._shared.values())]
         self.width, self.streams = sum(self._sizes), self._sizes[0]
 
-    def runner(self, index: int, block: nn.Module) -> Any:
+    def runner(self, index: int, block: nn.Module, compressed: bool) -> Any:
         """A decoder whose only layer is `block`, with what of its own parts that block needs."""
         runner = self._skeleton.runner_of([block])
         self._give(runner, index)
+        runner.stored = self.changed if compressed else None
         for name, part in runner.named_children():  # which make streams of one and one of them, without weights
             if isinstance(part, nn.ModuleList) and name != self._skeleton.family.layers and part[0] is not block:
                 setattr(runner, name, nn.ModuleList(nn.Identity() for _ in part))
@@ -108,7 +111,7 @@ class Wide:
 
         block = runner.layers[0]
         with self._watched(block, before, after):
-            self._run(runner, ids)
+            self._run(runner, ids, runner.stored)
         return found[0]
 
     def enter(self, ids: Tensor, stored: Operator | None) -> Tensor:
