@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import ModelError, first_line
+from .errors import ModelError, ResourceError, first_line
 from .files import file_sha256
 from .model.checkpoint import Checkpoint, TensorInfo, non_finite
 from .model.families import FAMILIES
@@ -105,6 +105,7 @@ def folder_of(file: Path) -> Path:
 
     Raises:
         ModelError: transformers cannot read it.
+        ResourceError: the cache cannot be written.
     """
     from huggingface_hub.constants import HF_HOME
 
@@ -112,16 +113,24 @@ def folder_of(file: Path) -> Path:
     file, state = file.resolve(), file.stat()
     told = json.dumps([str(file), state.st_size, state.st_mtime_ns, version("transformers"), version("gguf")])
     folder = Path(HF_HOME) / "compressor" / f"{file.stem[:80]}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as room:
-            _describe(file, Path(room) / "made")
-            try:
-                os.rename(Path(room) / "made", folder)
-            except OSError:  # another process was first
-                if not folder.is_dir():
-                    raise
+    try:
+        if not folder.is_dir():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as room:
+                _describe(file, Path(room) / "made")
+                _put(Path(room) / "made", folder)
+    except OSError as error:
+        told = f"{folder.parent}: cannot be written ({error.strerror})"
+        raise ResourceError(f"{told}; make room there, or name another place as HF_HOME") from None
     return folder
+
+
+def _put(made: Path, folder: Path) -> None:
+    try:
+        os.rename(made, folder)
+    except OSError:  # another process was first
+        if not folder.is_dir():
+            raise
 
 
 def _describe(file: Path, folder: Path) -> None:
@@ -150,12 +159,12 @@ def _describe(file: Path, folder: Path) -> None:
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
             names = theirs.get_gguf_hf_weights_map(model, processor)
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-            tokenizer.save_pretrained(folder)
     except BaseException as error:  # transformers raises whatever it finds, tokenizers more than that
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
         shutil.rmtree(folder)
         raise ModelError(f"{file}: transformers cannot read it ({first_line(error)})") from None
+    _save(tokenizer, folder)
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     config.architectures = [causal] if causal else None
     sizes: dict[str, int] = {}
@@ -171,6 +180,22 @@ def _describe(file: Path, folder: Path) -> None:
     ]
     (folder / _TABLE).write_text(json.dumps({"architecture": architecture, "names": names, "tensors": tensors}))
     os.symlink(file, folder / f"model{SUFFIX}")
+
+
+def _save(tokenizer: Any, folder: Path) -> None:
+    """
+    Raises:
+        OSError: the disk is full, or the like, which tokenizers says in an error of its own.
+    """
+    from .model.parts import quiet
+
+    try:
+        with quiet():
+            tokenizer.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(0, first_line(error)) from None
 
 
 def is_gguf(folder: Path) -> bool:

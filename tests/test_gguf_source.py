@@ -257,3 +257,19 @@ def test_as_many_blocks_as_nobody_has_are_not_built(
     monkeypatch.setattr(GGUFWriter, "add_block_count", lambda self, count: real(self, 20_000_000))
     with pytest.raises(ModelError, match="block_count is 20000000, and there are"):
         resolve_model(str(written(pico("llama"), tmp_path / "model.gguf", Kind.F16)))
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("No space left on device")])
+def test_a_full_disk_is_no_fault_of_the_file(
+    pico: Pico, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """tokenizers has an error of its own for it."""
+    file = written(pico("llama"), tmp_path / "model.gguf", Kind.F16)
+
+    def full(*args: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", full)
+    with pytest.raises(ResourceError, match=r"cannot be written \(No space left on device\); make room there"):
+        resolve_model(str(file))
+    assert not list((cache / "compressor").iterdir())

@@ -20,10 +20,10 @@ _NORMS = ("enorm", "hnorm", f"{_HEAD}.norm")
 
 
 def drafters(skeleton: Skeleton) -> list[int]:
-    """Numbers of the layers that draft tokens, and are but for that what the last block is."""
-    tensors, found = skeleton.checkpoint.tensors, []
-    number = skeleton.blocks
-    while skeleton.wide is None and skeleton.disk_name(number, _JOINS) in tensors:
+    """Numbers of the layers that draft tokens, and are but for that what the last block is, if that has experts."""
+    tensors, found, number = skeleton.checkpoint.tensors, list[int](), skeleton.blocks
+    sparse = any(name.startswith(f"{skeleton.family.experts.where}.") for name in skeleton.layers[-1].state_dict())
+    while sparse and skeleton.wide is None and skeleton.disk_name(number, _JOINS) in tensors:
         own = (skeleton.disk_name(number, name) for name in skeleton.layers[-1].state_dict())
         if all(name in tensors for name in own):
             found.append(number)

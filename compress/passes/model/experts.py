@@ -151,12 +151,15 @@ def walk_cost(skeleton: Skeleton, samples: int, sequence_length: int) -> Cost:
     """Of running the model once over calibration text, block by block."""
     from ....calibrate.chains import BATCH_TOKENS
     from ....calibrate.routing import SAMPLE_TOKENS
+    from ....runtime.model.drafting import drafters
 
     tokens, hidden, item = samples * sequence_length, skeleton.width, skeleton.dtype.itemsize
     shapes = [[(w.out_features, w.in_features) for w in skeleton.linears(n).values()] for n in range(skeleton.blocks)]
     block = max(sum(rows * columns for rows, columns in block) for block in shapes)
     widest = max(max(shape) for block in shapes for shape in block)
     held = block * item if skeleton.copies else 0
+    if drafters(skeleton):  # each beside the last block, with what joins its two inputs
+        held += held + 8 * skeleton.config.hidden_size**2
     batch = max(1, BATCH_TOKENS // sequence_length) * sequence_length
     running = batch * ((3 * item + 8) * widest + 12 * hidden)
     parameters = sum(rows * columns for block in shapes for rows, columns in block)
