@@ -474,3 +474,28 @@ def test_layers_that_draft_tokens_have_fewer_experts_too(pico: Pico, tmp_path: P
     after = drafted(tmp_path / "out", ids)
     assert (after - before).norm() / before.norm() < 1
     torch.testing.assert_close(after, drafted_by_hand(tmp_path / "out", ids), rtol=1e-4, atol=1e-4)
+
+
+def test_what_experts_of_a_draft_layer_do_is_seen_on_the_text(pico: Pico, tmp_path: Path) -> None:
+    skeleton, ids = Skeleton(open_model(with_drafter(pico, tmp_path / "model", "glm4_moe"))), windows()
+    folder = RoutingFolder(tmp_path / "routing", {})
+    observe_routing(skeleton, ids, tmp_path / "scratch", folder, lambda index: None)
+    assert folder.complete
+    hidden = skeleton.embed(ids)
+    for index in range(skeleton.blocks):
+        hidden = skeleton.run(skeleton.runner(index, skeleton.block(index)), hidden)
+    drafter, sizes = Drafter(skeleton, 2), torch.zeros(8, dtype=torch.float64)
+
+    def adding(number: int) -> Callable[..., None]:
+        def hook(module: Any, args: Any, output: Tensor) -> None:
+            sizes[number] += output.double().norm(dim=1).sum()
+
+        return hook
+
+    for number, expert in enumerate(drafter.layer.mlp.experts):
+        expert.register_forward_hook(adding(number))
+    drafter.run(hidden, ids)
+    seen, sample = folder.load(2)
+    assert int(seen.tokens.sum()) == ids[:, 1:].numel() * 2
+    torch.testing.assert_close(seen.weighted.double(), sizes, rtol=1e-4, atol=1e-5)
+    assert len(sample) == ids[:, 1:].numel()

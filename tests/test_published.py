@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from compressor.compress.output import stock
 from compressor.compress.output.verify import export_dense, verify
 from compressor.runtime import load
-from compressor.runtime.errors import ModelError, VerifyError
+from compressor.runtime.errors import ModelError, RecipeError, VerifyError
 from compressor.runtime.model import probe
 from compressor.runtime.model.checkpoint import Checkpoint
 from compressor.runtime.model.skeleton import Skeleton
@@ -187,3 +187,18 @@ def test_what_blocks_look_up_goes_by_the_embedding_of_the_chain(name: str, tmp_p
         assert not torch.allclose(plain, row)
         expected = whole.run(whole.runner(index, whole.block(index)), expected)
         torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_experts_are_not_fitted_to_more_than_they_add_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sparse = {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 704}
+    monkeypatch.setitem(families.SAID, "gemma4_text", {"num_kv_shared_layers": 12, **sparse})
+    model = families.build("gemma4_text", tmp_path / "model")
+    for step, more in (
+        ("{kind: expert_prune, keep: 3}", "; set refit: false"),
+        ("{kind: expert_width, width: 16}", "$"),
+    ):
+        with pytest.raises(RecipeError, match=f"blocks of this model hand on more than that{more}"):
+            families.compress(model, tmp_path / "out", step)
+    families.compress(model, tmp_path / "out", "{kind: expert_prune, keep: 3, refit: false}")
+    own = load(tmp_path / "out", dtype=torch.float32)(input_ids=families.IDS, use_cache=False).logits
+    torch.testing.assert_close(own, families.stock_logits(tmp_path / "out"), rtol=1e-4, atol=1e-4)
