@@ -45,7 +45,7 @@ def make_fingerprint(
 
 def versions() -> dict[str, str]:
     """Of what computes."""
-    found = {name: version(name) for name in ("compressor", "torch", "transformers", "safetensors", "numpy")}
+    found = {name: version(name) for name in ("compressor", "torch", "transformers", "safetensors", "numpy", "numba")}
     return found | {"python": platform.python_version()}
 
 

@@ -18,7 +18,7 @@ from compressor.compress.passes.linear.groups import Shift, groups_of, held_out_
 from compressor.compress.passes.linear.sparse24 import SparsePass
 from compressor.compress.solvers.grid import Grid, Steps, range_grid, searched_grid
 from compressor.compress.solvers.refine import best_scale, differences, refine, row_losses
-from compressor.compress.solvers.sweep import best_sweep, column_sweep, gptq_codes
+from compressor.compress.solvers.sweep import best_sweep, by_column, column_sweep, gptq_codes
 from compressor.compress.solvers.system import NotSolvable, System, damped_system
 from compressor.kernels.numbers import E2M1, E4M3, Integers, Numbers, Rounding
 from compressor.runtime.schemes import Dense
@@ -127,7 +127,7 @@ def test_sweep_without_rounding_changes_nothing() -> None:
         seen[j] = column
         return column.clone()
 
-    losses = column_sweep(weight.T.clone(), damped_system(moment).factor, keep)
+    losses = column_sweep(weight.T.clone(), damped_system(moment).factor, by_column(keep))
     assert torch.equal(seen.T, weight)
     assert not losses.any()
 

@@ -86,7 +86,7 @@ def quantize_core(
     system = damped_system(armor.seen(moment.float()), _DAMPING, act_order=True).to(moment.dtype)
     grid, codes, _ = best_sweep(factors.core, grids, system, _ROWS, keep)
     del system
-    scales, zeros = grid.scales.T.contiguous(), None if grid.zeros is None else grid.zeros.T
+    scales, zeros = grid.turned()
     factors.core = grid.values(codes.T).T.contiguous()
     span = grid.rounding.span(len(codes))
     chunk = math.lcm(span, b.shape[1])

@@ -113,6 +113,11 @@ class Grid:
         count = len(keep)
         return stacked.rows(torch.arange(count, device=keep.device) + torch.where(keep, 0, count))
 
+    def turned(self) -> tuple[Tensor, Tensor | None]:
+        """Scales and zeros to be changed in place, `[groups, rows]`."""
+        zeros = None if self.zeros is None else self.zeros.T.clone(memory_format=torch.contiguous_format)
+        return self.scales.T.clone(memory_format=torch.contiguous_format), zeros
+
     def moved(self, scales: Tensor, zeros: Tensor | None) -> Grid:
         """This grid with other scales, and with nested ones other zero points: those that `refine_chunk` left."""
         scales = scales if self.units is not None else self.steps.storable(scales)

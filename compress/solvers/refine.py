@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .grid import Grid, nearest_levels
 from .row_metric import Metric, settle, times_blocks
-from .sweep import LEAF, halves
+from .sweep import LEAF, compiles, halves
 
 _BLOCK = 128  # columns whose gradient is computed in one GEMM, if a group is not wider
 
@@ -52,7 +52,7 @@ def refine(codes: Tensor, delta: Tensor, grid: Grid, moment: Tensor, keep: Tenso
     """
     columns = codes.shape[0]
     span = grid.rounding.span(columns)
-    scales, zeros = grid.scales.T.contiguous(), None if grid.zeros is None else grid.zeros.T.contiguous()
+    scales, zeros = grid.turned()
     coarse = delta.to(moment.dtype)
     chunk = span * max(1, _BLOCK // span)
     for start in range(0, columns, chunk):
@@ -193,6 +193,13 @@ def _descend(
         _descend(codes[right], values[right], gradient[right], scale, zero, moment[right, right], grid, kept[1], metric)
         return
     own = moment.to(values.dtype)
+    if metric is None and compiles(values):
+        from .compiled import descend_columns
+
+        numbers, fractional = grid.rounding.numbers, grid.units is not None
+        state = codes, values, gradient, own.contiguous(), scale, zero, keep
+        descend_columns(*state, numbers, fractional=fractional)
+        return
     for j in range(columns):
         centred = codes[j] if zero is None else codes[j] - zero
         curvature = own[j, j] if metric is None else own[j, j] * metric.diagonal

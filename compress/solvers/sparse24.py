@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .row_metric import Metric, settle, times_blocks
-from .sweep import LEAF, column_sweep, halves
+from .sweep import LEAF, by_column, column_sweep, halves
 from .system import System
 
 CHUNK = 128  # columns whose gradient is computed in one GEMM
@@ -54,7 +54,7 @@ def sparsegpt(target: Tensor, system: System) -> Tensor:
         result[system.order[j]] = column * keep[j % 4]
         return result[system.order[j]]
 
-    column_sweep(work, system.factor, fix)
+    column_sweep(work, system.factor, by_column(fix))
     return result
 
 

@@ -21,7 +21,33 @@ def halves(start: int, end: int) -> int:
     return start + LEAF * -(-(end - start) // (2 * LEAF))
 
 
-def column_sweep(work: Tensor, factor: Tensor, fix: Callable[[int, Tensor], Tensor]) -> Tensor:
+def compiles(tensor: Tensor) -> bool:
+    """Whether loops over a tensor's numbers are compiled (`compiled.py`), and not left to torch."""
+    return tensor.device.type == "cpu"
+
+
+# Fixes columns from one to another of `work`, each by what is left of it, and leaves their errors over the diagonal of
+# the factor `[n, n]` of these columns in the place of them.
+Fixing = Callable[[int, int, Tensor, Tensor], None]
+
+
+def by_column(fix: Callable[[int, Tensor], Tensor]) -> Fixing:
+    """One column after the other.
+
+    Args:
+        fix: `(column number, its [rows] values with all corrections)` → the values kept in their place.
+    """
+
+    def fixed(start: int, end: int, work: Tensor, own: Tensor) -> None:
+        for j in range(start, end):
+            error = work[j].sub_(fix(j, work[j])).div_(own[j - start, j - start])
+            if j + 1 < end:
+                work[j + 1 : end].addr_(own[j - start, j - start + 1 :], error, alpha=-1)
+
+    return fixed
+
+
+def column_sweep(work: Tensor, factor: Tensor, fix: Fixing) -> Tensor:
     """Minimise `tr(Δ H Δᵀ)` greedily, Δ = kept - target, columns in the order given.
 
     The error of the first half of the columns is handed on to the second in one GEMM, halves within halves alike:
@@ -31,7 +57,7 @@ def column_sweep(work: Tensor, factor: Tensor, fix: Callable[[int, Tensor], Tens
         work: the target, columns first: `[columns, rows]`. Overwritten.
         factor: upper triangular U with `H⁻¹ = Uᵀ U`, columns in the same order. In bfloat16, products are made in
             bfloat16: what is handed on is then off by less than a hundredth of a rounding step.
-        fix: `(column number, its [rows] values with all corrections)` → the values kept in their place.
+        fix: what becomes of some columns.
 
     Returns:
         `diag(Δ H Δᵀ)`, `[rows]`: the sum of the squared scaled errors.
@@ -42,20 +68,14 @@ def column_sweep(work: Tensor, factor: Tensor, fix: Callable[[int, Tensor], Tens
 
 
 # Not a function within the other: one that calls itself is a cycle, which keeps its tensors until it is collected.
-def _sweep(
-    work: Tensor, start: int, end: int, factor: Tensor, fix: Callable[[int, Tensor], Tensor], losses: Tensor
-) -> None:
+def _sweep(work: Tensor, start: int, end: int, factor: Tensor, fix: Fixing, losses: Tensor) -> None:
     if end - start > LEAF:
         middle = halves(start, end)
         _sweep(work, start, middle, factor, fix, losses)
         work[middle:end].sub_(factor[start:middle, middle:end].T @ work[start:middle].to(factor.dtype))
         _sweep(work, middle, end, factor, fix, losses)
         return
-    own = factor[start:end, start:end].to(work.dtype)
-    for j in range(start, end):
-        error = work[j].sub_(fix(j, work[j])).div_(own[j - start, j - start])
-        if j + 1 < end:
-            work[j + 1 : end].addr_(own[j - start, j - start + 1 :], error, alpha=-1)
+    fix(start, end, work, factor[start:end, start:end].to(work.dtype))
     losses.add_(work[start:end].square().sum(0))
 
 
@@ -114,5 +134,15 @@ def gptq_codes(target: Tensor, grid: Grid, system: System, keep: Tensor | None =
         codes[place] = code
         return (code if zero is None else code - zero) * scale
 
-    losses = column_sweep(work, system.factor, fix)
+    def fix_compiled(start: int, end: int, work: Tensor, own: Tensor) -> None:
+        from .compiled import sweep_columns  # slow to import, and of no use on a GPU
+
+        own, found, where = own.contiguous(), torch.empty_like(work[start:end]), system.order[start:end]
+        kept = None if keep is None else keep[where].repeat(1, copies)
+        steps, moved = scales[where // span], None if zeros is None else zeros[where // span]
+        fractional = grid.units is not None
+        sweep_columns(work[start:end], own, found, steps, moved, kept, grid.rounding.numbers, fractional=fractional)
+        codes[where] = found
+
+    losses = column_sweep(work, system.factor, fix_compiled if compiles(work) else by_column(fix))
     return codes, losses

@@ -1,0 +1,272 @@
+"""Loops over single numbers, compiled for the processor: what the column sweep and the descent do within few columns.
+
+Arrays are columns first, `[columns, rows]`, C-contiguous. What is done here for some rows at a time, `sweep.by_column`
+and `refine.descend_columns` do in torch, on any device; tests compare the two. Rows are independent but for `settle`.
+"""
+
+# mypy: disable-error-code="no-untyped-def, misc"
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from ...kernels.numbers import Integers, Numbers
+
+_ROWS = 1024  # that are worth a thread of their own
+_TILE = 256  # rows of some columns that stay in a processor's nearest memory
+
+
+def _compiled(function: Callable[..., Any]) -> Any:
+    """Machine code, kept for later processes where there is a folder for it."""
+    try:
+        return njit(cache=True, nogil=True, fastmath={"contract", "arcp", "nsz"})(function)
+    except RuntimeError:  # neither beside this file nor in the user's folder can a file be made
+        return njit(nogil=True, fastmath={"contract", "arcp", "nsz"})(function)
+
+
+@cache
+def _workers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="solver")
+
+
+def _by_rows(function: Any, rows: int, *arguments: Any) -> None:
+    """Call `function(first row, row behind the last, *arguments)` for parts of the rows, as many as there are
+    threads."""
+    count = min(torch.get_num_threads(), max(1, rows // _ROWS))
+    if count == 1:
+        function(0, rows, *arguments)
+        return
+    cuts = [rows * part // count for part in range(count + 1)]
+    list(_workers().map(lambda part: function(cuts[part], cuts[part + 1], *arguments), range(count)))
+
+
+def _format(numbers: Numbers, like: Tensor) -> tuple[Any, Any, int, int]:
+    """Lowest and highest number, bits of a mantissa (-1 for integers) and least exponent."""
+    kind = like.numpy().dtype.type
+    digits = (-1, 0) if isinstance(numbers, Integers) else (numbers.mantissa, numbers.least)
+    return kind(numbers.low), kind(numbers.high), *digits
+
+
+def _array(tensor: Tensor | None, like: Tensor, dimensions: int = 2) -> Any:
+    """A tensor's numbers; of none, an array without any."""
+    return np.zeros((0,) * dimensions, like.numpy().dtype) if tensor is None else tensor.numpy()
+
+
+def sweep_columns(
+    work: Tensor,
+    own: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    keep: Tensor | None,
+    numbers: Numbers,
+    *,
+    fractional: bool,
+) -> None:
+    """Fix some columns, one after the other: each becomes its error over the diagonal of the factor, of which those
+    that follow have taken what they make up for.
+
+    Args:
+        work: `[n, rows]`, in the order in which columns are fixed; overwritten.
+        own: `[n, n]`, these columns of the factor.
+        codes: `[n, rows]`; filled in.
+        scales, zeros: of every column, `[n, rows]`.
+        keep: bool alike, false where a zero is to stay.
+        fractional: whether zeros are no integers.
+    """
+    none = np.zeros((0, 0), np.bool_)
+    arrays = work.numpy(), own.numpy(), codes.numpy(), scales.numpy(), _array(zeros, work)
+    kept = none if keep is None else keep.numpy()
+    _by_rows(_sweep, work.shape[1], *arrays, kept, *_format(numbers, codes), fractional)
+
+
+def descend_columns(
+    codes: Tensor,
+    values: Tensor,
+    gradient: Tensor,
+    own: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    keep: Tensor | None,
+    numbers: Numbers,
+    *,
+    fractional: bool,
+) -> None:
+    """Set every code of some columns that share a scale in turn to the best one; gradients follow.
+
+    Args:
+        codes, values, gradient: `[n, rows]`; overwritten.
+        own: the moment of these columns.
+        scale, zero: `[rows]`.
+        keep, fractional: as of `sweep_columns`.
+    """
+    none = np.zeros((0, 0), np.bool_)
+    arrays = codes.numpy(), values.numpy(), gradient.numpy(), own.numpy(), scale.numpy(), _array(zero, codes, 1)
+    kept = none if keep is None else keep.numpy()
+    _by_rows(_descend, codes.shape[1], *arrays, kept, *_format(numbers, codes), fractional)
+
+
+def couple_columns(
+    codes: Tensor,
+    values: Tensor,
+    gradient: Tensor,
+    own: Tensor,
+    metric: Tensor,
+    scale: Tensor,
+    keep: Tensor | None,
+    grid: tuple[Numbers, Tensor | None],
+) -> None:
+    """Set every code of some columns that share a scale to the best one, row after row, for `metric` `[rows, rows]` has
+    each row's errors count in the others'; gradients follow.
+
+    Args:
+        codes, values, gradient, own, scale, keep: as of `descend_columns`; `gradient` is `H δ M`.
+        grid: what codes are, and zeros `[rows]`.
+    """
+    numbers, zero = grid
+    kept = np.zeros((0, 0), np.bool_) if keep is None else keep.numpy()
+    arrays = codes.numpy(), values.numpy(), gradient.numpy(), own.numpy(), metric.numpy(), scale.numpy()
+    _couple(*arrays, _array(zero, codes, 1), kept, *_format(numbers, codes))
+
+
+def best_steps(quadratic: Tensor, slopes: Tensor) -> Tensor:
+    """Changes `[n]` that lower `slopes · c + ½ c · quadratic c` the most, up to two turns over the entries."""
+    found = torch.zeros_like(slopes)
+    _minimize(quadratic.numpy(), slopes.clone().numpy(), found.numpy())
+    return found
+
+
+def refuse_steps(quadratic: Tensor, slopes: Tensor, changes: Tensor) -> None:
+    """Set to zero those of some changes that, the ones before them being made, do not lower
+    `slopes · c + ½ c · quadratic c`."""
+    _refuse(quadratic.numpy(), slopes.clone().numpy(), changes.numpy())
+
+
+@_compiled
+def _nearest(value, low, high, mantissa, least):
+    if mantissa < 0:
+        return min(max(np.rint(value), low), high)
+    value = min(max(value, low), high)
+    spacing = type(value)(math.ldexp(1.0, max(math.frexp(value)[1] - 1, least) - mantissa))
+    return np.rint(value / spacing) * spacing
+
+
+@_compiled
+def _placed(value, zero, low, high, fractional):
+    moved = np.rint(value + zero) if fractional else np.rint(value) + zero
+    return min(max(moved, low), high)
+
+
+@_compiled
+def _sweep(first, last, work, own, codes, scales, zeros, keep, low, high, mantissa, least, fractional):
+    columns = work.shape[0]
+    for start in range(first, last, _TILE):
+        part = slice(start, min(start + _TILE, last))
+        for j in range(columns):
+            targets, found, steps = work[j, part], codes[j, part], scales[j, part]
+            diagonal = own[j, j]
+            for r in range(len(found)):
+                value = targets[r] / steps[r]
+                if not zeros.size:
+                    code = _nearest(value, low, high, mantissa, least)
+                    found[r] = code if not keep.size or keep[j, start + r] else low - low
+                    targets[r] = (targets[r] - found[r] * steps[r]) / diagonal
+                else:
+                    zero = zeros[j, start + r]
+                    code = _placed(value, zero, low, high, fractional)
+                    found[r] = code if not keep.size or keep[j, start + r] else zero
+                    targets[r] = (targets[r] - (found[r] - zero) * steps[r]) / diagonal
+            for later in range(j + 1, columns):
+                share, others = own[j, later], work[later, part]
+                for r in range(len(others)):
+                    others[r] -= share * targets[r]
+
+
+@_compiled
+def _descend(first, last, codes, values, gradient, own, scale, zeros, keep, low, high, mantissa, least, fractional):
+    columns = codes.shape[0]
+    moved = np.empty(_TILE, values.dtype)
+    for start in range(first, last, _TILE):
+        part = slice(start, min(start + _TILE, last))
+        steps = scale[part]
+        for j in range(columns):
+            found, slope, now = codes[j, part], gradient[j, part], values[j, part]
+            curvature = own[j, j]
+            for r in range(len(found)):
+                old = found[r]
+                if not zeros.size:
+                    code = _nearest(old - slope[r] / (curvature * steps[r]), low, high, mantissa, least)
+                else:
+                    zero = zeros[start + r]
+                    code = _placed(old - zero - slope[r] / (curvature * steps[r]), zero, low, high, fractional)
+                if keep.size and not keep[j, start + r]:
+                    code = old
+                found[r] = code
+                change = (code - old) * steps[r]
+                now[r] += change
+                moved[r] = change
+            for later in range(j + 1, columns):
+                share, others = own[later, j], gradient[later, part]
+                for r in range(len(others)):
+                    others[r] += share * moved[r]
+
+
+@_compiled
+def _couple(codes, values, gradient, own, metric, scale, zeros, keep, low, high, mantissa, least):
+    columns, rows = codes.shape
+    spread = np.empty(rows, values.dtype)
+    for j in range(columns):
+        found, slope, now = codes[j], gradient[j], values[j]
+        curvature = own[j, j]
+        spread[:] = 0
+        for r in range(rows):
+            if keep.size and not keep[j, r]:
+                continue
+            old, line = found[r], metric[r]
+            wanted = old - (slope[r] + curvature * spread[r]) / (curvature * line[r] * scale[r])
+            if not zeros.size:
+                code = _nearest(wanted, low, high, mantissa, least)
+            else:
+                code = _placed(wanted - zeros[r], zeros[r], low, high, False)
+            if code != old:
+                change = (code - old) * scale[r]
+                found[r] = code
+                now[r] += change
+                for k in range(rows):
+                    spread[k] += change * line[k]
+        for later in range(j + 1, columns):
+            share, others = own[later, j], gradient[later]
+            for k in range(rows):
+                others[k] += share * spread[k]
+
+
+@_compiled
+def _minimize(quadratic, slopes, found):
+    for _ in range(2):
+        for i in range(len(found)):
+            line = quadratic[i]
+            if line[i] > 0:
+                change = -slopes[i] / line[i]
+                found[i] += change
+                for k in range(len(line)):
+                    slopes[k] += change * line[k]
+
+
+@_compiled
+def _refuse(quadratic, slopes, changes):
+    for i in range(len(changes)):
+        change, line = changes[i], quadratic[i]
+        if change * (2 * slopes[i] + change * line[i]) < 0:
+            for k in range(len(line)):
+                slopes[k] += change * line[k]
+        else:
+            changes[i] = 0
