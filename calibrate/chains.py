@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, ClassVar
 
 import numpy as np
 import torch
@@ -43,14 +43,18 @@ class Chains:
     A generation is complete once `commit` returns: its files are synced, and the generation before may go.
     """
 
-    def __init__(self, folder: Path, names: tuple[str, ...], shape: tuple[int, int, int]) -> None:
-        self.folder, self.names, self.shape = folder, names, shape
+    dtype: ClassVar[torch.dtype] = torch.float32
+
+    def __init__(
+        self, folder: Path, names: tuple[str, ...], shape: tuple[int, int, int], batch_tokens: int = BATCH_TOKENS
+    ) -> None:
+        self.folder, self.names, self.shape, self._tokens = folder, names, shape, batch_tokens
         folder.mkdir(parents=True, exist_ok=True)
 
     @property
     def batch(self) -> int:
         """Samples per micro-batch."""
-        return max(1, BATCH_TOKENS // self.shape[1])
+        return max(1, self._tokens // self.shape[1])
 
     def batches(self) -> Iterator[slice]:
         """Samples of one micro-batch after the other."""
@@ -58,11 +62,11 @@ class Chains:
             yield slice(start, start + self.batch)
 
     def read(self, generation: int, name: str) -> Spill:
-        return Spill(open(self._path(generation, name), "rb+"), self.shape, torch.float32)
+        return Spill(open(self._path(generation, name), "rb+"), self.shape, self.dtype)
 
     def create(self, generation: int, name: str) -> Spill:
         """A new generation's file, at its full size."""
-        return self._new(self._path(generation, name), self.shape, torch.float32)
+        return self._new(self._path(generation, name), self.shape, self.dtype)
 
     def scratch(self, width: int, dtype: torch.dtype) -> Spill:
         """Room for `[samples, tokens, width]` that is gone with its last reference."""
@@ -72,7 +76,7 @@ class Chains:
         return spill
 
     def exists(self, generation: int) -> bool:
-        size = 4 * int(np.prod(self.shape))
+        size = self.dtype.itemsize * int(np.prod(self.shape))
         return all(p.is_file() and p.stat().st_size == size for p in (self._path(generation, n) for n in self.names))
 
     def checksums(self, generation: int) -> dict[str, str]:
@@ -107,9 +111,42 @@ class Chains:
             self._path(generation, name).unlink(missing_ok=True)
 
     def _path(self, generation: int, name: str) -> Path:
-        return self.folder / f"{generation:05d}.{name}.f32"
+        return self.folder / f"{generation:05d}.{name}.f{8 * self.dtype.itemsize}"
 
     def _new(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype) -> Spill:
         file = open(path, "wb+")  # noqa: SIM115 (the spill keeps it)
         reserve(file, shape[0] * shape[1] * shape[2] * dtype.itemsize)
         return Spill(file, shape, dtype)
+
+
+class Trail(Chains):
+    """Chains of which every generation stays, for a walk back."""
+
+    def advanced(self, generation: int) -> None:
+        self.commit(generation)
+        write_synced(self._sums(generation), json.dumps(self.checksums(generation)))
+        sync_folder(self.folder)
+
+    @property
+    def reached(self) -> int:
+        """The last generation up to which all are there and undamaged."""
+        generation = 0
+        while self._whole(generation):
+            generation += 1
+        return generation - 1
+
+    def _whole(self, generation: int) -> bool:
+        try:
+            known = json.loads(self._sums(generation).read_text(encoding="utf-8"))
+            return self.exists(generation) and self.checksums(generation) == known
+        except (OSError, ValueError):
+            return False
+
+    def _sums(self, generation: int) -> Path:
+        return self.folder / f"{generation:05d}.sums"
+
+
+class HalfTrail(Trail):
+    """The same in bfloat16."""
+
+    dtype = torch.bfloat16

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..runtime.errors import ResourceError
 from ..runtime.files import read_saved, save_synced, write_synced
 from ..runtime.text import json_text
+from .curvature import Curvature
 from .routing import Routing
 from .statistics import UNPAIRED, Statistics
 
@@ -152,6 +153,47 @@ class RoutingFolder(BlockFolder):
             return Routing(**tensors), sample
         except (KeyError, TypeError) as error:
             raise ResourceError(f"{self._file(block)}: not readable ({error}); delete {self.folder}") from None
+
+
+class CurvatureFolder(BlockFolder):
+    """What errors of linears' outputs cost the model (`curvature`)."""
+
+    index, prefix = "curvature.json", "curvature"
+
+    def save(self, block: int, curvatures: Mapping[str, Curvature]) -> None:
+        """Keep a block's; linears that share a metric share its tensor on disk."""
+        tensors: dict[str, Tensor] = {}
+        names: dict[str, str] = {}
+        for name, found in curvatures.items():
+            metric = found.metric
+            lead = next((other for other, tensor in tensors.items() if tensor is metric), name)
+            if metric is not None:
+                tensors[lead] = metric
+            names[name] = json.dumps([lead if metric is not None else "", found.trace, found.tokens])
+        self._save(block, tensors, names)
+
+    def load(self, block: int, device: torch.device | str = "cpu") -> dict[str, Curvature]:
+        """A block's curvatures by disk name, on a device.
+
+        Raises:
+            ResourceError: the file is missing or damaged.
+        """
+        tensors, names = self._load(block)
+        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+        try:
+            entries = {name: json.loads(entry) for name, entry in names.items()}
+            return {
+                name: Curvature(trace, tensors[lead] if lead else None, tokens)
+                for name, (lead, trace, tokens) in entries.items()
+            }
+        except (ValueError, TypeError, KeyError) as error:
+            raise ResourceError(f"{self._file(block)}: not readable ({error}); delete {self.folder}") from None
+
+
+class TracesFolder(CurvatureFolder):
+    """The same without metrics."""
+
+    index, prefix = "traces.json", "traces"
 
 
 class FiguresFolder:

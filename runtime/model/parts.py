@@ -67,12 +67,35 @@ class Head(nn.Module):
         """What some models ask for the dtype of."""
         return self._room
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        logits = hidden.new_empty(*hidden.shape[:-1], len(self._weight))
+    def parts(self) -> Iterator[tuple[slice, Tensor]]:
+        """Rows, some at a time, in float32; the next ones take their place."""
         for start in range(0, len(self._weight), HEAD_ROWS):
             part = self._weight[start : start + HEAD_ROWS]
-            logits[..., start : start + len(part)] = nn.functional.linear(hidden, self._room[: len(part)].copy_(part))
+            yield slice(start, start + len(part)), self._room[: len(part)].copy_(part)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = _Logits.apply(hidden, self)
         return logits if self._bias is None else logits + self._bias.to(self._device, torch.float32)
+
+    def __len__(self) -> int:
+        return len(self._weight)
+
+
+class _Logits(torch.autograd.Function):
+    """`hidden @ weightᵀ` for a head; its derivative needs the weight alone, a part at a time again."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Head) -> Tensor:
+        ctx.head = head
+        logits = hidden.new_empty(*hidden.shape[:-1], len(head))
+        for rows, weight in head.parts():
+            logits[..., rows] = nn.functional.linear(hidden, weight)
+        return logits
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
+        gradient: Tensor = gradients[0]
+        return sum(gradient[..., rows] @ weight for rows, weight in ctx.head.parts()), None  # type: ignore[return-value]
 
 
 class Zero(nn.Module):

@@ -405,11 +405,12 @@ class Skeleton:
         """What leaves the last block → float32 `[..., vocab_size]`; the head is converted a part at a time."""
         return self.answers()(hidden)
 
-    def answers(self, table: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    def answers(self, table: Tensor | None = None, *, graph: bool = False) -> Callable[[Tensor], Tensor]:
         """`logits` for many calls; a head that is stored in another form is decoded once, and held.
 
         Args:
             table: `[vocab_size, hidden_size]`, in place of the head's.
+            graph: whether gradients of hidden states may be asked for.
         """
         norm = self.outer_part(self.family.norm)
         if self.wide is None:
@@ -420,14 +421,14 @@ class Skeleton:
         head = self._head(table)
         whole = self._causal(decoder, head)
 
-        @torch.no_grad()
         def answer(hidden: Tensor) -> Tensor:
-            batched = hidden.to(self.device, torch.float32).reshape(1, -1, hidden.shape[-1])
-            if whole is None:
-                logits = head(decoder(inputs_embeds=batched, use_cache=False).last_hidden_state)
-            else:
-                logits = whole(inputs_embeds=batched, use_cache=False).logits
-            return logits.reshape(*hidden.shape[:-1], -1)
+            with torch.set_grad_enabled(graph):
+                batched = hidden.to(self.device, torch.float32).reshape(1, -1, hidden.shape[-1])
+                if whole is None:
+                    logits = head(decoder(inputs_embeds=batched, use_cache=False).last_hidden_state)
+                else:
+                    logits = whole(inputs_embeds=batched, use_cache=False).logits
+                return logits.reshape(*hidden.shape[:-1], -1)
 
         return answer
 

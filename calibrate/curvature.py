@@ -1,0 +1,270 @@
+"""How much the model loses by an error of any linear's outputs, by one walk back over all blocks.
+
+With `g` the gradient of `u · logits` at what a linear puts out for a token, and u a draw of `√p ∘ ξ − p (√p · ξ)`, ξ
+standard normal and p the probabilities that the model answers with, `E[u uᵀ] = diag(p) − p pᵀ` is the Hessian of
+KL(original ‖ changed). An error Δ of a linear's weight so costs, for each token and up to second order,
+
+    KL ≈ ½ E[(gᵀ Δ x)²] ≈ ½ tr(M Δ H Δᵀ),    M = E[g gᵀ],  H = E[x xᵀ]
+
+(a Fisher matrix in two factors, as in YAQA, arXiv:2505.22988). One backward pass has a draw for every token: what
+enters each block is kept on the way to the end, then blocks are run once more, from the last to the first, and the
+gradient is handed from one to the one before.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..runtime.model.experts import Expert
+from ..runtime.model.skeleton import HEAD_ROWS, Skeleton
+from .chains import Chains, HalfTrail, Spill, Trail
+from .divergences import LOGITS
+from .drive import carry
+from .routing import experts_of
+from .statistics import Statistics
+
+if TYPE_CHECKING:
+    from .folders import CurvatureFolder
+
+_GRAPH_TOKENS = 1024  # that are run with gradients at a time, where windows are no longer
+_ENOUGH = 2  # tokens for each row of a metric, at least
+_CLIP = 2.0  # times the median length of gradients
+_MIXTURE = "experts"  # in the place of a linear's name: what all experts together put out
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """What errors of a linear's outputs cost.
+
+    Attributes:
+        trace: `E[‖g‖²]` over tokens; of an expert, over those that come by, each as often as its squared coefficient
+            says.
+        metric: `E[g gᵀ]`, float32 `[rows, rows]`, gradients longer than twice their median made as short as that; None
+            where it was not asked for. First tokens, which attention leans on whatever they say, would be half of it.
+        tokens: that the metric is of.
+    """
+
+    trace: float
+    metric: Tensor | None
+    tokens: int
+
+
+def reverse_walk(
+    skeleton: Skeleton,
+    windows: Tensor,
+    scratch: Path,
+    kept: CurvatureFolder,
+    done: Callable[[int], None],
+    *,
+    metrics: bool = True,
+) -> None:
+    """Curvatures of every linear; goes on where it was interrupted.
+
+    Args:
+        windows: token ids `[samples, tokens]`.
+        scratch: a folder to be made and deleted again, for what enters every block.
+        kept: gets each block's curvatures, the last block's first.
+        done: told how many steps are behind, of two for each block.
+        metrics: whether these are wanted, or traces alone.
+    """
+    most = windows.numel() // _ENOUGH if metrics else 0
+    trail = _forth(skeleton, windows, scratch / "forth", done)
+    blocks = skeleton.blocks
+    chains = Chains(scratch / "back", ("gradient",), trail.shape, _GRAPH_TOKENS)
+    if (step := chains.reached) < 0:
+        answer, leaving = skeleton.answers(graph=True), trail.read(blocks, "entering")
+        carry(chains, "gradient", 0, partial(_drawn, skeleton, answer, leaving))
+        chains.advanced(step := 0)
+    for number in range(step, blocks):
+        index = blocks - 1 - number
+        back = _BlockBack(skeleton, index, most)
+        carry(
+            chains,
+            "gradient",
+            number + 1,
+            partial(_pulled, back, trail.read(index, "entering"), chains.read(number, "gradient")),
+        )
+        kept.save(index, back.found())
+        chains.advanced(number + 1)
+        skeleton.checkpoint.release()
+        done(blocks + number)
+    kept.finish(range(blocks))
+    shutil.rmtree(scratch)
+
+
+def _forth(skeleton: Skeleton, windows: Tensor, folder: Path, done: Callable[[int], None]) -> Trail:
+    """What enters each block, and leaves the last; in bfloat16, of which each block starts, so that it is run alike on
+    the way back."""
+    kind = HalfTrail if skeleton.wide is None else Trail  # whose rows have token ids
+    trail = kind(folder, ("entering",), (*windows.shape, skeleton.width), _GRAPH_TOKENS)
+    if (start := trail.reached) < 0:
+        carry(trail, "entering", 0, partial(_embedded, skeleton, windows))
+        trail.advanced(start := 0)
+    for index in range(start, skeleton.blocks):
+        runner = skeleton.runner(index, skeleton.block(index))
+        carry(trail, "entering", index + 1, partial(_through, skeleton, runner, trail.read(index, "entering")))
+        trail.advanced(index + 1)
+        skeleton.checkpoint.release()
+        done(index)
+    return trail
+
+
+def _embedded(skeleton: Skeleton, windows: Tensor, rows: slice) -> Tensor:
+    return skeleton.embed(windows[rows])
+
+
+def _through(skeleton: Skeleton, runner: Any, entering: Spill, rows: slice) -> Tensor:
+    return skeleton.run(runner, entering[rows].float())
+
+
+def _pulled(back: _BlockBack, entering: Spill, gradient: Spill, rows: slice) -> Tensor:
+    return back.pull(entering[rows], gradient[rows])
+
+
+def _drawn(skeleton: Skeleton, answer: Callable[[Tensor], Tensor], leaving: Spill, rows: slice) -> Tensor:
+    """Gradients of `u · logits` at what left the last block, `[samples, tokens, width]`, for a draw of u; that of a
+    window depends on its number alone."""
+    found = []
+    piece = max(32, LOGITS // int(skeleton.config.vocab_size))
+    for row in range(rows.start, min(rows.stop, leaving.shape[0])):
+        generator = torch.Generator().manual_seed(row)
+        for part in leaving[row : row + 1][0].float().to(skeleton.device).split(piece):
+            hidden = part.detach().requires_grad_(True)
+            logits = answer(hidden)
+            roots = (logits.detach().log_softmax(-1) / 2).exp()
+            drawn = roots * torch.randn(roots.shape, generator=generator).to(roots.device)
+            drawn -= roots.square() * drawn.sum(-1, keepdim=True)
+            found.append(torch.autograd.grad(logits, hidden, drawn)[0])
+    return torch.cat(found).view(-1, *leaving.shape[1:])
+
+
+class _BlockBack:
+    """A block through which gradients are pulled back, and what is summed up of those at its linears' outputs.
+
+    Of experts, the metric of what they put out together is found, which is that of their last linears.
+    """
+
+    def __init__(self, skeleton: Skeleton, index: int, most: int) -> None:
+        """
+        Args:
+            most: rows of a linear up to which its metric is found.
+        """
+        self._skeleton, self._index = skeleton, index
+        layer = skeleton.block(index).requires_grad_(False)
+        self._runner = skeleton.runner(index, layer)
+        self._names = {
+            name: skeleton.disk_name(index, name)
+            for stage in skeleton.stages(index)
+            for group in stage
+            for name in group.linears
+        }
+        self._last = {name for name in self._names if self._number(name) is not None and name.endswith("down_proj")}
+        measured = {name: name for name in self._names if self._number(name) is None}
+        if self._last:
+            measured[_MIXTURE] = min(self._last)
+        rows = {place: layer.get_submodule(name).out_features for place, name in measured.items()}
+        self._sums = {
+            name: Statistics.empty(count, ("moment",), skeleton.device) for name, count in rows.items() if count <= most
+        }
+        mixture = experts_of(skeleton, layer)
+        self._lengths, self._weights = dict.fromkeys(self._names, 0.0), dict.fromkeys(self._names, 0.0)
+        self._outputs: dict[str, Tensor] = {}
+        self._coefficients: dict[str, Tensor] = {}
+        for name in self._names:
+            layer.get_submodule(name).register_forward_hook(self._remember(name))
+        if mixture is not None:
+            mixture.register_forward_hook(self._remember(_MIXTURE))
+        for name, module in layer.named_modules():
+            if isinstance(module, Expert):
+                module.register_forward_pre_hook(self._weigh(name))
+
+    def _number(self, name: str) -> int | None:
+        return self._skeleton.family.experts.number(name)
+
+    def _remember(self, name: str):  # type: ignore[no-untyped-def]
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            self._outputs[name] = output
+
+        return hook
+
+    def _weigh(self, name: str):  # type: ignore[no-untyped-def]
+        def hook(module: nn.Module, args: tuple[Tensor, Tensor]) -> None:
+            self._coefficients[name] = args[1].detach()
+
+        return hook
+
+    def pull(self, entering: Tensor, gradient: Tensor) -> Tensor:
+        """Some samples `[samples, tokens, width]`: the gradient at what leaves the block → at what enters it."""
+        skeleton = self._skeleton
+        hidden = entering.float().to(skeleton.device).requires_grad_(True)
+        self._outputs, self._coefficients = {}, {}
+        with torch.enable_grad():
+            output = skeleton.forward(self._runner, hidden)
+        names = [name for name, found in self._outputs.items() if found.requires_grad]
+        places = [self._outputs[name] for name in names]
+        pulled, *found = torch.autograd.grad(output, [hidden, *places], gradient.to(skeleton.device), allow_unused=True)
+        for name, own in zip(names, found, strict=True):
+            if own is not None:
+                self._add(name, own.reshape(-1, own.shape[-1]))
+        return pulled.detach()
+
+    def _add(self, name: str, gradients: Tensor) -> None:
+        """Take in gradients `[tokens, rows]`."""
+        lengths = gradients.float().norm(dim=1)
+        if name in self._lengths:
+            met = self._coefficients.get(name.rpartition(".")[0])
+            self._lengths[name] += float(lengths.square().sum())
+            self._weights[name] += len(lengths) if met is None else float(met.float().square().sum())
+        if name in self._sums and len(lengths):
+            longest = _CLIP * lengths.median()
+            shares = (longest / lengths.clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=1)
+            self._sums[name].add((gradients.float() * shares[:, None]).to(self._skeleton.dtype))
+
+    def found(self) -> dict[str, Curvature]:
+        """Disk name → curvature."""
+        metrics = {name: sums.moment / max(sums.tokens, 1) for name, sums in self._sums.items()}
+        result = {}
+        for name, disk in self._names.items():
+            source = _MIXTURE if name in self._last else name
+            trace = self._lengths[name] / max(self._weights[name], torch.finfo(torch.float32).tiny)
+            tokens = self._sums[source].tokens if source in metrics else 0
+            result[disk] = Curvature(trace, metrics.get(source), tokens)
+        return result
+
+
+def curvature_cost(
+    skeleton: Skeleton, samples: int, tokens: int, *, metrics: bool
+) -> tuple[float, float, float, float]:
+    """Bytes of memory, of disk, and of what is left on disk until the run is done, and floating-point operations, of
+    `reverse_walk`.
+
+    Args:
+        samples, tokens: the windows.
+        metrics: as of `reverse_walk`.
+    """
+    seen = samples * tokens
+    graph, blocks, found = max(_GRAPH_TOKENS, tokens), list[float](), list[float]()
+    most = seen // _ENOUGH if metrics else 0
+    for index in range(skeleton.blocks):
+        inside = skeleton.linears(index)
+        own = {name: linear for name, linear in inside.items() if skeleton.family.expert(name) is None}
+        rows = [linear.out_features for linear in own.values()]
+        rows += [skeleton.config.hidden_size] * (len(own) < len(inside))
+        found.append(4.0 * sum(count**2 for count in rows if count <= most))
+        blocks.append(float(sum(linear.weight.numel() for linear in inside.values())))
+    widest = max(max(linear.weight.shape) for linear in skeleton.linears(0).values())
+    vocabulary, hidden = skeleton.config.vocab_size, skeleton.config.hidden_size
+    # What a block keeps to be run back: inputs of linears, norms and products, and the gradients of their outputs.
+    running = max(blocks) * skeleton.dtype.itemsize * skeleton.copies + graph * 4.0 * (8 * widest + 24 * skeleton.width)
+    drawing = 6 * 4.0 * max(LOGITS, 32 * vocabulary) + 4.0 * hidden * min(vocabulary, HEAD_ROWS)
+    carried = seen * skeleton.width * ((skeleton.blocks + 1) * (2 if skeleton.wide is None else 4) + 2 * 4)
+    flops = seen * (6.0 * sum(blocks) + sum(found) / 4 + 4.0 * vocabulary * hidden)
+    return max(running + max(found), drawing), carried + sum(found), sum(found), flops
