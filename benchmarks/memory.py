@@ -41,6 +41,7 @@ _FULL = "solver: als, objective: full, correction: 1, block_size: 32"
 CASES: dict[str, tuple[Any, ...]] = {
     "hidden 512": (_llama(512, 1536), "{kind: gptq, bits: 4}"),
     "hidden 1024": (_llama(1024, 4096), "{kind: gptq, bits: 4}"),
+    "hidden 1024, the model's end": (_llama(1024, 4096), "{kind: gptq, bits: 4, objective: model}"),
     "hidden 1024, plain": (
         _llama(1024, 4096), "{kind: gptq, bits: 4, correction: 0, refinements: 0, search: false}"
     ),

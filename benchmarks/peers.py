@@ -30,7 +30,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-PLAIN = " passes.0.correction=0 passes.0.refinements=0 passes.0.search=false passes.0.act_order=false"
+PLAIN = "".join(
+    f" passes.0.{edit}"
+    for edit in ("correction=0", "refinements=0", "search=false", "act_order=false", "objective=layer")
+)
 
 
 def run_compressor(task: dict[str, Any]) -> None:

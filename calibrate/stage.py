@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..runtime.model.folds import Seam, multiplied
 from ..runtime.schemes import Dense, Operator
+from .curvature import Curvature
 from .statistics import Statistics
 
 T = TypeVar("T")
@@ -26,6 +27,7 @@ class StageWork:
         statistics: disk name → statistics; linears that read the same input share one object. Empty without data,
             and without an entry for linears that no pass asks about.
         metrics: disk name → Gauss-Newton metric of the block's output (`probes`), where a pass asks for it.
+        curvatures: disk name → what errors of its outputs cost the model, where a pass asks for it.
         seams: what feeds linears of the stage, and nothing else → where a scale can be moved between the two (`fold`).
         folded: feeder → scale that was moved, for each channel.
         unseen: why linears without statistics have none.
@@ -37,6 +39,7 @@ class StageWork:
     groups: list[list[str]]
     statistics: dict[str, Statistics] = field(default_factory=dict)
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    curvatures: dict[str, Curvature] = field(default_factory=dict)
     seams: dict[str, Seam] = field(default_factory=dict)
     folded: dict[str, Tensor] = field(default_factory=dict)
     unseen: str = "no calibration token came by (more data.samples?)"
@@ -87,6 +90,7 @@ class StageWork:
             groups,
             some(self.statistics),
             some(self.metrics),
+            some(self.curvatures),
             unseen=self.unseen,
             heard=self.heard,
         )

@@ -23,7 +23,7 @@ from ..runtime.schemes import Dense, Operator
 from .capture import Capture, Replay, RoutedAs, let_round
 from .chains import Chains, Spill
 from .drive import carry
-from .folders import StatisticsFolder
+from .folders import CurvatureFolder, StatisticsFolder
 from .probes import output_metrics
 from .routing import experts_of
 from .stage import StageWork, split_to_fit
@@ -46,8 +46,10 @@ class Block:
         folder: StatisticsFolder | None,
         room: float | None,
         stays: frozenset[str],
+        curvature: CurvatureFolder | None,
     ) -> None:
         self.skeleton, self.index, self.chains, self.folder, self._room = skeleton, index, chains, folder, room
+        self._curvature = curvature
         self._wanted, self._probed, self._stays = wanted, probed, stays
         self.linears: dict[str, Operator] = {}
         self.tensors: dict[str, Tensor] = {}  # by disk name: what is no longer as the checkpoint has it, linears aside
@@ -63,6 +65,7 @@ class Block:
         """Groups of linears in execution order, each with the statistics of what now enters it."""
         sequential = self.chains is not None and "compressed" in self.chains.names
         known: dict[str, Statistics] = {}
+        curvatures = {} if self._curvature is None else self._curvature.load(self.index, self.skeleton.device)
         at_once = True
         metrics: dict[str, Tensor] = {}
         if self.folder is not None and self.folder.complete:
@@ -97,6 +100,7 @@ class Block:
                 else:
                     work.statistics = {name: known.pop(name) for name in work.linears if name in known}
                 work.metrics = {name: metrics.pop(name) for name in work.linears if name in metrics}
+                work.curvatures = {name: curvatures.pop(name) for name in work.linears if name in curvatures}
                 before = dict(work.linears)
                 work.seams = {} if number else offered
                 for feeder, scale in folded.items():  # which the stage's first part decided
@@ -104,6 +108,7 @@ class Block:
                 yield work
                 folded |= work.folded
                 work.metrics.clear()
+                work.curvatures.clear()
                 work.statistics.clear()  # the caller still holds the work while the next stage is measured
                 self.linears.update(work.linears)
                 for name in (name for group in stage for name in group.linears):
@@ -341,6 +346,7 @@ def walk(
     probed: Collection[str] = (),
     room: float | None = None,
     stays: frozenset[str] = frozenset(),
+    curvature: CurvatureFolder | None = None,
 ) -> Iterator[Block]:
     """Every block from `first` on; the caller rewrites it through `stages()` and then calls `advance()`.
 
@@ -351,6 +357,7 @@ def walk(
         probed: disk names of the linears whose metrics are wanted.
         room: bytes of statistics at a time; stages that have more come in parts. Default: no limit.
         stays: disk names of linears that keep the form in which the checkpoint has them.
+        curvature: what errors of the linears' outputs cost, where a pass asks for it.
     """
     for index in range(first, skeleton.blocks):
-        yield Block(skeleton, index, chains, wanted, probed, folder, room, stays)
+        yield Block(skeleton, index, chains, wanted, probed, folder, room, stays, curvature)

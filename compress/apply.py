@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..calibrate.chains import Chains
 from ..calibrate.drive import start_chains
-from ..calibrate.folders import FiguresFolder, StatisticsFolder
+from ..calibrate.folders import CurvatureFolder, FiguresFolder, StatisticsFolder
 from ..calibrate.stage import StageWork
 from ..calibrate.statistics import KINDS
 from ..calibrate.walk import Block, walk
@@ -39,7 +39,7 @@ from .plan import Plan, make_plan, plan_for_text
 from .quality import Quality, measure, texts_to_measure
 from .recipe import Recipe
 from .resources import chain_names, check_disk, check_memory
-from .surveys import Text, keeps, routing_folder, survey_texts, surveyed
+from .surveys import Text, curvature_folder, keeps, routing_folder, survey_texts, surveyed
 
 Listener = Callable[[Event], None]
 
@@ -81,7 +81,7 @@ def apply(
         raise RecipeError(
             "--statistics keeps statistics of the original model, which this recipe does not use; it is for rtn with "
             "search: true and other passes with sequential: false, without one that changes the model before, for "
-            "expert_prune, and for bits: mixed"
+            "expert_prune, for bits: mixed, and for gptq with objective: model"
         )
     if "linears" in kept:  # which are kept of all blocks at once
         plan = replace(make_plan(job.recipe, skeleton, memory=float("inf")), warnings=plan.warnings)
@@ -97,18 +97,19 @@ def apply(
             source: {"name": found.corpus.name, "sha256": found.corpus.sha256} for source, found in texts.items()
         }
         folder, routing, figures = None, None, None
+        source = statistics_source(fingerprint)
         if statistics is not None:
-            source = statistics_source(fingerprint)
             folder = StatisticsFolder(statistics, source) if "linears" in kept else None
             routing = routing_folder(statistics, plan.recipe, fingerprint) if "routing" in kept else None
             figures = FiguresFolder(statistics, source)
         journal.open(fingerprint, resume=resume)
-        recipe = surveyed(job.recipe, skeleton, windows, texts, routing, figures, journal, listener)
+        curvature = curvature_folder(statistics, plan.recipe, source, journal)
+        recipe = surveyed(job.recipe, skeleton, windows, texts, routing, figures, curvature, journal, listener)
         if recipe != plan.recipe:
             plan = make_plan(recipe, skeleton, memory=float("inf") if folder is not None else memory)
         job = replace(job, recipe=plan.recipe)
         if journal.finished is None:
-            _run(job, plan, windows, folder, journal, listener)
+            _run(job, plan, windows, folder, curvature, journal, listener)
             write_beside(journal.result, job, plan)
             quality = _measured(job, plan, skeleton, text, journal, listener)
             finish_folder(journal.result, job, plan, fingerprint, journal.entries, quality)
@@ -172,6 +173,7 @@ def _run(
     plan: Plan,
     windows: Tensor | None,
     folder: StatisticsFolder | None,
+    curvature: CurvatureFolder,
     journal: Journal,
     listener: Listener,
 ) -> None:
@@ -209,7 +211,8 @@ def _run(
         if kinds := step.needs & KINDS.keys():
             wanted.setdefault(name, set()).update(kinds)
     probed = {name for name, step in wanting if "metric" in step.needs}
-    for block in walk(skeleton, chains, wanted, first, folder, probed, plan.room, plan.stays):
+    curved = curvature if "curvature" in plan.needs else None
+    for block in walk(skeleton, chains, wanted, first, folder, probed, plan.room, plan.stays, curved):
         start = time.monotonic()
         seconds: dict[str, float] = {}
         events = list(_rewrite(job.recipe, block, listener, seconds))

@@ -30,6 +30,7 @@ from .resources import (
     outer_memory,
     room_for_moments,
     stage_memory,
+    walk_back_cost,
 )  # fmt: skip
 from .surveys import Text, read_calibration
 
@@ -283,6 +284,7 @@ def _prepared(recipe: Recipe, skeleton: Skeleton, look: bool) -> tuple[Recipe, S
         if isinstance(ready, ModelPass):
             skeleton = ready.view(skeleton)
         passes.append(ready)
+    costs.append(walk_back_cost(recipe, skeleton, frozenset(need for step in passes for need in step.needs)))
     return recipe.model_copy(update={"passes": tuple(passes)}), skeleton, Cost.of(costs)
 
 

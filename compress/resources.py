@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..calibrate.chains import BATCH_TOKENS
+from ..calibrate.curvature import curvature_cost
 from ..calibrate.stage import split_to_fit
 from ..calibrate.statistics import KINDS, paired
 from ..runtime.errors import ResourceError, human_size
 from ..runtime.model.rotations import ROWS
 from ..runtime.model.skeleton import Skeleton, calibration_dtype
 from .evaluate.blocks import evaluation_memory
-from .passes.base import BUFFERS, SURVEYED
+from .passes.base import BUFFERS, SURVEYED, Cost
 from .recipe import Data, Recipe
 
 if TYPE_CHECKING:
@@ -131,6 +132,37 @@ def comparing_memory(recipe: Recipe, skeleton: Skeleton, linears: Linears, *, ca
         together = decoding + block * item * skeleton.copies + beside
         return together, together
     return 2 * block * item + beside, decoding + 2 * 4.0 * tokens * skeleton.width
+
+
+def walk_back_cost(recipe: Recipe, skeleton: Skeleton, needs: frozenset[str]) -> Cost:
+    """Of finding what errors of linears cost the model, if that is needed."""
+    if not needs & {"curvature", "traces"}:
+        return Cost()
+    length, metrics = recipe.data.sequence_length, "curvature" in needs
+    memory, disk, left, flops = curvature_cost(skeleton, recipe.data.tokens // length, length, metrics=metrics)
+    return Cost(BUFFERS + memory, disk - left, left, flops)
+
+
+def foretelling_cost(skeleton: Skeleton, samples: int, tokens: int, options: int) -> Cost:
+    """Of rounding every linear in so many ways, on the original model's inputs."""
+    memory = flops = 0.0
+    for index in range(skeleton.blocks):
+        shapes = [linear.weight.shape for linear in skeleton.linears(index).values()]
+        widths = [skeleton.linears(index)[group[0]].in_features for group in _groups(skeleton, index)]
+        block = sum(rows * columns for rows, columns in shapes)
+        solving = 28.0 * max(widths) ** 2 + 24.0 * max(rows * columns for rows, columns in shapes)
+        memory = max(memory, 4.0 * sum(width**2 for width in widths) + block * skeleton.dtype.itemsize + solving)
+        flops += samples * tokens * (2.0 * block + sum(width**2 for width in widths))
+        flops += sum(2.0 * columns**3 + options * rows * columns * (2.0 * columns + 600.0) for rows, columns in shapes)
+    batch = min(samples * tokens, BATCH_TOKENS)
+    memory += _running(skeleton, batch, max(max(linear.weight.shape) for linear in skeleton.linears(0).values()))
+    return Cost(BUFFERS + memory, 2 * 4.0 * samples * tokens * skeleton.width, 0.0, flops)
+
+
+def _groups(skeleton: Skeleton, index: int) -> list[list[str]]:
+    """Disk names of a block's linears that read the same input."""
+    stages = skeleton.stages(index)
+    return [[skeleton.disk_name(index, name) for name in group.linears] for stage in stages for group in stage]
 
 
 def _original(skeleton: Skeleton) -> int:

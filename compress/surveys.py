@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..calibrate.corpus import Corpus, builtin_corpus, drawn_windows, file_corpus, load_tokenizer
-from ..calibrate.folders import FiguresFolder, RoutingFolder
+from ..calibrate.curvature import reverse_walk
+from ..calibrate.folders import CurvatureFolder, FiguresFolder, RoutingFolder, TracesFolder
 from ..calibrate.statistics import UNPAIRED
 from ..runtime.errors import RecipeError
 from ..runtime.files import read_saved
@@ -76,13 +77,13 @@ def routing_folder(folder: Path, recipe: Recipe, fingerprint: dict[str, Any]) ->
 
 def keeps(recipe: Recipe) -> frozenset[str]:
     """What calibration for a planned recipe finds of the original model, and other recipes can use: `linears`,
-    statistics of what enters these; `routing`; `divergences`."""
+    statistics of what enters these; `routing`; `curvature` or `traces`."""
     needs = frozenset(need for step in recipe.passes for need in step.needs)
     reshaped = any(isinstance(step, ModelPass) for step in recipe.passes)
     found = {"linears"} if "reference" in needs - SURVEYED <= {"reference", *UNPAIRED} and not reshaped else set()
     if "routing" in recipe.passes[0].needs:  # passes after it see another model
         found.add("routing")
-    return frozenset(found | needs & {"divergences"})
+    return frozenset(found | needs & ({"traces"} if reshaped else {"curvature", "traces"}))
 
 
 def statistics_bytes(skeleton: Skeleton) -> float:
@@ -96,6 +97,21 @@ def statistics_bytes(skeleton: Skeleton) -> float:
     return 4.0 * sum(width**2 for width in widths)
 
 
+def curvature_folder(kept: Path | None, recipe: Recipe, source: Mapping[str, Any], journal: Journal) -> CurvatureFolder:
+    """Where is found what errors of linears cost the model that its passes see.
+
+    Args:
+        kept: a folder for statistics of the original model.
+        source: of these.
+    """
+    reshaped = any(isinstance(step, ModelPass) for step in recipe.passes)
+    folder = kept if kept is not None and not reshaped else journal.chains / "curvature"
+    found = CurvatureFolder(folder, source)
+    if found.complete or any("curvature" in step.needs for step in recipe.passes):
+        return found
+    return TracesFolder(folder, source)
+
+
 def surveyed(
     recipe: Recipe,
     skeleton: Skeleton,
@@ -103,6 +119,7 @@ def surveyed(
     texts: Mapping[str | None, Text],
     routing: RoutingFolder | None,
     figures: FiguresFolder | None,
+    curvature: CurvatureFolder,
     journal: Journal,
     listener: Callable[[Event], None],
 ) -> Recipe:
@@ -118,6 +135,18 @@ def surveyed(
             told.append(record)
             journal.done({"step": "surveying", "events": [record]})
         listener(event)
+
+    def curved() -> CurvatureFolder:
+        """Of the model that linear passes see."""
+        assert windows is not None
+        if not curvature.complete:
+            steps, metrics = 2 * skeleton.blocks, not isinstance(curvature, TracesFolder)
+
+            def done(step: int) -> None:
+                listener(Surveyed(step, steps))
+
+            reverse_walk(skeleton, windows, journal.chains / "walk", curvature, done, metrics=metrics)
+        return curvature
 
     for number, step in enumerate(recipe.passes):
         folder, later = journal.chains / f"survey-{number}", recipe.passes[number + 1 :]
@@ -137,7 +166,7 @@ def surveyed(
             if figures is not None:
                 before = [step.model_dump(mode="json") for step in passes if isinstance(step, ModelPass)]
                 known_figures = FiguresFolder(figures.folder, {**figures.source, "passes": before})
-            found = Survey(windows, folder, heard, task, None if number else routing, known_figures)
+            found = Survey(windows, folder, heard, task, None if number else routing, known_figures, curved)
             ready = ready.survey(skeleton, found)
             made = _made(folder, ready)
             if went_on:
@@ -147,6 +176,8 @@ def surveyed(
         if isinstance(ready, ModelPass):
             skeleton = ready.view(skeleton)
         passes.append(ready)
+    if any("curvature" in step.needs for step in passes) and journal.finished is None:
+        curved()
     return recipe.model_copy(update={"passes": tuple(passes)})
 
 

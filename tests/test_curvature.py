@@ -78,8 +78,8 @@ def test_the_walk_back_is_autograd_through_the_whole_model(
         for name, own in found.items():
             rows = expected[name].flatten(0, 1).double()
             lengths = rows.norm(dim=1)
-            assert own.trace == pytest.approx(float(lengths.square().mean()), rel=1e-4)
             clipped = rows * (2 * lengths.median() / lengths).clamp(max=1)[:, None]
+            assert own.trace == pytest.approx(float(clipped.square().sum() / len(rows)), rel=1e-4)
             assert own.metric is not None
             assert own.tokens == WINDOWS.numel()
             torch.testing.assert_close(own.metric.double(), clipped.T @ clipped / len(rows), rtol=1e-3, atol=1e-8)
@@ -100,8 +100,8 @@ def test_it_foretells_what_a_small_change_costs(pico: Callable[..., Path], tmp_p
     after = whole(input_ids=windows).logits.log_softmax(-1)
     measured = float((before.exp() * (before - after)).sum(-1).mean())
     assert own.metric is not None
-    foretold = 0.5 * float(torch.trace(own.metric @ change @ moment @ change.T)) * own.trace / float(own.metric.trace())
-    assert foretold == pytest.approx(measured, rel=0.1)
+    found = 0.5 * float(torch.trace(own.metric @ change @ moment @ change.T))
+    assert found == pytest.approx(measured, rel=0.15)
 
 
 def test_draws_have_the_hessian_of_kl_as_their_covariance() -> None:
@@ -185,7 +185,7 @@ def test_last_linears_of_experts_share_what_the_mixture_puts_out(pico: Callable[
     for own in lasts:
         assert own.metric is not None
         torch.testing.assert_close(own.metric, clipped.T @ clipped / len(clipped), rtol=1e-3, atol=1e-8)
-        assert own.trace == pytest.approx(float(lengths.square().mean()), rel=0.5)  # of the tokens that come by
+        assert own.trace == pytest.approx(float(clipped.square().sum(1).mean()), rel=0.5)  # of the tokens that come by
 
 
 def test_what_rounding_costs_is_foretold(pico: Callable[..., Path], tmp_path: Path) -> None:
@@ -213,9 +213,10 @@ def test_what_rounding_costs_is_foretold(pico: Callable[..., Path], tmp_path: Pa
         whole.get_submodule(name).weight.copy_(exact[name])
     logs = torch.tensor([[found[name][0], measured[name]] for name in exact]).log()
     assert float(torch.corrcoef(logs.T)[0, 1]) > 0.9
-    off = (logs[:, 0] - logs[:, 1]).abs()
-    assert float(off.median()) < 0.3
-    assert float(off.max()) < 1.6  # errors of values that all tokens have alike add up in attention
+    off = dict(zip(exact, (logs[:, 0] - logs[:, 1]).abs().tolist(), strict=True))
+    # Of values, the longest gradients, which are cut, have much of what errors cost.
+    assert max(far for name, far in off.items() if not name.endswith("v_proj")) < 0.75
+    assert max(off.values()) < 2.2
     assert sum(found[name][0] for name in exact) == pytest.approx(sum(measured.values()), rel=0.35)
 
 

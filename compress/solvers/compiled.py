@@ -145,10 +145,12 @@ def best_steps(quadratic: Tensor, slopes: Tensor) -> Tensor:
     return found
 
 
-def refuse_steps(quadratic: Tensor, slopes: Tensor, changes: Tensor) -> None:
-    """Set to zero those of some changes that, the ones before them being made, do not lower
+def refused_steps(quadratic: Tensor, slopes: Tensor, changes: Tensor) -> Tensor:
+    """Some changes, zeros in the place of those that, the ones before them being made, do not lower
     `slopes · c + ½ c · quadratic c`."""
-    _refuse(quadratic.numpy(), slopes.clone().numpy(), changes.numpy())
+    found = changes.clone()
+    _refuse(quadratic.numpy(), slopes.clone().numpy(), found.numpy())
+    return found
 
 
 @_compiled

@@ -4,10 +4,16 @@ Per group of linears that read the same input (their rows stacked, since rows ar
 
 1. the corrected target `V = W + α W [Σ (x − x̃) x̃ᵀ] H⁻¹`, for which `‖W X − Q X̃‖² = ‖(V − Q) X̃‖² + const` at α = 1
    (the objective of GPTAQ, arXiv:2504.02692, and Qronos, arXiv:2505.11695);
-2. static full-range grids from V, columns in order of falling `H_ii` (act-order without a stored permutation);
+2. static full-range grids from V, columns in an order in which those behind a column tell least of it (sorted QR, in
+   the place of act-order's falling `H_ii`; no permutation is stored);
 3. the column sweep of GPTQ (arXiv:2210.17323), for a few ranges of the grid; each row keeps the best;
 4. rounds of scale refit and coordinate descent on the codes, which never raise the loss;
 5. rows that rounding to nearest serves better take that.
+
+`objective: model` goes on from there: `tr(M Δ H Δᵀ)`, M what errors of the outputs cost the answers of the model
+(`calibrate/curvature.py`), couples the rows. They are swept again in 16 blocks, later ones making up for the errors of
+earlier ones, and scales and codes are improved by the exact gradient (`solvers/coupled.py`); what was there stays where
+that is no better.
 
 A 2:4 pattern stays as it is: what is not stored is a zero that the sweep cannot move. The core of an ARMOR matrix is
 swept for the inputs `B x`, and then improved in turns with A and B (`solvers/armor.py`); what has a low-rank residual
@@ -24,18 +30,23 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from ...events import Event, Fallback, LayerDone
+from ..base import Need
 from .calibrated import ROWS, Calibrated, relative
 from .quantizer import Quantizer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ....calibrate.curvature import Curvature
     from ....calibrate.stage import StageWork
+    from ....calibrate.statistics import Statistics
     from ....kernels.numbers import Rounding
     from ....runtime.schemes import Operator
     from ...solvers.grid import Grid, Steps
     from .groups import Group
 
+_COUPLED_DAMPING = 0.1  # share of the mean diagonal that is added to what errors of outputs cost
+_COUPLED_ROUNDS = 2
 _SHRINKS = (1.0, 0.95, 0.9, 0.85)  # of a group's range: cutting off the extremes makes every step smaller
 
 
@@ -44,16 +55,31 @@ class Gptq(Quantizer, Calibrated):
 
     kind: Literal["gptq"]
     act_order: bool = Field(
-        True, description="quantize the columns with the largest inputs first; costs nothing at run time"
+        True,
+        description="quantize columns in the order that lets later ones make up best for the errors of earlier ones, "
+        "large inputs first; costs nothing at run time",
     )
     refinements: int = Field(3, ge=0, le=20, description="rounds of scale refit and coordinate descent; 0: plain GPTQ")
+    objective: Literal["layer", "model"] = Field(
+        "layer",
+        description="what errors are weighed by. layer: a linear's own outputs; model: what errors of these outputs do "
+        "to the answers of the model, found by a walk back from its end, which couples the rows of a linear",
+    )
     search: bool = Field(True, description="try narrower ranges too, and keep the best for each row; false: plain GPTQ")
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return super().needs | ({"curvature"} if self.objective == "model" else set())
 
     def flops(self, rows: int, columns: int) -> float:
         sweeps = len(_SHRINKS) if self.search else 1
         products = (1 + sweeps + 2 * self.refinements) * rows * columns**2 + self.correcting(rows, columns)
         # Column after column, a weight costs as much time as this many operations of a GEMM.
-        return 2.0 * columns**3 + products + (3000.0 * sweeps + 6000.0 * self.refinements) * rows * columns
+        alone = 2.0 * columns**3 + products + (600.0 * sweeps + 1200.0 * self.refinements) * rows * columns
+        if self.objective == "layer":
+            return alone
+        turns = 1 + 2 * _COUPLED_ROUNDS
+        return alone + 2.0 * rows**3 + turns * 2.0 * rows * columns * (rows + columns) + 3000.0 * turns * rows * columns
 
     def memory(self, operators: Sequence[Operator]) -> float:
         shapes = [operator.shape for operator in operators]
@@ -62,7 +88,11 @@ class Gptq(Quantizer, Calibrated):
         # about six float32 copies of the rows at hand.
         if any(_wrapped(operator) or operator.kind == "columns" for operator in operators):
             return 36.0 * columns**2 + 12.0 * rows * columns
-        return max(self.factoring(columns), 8.0 * columns**2 + 4.0 * rows * columns + 24.0 * min(rows, ROWS) * columns)
+        alone = max(self.factoring(columns), 8.0 * columns**2 + 4.0 * rows * columns + 24.0 * min(rows, ROWS) * columns)
+        if self.objective == "layer":
+            return alone
+        largest = max(shape[0] for shape in shapes)  # its metric in four copies, one of float64 while it is factored
+        return max(alone, 8.0 * columns**2 + 5.0 * rows * columns + 28.0 * largest**2 + 24.0 * largest * columns)
 
     def apply(self, work: StageWork) -> Iterator[Event]:
         import torch
@@ -95,6 +125,19 @@ class Gptq(Quantizer, Calibrated):
             found.setdefault(alike, []).append(number)
         return list(found.values())
 
+    def _lost(self, weight: Tensor, roundings: Sequence[Rounding], statistics: Statistics) -> list[Tensor]:
+        from ...solvers.sweep import gptq_codes
+        from ...solvers.system import NotSolvable, damped_system
+
+        share = self.shrinkage_for(weight.shape[1], statistics.tokens)
+        try:
+            system = damped_system(statistics.moment, self.damping, act_order=self.act_order, shrinkage=share)
+        except NotSolvable:
+            return super()._lost(weight, roundings, statistics)
+        grids = [_grid(weight, rounding, self.steps([weight], rounding, weight.dtype), None) for rounding in roundings]
+        target = weight.T.contiguous()
+        return [gptq_codes(target, grid, system)[1] for grid in grids]
+
     def _finish(
         self, work: StageWork, group: Group, number: int, result: Operator, error: float, reason: str
     ) -> Iterator[Event]:
@@ -125,7 +168,11 @@ class Gptq(Quantizer, Calibrated):
         target = torch.cat([aims[number][1] for number in which])
         rounding = self.rounding(weight.shape[1], group.names[which[0]])
         rest = group.without(_apart(group.operators[which[0]]), self.act_order)
-        solution, reason = self._solve(weight, target, torch.cat(kept) if kept else None, rounding, rest)
+        keep = torch.cat(kept) if kept else None
+        solution, reason = self._solve(weight, target, keep, rounding, rest)
+        metrics = [work.curvatures.get(group.names[number]) for number in which]
+        sizes = [leaf.shape[0] for leaf in leaves]
+        solution = self._coupled(solution, target, keep, list(zip(sizes, metrics, strict=True)), rest)
         start = 0
         for number, leaf in zip(which, leaves, strict=True):
             rows = slice(start, start + leaf.shape[0])
@@ -189,6 +236,39 @@ class Gptq(Quantizer, Calibrated):
         solution = Solution.joined(parts)
         return solution, "rounded to nearest, which had the lower loss" if solution.simple.all() else ""
 
+    def _coupled(
+        self,
+        solution: Solution,
+        target: Tensor,
+        keep: Tensor | None,
+        linears: Sequence[tuple[int, Curvature | None]],
+        group: Group,
+    ) -> Solution:
+        """A solution whose rows errors at the end of the model couple, for linears of which it is known what they cost.
+
+        Args:
+            target, keep: as of `_solve`.
+            linears: rows and curvature of each.
+        """
+        from ...solvers.coupled import coupled, damped_metric
+        from ...solvers.refine import differences, row_losses
+
+        if group.system is None or not any(found is not None and found.metric is not None for _, found in linears):
+            return solution
+        system, numbers, parts, start = group.system, solution.grid.rounding.numbers, [], 0
+        for size, found in linears:
+            rows = slice(start, start := start + size)
+            own = solution.part(rows)
+            if found is not None and found.metric is not None:
+                aim, kept = target[rows].T.contiguous(), None if keep is None else keep[rows].T.contiguous()
+                metric = damped_metric(found.metric, _COUPLED_DAMPING, found.tokens)
+                codes = numbers.of_bytes(own.codes).T.contiguous()
+                codes, grid = coupled(codes, aim, own.grid, system, metric, kept, _COUPLED_ROUNDS)
+                losses = row_losses(differences(codes, grid, aim), system.moment)
+                own = replace(own, grid=grid, codes=numbers.as_bytes(codes).T.contiguous(), losses=losses)
+            parts.append(own)
+        return Solution.joined(parts)
+
     def _solve_rows(
         self, weight: Tensor, target: Tensor, keep: Tensor | None, rounding: Rounding, steps: Steps, group: Group
     ) -> Solution:
@@ -225,7 +305,9 @@ class Gptq(Quantizer, Calibrated):
         return Solution(grid.where(~worse, simple), codes, torch.minimum(losses, simple_losses), scale, worse)
 
 
-def _grid(weight: Tensor, rounding: Rounding, steps: Steps, energy: Tensor, shrinks: Sequence[float] = (1.0,)) -> Grid:
+def _grid(
+    weight: Tensor, rounding: Rounding, steps: Steps, energy: Tensor | None, shrinks: Sequence[float] = (1.0,)
+) -> Grid:
     from ...solvers.grid import RANGES, searched_grid
 
     shares = [shrink * share for shrink in shrinks for share in RANGES[rounding.scales]]
@@ -294,6 +376,11 @@ class Solution:
     losses: Tensor
     scale: Tensor
     simple: Tensor
+
+    def part(self, rows: slice) -> Solution:
+        """Of some rows."""
+        columns = (self.codes, self.losses, self.scale, self.simple)
+        return Solution(self.grid.rows(rows), *(column[rows] for column in columns))
 
     @classmethod
     def joined(cls, parts: Sequence[Solution]) -> Solution:

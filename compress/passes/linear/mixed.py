@@ -1,10 +1,11 @@
 """Bits where they matter: how many each weight gets, and in what groups, by what that does to the answers of the model.
 
-Every set of linears that read the same input, all experts of a block together, and the embedding and the head where
-targets name them, is rounded to `PROBED` bits on its own while the rest of the model stays as it is, and
-KL(original ‖ so rounded) is measured at the end of the model. Otherwise rounded it is taken to be as the squares of the
-errors: KL has no linear term. Sets then get bits so that the sum of KLs is least for so many bytes
-(`compress/solvers/bits.py`).
+Every linear is rounded to each of the widths as the pass would do it, on inputs of the original model, and what that
+will cost the answers is foretold (`calibrate/foretell.py`): errors of different linears hardly interact, so that costs
+add up. The embedding and the head, where targets name them, are rounded to `PROBED` bits on their own while the rest of
+the model stays as it is, and KL(original ‖ so rounded) is measured; otherwise rounded it is taken to be as the squares
+of the errors. Sets of linears that read the same input, and all experts of a block, then get bits so that the sum of
+KLs is least for so many bytes (`compress/solvers/bits.py`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
@@ -26,13 +27,15 @@ if TYPE_CHECKING:
     from torch import Tensor
     from typing_extensions import Self
 
-    from ....calibrate.divergences import Seen
+    from ....calibrate.statistics import Statistics
     from ....kernels.numbers import Rounding
     from ....runtime.model.skeleton import Skeleton
     from ....runtime.schemes import Operator
     from ..base import Survey
 
 PROBED = 3
+Width = Literal[2, 3, 4, 5, 6, 8]
+_WIDTHS: tuple[Width, ...] = (2, 3, 4, 5, 6, 8)
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 Sets = Mapping[str, tuple[str, ...]]  # the first of some linears, an expert's number aside → their disk names
@@ -44,7 +47,7 @@ RoundingAt = Callable[[int, int, int | None], "Rounding"]  # of so many bits, fo
 class Mixed(LinearPass):
     """Options of a pass that stores integers: how many bits, or how they are found."""
 
-    bits: Literal[2, 3, 4, 5, 6, 8, "mixed"] = Field(
+    bits: Width | Literal["mixed"] = Field(
         4,
         description="bits of an integer, scales not counted; mixed: as many for each linear as serve the model best, "
         "average_bits in all, found on calibration text; linears that read the same input get the same",
@@ -52,15 +55,15 @@ class Mixed(LinearPass):
     average_bits: float | None = Field(
         None, gt=0, le=16, description="with bits: mixed, bits per weight of what targets name, scales counted"
     )
-    choices: tuple[Literal[2, 3, 4, 5, 6, 8], ...] = Field(
-        (2, 3, 4, 5, 6, 8), description="with bits: mixed, the bits among which each linear's are chosen"
+    choices: tuple[Width, ...] = Field(
+        _WIDTHS, description="with bits: mixed, the bits among which each linear's are chosen"
     )
     group_sizes: tuple[Size, ...] = Field(
         (),
         description="with bits: mixed, the sizes of groups among which each linear's is chosen, too; default: "
         "group_size",
     )
-    widths: dict[str, Literal[2, 3, 4, 5, 6, 8]] | None = Field(
+    widths: dict[str, Width] | None = Field(
         None,
         description="with bits: mixed, the bits of each linear by its name; default: what the survey finds and fills "
         "in here",
@@ -118,7 +121,7 @@ class Mixed(LinearPass):
     @property
     def needs(self) -> frozenset[Need]:
         open_yet = self.bits == "mixed" and (self.widths is None or self._nominal)
-        return super().needs | frozenset({"text", "divergences"} if open_yet else ())
+        return super().needs | frozenset({"text", "traces"} if open_yet else ())
 
     def wants(self, name: str) -> bool:
         if self.widths is not None:
@@ -193,22 +196,70 @@ class Mixed(LinearPass):
 
         if not self._nominal:
             return self
-        own = self.model_dump(mode="json", exclude={"average_bits", "choices", "group_sizes", "widths", "sizes"})
-        lost = survey.recalled(own, lambda: probed(skeleton, survey, self._sets, self._integers))
-        losses = scaled(skeleton, lost, self._sets, self._options, self._integers)
+        own = self.model_dump(mode="json", exclude={"average_bits", "choices", "widths", "sizes"})
+        every = self.model_copy(update={"choices": _WIDTHS})
+        found = survey.recalled(own, lambda: every._foretold(skeleton, survey))
+        labels = [label for sets in self._sets for label in sets]
+        losses = {label: [found[_place(label, option)] for option in self._options] for label in labels}
         return self._with_widths(allocated(losses, self._nbytes(skeleton), self._budget))
+
+    def _foretold(self, skeleton: Skeleton, survey: Survey) -> dict[str, float]:
+        """KL per token in nats for each label and option (`_place`).
+
+        Raises:
+            RecipeError: there is no text.
+        """
+        import torch
+
+        from ....calibrate.foretell import foretold
+
+        if survey.windows is None or survey.curvature is None:
+            raise RecipeError("bits: mixed needs calibration text")
+        blocks, outer = self._sets[:-1], self._sets[-1]
+        wanted = {name for sets in blocks for names in sets.values() for name in names}
+
+        def losses(names: Sequence[str], statistics: Statistics) -> dict[str, list[float]]:
+            names = [name for name in names if name in wanted]
+            weights = [_weight(skeleton, name) for name in names]
+            if not weights:
+                return {}
+            roundings = [self._integers(bits, weights[0].shape[1], size) for bits, size in self._options]
+            lost = self._lost(torch.cat(weights), roundings, statistics)
+            parts = [rows.split([len(weight) for weight in weights]) for rows in lost]
+            return {name: [float(part[n].sum()) for part in parts] for n, name in enumerate(names)}
+
+        passed, folder = survey.passed(skeleton.blocks), survey.folder / "foretold"
+        alone = foretold(skeleton, survey.windows, folder, survey.curvature(), losses, passed)
+        found = dict[str, float]()
+        for label, names in (item for sets in blocks for item in sets.items()):
+            met = [alone[name] for name in names if name in alone]  # an expert that no token came by costs nothing
+            for number, option in enumerate(self._options):
+                found[_place(label, option)] = sum(costs[number] for costs in met)
+        if outer:
+            lost = probed(skeleton, survey, outer, self._integers)
+            for label, measured in scaled(skeleton, lost, outer, self._options, self._integers).items():
+                found |= {_place(label, option): cost for option, cost in zip(self._options, measured, strict=True)}
+        return found
+
+    def _lost(self, weight: Tensor, roundings: Sequence[Rounding], statistics: Statistics) -> list[Tensor]:
+        """`diag(Δ H Δᵀ)` of each of some roundings of a weight `[rows, columns]`."""
+        from ...solvers.refine import row_losses
+
+        errors = [_nearest(weight, rounding) - weight for rounding in roundings]
+        return [row_losses(error.T.contiguous(), statistics.moment) for error in errors]
 
     def survey_cost(self, skeleton: Skeleton, samples: int, sequence_length: int) -> Cost:
         from ....calibrate.divergences import divergences_cost
+        from ...resources import foretelling_cost
 
         if not self._nominal:
             return Cost()
-        linears = [skeleton.linears(index) for index in range(skeleton.blocks)]
-        held = max(sum(linear.weight.numel() for linear in block.values()) for block in linears)
-        count, outer = sum(len(sets) for sets in self._sets), self._sets[-1]
-        tables = max((math.prod(shape_of(skeleton, name)) for name in outer), default=0)
-        memory, disk, flops = divergences_cost(skeleton, samples, sequence_length, count, held, tables)
-        return Cost(BUFFERS + memory, disk, 0.0, flops)
+        cost, outer = foretelling_cost(skeleton, samples, sequence_length, len(self._options)), self._sets[-1]
+        if not outer:
+            return cost
+        tables = max(math.prod(shape_of(skeleton, name)) for name in outer)
+        memory, disk, flops = divergences_cost(skeleton, samples, sequence_length, len(outer), 0, tables)
+        return Cost.of([cost, Cost(BUFFERS + memory, disk, 0.0, flops)])
 
     @property
     def note(self) -> str:
@@ -220,6 +271,12 @@ class Mixed(LinearPass):
             for option in sorted(counts, key=lambda option: (option[0], option[1] or 0))
         )
         return f"linears by bits: {found}" + ("; the survey will share them out anew" if self._nominal else "")
+
+
+def _place(label: str, option: Option) -> str:
+    """By which figures of surveys are known."""
+    bits, size = option
+    return f"{label} {bits}" if size is None else f"{label} {bits} g{size}"
 
 
 def shape_of(skeleton: Skeleton, name: str) -> tuple[int, ...]:
@@ -251,46 +308,31 @@ def even_widths(nbytes: Mapping[str, Sequence[float]], budget: float) -> dict[st
     return dict.fromkeys(nbytes, max(fitting, key=lambda number: sums[number], default=0))
 
 
-def probed(skeleton: Skeleton, survey: Survey, sets: Sequence[Sets], rounding: RoundingAt) -> dict[str, float]:
-    """Label → KL per token in nats of rounding its linears, and no others, to `PROBED` bits.
-
-    Args:
-        sets: of each block, and of what is outside them.
-
-    Raises:
-        RecipeError: there is no text.
-    """
+def probed(skeleton: Skeleton, survey: Survey, outer: Iterable[str], rounding: RoundingAt) -> dict[str, float]:
+    """KL per token in nats of rounding the embedding or the head, and nothing else, to `PROBED` bits."""
     import torch
 
     from ....calibrate.divergences import divergences
     from ....runtime.model.skeleton import Skeleton
 
-    if survey.windows is None:
-        raise RecipeError("bits: mixed needs calibration text")
-
-    def changes(index: int, seen: Seen) -> dict[str, dict[str, Tensor]]:
-        found: dict[str, dict[str, Tensor]] = {}
-        for label, names in sets[index].items():
-            found[label] = {skeleton.family.inside(name): probe(name) for name in names}
-        return found
-
     def probe(name: str) -> Tensor:
         weight = _weight(skeleton, name)
         return _nearest(weight, rounding(PROBED, weight.shape[1], None))
 
-    exact, outer = Skeleton(skeleton.checkpoint, torch.float32, skeleton.device), sets[-1]
+    assert survey.windows is not None
+    exact = Skeleton(skeleton.checkpoint, torch.float32, skeleton.device)
     passed, tables = survey.passed(skeleton.blocks), {name: partial(probe, name) for name in outer}
-    return divergences(exact, survey.windows, survey.folder, None, changes, passed, tables)
+    return divergences(exact, survey.windows, survey.folder, None, lambda index, seen: {}, passed, tables)
 
 
 def scaled(
     skeleton: Skeleton,
     lost: Mapping[str, float],
-    sets: Sequence[Sets],
+    outer: Iterable[str],
     options: Sequence[Option],
     rounding: RoundingAt,
 ) -> dict[str, list[float]]:
-    """Label → KL per token in nats for each of the options.
+    """The same for each of the options.
 
     Args:
         lost: for `PROBED` bits.
@@ -298,16 +340,13 @@ def scaled(
     import torch
 
     tiny, found = torch.finfo(torch.float32).tiny, dict[str, list[float]]()
-    for own in sets:
-        for label, names in own.items():
-            errors = [0.0] * (len(options) + 1)
-            for name in names:
-                weight = _weight(skeleton, name)
-                for number, (bits, size) in enumerate((*options, (PROBED, None))):
-                    rounded = _nearest(weight, rounding(bits, weight.shape[1], size))
-                    errors[number] += float((rounded - weight).square().sum())
-            *of_choices, of_probe = errors
-            found[label] = [max(lost[label], 0.0) * error / max(of_probe, tiny) for error in of_choices]
+    for name in outer:
+        weight, errors = _weight(skeleton, name), list[float]()
+        for bits, size in (*options, (PROBED, None)):
+            rounded = _nearest(weight, rounding(bits, weight.shape[1], size))
+            errors.append(float((rounded - weight).square().sum()))
+        *of_choices, of_probe = errors
+        found[name] = [max(lost[name], 0.0) * error / max(of_probe, tiny) for error in of_choices]
         skeleton.checkpoint.release()
     return found
 

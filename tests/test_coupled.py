@@ -1,0 +1,140 @@
+"""Rows that a metric couples, against brute force in float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise, product
+
+import pytest
+import torch
+from torch import Tensor
+
+from compressor.compress.solvers.coupled import (
+    coupled,
+    coupled_descent,
+    coupled_losses,
+    coupled_sweep,
+    damped_metric,
+)
+from compressor.compress.solvers.grid import Grid, Steps, range_grid
+from compressor.compress.solvers.refine import differences
+from compressor.compress.solvers.sweep import gptq_codes
+from compressor.compress.solvers.system import System, damped_system
+from compressor.kernels.numbers import ROUNDINGS, Rounding
+
+DOUBLE = torch.float64
+INTEGERS, ZEROS = Rounding.integers(3, 16), Rounding.integers(3, 16, symmetric=False)
+
+
+def correlated(size: int, tokens: int, generator: torch.Generator) -> Tensor:
+    """A second moment whose entries go together."""
+    mix = torch.randn(size, size, generator=generator, dtype=DOUBLE) + 2 * torch.randn(
+        size, 1, generator=generator, dtype=DOUBLE
+    )
+    x = torch.randn(tokens, size, generator=generator, dtype=DOUBLE) @ mix
+    return x.T @ x / tokens
+
+
+def problem(
+    rounding: Rounding, rows: int = 48, columns: int = 64, seed: int = 0
+) -> tuple[Tensor, Grid, System, Tensor]:
+    """A target, columns first, its grid, the system of its inputs and a damped metric of its rows."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator, dtype=DOUBLE)
+    grid = range_grid(weight, rounding, Steps.of(rounding, torch.float32, 4.0))
+    system = damped_system(correlated(columns, 500, generator), act_order=True)
+    metric = damped_metric(correlated(rows, 500, generator), 0.05, 10**9)
+    return weight.T.contiguous(), grid, system, metric
+
+
+def loss(delta: Tensor, moment: Tensor, metric: Tensor) -> float:
+    """`tr(M Δ H Δᵀ)` from the definition, Δ columns first."""
+    return float(torch.einsum("rs,is,ij,jr->", metric, delta, moment, delta))
+
+
+def test_losses_of_rows_add_up_to_that_of_the_definition() -> None:
+    target, grid, system, metric = problem(INTEGERS)
+    delta = differences(gptq_codes(target, grid, system)[0], grid, target)
+    assert float(coupled_losses(delta, system.moment, metric).sum()) == pytest.approx(
+        loss(delta, system.moment, metric)
+    )
+
+
+def test_rows_that_are_not_coupled_are_swept_as_ever() -> None:
+    target, grid, system, _ = problem(INTEGERS)
+    codes, _ = gptq_codes(target, grid, system)
+    identity = torch.eye(target.shape[1], dtype=DOUBLE)
+    assert torch.equal(coupled_sweep(target, grid, system, identity), codes)
+
+
+def test_later_rows_make_up_for_earlier_ones_as_well_as_they_can() -> None:
+    """Where all but the first block of rows are all but exact, the loss is the least that the first one allows."""
+    target, grid, system, metric = problem(Rounding.integers(24, 16))
+    first = torch.arange(target.shape[1]) % 16 == 0
+    grid = replace(grid, scales=torch.where(first[:, None], 0.5, 1e-6).expand_as(grid.scales).to(DOUBLE))
+    codes = coupled_sweep(target, grid, system, metric)
+    delta = differences(codes, grid, target)
+    rest, own = ~first, delta[:, first]
+    # What is best for the other rows, given the errors of the first block.
+    answer = -torch.linalg.solve(metric[rest][:, rest], metric[rest][:, first])
+    best = delta.clone()
+    best[:, rest] = own @ answer.T
+    least = loss(best, system.moment, metric)
+    assert loss(delta, system.moment, metric) == pytest.approx(least, rel=1e-6)
+    alone = differences(gptq_codes(target, grid, system)[0], grid, target)
+    assert least < 0.8 * loss(alone, system.moment, metric)
+
+
+@pytest.mark.parametrize("name", ["integers", "zeros", "nvfp4", "rows", "fp8-block"])
+def test_no_round_of_the_descent_raises_the_loss(name: str) -> None:
+    known = {"integers": INTEGERS, "zeros": ZEROS, "nvfp4": ROUNDINGS["nvfp4"], "rows": Rounding.integers(4, -1)}
+    target, grid, system, metric = problem(known.get(name, ROUNDINGS["fp8_block"]))
+    keep = torch.rand(target.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    codes, _ = gptq_codes(target, grid, system, keep)
+    before, delta = codes.clone(), differences(codes, grid, target)
+    losses = [loss(delta, system.moment, metric)]
+    for _ in range(4):
+        grid = coupled_descent(codes, delta, grid, system.moment, metric, keep)
+        torch.testing.assert_close(delta, differences(codes, grid, target))
+        losses.append(loss(delta, system.moment, metric))
+    assert all(after <= former * (1 + 1e-12) for former, after in pairwise(losses))
+    assert losses[-1] < 0.9 * losses[0]
+    assert torch.equal(codes[~keep], before[~keep])
+
+
+def test_where_the_descent_ends_no_other_code_is_better() -> None:
+    target, grid, system, metric = problem(INTEGERS, 12, 16)
+    codes, _ = gptq_codes(target, grid, system)
+    delta = differences(codes, grid, target)
+    for _ in range(50):
+        scales = grid.scales.clone()
+        before = codes.clone()
+        grid = coupled_descent(codes, delta, grid, system.moment, metric)
+        if torch.equal(before, codes) and torch.equal(scales, grid.scales):
+            break
+    least = loss(delta, system.moment, metric)
+    for column, row in product(range(16), range(12)):
+        for code in range(-4, 4):
+            other = codes.clone()
+            other[column, row] = code
+            assert loss(differences(other, grid, target), system.moment, metric) >= least * (1 - 1e-12)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_was_there_stays_where_it_is_better(seed: int) -> None:
+    target, grid, system, metric = problem(INTEGERS, seed=seed)
+    codes, _ = gptq_codes(target, grid, system)
+    found, better = coupled(codes, target, grid, system, metric, None, 2)
+    first = loss(differences(codes, grid, target), system.moment, metric)
+    last = loss(differences(found, better, target), system.moment, metric)
+    assert last < 0.75 * first
+    again, same = coupled(found, target, better, system, metric, None, 0)  # a sweep alone is worse than all that
+    assert loss(differences(again, same, target), system.moment, metric) <= last
+
+
+def test_few_tokens_move_a_metric_to_its_diagonal() -> None:
+    metric = correlated(20, 5, torch.Generator().manual_seed(0))
+    damped = damped_metric(metric, 0.0, 5)
+    assert float(damped.diagonal().mean()) == pytest.approx(1)
+    off = ~torch.eye(20, dtype=torch.bool)
+    torch.testing.assert_close(damped[off], 0.2 * metric[off] / metric.diagonal().mean())
