@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,6 @@ from .divergences import LOGITS
 from .drive import carry
 from .routing import experts_of
 from .statistics import Statistics
-
-if TYPE_CHECKING:
-    from .folders import CurvatureFolder
 
 _GRAPH_TOKENS = 1024  # that are run with gradients at a time, where windows are no longer
 _TOKENS, _EACH = 16_384, 8  # that are run back, and for each number of a hidden state, at most
@@ -66,45 +63,52 @@ def reverse_walk(
     skeleton: Skeleton,
     windows: Tensor,
     scratch: Path,
-    kept: CurvatureFolder,
+    take: Callable[[BlockBack], None],
     done: Callable[[int], None],
     *,
-    metrics: bool = True,
-) -> None:
-    """Curvatures of every linear; goes on where it was interrupted.
+    taken: Callable[[int], bool] = lambda index: False,
+    metrics: bool = False,
+    inputs: bool = False,
+) -> int:
+    """Take gradients of KL back over every block; goes on where it was interrupted.
 
     Args:
         windows: token ids `[samples, tokens]`, of which the first are run: 16,384 tokens, or 8 for each number of a
             hidden state, if there are as many.
         scratch: a folder to be made and deleted again, for what enters every block.
-        kept: gets each block's curvatures, the last block's first.
+        take: gets each block once gradients went through it, the last block first.
         done: told how many steps are behind, of two for each block.
-        metrics: whether these are wanted, or traces alone.
+        taken: whether what an interrupted walk gave of a block is still there.
+        metrics, inputs: whether these are wanted beside traces.
+
+    Returns:
+        How many tokens were run.
     """
     windows = windows[: _samples(skeleton, *windows.shape)]
     most = _most(skeleton, windows.numel()) if metrics else 0
     trail = _forth(skeleton, windows, scratch / "forth", done)
     blocks = skeleton.blocks
     chains = Chains(scratch / "back", ("gradient",), trail.shape, _GRAPH_TOKENS)
-    if (step := chains.reached) < 0:
+    step = chains.reached
+    if step < 0 or not all(taken(index) for index in range(blocks - step, blocks)):
         answer, leaving = skeleton.answers(graph=True), trail.read(blocks, "entering")
         carry(chains, "gradient", 0, partial(_drawn, skeleton, answer, leaving))
         chains.advanced(step := 0)
     for number in range(step, blocks):
         index = blocks - 1 - number
-        back = _BlockBack(skeleton, index, most)
+        back = BlockBack(skeleton, index, most, inputs=inputs)
         carry(
             chains,
             "gradient",
             number + 1,
             partial(_pulled, back, trail.read(index, "entering"), chains.read(number, "gradient")),
         )
-        kept.save(index, back.found())
+        take(back)
         chains.advanced(number + 1)
         skeleton.checkpoint.release()
         done(blocks + number)
-    kept.finish(range(blocks))
     shutil.rmtree(scratch)
+    return windows.numel()
 
 
 def _samples(skeleton: Skeleton, samples: int, tokens: int) -> int:
@@ -142,7 +146,7 @@ def _through(skeleton: Skeleton, runner: Any, entering: Spill, rows: slice) -> T
     return skeleton.run(runner, entering[rows].float())
 
 
-def _pulled(back: _BlockBack, entering: Spill, gradient: Spill, rows: slice) -> Tensor:
+def _pulled(back: BlockBack, entering: Spill, gradient: Spill, rows: slice) -> Tensor:
     return back.pull(entering[rows], gradient[rows])
 
 
@@ -163,18 +167,26 @@ def _drawn(skeleton: Skeleton, answer: Callable[[Tensor], Tensor], leaving: Spil
     return torch.cat(found).view(-1, *leaving.shape[1:])
 
 
-class _BlockBack:
+class BlockBack:
     """A block through which gradients are pulled back, and what is summed up of those at its linears' outputs.
 
     Of experts, the metric of what they put out together is found, which is that of their last linears.
+
+    Attributes:
+        index: of the block.
+        met: name in memory of each linear that ran → second moment of its inputs, and the same with each token as often
+            as the squared length of its gradient says; without experts' coefficients.
     """
 
-    def __init__(self, skeleton: Skeleton, index: int, most: int) -> None:
+    def __init__(self, skeleton: Skeleton, index: int, most: int, *, inputs: bool) -> None:
         """
         Args:
             most: rows of a linear up to which its metric is found.
+            inputs: whether `met` is wanted.
         """
-        self._skeleton, self._index = skeleton, index
+        self._skeleton, self.index = skeleton, index
+        self.met: dict[str, tuple[Statistics, Statistics]] = {}
+        self._inputs: dict[str, Tensor] | None = {} if inputs else None
         layer = skeleton.block(index).requires_grad_(False)
         self._runner = skeleton.runner(index, layer)
         self._names = {
@@ -209,6 +221,8 @@ class _BlockBack:
     def _remember(self, name: str):  # type: ignore[no-untyped-def]
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
             self._outputs[name] = output
+            if self._inputs is not None and name in self._names:
+                self._inputs[name] = args[0].detach()
 
         return hook
 
@@ -238,14 +252,26 @@ class _BlockBack:
         if not len(gradients):
             return
         lengths = gradients.float().norm(dim=1)
-        longest = _CLIP * lengths.median()
+        some = lengths[lengths > 0]
+        longest = _CLIP * some.median() if len(some) else lengths.new_zeros(())
         if name in self._lengths:
             met = self._coefficients.get(name.rpartition(".")[0])
+            if self._inputs is not None:
+                self._meet(name, self._inputs[name], lengths)
             self._lengths[name] += float(lengths.clamp(max=longest).square().sum())
             self._weights[name] += len(lengths) if met is None else float(met.float().square().sum())
         if name in self._sums:
             shares = (longest / lengths.clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=1)
             self._sums[name].add((gradients.float() * shares[:, None]).to(self._skeleton.dtype))
+
+    def _meet(self, name: str, entering: Tensor, lengths: Tensor) -> None:
+        rows = entering.reshape(len(lengths), -1).to(self._skeleton.dtype)
+        if name not in self.met:
+            own, other = (Statistics.empty(rows.shape[1], ("moment",), rows.device) for _ in range(2))
+            self.met[name] = own, other
+        moment, weighed = self.met[name]
+        moment.add(rows)
+        weighed.add(rows.float() * lengths[:, None])
 
     def found(self) -> dict[str, Curvature]:
         """Disk name → curvature."""
@@ -279,7 +305,8 @@ def curvature_cost(
         rows += [skeleton.config.hidden_size] * (len(own) < len(inside))
         found.append(4.0 * sum(count**2 for count in rows if count <= most))
         blocks.append(float(sum(linear.weight.numel() for linear in inside.values())))
-    widest = max(max(linear.weight.shape) for linear in skeleton.linears(0).values())
+    every = (linear for index in range(skeleton.blocks) for linear in skeleton.linears(index).values())
+    widest = max((max(linear.weight.shape) for linear in every), default=0)
     vocabulary, hidden = skeleton.config.vocab_size, skeleton.config.hidden_size
     # What a block keeps to be run back: inputs of linears, norms and products, and the gradients of their outputs.
     running = max(blocks) * skeleton.dtype.itemsize * skeleton.copies + graph * 4.0 * (8 * widest + 24 * skeleton.width)

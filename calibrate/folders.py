@@ -76,7 +76,7 @@ class BlockFolder:
 
     def finish(self, blocks: Iterable[int]) -> None:
         """Declare the folder complete, if it is: a run may have begun without it."""
-        if all(self._own(block) for block in blocks):
+        if all(self.holds(block) for block in blocks):
             write_synced(self._index, json.dumps(self.source, indent=2) + "\n")
 
     @property
@@ -84,7 +84,8 @@ class BlockFolder:
         """Of the source, in every file: runs on other texts may have begun with the same folder."""
         return _digest(self.source)
 
-    def _own(self, block: int) -> bool:
+    def holds(self, block: int) -> bool:
+        """Whether a block's file is there, of the same source."""
         try:
             with safe_open(self._file(block), framework="pt") as file:
                 return bool((file.metadata() or {}).get(_SOURCE) == self._digest)
@@ -188,12 +189,6 @@ class CurvatureFolder(BlockFolder):
             }
         except (ValueError, TypeError, KeyError) as error:
             raise ResourceError(f"{self._file(block)}: not readable ({error}); delete {self.folder}") from None
-
-
-class TracesFolder(CurvatureFolder):
-    """The same without metrics."""
-
-    index, prefix = "traces.json", "traces"
 
 
 class FiguresFolder:

@@ -173,7 +173,7 @@ def _run(
     plan: Plan,
     windows: Tensor | None,
     folder: StatisticsFolder | None,
-    curvature: CurvatureFolder,
+    curvature: CurvatureFolder | None,
     journal: Journal,
     listener: Listener,
 ) -> None:
@@ -211,8 +211,7 @@ def _run(
         if kinds := step.needs & KINDS.keys():
             wanted.setdefault(name, set()).update(kinds)
     probed = {name for name, step in wanting if "metric" in step.needs}
-    curved = curvature if "curvature" in plan.needs else None
-    for block in walk(skeleton, chains, wanted, first, folder, probed, plan.room, plan.stays, curved):
+    for block in walk(skeleton, chains, wanted, first, folder, probed, plan.room, plan.stays, curvature):
         start = time.monotonic()
         seconds: dict[str, float] = {}
         events = list(_rewrite(job.recipe, block, listener, seconds))

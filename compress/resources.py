@@ -136,33 +136,24 @@ def comparing_memory(recipe: Recipe, skeleton: Skeleton, linears: Linears, *, ca
 
 def walk_back_cost(recipe: Recipe, skeleton: Skeleton, needs: frozenset[str]) -> Cost:
     """Of finding what errors of linears cost the model, if that is needed."""
-    if not needs & {"curvature", "traces"}:
+    if "curvature" not in needs:
         return Cost()
-    length, metrics = recipe.data.sequence_length, "curvature" in needs
-    memory, disk, left, flops = curvature_cost(skeleton, recipe.data.tokens // length, length, metrics=metrics)
+    length = recipe.data.sequence_length
+    memory, disk, left, flops = curvature_cost(skeleton, recipe.data.tokens // length, length, metrics=True)
     return Cost(BUFFERS + memory, disk - left, left, flops)
 
 
 def foretelling_cost(skeleton: Skeleton, samples: int, tokens: int, options: int) -> Cost:
-    """Of rounding every linear in so many ways, on the original model's inputs."""
-    memory = flops = 0.0
+    """Of rounding every linear in so many ways, and asking what the end of the model loses by each."""
+    walking, disk, _, flops = curvature_cost(skeleton, samples, tokens, metrics=False)
+    met = 0.0
     for index in range(skeleton.blocks):
         shapes = [linear.weight.shape for linear in skeleton.linears(index).values()]
-        widths = [skeleton.linears(index)[group[0]].in_features for group in _groups(skeleton, index)]
-        block = sum(rows * columns for rows, columns in shapes)
-        solving = 28.0 * max(widths) ** 2 + 24.0 * max(rows * columns for rows, columns in shapes)
-        memory = max(memory, 4.0 * sum(width**2 for width in widths) + block * skeleton.dtype.itemsize + solving)
-        flops += samples * tokens * (2.0 * block + sum(width**2 for width in widths))
-        flops += sum(2.0 * columns**3 + options * rows * columns * (2.0 * columns + 600.0) for rows, columns in shapes)
-    batch = min(samples * tokens, BATCH_TOKENS)
-    memory += _running(skeleton, batch, max(max(linear.weight.shape) for linear in skeleton.linears(0).values()))
-    return Cost(BUFFERS + memory, 2 * 4.0 * samples * tokens * skeleton.width, 0.0, flops)
-
-
-def _groups(skeleton: Skeleton, index: int) -> list[list[str]]:
-    """Disk names of a block's linears that read the same input."""
-    stages = skeleton.stages(index)
-    return [[skeleton.disk_name(index, name) for name in group.linears] for stage in stages for group in stage]
+        solving = max(28.0 * columns**2 + 4.0 * (options + 6) * rows * columns for rows, columns in shapes)
+        met = max(met, 2 * 4.0 * sum(columns**2 for _, columns in shapes) + solving)
+        flops += samples * tokens * sum(2.0 * columns**2 for _, columns in shapes)
+        flops += sum(2.0 * columns**3 + options * rows * columns * (4.0 * columns + 600.0) for rows, columns in shapes)
+    return Cost(BUFFERS + walking + met, disk, 0.0, flops)
 
 
 def _original(skeleton: Skeleton) -> int:

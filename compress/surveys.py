@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..calibrate.corpus import Corpus, builtin_corpus, drawn_windows, file_corpus, load_tokenizer
-from ..calibrate.curvature import reverse_walk
-from ..calibrate.folders import CurvatureFolder, FiguresFolder, RoutingFolder, TracesFolder
+from ..calibrate.curvature import BlockBack, reverse_walk
+from ..calibrate.folders import CurvatureFolder, FiguresFolder, RoutingFolder
 from ..calibrate.statistics import UNPAIRED
 from ..runtime.errors import RecipeError
 from ..runtime.files import read_saved
@@ -77,13 +77,13 @@ def routing_folder(folder: Path, recipe: Recipe, fingerprint: dict[str, Any]) ->
 
 def keeps(recipe: Recipe) -> frozenset[str]:
     """What calibration for a planned recipe finds of the original model, and other recipes can use: `linears`,
-    statistics of what enters these; `routing`; `curvature` or `traces`."""
+    statistics of what enters these; `routing`; `divergences`; `curvature`."""
     needs = frozenset(need for step in recipe.passes for need in step.needs)
     reshaped = any(isinstance(step, ModelPass) for step in recipe.passes)
     found = {"linears"} if "reference" in needs - SURVEYED <= {"reference", *UNPAIRED} and not reshaped else set()
     if "routing" in recipe.passes[0].needs:  # passes after it see another model
         found.add("routing")
-    return frozenset(found | needs & ({"traces"} if reshaped else {"curvature", "traces"}))
+    return frozenset(found | needs & ({"divergences"} if reshaped else {"divergences", "curvature"}))
 
 
 def statistics_bytes(skeleton: Skeleton) -> float:
@@ -97,19 +97,20 @@ def statistics_bytes(skeleton: Skeleton) -> float:
     return 4.0 * sum(width**2 for width in widths)
 
 
-def curvature_folder(kept: Path | None, recipe: Recipe, source: Mapping[str, Any], journal: Journal) -> CurvatureFolder:
-    """Where is found what errors of linears cost the model that its passes see.
+def curvature_folder(
+    kept: Path | None, recipe: Recipe, source: Mapping[str, Any], journal: Journal
+) -> CurvatureFolder | None:
+    """Where is found what errors of linears cost the model that its passes see; None where none asks for it.
 
     Args:
         kept: a folder for statistics of the original model.
         source: of these.
     """
+    if not any("curvature" in step.needs for step in recipe.passes):
+        return None
     reshaped = any(isinstance(step, ModelPass) for step in recipe.passes)
     folder = kept if kept is not None and not reshaped else journal.chains / "curvature"
-    found = CurvatureFolder(folder, source)
-    if found.complete or any("curvature" in step.needs for step in recipe.passes):
-        return found
-    return TracesFolder(folder, source)
+    return CurvatureFolder(folder, source)
 
 
 def surveyed(
@@ -119,7 +120,7 @@ def surveyed(
     texts: Mapping[str | None, Text],
     routing: RoutingFolder | None,
     figures: FiguresFolder | None,
-    curvature: CurvatureFolder,
+    curvature: CurvatureFolder | None,
     journal: Journal,
     listener: Callable[[Event], None],
 ) -> Recipe:
@@ -135,18 +136,6 @@ def surveyed(
             told.append(record)
             journal.done({"step": "surveying", "events": [record]})
         listener(event)
-
-    def curved() -> CurvatureFolder:
-        """Of the model that linear passes see."""
-        assert windows is not None
-        if not curvature.complete:
-            steps, metrics = 2 * skeleton.blocks, not isinstance(curvature, TracesFolder)
-
-            def done(step: int) -> None:
-                listener(Surveyed(step, steps))
-
-            reverse_walk(skeleton, windows, journal.chains / "walk", curvature, done, metrics=metrics)
-        return curvature
 
     for number, step in enumerate(recipe.passes):
         folder, later = journal.chains / f"survey-{number}", recipe.passes[number + 1 :]
@@ -166,7 +155,7 @@ def surveyed(
             if figures is not None:
                 before = [step.model_dump(mode="json") for step in passes if isinstance(step, ModelPass)]
                 known_figures = FiguresFolder(figures.folder, {**figures.source, "passes": before})
-            found = Survey(windows, folder, heard, task, None if number else routing, known_figures, curved)
+            found = Survey(windows, folder, heard, task, None if number else routing, known_figures)
             ready = ready.survey(skeleton, found)
             made = _made(folder, ready)
             if went_on:
@@ -176,9 +165,25 @@ def surveyed(
         if isinstance(ready, ModelPass):
             skeleton = ready.view(skeleton)
         passes.append(ready)
-    if any("curvature" in step.needs for step in passes) and journal.finished is None:
-        curved()
+    if curvature is not None and journal.finished is None and not curvature.complete:
+        assert windows is not None
+        _find_curvature(skeleton, windows, journal.chains / "walk", curvature, listener)
     return recipe.model_copy(update={"passes": tuple(passes)})
+
+
+def _find_curvature(
+    skeleton: Skeleton, windows: Tensor, scratch: Path, kept: CurvatureFolder, listener: Callable[[Event], None]
+) -> None:
+    """What errors of linears cost the model that linear passes see."""
+
+    def take(back: BlockBack) -> None:
+        kept.save(back.index, back.found())
+
+    def done(step: int) -> None:
+        listener(Surveyed(step, 2 * skeleton.blocks))
+
+    reverse_walk(skeleton, windows, scratch, take, done, taken=kept.holds, metrics=True)
+    kept.finish(range(skeleton.blocks))
 
 
 def _made(folder: Path, step: Pass) -> dict[str, list[str]]:

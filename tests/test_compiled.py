@@ -66,6 +66,19 @@ def test_the_sweep_and_the_descent_are_those_of_torch(name: str, kept: bool, mon
         torch.testing.assert_close(own, twin, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("kind", [DOUBLE, torch.float32])
+def test_rows_and_inputs_of_next_to_nothing_are_no_error(kind: torch.dtype) -> None:
+    target, grid, moment = problem(ROUNDED["symmetric"])
+    target[:, 3] = 0
+    grid = range_grid(target.T, grid.rounding, Steps(torch.bfloat16))
+    grid = Grid(grid.scales.to(kind), None, grid.rounding, grid.steps)
+    moment, target = 1e-12 * moment.to(kind), target.to(kind)
+    codes, _ = sweep.gptq_codes(target, grid, damped_system(moment))
+    refine.refine(codes, refine.differences(codes, grid, target), grid, moment)
+    assert codes.isfinite().all()
+    assert not codes[:, 3].any()
+
+
 def test_parts_of_rows_go_to_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     target, grid, moment = problem(ROUNDED["symmetric"], rows=300)
     system, used = damped_system(moment), set[int]()

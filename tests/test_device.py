@@ -161,7 +161,7 @@ def test_moments_come_in_as_many_parts_as_the_memory_of_the_gpu_asks_for(
 @pytest.mark.parametrize("dry", [False, True])
 def test_a_plan_is_of_the_device(dry: bool, pico: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     sizes = {"hidden_size": 128, "max_position_embeddings": 512}
-    words, options = ("w4a16-gptq", str(pico("llama", **sizes))), {"as_json": True}
+    words, options = ("w4a16-awq", str(pico("llama", **sizes))), {"as_json": True}
     ask = (
         partial(apply_command, *words, Path("out"), dry_run=True, **options)
         if dry

@@ -116,7 +116,17 @@ def test_sweep_gives_the_codes_of_the_unblocked_solver(
     torch.testing.assert_close(grid.values(codes), expected, rtol=0, atol=1e-12)
     assert torch.equal(codes, grid.codes(expected))
     if act_order:
-        assert bool((moment.diagonal()[system.order].diff() <= 0).all())
+        assert int(system.order[-1]) == int(system.moment.diagonal().argmin())
+        falling = system.moment.diagonal().argsort(descending=True)
+        ahead = left_alone(system.moment, system.order), left_alone(system.moment, falling)
+        assert ahead[0] < ahead[1] if columns > 32 else torch.equal(system.order, falling)
+        assert left_alone(system.moment, falling) < left_alone(system.moment, torch.arange(columns))
+
+
+def left_alone(moment: Tensor, order: Tensor) -> float:
+    """What those behind it do not tell of each column, summed up."""
+    factor = torch.linalg.cholesky(moment[order.flip(0)][:, order.flip(0)])
+    return float(factor.diagonal().square().sum())
 
 
 def test_sweep_without_rounding_changes_nothing() -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from typing_extensions import Self
 
-    from ...calibrate.folders import CurvatureFolder, FiguresFolder, RoutingFolder
+    from ...calibrate.folders import FiguresFolder, RoutingFolder
     from ...calibrate.stage import StageWork
     from ...runtime.model.checkpoint import Checkpoint
     from ...runtime.model.skeleton import Skeleton
@@ -31,9 +31,9 @@ BUFFERS = 48e6  # bytes: compiled kernels and scratch of the matrix library
 # A chain that is run over the text; kinds of `calibrate.statistics`; and what only surveys and some passes ask for.
 Need = Literal[
     "reference", "compressed", "moment", "cross", "held_moment", "held_cross", "peak", "sample", "metric", "routing",
-    "text", "curvature", "traces",
+    "text", "divergences", "curvature",
 ]  # fmt: skip
-SURVEYED: frozenset[Need] = frozenset({"routing", "text", "curvature", "traces"})  # which surveys see to, and no walk
+SURVEYED: frozenset[Need] = frozenset({"routing", "text", "divergences", "curvature"})  # which surveys do
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,6 @@ class Survey:
         listener: told how it goes.
         routing: statistics of experts that other runs may have left, and may use; None: they are kept in `folder`.
         figures: what surveys of other runs may have measured of the same model and text.
-        curvature: finds, unless it is known, what errors of linears cost the model.
     """
 
     windows: Tensor | None
@@ -56,7 +55,6 @@ class Survey:
     task: Tensor | None = None
     routing: RoutingFolder | None = None
     figures: FiguresFolder | None = None
-    curvature: Callable[[], CurvatureFolder] | None = None
 
     def recalled(self, what: Mapping[str, Any], find: Callable[[], dict[str, float]]) -> dict[str, float]:
         """Figures by name that another run found, or else those that `find` finds.
@@ -118,7 +116,7 @@ class Pass(BaseModel):
         Where: `reference`, in the uncompressed model, or `compressed`, in the model as it is so far, which serves for
         `reference` too. What: kinds of statistics (`calibrate.statistics.KINDS`), and `metric`, how the linear's errors
         move the block. Surveys alone ask for `routing`, what experts do, `text`, calibration text as such, and
-        `curvature`, what errors of linears cost the model, and `traces`, how much in the mean.
+        `divergences`, what single changes of weights do to the answers, and `curvature`, what errors of linears cost.
         """
         return frozenset()
 

@@ -27,10 +27,11 @@ _TILE = 256  # rows of some columns that stay in a processor's nearest memory
 
 def _compiled(function: Callable[..., Any]) -> Any:
     """Machine code, kept for later processes where there is a folder for it."""
+    options: dict[str, Any] = {"nogil": True, "fastmath": {"contract", "arcp", "nsz"}, "error_model": "numpy"}
     try:
-        return njit(cache=True, nogil=True, fastmath={"contract", "arcp", "nsz"})(function)
+        return njit(cache=True, **options)(function)
     except RuntimeError:  # neither beside this file nor in the user's folder can a file be made
-        return njit(nogil=True, fastmath={"contract", "arcp", "nsz"})(function)
+        return njit(**options)(function)
 
 
 @cache
@@ -122,20 +123,21 @@ def couple_columns(
     own: Tensor,
     metric: Tensor,
     scale: Tensor,
+    zero: Tensor | None,
     keep: Tensor | None,
-    grid: tuple[Numbers, Tensor | None],
+    numbers: Numbers,
+    *,
+    fractional: bool,
 ) -> None:
     """Set every code of some columns that share a scale to the best one, row after row, for `metric` `[rows, rows]` has
     each row's errors count in the others'; gradients follow.
 
     Args:
-        codes, values, gradient, own, scale, keep: as of `descend_columns`; `gradient` is `H δ M`.
-        grid: what codes are, and zeros `[rows]`.
+        codes, values, gradient: as of `descend_columns`, and so all others; `gradient` is `H δ M`.
     """
-    numbers, zero = grid
     kept = np.zeros((0, 0), np.bool_) if keep is None else keep.numpy()
     arrays = codes.numpy(), values.numpy(), gradient.numpy(), own.numpy(), metric.numpy(), scale.numpy()
-    _couple(*arrays, _array(zero, codes, 1), kept, *_format(numbers, codes))
+    _couple(*arrays, _array(zero, codes, 1), kept, *_format(numbers, codes), fractional)
 
 
 def best_steps(quadratic: Tensor, slopes: Tensor) -> Tensor:
@@ -206,10 +208,10 @@ def _descend(first, last, codes, values, gradient, own, scale, zeros, keep, low,
             for r in range(len(found)):
                 old = found[r]
                 if not zeros.size:
-                    code = _nearest(old - slope[r] / (curvature * steps[r]), low, high, mantissa, least)
+                    code = _nearest(old - slope[r] / curvature / steps[r], low, high, mantissa, least)
                 else:
                     zero = zeros[start + r]
-                    code = _placed(old - zero - slope[r] / (curvature * steps[r]), zero, low, high, fractional)
+                    code = _placed(old - zero - slope[r] / curvature / steps[r], zero, low, high, fractional)
                 if keep.size and not keep[j, start + r]:
                     code = old
                 found[r] = code
@@ -223,7 +225,7 @@ def _descend(first, last, codes, values, gradient, own, scale, zeros, keep, low,
 
 
 @_compiled
-def _couple(codes, values, gradient, own, metric, scale, zeros, keep, low, high, mantissa, least):
+def _couple(codes, values, gradient, own, metric, scale, zeros, keep, low, high, mantissa, least, fractional):
     columns, rows = codes.shape
     spread = np.empty(rows, values.dtype)
     for j in range(columns):
@@ -234,11 +236,11 @@ def _couple(codes, values, gradient, own, metric, scale, zeros, keep, low, high,
             if keep.size and not keep[j, r]:
                 continue
             old, line = found[r], metric[r]
-            wanted = old - (slope[r] + curvature * spread[r]) / (curvature * line[r] * scale[r])
+            wanted = old - (slope[r] + curvature * spread[r]) / curvature / line[r] / scale[r]
             if not zeros.size:
                 code = _nearest(wanted, low, high, mantissa, least)
             else:
-                code = _placed(wanted - zeros[r], zeros[r], low, high, False)
+                code = _placed(wanted - zeros[r], zeros[r], low, high, fractional)
             if code != old:
                 change = (code - old) * scale[r]
                 found[r] = code

@@ -52,8 +52,7 @@ def coupled_sweep(target: Tensor, grid: Grid, system: System, metric: Tensor, ke
     blocks = [torch.arange(start, rows, _BLOCKS, device=target.device) for start in range(min(_BLOCKS, rows))]
     order = torch.cat(blocks)
     factor = inverse_factor(metric, order)
-    if factor is None:
-        raise ValueError("the metric is not positive definite")
+    assert factor is not None
     work, codes, start = target[:, order], torch.empty_like(target), 0
     for block in blocks:
         own, rest = slice(start, start + len(block)), slice(start + len(block), rows)
@@ -119,7 +118,8 @@ def _couple(
     """`couple_columns` on tensors of any device."""
     kept, zeros = None if keep is None else keep[columns].cpu(), None if zero is None else zero.cpu()
     changed = codes.cpu(), delta.cpu(), gradient.cpu()
-    couple_columns(*changed, own.cpu().contiguous(), metric, scale.cpu(), kept, (grid.rounding.numbers, zeros))
+    state = *changed, own.cpu().contiguous(), metric, scale.cpu(), zeros, kept
+    couple_columns(*state, grid.rounding.numbers, fractional=grid.units is not None)
     if codes.device.type != "cpu":
         for there, here in zip((codes, delta, gradient), changed, strict=True):
             there.copy_(here)

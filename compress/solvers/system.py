@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_TOGETHER = 16  # columns whose order is found at a time
+_TOGETHER = 32  # columns whose order is found at a time
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,8 @@ class Gptq(Quantizer, Calibrated):
     objective: Literal["layer", "model"] = Field(
         "layer",
         description="what errors are weighed by. layer: a linear's own outputs; model: what errors of these outputs do "
-        "to the answers of the model, found by a walk back from its end, which couples the rows of a linear",
+        "to the answers of the model, found by a walk back from its end, which couples the rows of a linear (of up to "
+        "twice as many as a hidden state has numbers; others, experts' gate and up, and factors go by layer)",
     )
     search: bool = Field(True, description="try narrower ranges too, and keep the best for each row; false: plain GPTQ")
 
@@ -75,7 +76,7 @@ class Gptq(Quantizer, Calibrated):
         sweeps = len(_SHRINKS) if self.search else 1
         products = (1 + sweeps + 2 * self.refinements) * rows * columns**2 + self.correcting(rows, columns)
         # Column after column, a weight costs as much time as this many operations of a GEMM.
-        alone = 2.0 * columns**3 + products + (600.0 * sweeps + 1200.0 * self.refinements) * rows * columns
+        alone = 4.0 * columns**3 + products + (600.0 * sweeps + 1200.0 * self.refinements) * rows * columns
         if self.objective == "layer":
             return alone
         turns = 1 + 2 * _COUPLED_ROUNDS
@@ -86,9 +87,9 @@ class Gptq(Quantizer, Calibrated):
         rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
         # Solving holds four copies of the moment in bfloat16 at most, the weights, codes and grids of all rows, and
         # about six float32 copies of the rows at hand.
-        if any(_wrapped(operator) or operator.kind == "columns" for operator in operators):
-            return 36.0 * columns**2 + 12.0 * rows * columns
         alone = max(self.factoring(columns), 8.0 * columns**2 + 4.0 * rows * columns + 24.0 * min(rows, ROWS) * columns)
+        if any(_wrapped(operator) or operator.kind == "columns" for operator in operators):
+            alone = 36.0 * columns**2 + 12.0 * rows * columns
         if self.objective == "layer":
             return alone
         largest = max(shape[0] for shape in shapes)  # its metric in four copies, one of float64 while it is factored
@@ -125,7 +126,8 @@ class Gptq(Quantizer, Calibrated):
             found.setdefault(alike, []).append(number)
         return list(found.values())
 
-    def _lost(self, weight: Tensor, roundings: Sequence[Rounding], statistics: Statistics) -> list[Tensor]:
+    def _errors(self, weight: Tensor, roundings: Sequence[Rounding], statistics: Statistics) -> list[Tensor]:
+        from ...solvers.refine import differences
         from ...solvers.sweep import gptq_codes
         from ...solvers.system import NotSolvable, damped_system
 
@@ -133,10 +135,11 @@ class Gptq(Quantizer, Calibrated):
         try:
             system = damped_system(statistics.moment, self.damping, act_order=self.act_order, shrinkage=share)
         except NotSolvable:
-            return super()._lost(weight, roundings, statistics)
-        grids = [_grid(weight, rounding, self.steps([weight], rounding, weight.dtype), None) for rounding in roundings]
-        target = weight.T.contiguous()
-        return [gptq_codes(target, grid, system)[1] for grid in grids]
+            return super()._errors(weight, roundings, statistics)
+        exact = weight.float()
+        grids = [_grid(exact, rounding, self.steps([weight], rounding, weight.dtype), None) for rounding in roundings]
+        target = exact.T.contiguous()
+        return [differences(gptq_codes(target, grid, system)[0], grid, target) for grid in grids]
 
     def _finish(
         self, work: StageWork, group: Group, number: int, result: Operator, error: float, reason: str
@@ -173,6 +176,7 @@ class Gptq(Quantizer, Calibrated):
         metrics = [work.curvatures.get(group.names[number]) for number in which]
         sizes = [leaf.shape[0] for leaf in leaves]
         solution = self._coupled(solution, target, keep, list(zip(sizes, metrics, strict=True)), rest)
+        reason = reason if solution.simple.all() else ""
         start = 0
         for number, leaf in zip(which, leaves, strict=True):
             rows = slice(start, start + leaf.shape[0])
@@ -250,22 +254,27 @@ class Gptq(Quantizer, Calibrated):
             target, keep: as of `_solve`.
             linears: rows and curvature of each.
         """
+        import torch
+
         from ...solvers.coupled import coupled, damped_metric
         from ...solvers.refine import differences, row_losses
 
-        if group.system is None or not any(found is not None and found.metric is not None for _, found in linears):
+        if group.system is None:
             return solution
         system, numbers, parts, start = group.system, solution.grid.rounding.numbers, [], 0
         for size, found in linears:
             rows = slice(start, start := start + size)
             own = solution.part(rows)
-            if found is not None and found.metric is not None:
+            # Without a gradient, errors of the linear cost nothing, as far as the walk back could see.
+            if found is not None and found.metric is not None and 0 < float(found.metric.trace()) < float("inf"):
                 aim, kept = target[rows].T.contiguous(), None if keep is None else keep[rows].T.contiguous()
                 metric = damped_metric(found.metric, _COUPLED_DAMPING, found.tokens)
                 codes = numbers.of_bytes(own.codes).T.contiguous()
                 codes, grid = coupled(codes, aim, own.grid, system, metric, kept, _COUPLED_ROUNDS)
                 losses = row_losses(differences(codes, grid, aim), system.moment)
-                own = replace(own, grid=grid, codes=numbers.as_bytes(codes).T.contiguous(), losses=losses)
+                found_codes = numbers.as_bytes(codes).T.contiguous()
+                simple = own.simple if torch.equal(found_codes, own.codes) else torch.zeros_like(own.simple)
+                own = replace(own, grid=grid, codes=found_codes, losses=losses, simple=simple)
             parts.append(own)
         return Solution.joined(parts)
 

@@ -1,6 +1,6 @@
 """Bits where they matter: how many each weight gets, and in what groups, by what that does to the answers of the model.
 
-Every linear is rounded to each of the widths as the pass would do it, on inputs of the original model, and what that
+Every linear is rounded to each of the widths (`gptq`: by one sweep), on inputs of the original model, and what that
 will cost the answers is foretold (`calibrate/foretell.py`): errors of different linears hardly interact, so that costs
 add up. The embedding and the head, where targets name them, are rounded to `PROBED` bits on their own while the rest of
 the model stays as it is, and KL(original ‖ so rounded) is measured; otherwise rounded it is taken to be as the squares
@@ -47,7 +47,7 @@ RoundingAt = Callable[[int, int, int | None], "Rounding"]  # of so many bits, fo
 class Mixed(LinearPass):
     """Options of a pass that stores integers: how many bits, or how they are found."""
 
-    bits: Width | Literal["mixed"] = Field(
+    bits: Literal[2, 3, 4, 5, 6, 8, "mixed"] = Field(
         4,
         description="bits of an integer, scales not counted; mixed: as many for each linear as serve the model best, "
         "average_bits in all, found on calibration text; linears that read the same input get the same",
@@ -121,7 +121,7 @@ class Mixed(LinearPass):
     @property
     def needs(self) -> frozenset[Need]:
         open_yet = self.bits == "mixed" and (self.widths is None or self._nominal)
-        return super().needs | frozenset({"text", "traces"} if open_yet else ())
+        return super().needs | frozenset({"text", "divergences"} if open_yet else ())
 
     def wants(self, name: str) -> bool:
         if self.widths is not None:
@@ -209,27 +209,22 @@ class Mixed(LinearPass):
         Raises:
             RecipeError: there is no text.
         """
-        import torch
-
         from ....calibrate.foretell import foretold
 
-        if survey.windows is None or survey.curvature is None:
+        if survey.windows is None:
             raise RecipeError("bits: mixed needs calibration text")
         blocks, outer = self._sets[:-1], self._sets[-1]
         wanted = {name for sets in blocks for names in sets.values() for name in names}
 
-        def losses(names: Sequence[str], statistics: Statistics) -> dict[str, list[float]]:
-            names = [name for name in names if name in wanted]
-            weights = [_weight(skeleton, name) for name in names]
-            if not weights:
-                return {}
-            roundings = [self._integers(bits, weights[0].shape[1], size) for bits, size in self._options]
-            lost = self._lost(torch.cat(weights), roundings, statistics)
-            parts = [rows.split([len(weight) for weight in weights]) for rows in lost]
-            return {name: [float(part[n].sum()) for part in parts] for n, name in enumerate(names)}
+        def changes(name: str, statistics: Statistics) -> list[Tensor]:
+            if name not in wanted:
+                return []
+            weight = skeleton.checkpoint.tensor(f"{name}.weight").to(skeleton.device)
+            roundings = [self._integers(bits, weight.shape[1], size) for bits, size in self._options]
+            return self._errors(weight, roundings, statistics)
 
-        passed, folder = survey.passed(skeleton.blocks), survey.folder / "foretold"
-        alone = foretold(skeleton, survey.windows, folder, survey.curvature(), losses, passed)
+        passed, folder = survey.passed(2 * skeleton.blocks), survey.folder / "foretold"
+        alone = foretold(skeleton, survey.windows, folder, changes, passed)
         found = dict[str, float]()
         for label, names in (item for sets in blocks for item in sets.items()):
             met = [alone[name] for name in names if name in alone]  # an expert that no token came by costs nothing
@@ -241,12 +236,10 @@ class Mixed(LinearPass):
                 found |= {_place(label, option): cost for option, cost in zip(self._options, measured, strict=True)}
         return found
 
-    def _lost(self, weight: Tensor, roundings: Sequence[Rounding], statistics: Statistics) -> list[Tensor]:
-        """`diag(Δ H Δᵀ)` of each of some roundings of a weight `[rows, columns]`."""
-        from ...solvers.refine import row_losses
-
-        errors = [_nearest(weight, rounding) - weight for rounding in roundings]
-        return [row_losses(error.T.contiguous(), statistics.moment) for error in errors]
+    def _errors(self, weight: Tensor, roundings: Sequence[Rounding], statistics: Statistics) -> list[Tensor]:
+        """What each of some roundings changes of a weight `[rows, columns]`, columns first."""
+        exact = weight.float()
+        return [(_nearest(exact, rounding) - exact).T.contiguous() for rounding in roundings]
 
     def survey_cost(self, skeleton: Skeleton, samples: int, sequence_length: int) -> Cost:
         from ....calibrate.divergences import divergences_cost
@@ -254,7 +247,8 @@ class Mixed(LinearPass):
 
         if not self._nominal:
             return Cost()
-        cost, outer = foretelling_cost(skeleton, samples, sequence_length, len(self._options)), self._sets[-1]
+        options, outer = len(_WIDTHS) * len(self.group_sizes or (0,)), self._sets[-1]
+        cost = foretelling_cost(skeleton, samples, sequence_length, options)
         if not outer:
             return cost
         tables = max(math.prod(shape_of(skeleton, name)) for name in outer)
