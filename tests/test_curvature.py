@@ -233,3 +233,18 @@ def test_what_rounding_costs_is_foretold(pico: Callable[..., Path], tmp_path: Pa
 
 def noise(like: Tensor) -> Tensor:
     return torch.rand(like.shape, generator=torch.Generator().manual_seed(4)) - 0.5
+
+
+def test_what_was_given_and_is_lost_is_found_again(pico: Callable[..., Path], tmp_path: Path) -> None:
+    model, kept = pico("llama"), CurvatureFolder(tmp_path / "kept", {"of": "a test"})
+
+    def stop(step: int) -> None:
+        if step == 2:  # of four: the last block is behind
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        walk(model, WINDOWS, tmp_path / "scratch", kept, stop)
+    (kept.folder / "curvature-00001.safetensors").unlink()
+    walk(model, WINDOWS, tmp_path / "scratch", kept, lambda step: None)
+    assert kept.complete
+    assert kept.load(1).keys() == set(Skeleton(Checkpoint(model)).linears(1))
