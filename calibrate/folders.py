@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +25,7 @@ from .curvature import Curvature
 from .routing import Routing
 from .statistics import UNPAIRED, Statistics
 
+T = TypeVar("T")
 _SOURCE = "source"  # in the metadata of files
 
 
@@ -74,6 +75,20 @@ class BlockFolder:
         except (SafetensorError, OSError, ValueError) as error:
             raise ResourceError(f"{self._file(block)}: not readable ({error}); delete {self.folder}") from None
 
+    def _made(
+        self,
+        block: int,
+        device: torch.device | str,
+        make: Callable[[Mapping[str, Tensor], Mapping[str, Any]], dict[str, T]],
+    ) -> dict[str, T]:
+        """What a block's tensors, on a device, and what is said of each linear make."""
+        tensors, names = self._load(block)
+        try:
+            entries = {name: json.loads(entry) for name, entry in names.items()}
+            return make({name: tensor.to(device) for name, tensor in tensors.items()}, entries)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ResourceError(f"{self._file(block)}: not readable ({error}); delete {self.folder}") from None
+
     def finish(self, blocks: Iterable[int]) -> None:
         """Declare the folder complete, if it is: a run may have begun without it."""
         if all(self.holds(block) for block in blocks):
@@ -120,17 +135,15 @@ class StatisticsFolder(BlockFolder):
         Raises:
             ResourceError: the file is missing or damaged.
         """
-        tensors, names = self._load(block)
-        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-        try:
-            entries = {name: json.loads(entry) for name, entry in names.items()}
-            made = {
+
+        def made(tensors: Mapping[str, Tensor], entries: Mapping[str, Any]) -> dict[str, Statistics]:
+            found = {
                 lead: Statistics(tokens, {kind: tensors[f"{lead}.{kind}"] for kind in UNPAIRED}, lent)
                 for lead, tokens, lent in entries.values()
             }
-            return {name: made[lead] for name, (lead, *_) in entries.items()}
-        except (ValueError, TypeError, KeyError) as error:
-            raise ResourceError(f"{self._file(block)}: not readable ({error}); delete {self.folder}") from None
+            return {name: found[lead] for name, (lead, *_) in entries.items()}
+
+        return self._made(block, device, made)
 
 
 class RoutingFolder(BlockFolder):
@@ -179,16 +192,14 @@ class CurvatureFolder(BlockFolder):
         Raises:
             ResourceError: the file is missing or damaged.
         """
-        tensors, names = self._load(block)
-        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-        try:
-            entries = {name: json.loads(entry) for name, entry in names.items()}
+
+        def made(tensors: Mapping[str, Tensor], entries: Mapping[str, Any]) -> dict[str, Curvature]:
             return {
                 name: Curvature(trace, tensors[lead] if lead else None, tokens)
                 for name, (lead, trace, tokens) in entries.items()
             }
-        except (ValueError, TypeError, KeyError) as error:
-            raise ResourceError(f"{self._file(block)}: not readable ({error}); delete {self.folder}") from None
+
+        return self._made(block, device, made)
 
 
 class FiguresFolder:

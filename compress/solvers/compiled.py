@@ -1,7 +1,8 @@
 """Loops over single numbers, compiled for the processor: what the column sweep and the descent do within few columns.
 
-Arrays are columns first, `[columns, rows]`, C-contiguous. What is done here for some rows at a time, `sweep.by_column`
-and `refine.descend_columns` do in torch, on any device; tests compare the two. Rows are independent but for `settle`.
+Arrays are columns first, `[columns, rows]`, C-contiguous. What `sweep_columns` and `descend_columns` do here for some
+rows at a time, `sweep.gptq_codes` and `refine.refine` do in torch on a GPU; tests compare the two. Rows are independent
+but for what a metric couples (`couple_columns`, `best_steps`, `refused_steps`).
 """
 
 # mypy: disable-error-code="no-untyped-def, misc"
@@ -62,6 +63,10 @@ def _array(tensor: Tensor | None, like: Tensor, dimensions: int = 2) -> Any:
     return np.zeros((0,) * dimensions, like.numpy().dtype) if tensor is None else tensor.numpy()
 
 
+def _kept(keep: Tensor | None) -> Any:
+    return np.zeros((0, 0), np.bool_) if keep is None else keep.numpy()
+
+
 def sweep_columns(
     work: Tensor,
     own: Tensor,
@@ -84,10 +89,8 @@ def sweep_columns(
         keep: bool alike, false where a zero is to stay.
         fractional: whether zeros are no integers.
     """
-    none = np.zeros((0, 0), np.bool_)
     arrays = work.numpy(), own.numpy(), codes.numpy(), scales.numpy(), _array(zeros, work)
-    kept = none if keep is None else keep.numpy()
-    _by_rows(_sweep, work.shape[1], *arrays, kept, *_format(numbers, codes), fractional)
+    _by_rows(_sweep, work.shape[1], *arrays, _kept(keep), *_format(numbers, codes), fractional)
 
 
 def descend_columns(
@@ -110,10 +113,8 @@ def descend_columns(
         scale, zero: `[rows]`.
         keep, fractional: as of `sweep_columns`.
     """
-    none = np.zeros((0, 0), np.bool_)
     arrays = codes.numpy(), values.numpy(), gradient.numpy(), own.numpy(), scale.numpy(), _array(zero, codes, 1)
-    kept = none if keep is None else keep.numpy()
-    _by_rows(_descend, codes.shape[1], *arrays, kept, *_format(numbers, codes), fractional)
+    _by_rows(_descend, codes.shape[1], *arrays, _kept(keep), *_format(numbers, codes), fractional)
 
 
 def couple_columns(
@@ -135,9 +136,8 @@ def couple_columns(
     Args:
         codes, values, gradient: as of `descend_columns`, and so all others; `gradient` is `H δ M`.
     """
-    kept = np.zeros((0, 0), np.bool_) if keep is None else keep.numpy()
     arrays = codes.numpy(), values.numpy(), gradient.numpy(), own.numpy(), metric.numpy(), scale.numpy()
-    _couple(*arrays, _array(zero, codes, 1), kept, *_format(numbers, codes), fractional)
+    _couple(*arrays, _array(zero, codes, 1), _kept(keep), *_format(numbers, codes), fractional)
 
 
 def best_steps(quadratic: Tensor, slopes: Tensor) -> Tensor:
