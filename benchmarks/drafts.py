@@ -49,7 +49,8 @@ def train(folder: Path) -> None:
     skeleton = Skeleton(open_model(folder))
     drafter, model = Drafter(skeleton, blocks), load(folder, dtype=torch.float32)
     learned: dict[str, nn.Parameter] = {"eh_proj.weight": drafter.joins}
-    learned |= {f"{name}.weight": norm.weight for name, norm in drafter.norms.items()}
+    norms = zip(("enorm", "hnorm", "shared_head.norm"), (*drafter.entering, drafter.leaving), strict=True)
+    learned |= {f"{name}.weight": norm.weight for name, norm in norms}
     learned |= dict(drafter.layer.named_parameters())
     optimizer = torch.optim.Adam([part.requires_grad_() for part in learned.values()], lr=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, STEPS)

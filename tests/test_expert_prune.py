@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from pico import interrupt, same_folders
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from compressor.calibrate.folders import RoutingFolder
 from compressor.calibrate.routing import Routing, chosen, observe_routing
@@ -32,10 +31,8 @@ from compressor.compress.surveys import read_calibration
 from compressor.runtime import load
 from compressor.runtime.errors import RecipeError
 from compressor.runtime.model.checkpoint import Checkpoint
-from compressor.runtime.model.drafting import Drafter, drafters
 from compressor.runtime.model.skeleton import Skeleton
 from compressor.runtime.model.view import fewer_experts
-from compressor.runtime.stored import open_model
 
 Pico = Callable[..., Path]
 FLOAT = {"dtype": torch.float32}
@@ -386,116 +383,3 @@ def test_layers_beyond_the_last_block_go_with_the_count_of_experts(pico: Pico, t
     assert json.loads((tmp_path / "out" / "config.json").read_text())["num_nextn_predict_layers"] == 0
     assert not any(".layers.2." in name for name in load_file(tmp_path / "out" / "model.safetensors"))
     stock(tmp_path / "out")
-
-
-def with_drafter(pico: Pico, folder: Path, family: str) -> Path:
-    """A model with a layer that drafts tokens, as DeepSeek and GLM write it: much like its last block."""
-    source = Path(shutil.copytree(pico(family, **FLOAT), folder))
-    tensors = load_file(source / "model.safetensors")
-    generator = torch.Generator().manual_seed(3)
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator) * 0.1
-
-    last = {name: tensor for name, tensor in tensors.items() if name.startswith("model.layers.1.")}
-    for name, tensor in last.items():
-        tensors[name.replace("layers.1.", "layers.2.")] = tensor + noise(*tensor.shape)
-    for name in ("enorm", "hnorm", "shared_head.norm"):
-        tensors[f"model.layers.2.{name}.weight"] = 1 + noise(64)
-    tensors["model.layers.2.eh_proj.weight"] = noise(64, 128)
-    tensors["model.layers.2.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
-    tensors["model.layers.2.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
-    tensors["model.layers.2.mlp.experts.5.down_proj.weight"] *= 30  # for which nothing else makes up
-    save_file(tensors, source / "model.safetensors", {"format": "pt"})
-    config = json.loads((source / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
-    (source / "config.json").write_text(json.dumps(config))
-    return source
-
-
-def drafted(folder: Path, ids: Tensor) -> Tensor:
-    skeleton = Skeleton(open_model(folder))
-    hidden = skeleton.embed(ids)
-    for index in range(skeleton.blocks):
-        hidden = skeleton.run(skeleton.runner(index, skeleton.block(index)), hidden)
-    assert drafters(skeleton) == [2]
-    drafter = Drafter(skeleton, 2)
-    return drafter.answers(drafter.run(hidden, ids))
-
-
-def drafted_by_hand(folder: Path, ids: Tensor) -> Tensor:
-    """By stock transformers: a model of one block, the layer that drafts, behind what it joins."""
-    tensors, config = load_file(folder / "model.safetensors"), AutoConfig.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-    def normed(x: Tensor, name: str) -> Tensor:
-        scale = x.square().mean(-1, keepdim=True).add(config.rms_norm_eps).rsqrt()
-        return x * scale * tensors[f"model.layers.2.{name}.weight"]
-
-    with torch.no_grad():
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-        own = tensors["model.layers.2.embed_tokens.weight"][ids[:, 1:]]
-        entered = torch.cat([normed(own, "enorm"), normed(hidden, "hnorm")], -1)
-        entered = entered @ tensors["model.layers.2.eh_proj.weight"].T
-        with tempfile.TemporaryDirectory() as room:  # the layer that drafts in place of the last block
-            place = Path(shutil.copytree(folder, Path(room) / "model"))
-            moved = {n: t for n, t in tensors.items() if ".layers.1." not in n and ".layers.2." not in n}
-            moved |= {n.replace("layers.2.", "layers.1."): t for n, t in tensors.items() if ".layers.2." in n}
-            save_file(moved, place / "model.safetensors", {"format": "pt"})
-            other = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).model
-        other.layers, other.norm = other.layers[1:], torch.nn.Identity()
-        other.config.num_hidden_layers = 1
-        left = other(inputs_embeds=entered, use_cache=False).last_hidden_state
-        found: Tensor = normed(left, "shared_head.norm") @ tensors["model.layers.2.shared_head.head.weight"].T
-        return found
-
-
-@pytest.mark.parametrize("family", ["glm4_moe", "deepseek_v3"])
-def test_layers_that_draft_tokens_have_fewer_experts_too(pico: Pico, tmp_path: Path, family: str) -> None:
-    source = with_drafter(pico, tmp_path / "model", family)
-    ids = torch.randint(0, 128, (2, 20), generator=torch.Generator().manual_seed(4))
-    before = drafted(source, ids)
-    torch.testing.assert_close(before, drafted_by_hand(source, ids), rtol=1e-4, atol=1e-4)
-    data = "data: {samples: 4, sequence_length: 32}\n"
-    run(f"{data}passes: [{{kind: expert_prune, keep: 8, refit: false}}]", source, tmp_path / "all")
-    assert torch.equal(drafted(tmp_path / "all", ids), before)
-    told: list[Event] = []
-    run(f"{data}passes: [{{kind: expert_prune, keep: 4, refit: false}}]", source, tmp_path / "out", told.append)
-    kept = {event.block: event.kept for event in told if isinstance(event, ExpertsKept)}
-    assert set(kept) == {1, 2}
-    assert 5 in kept[2]
-    tensors, was = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", source))
-    for place, number in enumerate(kept[2]):
-        name = "model.layers.2.mlp.experts.{}.up_proj.weight"
-        assert torch.equal(tensors[name.format(place)], was[name.format(number)])
-    router = "model.layers.2.mlp.gate.weight"
-    assert torch.equal(tensors[router], was[router][list(kept[2])])
-    assert len(tensors["model.layers.2.mlp.gate.e_score_correction_bias"]) == 4
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_nextn_predict_layers"] == 1
-    after = drafted(tmp_path / "out", ids)
-    assert (after - before).norm() / before.norm() < 1
-    torch.testing.assert_close(after, drafted_by_hand(tmp_path / "out", ids), rtol=1e-4, atol=1e-4)
-
-
-def test_what_experts_of_a_draft_layer_do_is_seen_on_the_text(pico: Pico, tmp_path: Path) -> None:
-    skeleton, ids = Skeleton(open_model(with_drafter(pico, tmp_path / "model", "glm4_moe"))), windows()
-    folder = RoutingFolder(tmp_path / "routing", {})
-    observe_routing(skeleton, ids, tmp_path / "scratch", folder, lambda index: None)
-    assert folder.complete
-    hidden = skeleton.embed(ids)
-    for index in range(skeleton.blocks):
-        hidden = skeleton.run(skeleton.runner(index, skeleton.block(index)), hidden)
-    drafter, sizes = Drafter(skeleton, 2), torch.zeros(8, dtype=torch.float64)
-
-    def adding(number: int) -> Callable[..., None]:
-        def hook(module: Any, args: Any, output: Tensor) -> None:
-            sizes[number] += output.double().norm(dim=1).sum()
-
-        return hook
-
-    for number, expert in enumerate(drafter.layer.mlp.experts):
-        expert.register_forward_hook(adding(number))
-    drafter.run(hidden, ids)
-    seen, sample = folder.load(2)
-    assert int(seen.tokens.sum()) == ids[:, 1:].numel() * 2
-    torch.testing.assert_close(seen.weighted.double(), sizes, rtol=1e-4, atol=1e-5)
-    assert len(sample) == ids[:, 1:].numel()

@@ -23,13 +23,14 @@ from ..errors import ModelError, first_line
 from ..files import PIECE
 from ..schemes import Dense, Operator
 from .disk_experts import Slice, as_published, slices
-from .families import FAMILIES, Family, block_index, blocks_of, family_of, text_config
+from .families import APART, BLOCKS, FAMILIES, Family, block_index, blocks_of, family_of, text_config
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
+_FURTHER = f"{APART}{BLOCKS}."
 _EXPERTS = 100_000  # or more are not looked for
 _SIDE_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
@@ -138,9 +139,28 @@ class Checkpoint:
         except ModelError:
             return blocks_of(self.tensors)
 
+    @cached_property
+    def _apart(self) -> bool:
+        return any(name.startswith(_FURTHER) for name in self.tensors)
+
     def block_index(self, name: str) -> int | None:
-        """The transformer block a tensor belongs to, or None for embeddings, the final norm and the head."""
-        return block_index(name, self._blocks)
+        """The transformer block a tensor belongs to, or None for embeddings, the final norm and the head; layers that
+        predict a token further ahead are behind the last one, wherever they lie."""
+        return block_index(self.numbered(name), self._blocks)
+
+    def numbered(self, name: str) -> str:
+        """A tensor's name, of layers that lie apart as if they were behind the last block."""
+        index = block_index(name, _FURTHER)
+        if index is None or not isinstance(count := self.text_config.get("num_hidden_layers"), int):
+            return name
+        return f"{self._blocks}{count + index}.{name.split('.', 3)[3]}"
+
+    def lying(self, name: str) -> str:
+        """The inverse of `numbered`."""
+        index, count = block_index(name, self._blocks), self.text_config.get("num_hidden_layers")
+        if index is None or not isinstance(count, int) or index < count or not self._apart:
+            return name
+        return f"{_FURTHER}{index - count}.{name.removeprefix(self._blocks).split('.', 1)[1]}"
 
     @property
     def files(self) -> list[str]:

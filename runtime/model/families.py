@@ -16,6 +16,7 @@ from ..errors import ModelError
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 BLOCKS = "layers"  # of a decoder, in memory and on disk
+APART = "mtp."  # on disk, of what predicts a token further ahead where that is no layer behind the last one
 _TEXT = "text_config"  # of a config.json whose model has other parts than the language model
 _TOWER = "model.language_model"  # where that is in memory
 # Where the language model lies on disk: its decoder and its head, for plain models and for those with other parts.

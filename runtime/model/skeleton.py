@@ -214,7 +214,8 @@ class Skeleton:
 
     def disk_name(self, index: int, name: str) -> str:
         """A name inside block `index` in memory → its name in the checkpoint."""
-        return self.family.disk_name(f"{self.family.decoder}.{self.family.layers}.{index}.{name}")
+        found = self.family.disk_name(f"{self.family.decoder}.{self.family.layers}.{index}.{name}")
+        return found if index < self.blocks else self.checkpoint.lying(found)
 
     def linears(self, index: int) -> dict[str, nn.Linear]:
         """Disk name (without `.weight`) → meta linear, for every linear that a block's stages name."""
@@ -288,7 +289,8 @@ class Skeleton:
         layer = copy.deepcopy(self.layers[index if like is None else like])
         wanted = layer.state_dict()
         place = f"{self.family.decoder}.{self.family.layers}.{index}"
-        state = {name: self.held(name, self.family.lying(f"{place}.{name}"), like) for name, like in wanted.items()}
+        lying = {name: map(self.checkpoint.lying, self.family.lying(f"{place}.{name}")) for name in wanted}
+        state = {name: self.held(name, tuple(lying[name]), like) for name, like in wanted.items()}
         layer.load_state_dict(state, assign=True)
         for module in layer.modules():
             if isinstance(module, nn.LayerNorm):  # unlike the families' own norms, it takes no mixture of dtypes
@@ -455,10 +457,14 @@ class Skeleton:
         part.load_state_dict({name: t.to(self.device, torch.float32) for name, t in state.items()}, assign=True)
         return part
 
+    def head_table(self) -> str:
+        """The tensor that the output head multiplies by: its own, or the embedding's."""
+        own = self.family.disk_name(f"{self.family.head}.weight")
+        return own if own in self.checkpoint.tensors else self.decoder_name(f"{self.family.embedding}.weight")
+
     def _head(self, changed: Tensor | None = None) -> Head:
         tensors = self.checkpoint.tensors
-        weight, bias = (self.family.disk_name(f"{self.family.head}.{part}") for part in ("weight", "bias"))
-        table = weight if weight in tensors else self.decoder_name(f"{self.family.embedding}.weight")
+        bias, table = self.family.disk_name(f"{self.family.head}.bias"), self.head_table()
         own = self.checkpoint.tensor(bias) if bias in tensors else None
         if changed is not None:
             return Head(changed, own, self.device)

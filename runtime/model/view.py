@@ -3,7 +3,7 @@ other weights. Nothing is read and nothing computed until it is asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,9 @@ from torch import Tensor
 from ..errors import ModelError
 from ..schemes import Operator
 from .checkpoint import Checkpoint, TensorInfo
-from .families import with_text
+from .families import APART, with_text
+
+_FURTHER = ("num_nextn_predict_layers", "mtp_num_hidden_layers")  # keys of config.json that count such layers
 
 
 @dataclass(frozen=True)
@@ -147,8 +149,8 @@ def fewer_experts(source: Checkpoint, kept: Mapping[int, Sequence[int]], made: S
     """Some experts of each block, renumbered in the order given.
 
     Every block keeps as many, for config.json has one count for all of them. Layers beyond the last block, which some
-    models carry to predict several tokens, are left out if `kept` does not have them, or if they have experts and are
-    named apart (Qwen3-Next's).
+    models carry to predict several tokens, are left out if `kept` does not have them; those that lie apart
+    (Qwen3-Next's) if they have experts.
 
     Args:
         kept: block, or layer beyond → numbers of its experts that stay.
@@ -157,19 +159,18 @@ def fewer_experts(source: Checkpoint, kept: Mapping[int, Sequence[int]], made: S
     experts, blocks = family.experts, source.text_config.get("num_hidden_layers")
     parts: dict[str, Derived] = {}
     counts: dict[int, int] = {}
-    for name in source.tensors:
-        index = source.block_index(name)
-        if index is not None and index in kept and (number := experts.number(family.inside(name))) is not None:
+    places = {name: (source.block_index(name), source.numbered(name)) for name in source.tensors}
+    for index, place in places.values():
+        if index is not None and index in kept and (number := experts.number(family.inside(place))) is not None:
             counts[index] = max(counts.get(index, 0), number + 1)
-    apart = _apart(source)
-    for name in source.tensors:
-        index = source.block_index(name)
-        if name in apart or (index is not None and blocks is not None and index >= blocks and index not in kept):
+    gone = _further(source, kept)
+    for name, (index, place) in places.items():
+        if name in gone:
             continue
         if index is None or index not in kept:
             parts[name] = Derived((name,))
             continue
-        inside = family.inside(name)
+        inside = family.inside(place)
         number = experts.number(inside)
         if number is None:
             each = inside.startswith(experts.router + ".") or inside in experts.rows
@@ -178,8 +179,9 @@ def fewer_experts(source: Checkpoint, kept: Mapping[int, Sequence[int]], made: S
             parts[name] = Derived((name,), cut)
         elif number in kept[index]:
             rest = inside.removeprefix(f"{experts.where}.{number}.")
-            place = f"{experts.where}.{list(kept[index]).index(number)}.{rest}"
-            parts[family.disk_name(f"{family.memory_name(name).removesuffix(inside)}{place}")] = Derived((name,))
+            other = f"{experts.where}.{list(kept[index]).index(number)}.{rest}"
+            other = family.disk_name(f"{family.memory_name(place).removesuffix(inside)}{other}")
+            parts[source.lying(other)] = Derived((name,))
     beyond = sum(index >= blocks for index in kept) if blocks is not None else 0
     return View(source, pruned_config(source, {len(numbers) for numbers in kept.values()}, beyond), parts, made)
 
@@ -191,27 +193,31 @@ def narrower_experts(source: Checkpoint, width: int, made: Sequence[Path] = ()) 
     Args:
         width: neurons of a routed expert that stay.
     """
-    family, blocks = source.family, source.text_config.get("num_hidden_layers")
-    experts = family.experts
+    family, experts = source.family, source.family.experts
     before = source.text_config[experts.width]
-    parts, apart = dict[str, Derived](), _apart(source)
+    parts, gone = dict[str, Derived](), _further(source)
     for name, info in source.tensors.items():
         index = source.block_index(name)
-        inside = family.inside(name) if index is not None else ""
+        inside = family.inside(source.numbered(name)) if index is not None else ""
         cut = None
         if inside.startswith((experts.where + ".", experts.shared + ".")):
             columns = inside.endswith("down_proj.weight")
             stays = info.shape[1 if columns else 0] // before * width
             cut = partial(_first, count=stays, columns=columns)
-        if name not in apart and (index is None or blocks is None or index < blocks):
+        if name not in gone:
             parts[name] = Derived((name,), cut)
     return View(source, without_further_layers(source, {experts.width: width}), parts, made)
 
 
-def _apart(source: Checkpoint) -> set[str]:
-    """Tensors of layers that predict several tokens and are named apart, if these have experts."""
-    found = {name for name in source.tensors if name.startswith("mtp.")}
-    return found if any(".experts." in name for name in found) else set()
+def _further(source: Checkpoint, kept: Container[int] = ()) -> set[str]:
+    """Tensors of what predicts a token further ahead, but for the layers that are kept, and those that lie apart and
+    have no experts."""
+    blocks = source.text_config.get("num_hidden_layers")
+    behind = [(name, index) for name in source.tensors if (index := source.block_index(name)) is not None]
+    further = {name for name, index in behind if isinstance(blocks, int) and index >= blocks and index not in kept}
+    apart = {name for name in source.tensors if name.startswith(APART)}
+    sparse = any(".experts." in name for name in further & apart)
+    return further | apart if sparse else further - apart
 
 
 def pruned_config(source: Checkpoint, counts: set[int], beyond: int = 0) -> dict[str, Any]:
@@ -228,7 +234,7 @@ def pruned_config(source: Checkpoint, counts: set[int], beyond: int = 0) -> dict
 
 def without_further_layers(source: Checkpoint, changes: Mapping[str, Any], left: int = 0) -> dict[str, Any]:
     """`config.json` with changes of what it says of the language model, with so many layers beyond the last block."""
-    beyond = {"num_nextn_predict_layers": left} if "num_nextn_predict_layers" in source.text_config else {}
+    beyond = {key: left for key in _FURTHER if key in source.text_config}
     return with_text(source.config, {**changes, **beyond})
 
 
