@@ -14,7 +14,7 @@ gradient is handed from one to the one before.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -68,8 +68,8 @@ def reverse_walk(
     *,
     taken: Callable[[int], bool] = lambda index: False,
     metrics: bool = False,
-    inputs: bool = False,
-) -> int:
+    inputs: Container[str] = (),
+) -> None:
     """Take gradients of KL back over every block; goes on where it was interrupted.
 
     Args:
@@ -79,10 +79,7 @@ def reverse_walk(
         take: gets each block once gradients went through it, the last block first.
         done: told how many steps are behind, of two for each block.
         taken: whether what an interrupted walk gave of a block is still there.
-        metrics, inputs: whether these are wanted beside traces.
-
-    Returns:
-        How many tokens were run.
+        metrics: whether these are wanted beside traces; inputs: disk names of linears whose inputs are.
     """
     windows = windows[: _samples(skeleton, *windows.shape)]
     most = _most(skeleton, windows.numel()) if metrics else 0
@@ -96,7 +93,7 @@ def reverse_walk(
         chains.advanced(step := 0)
     for number in range(step, blocks):
         index = blocks - 1 - number
-        back = BlockBack(skeleton, index, most, inputs=inputs)
+        back = BlockBack(skeleton, index, most, windows.numel(), inputs)
         carry(
             chains,
             "gradient",
@@ -108,7 +105,6 @@ def reverse_walk(
         skeleton.checkpoint.release()
         done(blocks + number)
     shutil.rmtree(scratch)
-    return windows.numel()
 
 
 def _samples(skeleton: Skeleton, samples: int, tokens: int) -> int:
@@ -174,19 +170,20 @@ class BlockBack:
 
     Attributes:
         index: of the block.
+        tokens: of the whole walk.
         met: name in memory of each linear that ran → second moment of its inputs, and the same with each token as often
             as the squared length of its gradient says; without experts' coefficients.
     """
 
-    def __init__(self, skeleton: Skeleton, index: int, most: int, *, inputs: bool) -> None:
+    def __init__(self, skeleton: Skeleton, index: int, most: int, tokens: int = 0, inputs: Container[str] = ()) -> None:
         """
         Args:
             most: rows of a linear up to which its metric is found.
-            inputs: whether `met` is wanted.
+            inputs: disk names of linears that are wanted in `met`.
         """
-        self._skeleton, self.index = skeleton, index
+        self._skeleton, self.index, self.tokens = skeleton, index, tokens
         self.met: dict[str, tuple[Statistics, Statistics]] = {}
-        self._inputs: dict[str, Tensor] | None = {} if inputs else None
+        self._inputs: dict[str, Tensor] = {}
         layer = skeleton.block(index).requires_grad_(False)
         self._runner = skeleton.runner(index, layer)
         self._names = {
@@ -195,6 +192,7 @@ class BlockBack:
             for group in stage
             for name in group.linears
         }
+        self._met = {name for name, disk in self._names.items() if disk in inputs}
         self._last = {name for name in self._names if self._number(name) is not None and name.endswith("down_proj")}
         measured = {name: name for name in self._names if self._number(name) is None}
         if self._last:
@@ -221,7 +219,7 @@ class BlockBack:
     def _remember(self, name: str):  # type: ignore[no-untyped-def]
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
             self._outputs[name] = output
-            if self._inputs is not None and name in self._names:
+            if name in self._met:
                 self._inputs[name] = args[0].detach()
 
         return hook
@@ -256,7 +254,7 @@ class BlockBack:
         longest = _CLIP * some.median() if len(some) else lengths.new_zeros(())
         if name in self._lengths:
             met = self._coefficients.get(name.rpartition(".")[0])
-            if self._inputs is not None:
+            if name in self._met:
                 self._meet(name, self._inputs[name], lengths)
             self._lengths[name] += float(lengths.clamp(max=longest).square().sum())
             self._weights[name] += len(lengths) if met is None else float(met.float().square().sum())

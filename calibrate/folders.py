@@ -213,6 +213,14 @@ class FiguresFolder:
     def __init__(self, folder: Path, source: Mapping[str, Any]) -> None:
         self.folder, self.source = folder, dict(source)
 
+    def holds(self, what: Mapping[str, Any]) -> bool:
+        """Whether these figures are there."""
+        return self._path(what)[1].is_file()
+
+    def _path(self, what: Mapping[str, Any]) -> tuple[str, Path]:
+        key = _digest({**self.source, "what": what})
+        return key, self.folder / f"survey-{key[:16]}.json"
+
     def recalled(self, what: Mapping[str, Any], find: Callable[[], dict[str, float]]) -> dict[str, float]:
         """What is there already, or else what `find` finds, which is kept.
 
@@ -222,8 +230,7 @@ class FiguresFolder:
         Raises:
             ResourceError: the file is damaged.
         """
-        key = _digest({**self.source, "what": what})
-        path = self.folder / f"survey-{key[:16]}.json"
+        key, path = self._path(what)
         if not path.is_file():
             found = find()
             if not all(map(math.isfinite, found.values())):
@@ -238,6 +245,35 @@ class FiguresFolder:
         except (ValueError, TypeError, KeyError) as error:
             raise ResourceError(f"{path}: damaged ({error}); delete it") from None
         return figures
+
+
+class BlockFigures:
+    """Figures by name that a walk finds of single blocks, for each of those who ask, until the run is done.
+
+    Args:
+        folder: made when it is first written to.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def save(self, block: int, figures: Mapping[str, Mapping[str, float]]) -> None:
+        """Keep a block's."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        content = json.loads(json.dumps(figures))
+        write_synced(self._file(block), json.dumps({"found": content, "sha256": _digest(content)}))
+
+    def load(self, block: int) -> dict[str, dict[str, float]] | None:
+        """A block's; None where they are not there, or damaged."""
+        try:
+            content = json.loads(self._file(block).read_text(encoding="utf-8"))
+            found: dict[str, dict[str, float]] = content["found"]
+            return found if content["sha256"] == _digest(found) else None
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+
+    def _file(self, block: int) -> Path:
+        return self.folder / f"block-{block:05d}.json"
 
 
 def _digest(content: object) -> str:

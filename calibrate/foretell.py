@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from torch import Tensor
 
 from ..runtime.model.skeleton import Skeleton
-from .curvature import BlockBack, reverse_walk
+from .curvature import BlockBack
 from .statistics import Statistics
 
 
 def foretold(
-    skeleton: Skeleton,
-    windows: Tensor,
-    scratch: Path,
-    changes: Callable[[str, Statistics], Sequence[Tensor]],
-    done: Callable[[int], None],
+    skeleton: Skeleton, back: BlockBack, changes: Callable[[str, Statistics], Sequence[Tensor]]
 ) -> dict[str, list[float]]:
     """Disk name → KL per token in nats that each of some changes of a linear's weight is expected to cost.
 
@@ -27,21 +21,14 @@ def foretold(
     token go together in it, for a first token may have both or one of them out of all proportion.
 
     Args:
-        windows: token ids `[samples, tokens]`.
-        scratch: a folder to be made and deleted again.
+        back: a block through which gradients went.
         changes: a linear's disk name and statistics of its inputs → changes Δ of its weight, columns first,
             `[columns, rows]`; none for one that is not to be changed.
-        done: told how many steps are behind, of two for each block.
     """
-    shutil.rmtree(scratch, ignore_errors=True)  # what was interrupted found nothing that is kept
     found: dict[str, list[float]] = {}
-
-    def take(back: BlockBack) -> None:
-        for inside, (moment, weighed) in back.met.items():
-            name = skeleton.disk_name(back.index, inside)
-            for change in changes(name, moment):
-                loss = float((change * (weighed.moment @ change)).sum())
-                found.setdefault(name, []).append(loss / change.shape[1] / 2)
-
-    tokens = reverse_walk(skeleton, windows, scratch, take, done, inputs=True)
-    return {name: [loss / tokens for loss in losses] for name, losses in found.items()}
+    for inside, (moment, weighed) in back.met.items():
+        name = skeleton.disk_name(back.index, inside)
+        for change in changes(name, moment):
+            loss = float((change * (weighed.moment @ change)).sum())
+            found.setdefault(name, []).append(loss / change.shape[1] / 2 / back.tokens)
+    return found

@@ -284,8 +284,9 @@ def _prepared(recipe: Recipe, skeleton: Skeleton, look: bool) -> tuple[Recipe, S
         if isinstance(ready, ModelPass):
             skeleton = ready.view(skeleton)
         passes.append(ready)
-    costs.append(walk_back_cost(recipe, skeleton, frozenset(need for step in passes for need in step.needs)))
-    return recipe.model_copy(update={"passes": tuple(passes)}), skeleton, Cost.of(costs)
+    recipe = recipe.model_copy(update={"passes": tuple(passes)})
+    costs.append(walk_back_cost(recipe, skeleton))
+    return recipe, skeleton, Cost.of(costs)
 
 
 def around_of(skeleton: Skeleton) -> Around:

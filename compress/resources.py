@@ -134,26 +134,30 @@ def comparing_memory(recipe: Recipe, skeleton: Skeleton, linears: Linears, *, ca
     return 2 * block * item + beside, decoding + 2 * 4.0 * tokens * skeleton.width
 
 
-def walk_back_cost(recipe: Recipe, skeleton: Skeleton, needs: frozenset[str]) -> Cost:
-    """Of finding what errors of linears cost the model, if that is needed."""
-    if "curvature" not in needs:
+def walk_back_cost(recipe: Recipe, skeleton: Skeleton) -> Cost:
+    """Of finding what errors of linears cost the model, and what passes ask of that, if any does.
+
+    Args:
+        recipe: with prepared passes.
+    """
+    steps = list(recipe.linear_passes.values())
+    asking = [step for step in steps if step.foretells is not None]
+    metrics = any("curvature" in step.needs for step in steps)
+    if not (asking or metrics):
         return Cost()
     length = recipe.data.sequence_length
-    memory, disk, left, flops = curvature_cost(skeleton, recipe.data.tokens // length, length, metrics=True)
-    return Cost(BUFFERS + memory, disk - left, left, flops)
-
-
-def foretelling_cost(skeleton: Skeleton, samples: int, tokens: int, options: int) -> Cost:
-    """Of rounding every linear in so many ways, and asking what the end of the model loses by each."""
-    walking, disk, _, flops = curvature_cost(skeleton, samples, tokens, metrics=False)
+    memory, disk, left, flops = curvature_cost(skeleton, recipe.data.tokens // length, length, metrics=metrics)
     met = 0.0
     for index in range(skeleton.blocks):
-        shapes = [linear.weight.shape for linear in skeleton.linears(index).values()]
-        solving = max(28.0 * columns**2 + 4.0 * (options + 6) * rows * columns for rows, columns in shapes)
-        met = max(met, 2 * 4.0 * sum(columns**2 for _, columns in shapes) + solving)
-        flops += samples * tokens * sum(2.0 * columns**2 for _, columns in shapes)
-        flops += sum(2.0 * columns**3 + options * rows * columns * (4.0 * columns + 600.0) for rows, columns in shapes)
-    return Cost(BUFFERS + walking + met, disk, 0.0, flops)
+        held, solving = 0.0, 0.0
+        for name, linear in skeleton.linears(index).items():
+            rows, columns = linear.weight.shape
+            each = [step.foretelling(rows, columns) for step in asking if step.wants(name)]
+            held += 2 * 4.0 * columns**2 * bool(each)
+            solving = max([solving, *(needed for needed, _ in each)])
+            flops += recipe.data.tokens * 2.0 * columns**2 * bool(each) + sum(spent for _, spent in each)
+        met = max(met, held + solving)
+    return Cost(BUFFERS + memory + met, disk - left, left, flops)
 
 
 def _original(skeleton: Skeleton) -> int:

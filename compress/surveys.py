@@ -12,7 +12,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..calibrate.corpus import Corpus, builtin_corpus, drawn_windows, file_corpus, load_tokenizer
-from ..calibrate.curvature import BlockBack, reverse_walk
 from ..calibrate.folders import CurvatureFolder, FiguresFolder, RoutingFolder
 from ..calibrate.statistics import UNPAIRED
 from ..runtime.errors import RecipeError
@@ -21,8 +20,9 @@ from ..runtime.model.checkpoint import Checkpoint
 from ..runtime.model.skeleton import Skeleton
 from .events import Event, Surveyed
 from .fingerprint import statistics_source
+from .foretelling import WalkBack
 from .journal import Journal
-from .passes.base import SURVEYED, ModelPass, Pass, Survey
+from .passes.base import SURVEYED, LinearPass, ModelPass, Pass, Survey
 from .recipe import Recipe
 
 
@@ -129,6 +129,7 @@ def surveyed(
     known = {entry["number"]: entry for entry in entries if entry.get("step") == "survey"}
     told = [event for entry in entries if entry.get("step") == "surveying" for event in entry["events"]]
     passes: list[Pass] = []
+    foretold: dict[int, dict[str, float]] | None = None
 
     def heard(event: Event) -> None:
         record = event.record()
@@ -139,6 +140,9 @@ def surveyed(
 
     for number, step in enumerate(recipe.passes):
         folder, later = journal.chains / f"survey-{number}", recipe.passes[number + 1 :]
+        if isinstance(step, LinearPass) and foretold is None:  # and so are all that follow
+            open_yet = {n: _ready(recipe, n, skeleton) for n in range(number, len(recipe.passes)) if n not in known}
+            foretold = _foretold(skeleton, windows, open_yet, curvature, _figures(figures, passes), journal, listener)
         went_on = folder.is_dir()
         if number in known:
             content = recipe.model_dump(mode="json") | {"passes": [known[number]["pass"]]}
@@ -151,11 +155,8 @@ def surveyed(
             folder.mkdir(parents=True, exist_ok=True)
             ready = step.before(later).prepare(skeleton)
             task = texts[ready.text].windows if ready.text in texts else None
-            known_figures = None
-            if figures is not None:
-                before = [step.model_dump(mode="json") for step in passes if isinstance(step, ModelPass)]
-                known_figures = FiguresFolder(figures.folder, {**figures.source, "passes": before})
-            found = Survey(windows, folder, heard, task, None if number else routing, known_figures)
+            own = (foretold or {}).get(number, {})
+            found = Survey(windows, folder, heard, task, None if number else routing, _figures(figures, passes), own)
             ready = ready.survey(skeleton, found)
             made = _made(folder, ready)
             if went_on:
@@ -165,25 +166,39 @@ def surveyed(
         if isinstance(ready, ModelPass):
             skeleton = ready.view(skeleton)
         passes.append(ready)
-    if curvature is not None and journal.finished is None and not curvature.complete:
-        assert windows is not None
-        _find_curvature(skeleton, windows, journal.chains / "walk", curvature, listener)
     return recipe.model_copy(update={"passes": tuple(passes)})
 
 
-def _find_curvature(
-    skeleton: Skeleton, windows: Tensor, scratch: Path, kept: CurvatureFolder, listener: Callable[[Event], None]
-) -> None:
-    """What errors of linears cost the model that linear passes see."""
+def _ready(recipe: Recipe, number: int, skeleton: Skeleton) -> LinearPass:
+    """A linear pass, prepared."""
+    ready = recipe.passes[number].before(recipe.passes[number + 1 :]).prepare(skeleton)
+    assert isinstance(ready, LinearPass)
+    return ready
 
-    def take(back: BlockBack) -> None:
-        kept.save(back.index, back.found())
 
-    def done(step: int) -> None:
-        listener(Surveyed(step, 2 * skeleton.blocks))
+def _figures(figures: FiguresFolder | None, passes: Sequence[Pass]) -> FiguresFolder | None:
+    """Those of the model that some passes leave."""
+    if figures is None:
+        return None
+    before = [step.model_dump(mode="json") for step in passes if isinstance(step, ModelPass)]
+    return FiguresFolder(figures.folder, {**figures.source, "passes": before})
 
-    reverse_walk(skeleton, windows, scratch, take, done, taken=kept.holds, metrics=True)
-    kept.finish(range(skeleton.blocks))
+
+def _foretold(
+    skeleton: Skeleton,
+    windows: Tensor | None,
+    passes: Mapping[int, LinearPass],
+    curvature: CurvatureFolder | None,
+    figures: FiguresFolder | None,
+    journal: Journal,
+    listener: Callable[[Event], None],
+) -> dict[int, dict[str, float]]:
+    """What linear passes ask of the end of the model, and what errors of linears cost it."""
+    asks = curvature is not None or any("foretold" in step.needs for step in passes.values())
+    if not asks or journal.finished is not None:
+        return {}
+    assert windows is not None
+    return WalkBack(skeleton, windows, journal.chains, curvature, figures, listener).foretold(passes)
 
 
 def _made(folder: Path, step: Pass) -> dict[str, list[str]]:

@@ -33,10 +33,10 @@ def walk(model: Path, windows: Tensor, scratch: Path, kept: CurvatureFolder, don
     skeleton = Skeleton(Checkpoint(model))
 
     def take(back: BlockBack) -> None:
+        assert back.tokens == windows.numel()
         kept.save(back.index, back.found())
 
-    tokens = reverse_walk(skeleton, windows, scratch, take, done, taken=kept.holds, metrics=True)
-    assert tokens == windows.numel()
+    reverse_walk(skeleton, windows, scratch, take, done, taken=kept.holds, metrics=True)
     kept.finish(range(skeleton.blocks))
 
 
@@ -214,7 +214,12 @@ def test_what_rounding_costs_is_foretold(pico: Callable[..., Path], tmp_path: Pa
         assert statistics.tokens == windows.numel()
         return [(rounded[name] - exact[name]).T]
 
-    found = foretold(skeleton, windows, tmp_path / "scratch", changes, lambda index: None)
+    found: dict[str, list[float]] = {}
+
+    def take(back: curvature.BlockBack) -> None:
+        found.update(foretold(skeleton, back, changes))
+
+    curvature.reverse_walk(skeleton, windows, tmp_path / "scratch", take, lambda step: None, inputs=set(exact))
     assert found.keys() == exact.keys()
     before, measured = whole(input_ids=windows).logits.log_softmax(-1), dict[str, float]()
     for name, weight in rounded.items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from typing_extensions import Self
 
+    from ...calibrate.curvature import BlockBack
     from ...calibrate.folders import FiguresFolder, RoutingFolder
     from ...calibrate.stage import StageWork
     from ...runtime.model.checkpoint import Checkpoint
@@ -31,9 +32,9 @@ BUFFERS = 48e6  # bytes: compiled kernels and scratch of the matrix library
 # A chain that is run over the text; kinds of `calibrate.statistics`; and what only surveys and some passes ask for.
 Need = Literal[
     "reference", "compressed", "moment", "cross", "held_moment", "held_cross", "peak", "sample", "metric", "routing",
-    "text", "divergences", "curvature",
+    "text", "divergences", "curvature", "foretold",
 ]  # fmt: skip
-SURVEYED: frozenset[Need] = frozenset({"routing", "text", "divergences", "curvature"})  # which surveys do
+SURVEYED: frozenset[Need] = frozenset({"routing", "text", "divergences", "curvature", "foretold"})  # by surveys
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Survey:
         listener: told how it goes.
         routing: statistics of experts that other runs may have left, and may use; None: they are kept in `folder`.
         figures: what surveys of other runs may have measured of the same model and text.
+        foretold: what `LinearPass.foretell` found of all blocks.
     """
 
     windows: Tensor | None
@@ -55,6 +57,7 @@ class Survey:
     task: Tensor | None = None
     routing: RoutingFolder | None = None
     figures: FiguresFolder | None = None
+    foretold: Mapping[str, float] = field(default_factory=dict)
 
     def recalled(self, what: Mapping[str, Any], find: Callable[[], dict[str, float]]) -> dict[str, float]:
         """Figures by name that another run found, or else those that `find` finds.
@@ -115,8 +118,9 @@ class Pass(BaseModel):
 
         Where: `reference`, in the uncompressed model, or `compressed`, in the model as it is so far, which serves for
         `reference` too. What: kinds of statistics (`calibrate.statistics.KINDS`), and `metric`, how the linear's errors
-        move the block. Surveys alone ask for `routing`, what experts do, `text`, calibration text as such, and
-        `divergences`, what single changes of weights do to the answers, and `curvature`, what errors of linears cost.
+        move the block. Surveys alone ask for `routing`, what experts do, `text`, calibration text as such,
+        `divergences`, what single changes of weights do to the answers, `curvature`, what errors of linears cost, and
+        `foretold`, what `foretell` makes of it.
         """
         return frozenset()
 
@@ -244,6 +248,20 @@ class LinearPass(Pass):
     def names(self, name: str) -> bool:
         """Whether targets say a name in full, as they have to for the embedding and the head."""
         return name in self.targets and self.wants(name)
+
+    @property
+    def foretells(self) -> Mapping[str, Any] | None:
+        """What the figures of `foretell` depend on, besides model and windows; None where it is not to be asked."""
+        return None
+
+    def foretell(self, skeleton: Skeleton, back: BlockBack) -> Mapping[str, float]:
+        """What changes that this pass chooses among are expected to cost, by a block through which gradients went: name
+        of a change → KL per token in nats."""
+        return {}
+
+    def foretelling(self, rows: int, columns: int) -> tuple[float, float]:
+        """Bytes of memory and floating-point operations of asking what changes of a linear cost."""
+        return 0.0, 0.0
 
     def plan(self, name: str, operator: Operator, group: Mapping[str, Dense]) -> Operator:
         """The operator that `apply` will leave, on `meta`; one of factors is rewritten factor by factor.

@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from typing_extensions import Self
 
+    from ....calibrate.curvature import BlockBack
     from ....calibrate.statistics import Statistics
     from ....kernels.numbers import Rounding
     from ....runtime.model.skeleton import Skeleton
@@ -121,7 +122,7 @@ class Mixed(LinearPass):
     @property
     def needs(self) -> frozenset[Need]:
         open_yet = self.bits == "mixed" and (self.widths is None or self._nominal)
-        return super().needs | frozenset({"text", "divergences"} if open_yet else ())
+        return super().needs | frozenset({"text", "divergences", "foretold"} if open_yet else ())
 
     def wants(self, name: str) -> bool:
         if self.widths is not None:
@@ -196,45 +197,60 @@ class Mixed(LinearPass):
 
         if not self._nominal:
             return self
-        own = self.model_dump(mode="json", exclude={"average_bits", "choices", "widths", "sizes"})
-        every = self.model_copy(update={"choices": _WIDTHS})
-        found = survey.recalled(own, lambda: every._foretold(skeleton, survey))
+        if survey.windows is None:
+            raise RecipeError("bits: mixed needs calibration text")
+        found = dict(survey.foretold)
+        if self._sets[-1]:
+            found |= survey.recalled(self._asked, lambda: self._outer_costs(skeleton, survey))
         labels = [label for sets in self._sets for label in sets]
         losses = {label: [found[_place(label, option)] for option in self._options] for label in labels}
         return self._with_widths(allocated(losses, self._nbytes(skeleton), self._budget))
 
-    def _foretold(self, skeleton: Skeleton, survey: Survey) -> dict[str, float]:
-        """KL per token in nats for each label and option (`_place`).
+    @property
+    def _asked(self) -> dict[str, Any]:
+        """What the figures depend on: all but how they are chosen among."""
+        return self.model_dump(mode="json", exclude={"average_bits", "choices", "widths", "sizes"})
 
-        Raises:
-            RecipeError: there is no text.
-        """
+    @property
+    def foretells(self) -> Mapping[str, Any] | None:
+        return self._asked if self._nominal and any(self._sets[:-1]) else None
+
+    def foretell(self, skeleton: Skeleton, back: BlockBack) -> dict[str, float]:
+        """KL per token in nats for each label and option (`_place`)."""
         from ....calibrate.foretell import foretold
 
-        if survey.windows is None:
-            raise RecipeError("bits: mixed needs calibration text")
-        blocks, outer = self._sets[:-1], self._sets[-1]
-        wanted = {name for sets in blocks for names in sets.values() for name in names}
+        sets, every = self._sets[back.index], self.model_copy(update={"choices": _WIDTHS})
+        wanted = {name for names in sets.values() for name in names}
 
         def changes(name: str, statistics: Statistics) -> list[Tensor]:
             if name not in wanted:
                 return []
             weight = skeleton.checkpoint.tensor(f"{name}.weight").to(skeleton.device)
-            roundings = [self._integers(bits, weight.shape[1], size) for bits, size in self._options]
+            roundings = [self._integers(bits, weight.shape[1], size) for bits, size in every._options]
             return self._errors(weight, roundings, statistics)
 
-        passed, folder = survey.passed(2 * skeleton.blocks), survey.folder / "foretold"
-        alone = foretold(skeleton, survey.windows, folder, changes, passed)
-        found = dict[str, float]()
-        for label, names in (item for sets in blocks for item in sets.items()):
+        alone, found = foretold(skeleton, back, changes), dict[str, float]()
+        for label, names in sets.items():
             met = [alone[name] for name in names if name in alone]  # an expert that no token came by costs nothing
-            for number, option in enumerate(self._options):
+            for number, option in enumerate(every._options):
                 found[_place(label, option)] = sum(costs[number] for costs in met)
-        if outer:
-            lost = probed(skeleton, survey, outer, self._integers)
-            for label, measured in scaled(skeleton, lost, outer, self._options, self._integers).items():
-                found |= {_place(label, option): cost for option, cost in zip(self._options, measured, strict=True)}
         return found
+
+    def foretelling(self, rows: int, columns: int) -> tuple[float, float]:
+        options = len(_WIDTHS) * len(self.group_sizes or (0,))
+        solving = 2.0 * columns**3 + options * rows * columns * (4.0 * columns + 600.0)
+        return 28.0 * columns**2 + 4.0 * (options + 6) * rows * columns, solving
+
+    def _outer_costs(self, skeleton: Skeleton, survey: Survey) -> dict[str, float]:
+        """The same of the embedding and the head."""
+        outer, options = self._sets[-1], self.model_copy(update={"choices": _WIDTHS})._options
+        lost = probed(skeleton, survey, outer, self._integers)
+        costs = scaled(skeleton, lost, outer, options, self._integers)
+        return {
+            _place(label, option): cost
+            for label, measured in costs.items()
+            for option, cost in zip(options, measured, strict=True)
+        }
 
     def _errors(self, weight: Tensor, roundings: Sequence[Rounding], statistics: Statistics) -> list[Tensor]:
         """What each of some roundings changes of a weight `[rows, columns]`, columns first."""
@@ -243,17 +259,13 @@ class Mixed(LinearPass):
 
     def survey_cost(self, skeleton: Skeleton, samples: int, sequence_length: int) -> Cost:
         from ....calibrate.divergences import divergences_cost
-        from ...resources import foretelling_cost
 
-        if not self._nominal:
-            return Cost()
-        options, outer = len(_WIDTHS) * len(self.group_sizes or (0,)), self._sets[-1]
-        cost = foretelling_cost(skeleton, samples, sequence_length, options)
+        outer = self._sets[-1] if self._nominal else {}
         if not outer:
-            return cost
+            return Cost()
         tables = max(math.prod(shape_of(skeleton, name)) for name in outer)
         memory, disk, flops = divergences_cost(skeleton, samples, sequence_length, len(outer), 0, tables)
-        return Cost.of([cost, Cost(BUFFERS + memory, disk, 0.0, flops)])
+        return Cost(BUFFERS + memory, disk, 0.0, flops)
 
     @property
     def note(self) -> str:

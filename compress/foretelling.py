@@ -1,0 +1,94 @@
+"""The one walk back over a model, for all passes that ask what errors cost its answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..calibrate.curvature import BlockBack, reverse_walk
+from ..calibrate.folders import BlockFigures, CurvatureFolder, FiguresFolder
+from ..runtime.model.skeleton import Skeleton
+from .events import Event, Surveyed
+from .passes.base import LinearPass
+
+Figures = dict[str, float]
+
+
+class WalkBack:
+    """Over the model that linear passes see.
+
+    Args:
+        windows: token ids `[samples, tokens]`.
+        room: a folder for the run.
+        curvature: to be filled, where passes solve with it.
+        figures: where other runs may have left what passes ask.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        windows: Tensor,
+        room: Path,
+        curvature: CurvatureFolder | None,
+        figures: FiguresFolder | None,
+        listener: Callable[[Event], None],
+    ) -> None:
+        self._skeleton, self._windows, self._listener = skeleton, windows, listener
+        self._curvature, self._figures, self._room = curvature, figures, room
+
+    def foretold(self, passes: Mapping[int, LinearPass]) -> dict[int, Figures]:
+        """Number of a pass that asks → what it foretells of all blocks; the walk is only made for what is not known.
+
+        Args:
+            passes: number → prepared pass.
+        """
+        asking = {number: what for number, step in passes.items() if (what := step.foretells) is not None}
+        known = self._figures
+        new = {n: passes[n] for n, what in asking.items() if known is None or not known.holds(_of_walk(what))}
+        found = self._walked(new)
+
+        def figures(number: int) -> Figures:
+            return {name: cost for block in found for name, cost in block.get(str(number), {}).items()}
+
+        if known is None:
+            return {number: figures(number) for number in asking}
+        return {n: known.recalled(_of_walk(what), lambda n=n: figures(n)) for n, what in asking.items()}  # type: ignore[misc]
+
+    def _walked(self, asking: Mapping[int, LinearPass]) -> list[dict[str, Figures]]:
+        """For each block, number of a pass → what it foretells."""
+        skeleton, curvature = self._skeleton, self._curvature
+        open_yet = curvature is not None and not curvature.complete
+        if not asking and not open_yet:
+            return []
+        kept, inputs = BlockFigures(self._room / "foretold"), frozenset[str]()
+        if asking:
+            every = (name for index in range(skeleton.blocks) for name in skeleton.linears(index))
+            inputs = frozenset(name for name in every if any(step.wants(name) for step in asking.values()))
+
+        def taken(index: int) -> bool:
+            return kept.load(index) is not None and (not open_yet or (curvature is not None and curvature.holds(index)))
+
+        def take(back: BlockBack) -> None:
+            if open_yet and curvature is not None:
+                curvature.save(back.index, back.found())
+            own = {str(number): dict(step.foretell(skeleton, back)) for number, step in asking.items()}
+            kept.save(back.index, own)
+
+        def done(step: int) -> None:
+            self._listener(Surveyed(step, 2 * skeleton.blocks))
+
+        if not all(map(taken, range(skeleton.blocks))):
+            metrics = open_yet or any("curvature" in step.needs for step in asking.values())
+            reverse_walk(
+                skeleton, self._windows, self._room / "walk", take, done, taken=taken, metrics=metrics, inputs=inputs
+            )
+        if open_yet and curvature is not None:
+            curvature.finish(range(skeleton.blocks))
+        return [kept.load(index) or {} for index in range(skeleton.blocks)]
+
+
+def _of_walk(what: Mapping[str, Any]) -> dict[str, Any]:
+    return {"foretold": dict(what)}
