@@ -13,8 +13,12 @@ import typer
 from ..runtime.errors import human_size
 from . import render
 from .arguments import (
+    ContextOption,
     DeviceOption,
+    FitOption,
+    ForOption,
     JsonOption,
+    KvShareOption,
     MemoryOption,
     ModelArgument,
     OverwriteOption,
@@ -23,6 +27,7 @@ from .arguments import (
     SetOption,
     bytes_of,
     model_folder,
+    tokens_of,
 )
 from .recipes import read
 from .session import session
@@ -42,14 +47,18 @@ def apply(
     memory: MemoryOption = None,
     device: DeviceOption = "cpu",
     revision: RevisionOption = None,
+    fit: FitOption = None,
+    reader: ForOption = None,
+    context: ContextOption = None,
+    kv_share: KvShareOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compress MODEL by RECIPE into OUT."""
+    """Compress MODEL by RECIPE into OUT; the recipe auto is made for the bytes that --fit allows."""
     if dry_run:
-        plan(recipe, model, edits, memory, device, revision, as_json)
+        plan(recipe, model, edits, memory, device, revision, fit, reader, context, kv_share, as_json)
         return
-    text, parsed = read(recipe, edits)
-    folder, commit = model_folder(model, revision)
+    aim = _aim(recipe, fit, reader, context, kv_share)
+    text, parsed, folder, commit = _read(recipe, edits, aim, model, revision, device)
     allowed = bytes_of(memory)
 
     from ..compress.apply import Job
@@ -82,7 +91,8 @@ def apply(
     except KeyboardInterrupt:
         options = {
             "--set": edits, "--memory": memory, "--statistics": statistics, "--revision": revision,
-            "--device": device if device != "cpu" else None,
+            "--device": device if device != "cpu" else None, "--fit": fit, "--for": reader, "--context": context,
+            "--kv-share": kv_share,
         }  # fmt: skip
         again = _resuming(["compressor", "apply", recipe, model, str(out)], options, overwrite)
         session.told = True
@@ -104,6 +114,50 @@ def apply(
             "that this is meant (limits)"
         )
         raise typer.Exit(1)
+
+
+def _aim(recipe: str, fit: str | None, reader: str | None, context: str | None, kv_share: float | None) -> Any:
+    """What the recipe auto is to be made for; None for other recipes.
+
+    Raises:
+        RecipeError: options are missing, or of no use.
+    """
+    from ..runtime.errors import RecipeError
+
+    given = {"--fit": fit, "--for": reader, "--context": context, "--kv-share": kv_share}
+    if recipe != "auto" or Path(recipe).is_file():
+        if idle := [option for option, value in given.items() if value is not None]:
+            raise RecipeError(f"{idle[0]} is for the recipe auto: compressor apply auto MODEL OUT --fit 12GB")
+        return None
+    from ..compress.fit import READERS, Aim
+
+    nbytes = bytes_of(fit, "--fit")
+    if nbytes is None:
+        raise RecipeError("auto makes a recipe for so many bytes: say how many, as in --fit 12GB")
+    found = next((name for name in READERS if name == (reader or "transformers")), None)
+    if found is None:
+        raise RecipeError(f"--for {reader}: say one of {', '.join(READERS)}")
+    return Aim(nbytes, found, tokens_of(context, "--context"), kv_share or 1.0)
+
+
+def _read(
+    recipe: str, edits: list[str] | None, aim: Any, model: str, revision: str | None, device: str
+) -> tuple[str, Any, Path, str | None]:
+    """The text of a recipe, what it says once edits are made, the model's folder, and its commit on the hub.
+
+    Args:
+        aim: what the recipe auto is made for; None for others.
+    """
+    if aim is None:
+        return *read(recipe, edits), *model_folder(model, revision)
+    folder, commit = model_folder(model, revision)
+
+    from ..compress.fit import fitted
+    from ..compress.guards import source_skeleton
+    from ..compress.recipe import parse_recipe
+
+    text = fitted(source_skeleton(folder, device), aim)
+    return text, parse_recipe(text, "auto", tuple(edits or ())), folder, commit
 
 
 def _say_first(folder: Path, model: str, out: Path, resume: bool) -> None:
@@ -163,6 +217,10 @@ def plan(
     memory: MemoryOption = None,
     device: DeviceOption = "cpu",
     revision: RevisionOption = None,
+    fit: FitOption = None,
+    reader: ForOption = None,
+    context: ContextOption = None,
+    kv_share: KvShareOption = None,
     as_json: JsonOption = False,
     tp: Annotated[
         int | None,
@@ -171,8 +229,8 @@ def plan(
 ) -> None:
     """Print what RECIPE would do to MODEL; reads headers and calibration text, and weights where ranks
     depend on them alone."""
-    _, parsed = read(recipe, edits)
-    folder, _ = model_folder(model, revision)
+    aim = _aim(recipe, fit, reader, context, kv_share)
+    _, parsed, folder, _ = _read(recipe, edits, aim, model, revision, device)
     allowed = bytes_of(memory)
 
     from ..compress.guards import source_skeleton

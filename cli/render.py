@@ -210,6 +210,16 @@ def scores(names: Sequence[str], record: Mapping[str, Any]) -> None:
         out.print(table(("tasks", *names), lines))
 
 
+def _allocated(record: dict[str, Any]) -> str:
+    """Bits that were shared out, and what other sizes would cost."""
+    points = [point for point in record["curve"] if point[1] > 0][::3]
+    others = ", ".join(f"{human_size(nbytes)}: {lost:.2g}" for nbytes, lost in points)
+    return (
+        f"bits are shared out: {human_size(record['nbytes'])}, of which a KL of {record['lost']:.2g} is expected "
+        f"({others})"
+    )
+
+
 class ApplyProgress:
     """Draws the events of a run: a bar over blocks on a terminal, a permanent line for every block everywhere."""
 
@@ -248,6 +258,8 @@ class ApplyProgress:
                 err.print(
                     f"survey, block {record['block'] + 1:>3}/{record['blocks']}  {time.monotonic() - self._start:.1f} s"
                 )
+        elif record["kind"] == "Allocated":
+            err.say(_allocated(record))
         elif record["kind"] == "Measuring" and self._bar is not None:
             self._bar.update(self._task, now="comparing with the original")
         elif record["kind"] == "Warned":

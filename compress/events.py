@@ -107,6 +107,22 @@ class ExpertsKept(Event):
 
 
 @dataclass(frozen=True)
+class Allocated(Event):
+    """Bits are shared out among linears.
+
+    Attributes:
+        nbytes: that these take.
+        lost: KL per token in nats that this is expected to cost, errors of linears adding up.
+        curve: the two of other budgets, from the fewest bits everywhere to the most.
+    """
+
+    step: str
+    nbytes: float
+    lost: float
+    curve: list[list[float]]
+
+
+@dataclass(frozen=True)
 class ExpertsChanged(Event):
     """A block's experts have new weights: the squared error of what the block now puts out, as a share of what the
     original model's does."""

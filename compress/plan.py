@@ -23,6 +23,7 @@ from .passes.base import SURVEYED, Cost, LinearPass, ModelPass, Pass, Survey
 from .recipe import TOKENS, Recipe
 from .resources import (
     available_memory,
+    cache_bytes,
     chain_bytes,
     comparing_memory,
     flops,
@@ -180,7 +181,7 @@ def make_plan(
         recipe, skeleton, linears, tensors, chosen, readers, obstacle, needs, whole.nbytes, after,
         int(peak),
         int(max(after + chain_bytes(recipe, skeleton, walked) + survey.left, survey.disk)),
-        flops(recipe, skeleton, linears, walked) + survey.flops, *_cache_bytes(checkpoint, linears), room,
+        flops(recipe, skeleton, linears, walked) + survey.flops, *cache_bytes(checkpoint, linears), room,
         int(host if skeleton.device.type != "cpu" else peak),
         tuple(name for index in range(skeleton.blocks) for name in skeleton.unnamed(index)),
         (
@@ -317,7 +318,7 @@ def _original(checkpoint: Checkpoint, name: str) -> Dense:
     return Dense(torch.empty(info.shape, dtype=info.dtype, device="meta"))
 
 
-def _unchanged(checkpoint: Checkpoint, name: str) -> LinearPlan:
+def unchanged(checkpoint: Checkpoint, name: str) -> LinearPlan:
     """A linear that no pass rewrites."""
     kept = checkpoint.outline(name)
     operator = _original(checkpoint, name) if isinstance(kept, Dense) else kept
@@ -333,7 +334,7 @@ def _made(checkpoint: Checkpoint) -> Iterator[str]:
 def _stored_outside(checkpoint: Checkpoint, linears: Mapping[str, LinearPlan]) -> dict[str, LinearPlan]:
     """Linears that are not stored as plain weights and that no pass can rewrite: beyond the last block, or in one where
     the family names them in no group."""
-    found = {name: _unchanged(checkpoint, name) for name in _made(checkpoint) if name not in linears}
+    found = {name: unchanged(checkpoint, name) for name in _made(checkpoint) if name not in linears}
     return {name: plan for name, plan in found.items() if plan.operator.kind != "dense"}
 
 
@@ -409,7 +410,7 @@ def _plan_group(
 ) -> dict[str, LinearPlan]:
     """Linears that read the same input through passes, by their numbers; they are counted in `matched`."""
     originals = {name: _original(checkpoint, name) for name in group}
-    plans = {name: _unchanged(checkpoint, name) for name in group}
+    plans = {name: unchanged(checkpoint, name) for name in group}
     for name in group:
         if any(step.wants(name) for step in steps.values()):
             plans[name] = replace(plans[name], operator=originals[name])
@@ -485,15 +486,3 @@ def _output_tensors(
     if chosen is PLAIN:
         tensors = fuse(checkpoint.family, tensors)
     return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-
-
-def _cache_bytes(checkpoint: Checkpoint, linears: dict[str, LinearPlan]) -> tuple[int, int]:
-    """Bytes of the KV cache for each token, before and after; 0 for families that cache something else."""
-    before = after = 0
-    cached = (checkpoint.family.keys, checkpoint.family.values)
-    for name, linear in linears.items():
-        if checkpoint.block_index(f"{name}.weight") is not None and checkpoint.family.inside(name) in cached:
-            full = linear.operator.shape[0] * checkpoint.dtype.itemsize
-            before += full
-            after += linear.operator.cached_bytes(checkpoint.dtype.itemsize)
-    return before, after

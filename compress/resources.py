@@ -18,6 +18,7 @@ from ..calibrate.curvature import curvature_cost
 from ..calibrate.stage import split_to_fit
 from ..calibrate.statistics import KINDS, paired
 from ..runtime.errors import ResourceError, human_size
+from ..runtime.model.checkpoint import Checkpoint
 from ..runtime.model.rotations import ROWS
 from ..runtime.model.skeleton import Skeleton, calibration_dtype
 from .evaluate.blocks import evaluation_memory
@@ -314,3 +315,15 @@ def check_disk(plan: Plan, out: Path) -> None:
             f"{folder}: {human_size(free)} free, {human_size(plan.disk)} needed (weights and calibration "
             "activations); free some space or write elsewhere"
         )
+
+
+def cache_bytes(checkpoint: Checkpoint, linears: Linears) -> tuple[int, int]:
+    """Bytes of the KV cache for each token, before and after; 0 for families that cache something else."""
+    before = after = 0
+    cached = (checkpoint.family.keys, checkpoint.family.values)
+    for name, linear in linears.items():
+        if checkpoint.block_index(f"{name}.weight") is not None and checkpoint.family.inside(name) in cached:
+            full = linear.operator.shape[0] * checkpoint.dtype.itemsize
+            before += full
+            after += linear.operator.cached_bytes(checkpoint.dtype.itemsize)
+    return before, after

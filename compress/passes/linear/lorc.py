@@ -1,9 +1,10 @@
 """LoRC: keys and values go through a few numbers, and the KV cache holds these (arXiv:2410.03111).
 
 - Plain: truncated SVD of the weights, ranks that fall with depth by the cumulative condition numbers, no data.
-- `calibrated`: the principal components of what the projections put out, `W H Wᵀ`, in the metric of how errors there
-  move the block's output (`calibrate/probes.py`); ranks by how much the model's answers suffer when each projection is
-  cut; factors found on the compressed model, for targets that make up for the errors of earlier layers.
+- `calibrated`: the principal components of what the projections put out, `W H Wᵀ`, in the metric of what errors there
+  cost the model's answers (`calibrate/curvature.py`), or of how they move the block's output (`calibrate/probes.py`);
+  ranks by what the components that are left out cost in that metric, or by how much the answers suffer when each
+  projection is cut; factors found on the compressed model, for targets that make up for the errors of earlier layers.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from .calibrated import Calibrated, plain_floats
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ....calibrate.curvature import BlockBack
     from ....calibrate.divergences import Seen
     from ....calibrate.stage import StageWork
     from ....runtime.model.skeleton import Skeleton
@@ -91,10 +93,11 @@ class Lorc(Calibrated):
         description="find latents on calibration data (principal components of what the projections put out), and "
         "ranks by what cutting each projection does to the model; false: from the weights alone",
     )
-    objective: Literal["outputs", "block"] = Field(
+    objective: Literal["outputs", "block", "model"] = Field(
         "block",
         description="what calibrated: true minimises: outputs: errors of keys and values as they are; block: as they "
-        "move the block's output",
+        "move the block's output; model: as they cost the answers, which shares out the ranks without cutting each "
+        "projection on its own",
     )
     latent_bits: Literal[4, 8, 16] = Field(
         16,
@@ -130,6 +133,8 @@ class Lorc(Calibrated):
     def needs(self) -> frozenset[Need]:
         if not self.calibrated:
             return frozenset()
+        if self.objective == "model":
+            return super().needs | {"curvature", "foretold"}
         return super().needs | ({"metric"} if self.objective == "block" else set())
 
     def wants(self, name: str) -> bool:
@@ -249,6 +254,9 @@ class Lorc(Calibrated):
         if not self.calibrated:
             uniform = self.allocation == "uniform"
             return self._with_ranks(self._ranks if uniform else self._progressive(skeleton))
+        if self.objective == "model":
+            losses = {name: self._curve(name, survey.foretold) for name in self._shapes}
+            return self._with_ranks(greedy(losses, self._steps, self._cost, self._budget(self._share)))
         assert survey.windows is not None
         curves: dict[str, Tensor] = {}
         probed: dict[str, int] = {}
@@ -282,6 +290,46 @@ class Lorc(Calibrated):
         return self._with_ranks(greedy(losses, self._steps, self._cost, self._budget(self._share)))
 
     @property
+    def foretells(self) -> Mapping[str, Any] | None:
+        chosen = {"ratio", "ranks", "whole_layers", "latent_bits", "correction", "damping", "shrinkage", "sequential"}
+        wanted = self._nominal and self.calibrated and self.objective == "model"
+        return {**self.model_dump(mode="json", exclude=chosen), "of": sorted(self._shapes)} if wanted else None
+
+    def foretell(self, skeleton: Skeleton, back: BlockBack) -> dict[str, float]:
+        """KL per token in nats for each projection and rank, at multiples of its step."""
+        import torch
+
+        from ...solvers.lowrank import Components
+
+        found, curvatures = dict[str, float](), back.found()
+        for inside, (moment, _) in back.met.items():
+            name = skeleton.disk_name(back.index, inside)
+            if name not in self._shapes:
+                continue
+            weight, shape, own = skeleton.checkpoint.tensor(name + ".weight"), self._shapes[name], curvatures[name]
+            metric = own.metric
+            if metric is None:
+                metric = own.trace / shape.rows * torch.eye(shape.rows, device=moment.moment.device)
+            weight = weight.to(skeleton.device).float()
+            tail = Components.of(weight, moment.moment / moment.tokens, metric, shape.groups).tail()
+            for rank in _cuts(shape):
+                found[f"{name} {rank}"] = float(tail[rank]) / 2
+        return found
+
+    def foretelling(self, rows: int, columns: int) -> tuple[float, float]:
+        return 16.0 * columns**2 + 32.0 * rows * columns + 40.0 * rows**2, 2.0 * rows * columns**2 + 60.0 * rows**3
+
+    def _curve(self, name: str, foretold: Mapping[str, float]) -> Tensor:
+        """What is lost of a projection at each rank, where it is known: at multiples of its step."""
+        import torch
+
+        shape = self._shapes[name]
+        curve = torch.zeros(shape.width + 1, dtype=torch.float64)
+        for rank in _cuts(shape):
+            curve[rank] = foretold[f"{name} {rank}"]
+        return curve
+
+    @property
     def warning(self) -> str:
         if self.calibrated or all(self._ranks[name] >= shape.width for name, shape in self._shapes.items()):
             return ""
@@ -295,7 +343,7 @@ class Lorc(Calibrated):
         """Of cutting every projection once, where ranks are found on data."""
         from ....calibrate.divergences import divergences_cost
 
-        if not (self._nominal and self.calibrated):
+        if not (self._nominal and self.calibrated) or self.objective == "model":
             return Cost()
         memory, disk, flops = divergences_cost(skeleton, samples, sequence_length, len(self._shapes), 0)
         return Cost(BUFFERS + memory, disk, 0.0, flops)
@@ -378,7 +426,12 @@ class Lorc(Calibrated):
         from ...solvers.lowrank import Components, rotation
 
         rank, groups = self._ranks[name], self._shapes[name].groups
-        metric = work.metrics.get(name) if self.objective == "block" and self.calibrated else None
+        metric = None
+        if self.calibrated and self.objective == "model":
+            curvature = work.curvatures.get(name)
+            metric = None if curvature is None else curvature.metric
+        elif self.calibrated and self.objective == "block":
+            metric = work.metrics.get(name)
         components = Components.of(target, moment, metric, groups)
         up, down = components.truncated(rank)
         if self.latent_bits < 16:
@@ -390,6 +443,11 @@ class Lorc(Calibrated):
         work.linears[name] = result
         tail = components.tail()
         yield LayerDone.of(name, self.kind, float(tail[rank] / tail[0].clamp(min=1e-30)), result, tokens)
+
+
+def _cuts(shape: Shape) -> list[int]:
+    """Ranks that are chosen among."""
+    return [*range(min(shape.step, shape.width), shape.width, shape.step), shape.width]
 
 
 def _probed(curve: Tensor, rank: int, groups: int) -> int:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from ....runtime.errors import RecipeError
+from ...events import Allocated
 from ..base import BUFFERS, Cost, LinearPass, Need
 from .calibrated import ROWS
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from ..base import Survey
 
 PROBED = 3
+CURVE = 12  # parts of what lies between the fewest bits everywhere and the most, of which is told what they would cost
 Width = Literal[2, 3, 4, 5, 6, 8]
 _WIDTHS: tuple[Width, ...] = (2, 3, 4, 5, 6, 8)
 _EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -149,18 +151,22 @@ class Mixed(LinearPass):
         ]
         if not any(result._sets):
             raise RecipeError(f"{self.kind} finds no linear to work on: targets and ignore leave none")
-        nbytes = result._nbytes(skeleton)
-        every = (name for sets in result._sets for names in sets.values() for name in names)
-        weights = sum(math.prod(shape_of(skeleton, name)) for name in every)
+        nbytes, (weights, [least, *_]) = result._nbytes(skeleton), result.sizes_of(skeleton)
         assert self.average_bits is not None
         result._budget = self.average_bits * weights / 8
-        least = sum(costs[0] for costs in nbytes.values())
         if least > result._budget:
             raise RecipeError(
                 f"{self.kind}: {self._options[0][0]} bits everywhere are {8 * least / weights:.2f} bits per weight, "
                 f"scales counted; ask for more than average_bits: {self.average_bits:g}"
             )
         return result._with_widths(even_widths(nbytes, result._budget), nominal=True)
+
+    def sizes_of(self, skeleton: Skeleton) -> tuple[int, list[float]]:
+        """Of a prepared pass that shares bits out: how many weights its targets name, and what bytes they take at each
+        choice, the same for all."""
+        every = (name for sets in self._sets for names in sets.values() for name in names)
+        sizes = [sum(costs) for costs in zip(*self._nbytes(skeleton).values(), strict=True)]
+        return sum(math.prod(shape_of(skeleton, name)) for name in every), sizes
 
     def _nbytes(self, skeleton: Skeleton) -> dict[str, list[float]]:
         """Bytes of each set of linears at each choice."""
@@ -202,9 +208,20 @@ class Mixed(LinearPass):
         found = dict(survey.foretold)
         if self._sets[-1]:
             found |= survey.recalled(self._asked, lambda: self._outer_costs(skeleton, survey))
-        labels = [label for sets in self._sets for label in sets]
+        labels, nbytes = [label for sets in self._sets for label in sets], self._nbytes(skeleton)
         losses = {label: [found[_place(label, option)] for option in self._options] for label in labels}
-        return self._with_widths(allocated(losses, self._nbytes(skeleton), self._budget))
+
+        def shared(budget: float) -> tuple[dict[str, int], float, float]:
+            """What each gets, its bytes, and what that is expected to cost."""
+            numbers = allocated(losses, nbytes, budget)
+            spent, lost = (sum(table[label][n] for label, n in numbers.items()) for table in (nbytes, losses))
+            return numbers, spent, lost
+
+        least, most = (sum(costs[n] for costs in nbytes.values()) for n in (0, -1))
+        numbers, spent, lost = shared(self._budget)
+        curve = [shared(least + part / CURVE * (most - least))[1:] for part in range(CURVE + 1)]
+        survey.listener(Allocated(self.kind, spent, lost, [list(point) for point in curve]))
+        return self._with_widths(numbers)
 
     @property
     def _asked(self) -> dict[str, Any]:
