@@ -171,6 +171,8 @@ class BlockBack:
     Attributes:
         index: of the block.
         tokens: of the whole walk.
+        lost: number of a routed expert → `½ E[(gᵀ f)²]` over all tokens, f being what it adds to the mixture: KL per
+            token that it costs to do without it, up to second order.
         met: name in memory of each linear that ran → second moment of its inputs, and the same with each token as often
             as the squared length of its gradient says; without experts' coefficients.
     """
@@ -183,6 +185,7 @@ class BlockBack:
         """
         self._skeleton, self.index, self.tokens = skeleton, index, tokens
         self.met: dict[str, tuple[Statistics, Statistics]] = {}
+        self.lost: dict[int, float] = {}
         self._inputs: dict[str, Tensor] = {}
         layer = skeleton.block(index).requires_grad_(False)
         self._runner = skeleton.runner(index, layer)
@@ -241,6 +244,8 @@ class BlockBack:
         places = [self._outputs[name] for name in names]
         pulled, *found = torch.autograd.grad(output, [hidden, *places], gradient.to(skeleton.device), allow_unused=True)
         for name, own in zip(names, found, strict=True):
+            if own is not None and name in self._last:
+                self._lose(name, (own * self._outputs[name].detach()).sum(-1))
             if own is not None:
                 self._add(name, own.reshape(-1, own.shape[-1]))
         return pulled.detach()
@@ -261,6 +266,13 @@ class BlockBack:
         if name in self._sums:
             shares = (longest / lengths.clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=1)
             self._sums[name].add((gradients.float() * shares[:, None]).to(self._skeleton.dtype))
+
+    def _lose(self, name: str, products: Tensor) -> None:
+        """Take in gradients times outputs `[tokens]` of an expert's last linear: its coefficients are in the former."""
+        number = self._number(name)
+        assert number is not None
+        more = float(products.double().square().sum()) / 2 / self.tokens
+        self.lost[number] = self.lost.get(number, 0.0) + more
 
     def _meet(self, name: str, entering: Tensor, lengths: Tensor) -> None:
         rows = entering.reshape(len(lengths), -1).to(self._skeleton.dtype)

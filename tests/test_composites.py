@@ -134,6 +134,12 @@ def test_the_low_rank_residual_is_the_best_there_is(rows: int, columns: int) -> 
     expected = left[:, :5] * singular[:5] @ right[:5] @ torch.linalg.inv(root)
     up, down = best_low_rank(matrix, moment, 5)
     torch.testing.assert_close(up @ down, expected, rtol=1e-6, atol=1e-8)
+    metric = problem(rows, rows)[1]
+    coupled = torch.linalg.cholesky(metric).T
+    left, sizes, right = torch.linalg.svd(coupled @ matrix @ root, full_matrices=False)
+    expected = torch.linalg.inv(coupled) @ (left[:, :5] * sizes[:5] @ right[:5]) @ torch.linalg.inv(root)
+    above, below = best_low_rank(matrix, moment, 5, metric)
+    torch.testing.assert_close(above @ below, expected, rtol=1e-6, atol=1e-8)
     rounded = down.bfloat16().double()
     refitted = refit_up(matrix, moment, rounded, up)
 

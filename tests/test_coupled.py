@@ -19,11 +19,13 @@ from compressor.compress.solvers.coupled import (
     coupled,
     coupled_descent,
     coupled_losses,
+    coupled_pairs,
     coupled_sweep,
     damped_metric,
 )
 from compressor.compress.solvers.grid import Grid, Steps, range_grid
 from compressor.compress.solvers.refine import differences
+from compressor.compress.solvers.sparse24 import swept
 from compressor.compress.solvers.sweep import gptq_codes
 from compressor.compress.solvers.system import System, damped_system
 from compressor.kernels.numbers import ROUNDINGS, Rounding
@@ -90,6 +92,42 @@ def test_later_rows_make_up_for_earlier_ones_as_well_as_they_can() -> None:
     assert loss(delta, system.moment, metric) == pytest.approx(least, rel=1e-6)
     alone = differences(gptq_codes(target, grid, system)[0], grid, target)
     assert least < 0.8 * loss(alone, system.moment, metric)
+
+
+def test_rows_that_are_pruned_make_up_for_one_another() -> None:
+    target, _, system, metric = problem(INTEGERS)
+    system = damped_system(system.moment, act_order=True, together=4)
+    alone, delta = swept(target, system, 3)
+    values = coupled_pairs(target, system, metric, 3)
+    assert int((values.view(-1, 4, target.shape[1]) != 0).sum(1).max()) == 2
+    assert loss(values - target, system.moment, metric) < 0.8 * loss(delta, system.moment, metric)
+    identity = torch.eye(target.shape[1], dtype=DOUBLE)
+    torch.testing.assert_close(coupled_pairs(target, system, identity, 3), alone)
+
+
+OBJECTIVES = {
+    "gptq": "{kind: gptq, bits: 3, group_size: 32",
+    "sparse24": "{kind: sparse24",
+    "eora": "{kind: rtn, bits: 2, group_size: 32, targets: '*.v_proj'}, {kind: eora, rank: 2",
+}
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_a_pass_aims_at_the_end_of_the_model_where_it_is_asked_to(
+    kind: str, pico: Callable[..., Path], calibration_text: Path, tmp_path: Path
+) -> None:
+    """And not where only another pass is."""
+    model, name = pico("llama"), "model.layers.0.self_attn.v_proj"
+    other = "{kind: gptq, bits: 8, targets: '*.down_proj', objective: model}"
+    made = {}
+    for number, (own, beside) in enumerate((("layer", ""), ("layer", other), ("model", ""))):
+        passes = f"{OBJECTIVES[kind]}, objective: {own}, targets: '*.v_proj'}}, {beside}"
+        recipe = f"data: {{source: '{calibration_text}', samples: 4, sequence_length: 64}}\n"
+        recipe += f"passes: [{passes}]\nlimits: {{kl: null}}\n"
+        apply(Job(parse_recipe(recipe), recipe, (), model, tmp_path / str(number), str(model)), lambda event: None)
+        made[number] = StoredModel(tmp_path / str(number)).operator(name).dense()
+    assert torch.equal(made[0], made[1])
+    assert not torch.equal(made[0], made[2])
 
 
 @pytest.mark.parametrize("name", ["integers", "zeros", "rows", "nvfp4", "fp8_block", "q2_k", "q3_k", "q4_k"])

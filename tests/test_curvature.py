@@ -15,6 +15,7 @@ from compressor.calibrate.chains import Trail
 from compressor.calibrate.curvature import BlockBack, Curvature, reverse_walk
 from compressor.calibrate.folders import CurvatureFolder
 from compressor.calibrate.foretell import foretold
+from compressor.calibrate.routing import experts_of
 from compressor.calibrate.statistics import Statistics
 from compressor.runtime.errors import ResourceError
 from compressor.runtime.model.checkpoint import Checkpoint
@@ -197,6 +198,32 @@ def test_last_linears_of_experts_share_what_the_mixture_puts_out(pico: Callable[
         assert own.metric is not None
         torch.testing.assert_close(own.metric, clipped.T @ clipped / len(clipped), rtol=1e-3, atol=1e-8)
         assert own.trace == pytest.approx(float(clipped.square().sum(1).mean()), rel=0.5)  # of the tokens that come by
+
+
+def test_what_is_lost_without_an_expert(pico: Callable[..., Path], tmp_path: Path) -> None:
+    model = pico("mixtral", dtype=torch.float32)
+    skeleton, found = Skeleton(Checkpoint(model)), dict[int, dict[int, float]]()
+
+    def take(back: BlockBack) -> None:
+        found[back.index] = back.lost
+
+    reverse_walk(skeleton, WINDOWS, tmp_path, take, lambda step: None)
+    hidden = skeleton.embed(WINDOWS)
+    for index in range(skeleton.blocks):
+        name = f"model.layers.{index}.mlp"
+        gradient = gradients(model, WINDOWS, [name], lambda row: row)[name].flatten(0, 1).double()
+        layer = skeleton.block(index)
+        experts, entered = experts_of(skeleton, layer), list[tuple[Tensor, ...]]()
+        assert experts is not None
+        experts.register_forward_pre_hook(lambda module, args, entered=entered: entered.append(args))
+        hidden = skeleton.run(skeleton.runner(index, layer), hidden.bfloat16().float())
+        [(x, places, weights)] = entered
+        assert set(found[index]) == set(places.unique().tolist())
+        for number, expert in enumerate(experts):
+            tokens, slots = torch.where(places == number)
+            adds = expert(x[tokens], weights[tokens, slots]).double()
+            expected = (gradient[tokens] * adds).sum(1).square().sum() / WINDOWS.numel() / 2
+            assert found[index].get(number, 0.0) == pytest.approx(float(expected), rel=2e-2)
 
 
 def test_what_rounding_costs_is_foretold(pico: Callable[..., Path], tmp_path: Path) -> None:

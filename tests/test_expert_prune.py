@@ -383,3 +383,36 @@ def test_layers_beyond_the_last_block_go_with_the_count_of_experts(pico: Pico, t
     assert json.loads((tmp_path / "out" / "config.json").read_text())["num_nextn_predict_layers"] == 0
     assert not any(".layers.2." in name for name in load_file(tmp_path / "out" / "model.safetensors"))
     stock(tmp_path / "out")
+
+
+def test_experts_stay_without_which_most_would_be_lost(pico: Pico, calibration_text: Path, tmp_path: Path) -> None:
+    """Against what the model loses when each alone puts out nothing; and what was found serves other counts."""
+    model, kept = pico("qwen3_moe", **FLOAT), tmp_path / "kept"
+    told: list[Event] = []
+    data = f"data: {{source: '{calibration_text}', samples: 8, sequence_length: 64}}\n"
+    alone = "refit: false, protect_super_experts: false"
+    for keep in (3, 2):
+        recipe = f"{data}passes: [{{kind: expert_prune, keep: {keep}, criterion: model, {alone}}}]"
+        out = tmp_path / str(keep)
+        apply(Job(parse_recipe(recipe), recipe, (), model, out, "pico"), told.append, statistics=kept)
+    scores = {event.block: event.scores for event in told if isinstance(event, ExpertsKept)}
+    assert len(list(kept.glob("survey-*.json"))) == 1
+    ids = read_calibration(parse_recipe(recipe), Checkpoint(model)).windows
+    whole: Any = load(model, dtype=torch.float32)
+    with torch.no_grad():
+        before = whole(input_ids=ids, use_cache=False).logits.log_softmax(-1)
+        measured = []
+        for block, each in scores.items():
+            for number in range(len(each)):
+                down = whole.model.layers[block].mlp.experts[number].down_proj
+                was = down.weight.clone()
+                down.weight.zero_()
+                after = whole(input_ids=ids, use_cache=False).logits.log_softmax(-1)
+                down.weight.copy_(was)
+                measured.append(float((before.exp() * (before - after)).sum(-1).mean()))
+    found = torch.tensor([score for each in scores.values() for score in each])
+    assert found.sum() == pytest.approx(sum(measured), rel=0.3)
+    assert float(torch.corrcoef(torch.stack([found, torch.tensor(measured)]))[0, 1]) > 0.9
+    for event in told:
+        if isinstance(event, ExpertsKept):
+            assert event.kept == sorted(torch.tensor(event.scores).topk(len(event.kept)).indices.tolist())

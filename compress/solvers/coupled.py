@@ -10,16 +10,21 @@ gradient.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from ...calibrate.curvature import Curvature
 from .compiled import best_steps, couple_columns, refused_steps
 from .grid import Grid
 from .refine import differences, times
+from .sparse24 import swept
 from .sweep import LEAF, gptq_codes
 from .system import System, inverse_factor
 
 _BLOCKS = 16  # of rows
+_DAMPING = 0.1  # share of the mean diagonal that is added to what errors of outputs cost
 
 
 def damped_metric(metric: Tensor, damping: float, tokens: int) -> Tensor:
@@ -33,9 +38,39 @@ def damped_metric(metric: Tensor, damping: float, tokens: int) -> Tensor:
     return damped / damped.diagonal().mean()
 
 
+def metric_of(curvature: Curvature | None) -> Tensor | None:
+    """The metric to solve with; None where nothing is known of what errors cost, or they cost nothing as far as the
+    walk back could see."""
+    if curvature is None or curvature.metric is None or not 0 < float(curvature.metric.trace()) < float("inf"):
+        return None
+    return damped_metric(curvature.metric, _DAMPING, curvature.tokens)
+
+
 def coupled_losses(delta: Tensor, moment: Tensor, metric: Tensor) -> Tensor:
     """Each row's part of `tr(M Δ H Δᵀ)`: Δ columns first, `[columns, rows]` → `[rows]`."""
     return torch.linalg.vecdot(times(moment, delta), delta @ metric, dim=0)
+
+
+def in_blocks(target: Tensor, metric: Tensor, solve: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Solve for blocks of rows one after the other, later ones making up for the errors of the earlier.
+
+    Args:
+        target: columns first, `[columns, rows]`.
+        metric: M, positive definite.
+        solve: what some rows aim at `[columns, n]`, and which they are `[n]` → what is left of the difference.
+    """
+    rows = target.shape[1]
+    blocks = [torch.arange(start, rows, _BLOCKS, device=target.device) for start in range(min(_BLOCKS, rows))]
+    order = torch.cat(blocks)
+    factor = inverse_factor(metric, order)
+    assert factor is not None
+    work, start = target[:, order], 0
+    for block in blocks:
+        own, rest = slice(start, start + len(block)), slice(start + len(block), rows)
+        missed = -solve(work[:, own].contiguous(), block)
+        errors = torch.linalg.solve_triangular(factor[own, own], missed, upper=True, left=False)
+        work[:, rest] -= errors @ factor[own, rest]
+        start = own.stop
 
 
 def coupled_sweep(target: Tensor, grid: Grid, system: System, metric: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -48,20 +83,14 @@ def coupled_sweep(target: Tensor, grid: Grid, system: System, metric: Tensor, ke
     Returns:
         `[columns, rows]`, as floats.
     """
-    rows = target.shape[1]
-    blocks = [torch.arange(start, rows, _BLOCKS, device=target.device) for start in range(min(_BLOCKS, rows))]
-    order = torch.cat(blocks)
-    factor = inverse_factor(metric, order)
-    assert factor is not None
-    work, codes, start = target[:, order], torch.empty_like(target), 0
-    for block in blocks:
-        own, rest = slice(start, start + len(block)), slice(start + len(block), rows)
-        kept = None if keep is None else keep[:, block]
-        codes[:, block], _ = gptq_codes(work[:, own].contiguous(), grid.rows(block), system, kept)
-        missed = -differences(codes[:, block], grid.rows(block), work[:, own])
-        errors = torch.linalg.solve_triangular(factor[own, own], missed, upper=True, left=False)
-        work[:, rest] -= errors @ factor[own, rest]
-        start = own.stop
+    codes = torch.empty_like(target)
+
+    def solve(aims: Tensor, rows: Tensor) -> Tensor:
+        kept = None if keep is None else keep[:, rows]
+        codes[:, rows], _ = gptq_codes(aims, grid.rows(rows), system, kept)
+        return differences(codes[:, rows], grid.rows(rows), aims)
+
+    in_blocks(target, metric, solve)
     return codes
 
 
@@ -141,6 +170,26 @@ def _move_scales(
     change = refused_steps(quadratic, slopes, change.cpu()).to(scale.device)
     scale += change
     return centred * change
+
+
+def coupled_pairs(target: Tensor, system: System, metric: Tensor, sweeps: int) -> Tensor:
+    """2:4 weights as `sparse24.swept` finds them, in blocks of rows.
+
+    Args:
+        target: columns first, `[columns, rows]`.
+        metric: M, positive definite.
+
+    Returns:
+        The sparse weight, alike.
+    """
+    values = torch.empty_like(target)
+
+    def solve(aims: Tensor, rows: Tensor) -> Tensor:
+        values[:, rows], delta = swept(aims, system, sweeps)
+        return delta
+
+    in_blocks(target, metric, solve)
+    return values
 
 
 def coupled(

@@ -12,7 +12,7 @@ from torch import Tensor
 _DAMPING = 1e-4  # of the mean diagonal, added to a metric: no error is free
 
 
-def best_low_rank(matrix: Tensor, moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def best_low_rank(matrix: Tensor, moment: Tensor, rank: int, metric: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`min tr((M - U D) H (M - U D)ᵀ)` over U `[rows, rank]` and D `[rank, columns]`.
 
     The leading eigenvectors of `M H Mᵀ` are the left singular vectors of `M H^½`, hence U; then `D = Uᵀ M`. Where
@@ -22,10 +22,16 @@ def best_low_rank(matrix: Tensor, moment: Tensor, rank: int) -> tuple[Tensor, Te
     Args:
         matrix: M `[rows, columns]`.
         moment: H `[columns, columns]`, positive definite.
+        metric: G `[rows, rows]`, positive definite, where `tr(G (M - U D) H (M - U D)ᵀ)` is meant: with `G = L Lᵀ`, the
+            solution for `Lᵀ M`, its U times `L⁻ᵀ`.
 
     Returns:
         U and D in the matrix's dtype; eigenvectors are computed in float64.
     """
+    if metric is not None:
+        root = torch.linalg.cholesky(metric.double())
+        up, down = best_low_rank(root.T @ matrix.double(), moment, rank)
+        return torch.linalg.solve_triangular(root.T, up, upper=True).to(matrix.dtype), down.to(matrix.dtype)
     rows, columns = matrix.shape
     exact = matrix.double()
     if rows <= columns:

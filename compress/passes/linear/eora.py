@@ -2,19 +2,22 @@
 
 Of all matrices of rank r, the one that brings the outputs closest, `min tr((Δ - U D) H (Δ - U D)ᵀ)` with Δ what is
 missing, spans the leading eigenvectors of `Δ H Δᵀ`: `U` are these and `D = Uᵀ Δ`. (The paper gets there by way of H's
-eigenvectors; the result is the same, and exact.)
+eigenvectors; the result is the same, and exact.) With `objective: model`, errors of outputs count by what they cost the
+answers, `tr(M (Δ - U D) H (Δ - U D)ᵀ)` (`calibrate/curvature.py`): with `M = L Lᵀ`, it is the same for `Lᵀ Δ`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
 from ....runtime.errors import RecipeError
 from ...events import Event, Fallback, LayerDone
-from .calibrated import Calibrated
+from ..base import Need
+from .calibrated import Calibrated, relative
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +41,11 @@ class Eora(Calibrated):
         lt=1,
         description="bytes of the residual's factors, as a share of the original weight's; give this or rank",
     )
+    objective: Literal["layer", "model"] = Field(
+        "layer",
+        description="what the residual makes up for: layer: errors of the linear's own outputs; model: what they cost "
+        "the answers, found by a walk back from the model's end",
+    )
     factor_bits: Literal[8, 16] = Field(
         16,
         description="bits of a number in the residual's factors; 16: floats as the model's; 8: integers with a scale a "
@@ -49,6 +57,10 @@ class Eora(Calibrated):
         if (self.rank is None) == (self.budget is None):
             raise ValueError("give either rank or budget")
         return self
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return super().needs | ({"curvature"} if self.objective == "model" else set())
 
     def rank_for(self, rows: int, columns: int, itemsize: int) -> int:
         """The rank that applies to a weight `[rows, columns]` of so many bytes an element."""
@@ -128,28 +140,35 @@ class Eora(Calibrated):
         import torch
 
         from ....runtime.schemes import LowRank, WithResidual
+        from ...solvers.coupled import coupled_losses, metric_of
         from ...solvers.lowrank import best_low_rank, refit_up
+        from ...solvers.refine import row_losses
 
         name, operator, dtype = group.names[number], group.operators[number], group.originals[number].dtype
         rows, columns = operator.shape
         moment = group.system.moment.float() if group.system else torch.eye(columns, device=target.device)
         missing = group.alive(target - operator.dense())
         rank = self.rank_for(rows, columns, dtype.itemsize)
-        up, down = best_low_rank(missing, moment, rank)
+        coupled = self.objective == "model" and group.system is not None
+        metric = metric_of(work.curvatures.get(name)) if coupled else None
+        up, down = best_low_rank(missing, moment, rank, metric)
         below = self._stored(down.to(dtype))
         above = self._stored(refit_up(missing, moment, below.dense(), up).to(dtype))
         result = WithResidual(operator, LowRank(above, below))
-        left, before = ((((m @ moment) * m).double().sum()) for m in (missing - result.residual.dense(), missing))
+        rest = missing - result.residual.dense()
+
+        def loss(error: Tensor) -> Tensor:
+            own = row_losses if metric is None else partial(coupled_losses, metric=metric)
+            return own(error.T, moment).double().sum()
+
         if group.reason:
             yield Fallback(name, self.kind, f"as if all inputs mattered alike, for {group.reason}")
-        if left < before:  # rounding can eat what little there was to gain
-            work.linears[name] = result
-        else:
-            left, result = before, WithResidual(operator, LowRank(self._stored(0 * up.to(dtype)), below))
-            work.linears[name] = result
+        if not loss(rest) < loss(missing):  # rounding can eat what little there was to gain
+            rest, result = missing, WithResidual(operator, LowRank(self._stored(0 * up.to(dtype)), below))
             yield Fallback(name, self.kind, "a residual of zeros, for there was nothing to make up for")
-        whole = ((target @ moment) * target).double().sum().clamp(min=1e-30)
-        yield LayerDone.of(name, self.kind, float(left / whole), result, group.tokens)
+        work.linears[name] = result
+        error = relative(row_losses(rest.T, moment), row_losses(target.T, moment))
+        yield LayerDone.of(name, self.kind, error, result, group.tokens)
 
 
 def _float_dtype(operator: Operator) -> torch.dtype:

@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from ...solvers.grid import Grid, Steps
     from .groups import Group
 
-_COUPLED_DAMPING = 0.1  # share of the mean diagonal that is added to what errors of outputs cost
 _COUPLED_ROUNDS = 2
 _SHRINKS = (1.0, 0.95, 0.9, 0.85)  # of a group's range: cutting off the extremes makes every step smaller
 
@@ -173,7 +172,8 @@ class Gptq(Quantizer, Calibrated):
         rest = group.without(_apart(group.operators[which[0]]), self.act_order)
         keep = torch.cat(kept) if kept else None
         solution, reason = self._solve(weight, target, keep, rounding, rest)
-        metrics = [work.curvatures.get(group.names[number]) for number in which]
+        known = work.curvatures if self.objective == "model" else {}  # another pass may have asked
+        metrics = [known.get(group.names[number]) for number in which]
         sizes = [leaf.shape[0] for leaf in leaves]
         solution = self._coupled(solution, target, keep, list(zip(sizes, metrics, strict=True)), rest)
         reason = reason if solution.simple.all() else ""
@@ -256,7 +256,7 @@ class Gptq(Quantizer, Calibrated):
         """
         import torch
 
-        from ...solvers.coupled import coupled, damped_metric
+        from ...solvers.coupled import coupled, metric_of
         from ...solvers.refine import differences, row_losses
 
         if group.system is None:
@@ -265,10 +265,8 @@ class Gptq(Quantizer, Calibrated):
         for size, found in linears:
             rows = slice(start, start := start + size)
             own = solution.part(rows)
-            # Without a gradient, errors of the linear cost nothing, as far as the walk back could see.
-            if found is not None and found.metric is not None and 0 < float(found.metric.trace()) < float("inf"):
+            if (metric := metric_of(found)) is not None:
                 aim, kept = target[rows].T.contiguous(), None if keep is None else keep[rows].T.contiguous()
-                metric = damped_metric(found.metric, _COUPLED_DAMPING, found.tokens)
                 codes = numbers.of_bytes(own.codes).T.contiguous()
                 codes, grid = coupled(codes, aim, own.grid, system, metric, kept, _COUPLED_ROUNDS)
                 losses = row_losses(differences(codes, grid, aim), system.moment)

@@ -93,11 +93,12 @@ class Lorc(Calibrated):
         description="find latents on calibration data (principal components of what the projections put out), and "
         "ranks by what cutting each projection does to the model; false: from the weights alone",
     )
-    objective: Literal["outputs", "block", "model"] = Field(
-        "block",
+    objective: Literal["auto", "outputs", "block", "model"] = Field(
+        "auto",
         description="what calibrated: true minimises: outputs: errors of keys and values as they are; block: as they "
         "move the block's output; model: as they cost the answers, which shares out the ranks without cutting each "
-        "projection on its own",
+        "projection on its own; auto: model, but block where tokens choose experts: gradients do not see how errors "
+        "change that choice",
     )
     latent_bits: Literal[4, 8, 16] = Field(
         16,
@@ -109,6 +110,7 @@ class Lorc(Calibrated):
     _shapes: dict[str, Shape] = PrivateAttr(default_factory=dict)
     _checkpoint: Any = PrivateAttr(default=None)
     _nominal: bool = PrivateAttr(default=False)  # whether the ranks are there to be replaced
+    _chosen: bool = PrivateAttr(default=False)  # whether tokens choose experts
     _share: float = PrivateAttr(default=0.0)  # of the bytes of what is cut, what is to stay
 
     @model_validator(mode="after")
@@ -133,9 +135,14 @@ class Lorc(Calibrated):
     def needs(self) -> frozenset[Need]:
         if not self.calibrated:
             return frozenset()
-        if self.objective == "model":
+        if self._aim == "model":
             return super().needs | {"curvature", "foretold"}
-        return super().needs | ({"metric"} if self.objective == "block" else set())
+        return super().needs | ({"metric"} if self._aim == "block" else set())
+
+    @property
+    def _aim(self) -> str:
+        """The objective, once it is known of the model."""
+        return self.objective if self.objective != "auto" else "block" if self._chosen else "model"
 
     def wants(self, name: str) -> bool:
         """Before `prepare`, by the patterns; then exactly the projections that have a rank."""
@@ -176,6 +183,8 @@ class Lorc(Calibrated):
             )
         result = self.model_copy()
         result._shapes, result._checkpoint = shapes, skeleton.checkpoint
+        linears = (name for index in range(skeleton.blocks) for name in skeleton.linears(index))
+        result._chosen = any(skeleton.family.expert(name) is not None for name in linears)
         if self.ranks is None:
             share = self.ratio if self.d_max is None or self.d_min is None else (self.d_max + self.d_min) / 2
             assert share is not None
@@ -254,7 +263,7 @@ class Lorc(Calibrated):
         if not self.calibrated:
             uniform = self.allocation == "uniform"
             return self._with_ranks(self._ranks if uniform else self._progressive(skeleton))
-        if self.objective == "model":
+        if self._aim == "model":
             losses = {name: self._curve(name, survey.foretold) for name in self._shapes}
             return self._with_ranks(greedy(losses, self._steps, self._cost, self._budget(self._share)))
         assert survey.windows is not None
@@ -266,7 +275,7 @@ class Lorc(Calibrated):
             names = [name for name, shape in self._shapes.items() if shape.block == index]
             inner = {name: skeleton.family.inside(name) for name in names}
             metrics: Sequence[Tensor | None] = [None] * len(names)
-            if names and self.objective == "block":
+            if names and self._aim == "block":
                 metrics = output_metrics(skeleton, seen.runner, seen.hidden, list(inner.values()))
             found = {}
             for name, metric in zip(names, metrics, strict=True):
@@ -292,7 +301,7 @@ class Lorc(Calibrated):
     @property
     def foretells(self) -> Mapping[str, Any] | None:
         chosen = {"ratio", "ranks", "whole_layers", "latent_bits", "correction", "damping", "shrinkage", "sequential"}
-        wanted = self._nominal and self.calibrated and self.objective == "model"
+        wanted = self._nominal and self.calibrated and self._aim == "model"
         return {**self.model_dump(mode="json", exclude=chosen), "of": sorted(self._shapes)} if wanted else None
 
     def foretell(self, skeleton: Skeleton, back: BlockBack) -> dict[str, float]:
@@ -343,7 +352,7 @@ class Lorc(Calibrated):
         """Of cutting every projection once, where ranks are found on data."""
         from ....calibrate.divergences import divergences_cost
 
-        if not (self._nominal and self.calibrated) or self.objective == "model":
+        if not (self._nominal and self.calibrated) or self._aim == "model":
             return Cost()
         memory, disk, flops = divergences_cost(skeleton, samples, sequence_length, len(self._shapes), 0)
         return Cost(BUFFERS + memory, disk, 0.0, flops)
@@ -427,10 +436,10 @@ class Lorc(Calibrated):
 
         rank, groups = self._ranks[name], self._shapes[name].groups
         metric = None
-        if self.calibrated and self.objective == "model":
+        if self.calibrated and self._aim == "model":
             curvature = work.curvatures.get(name)
             metric = None if curvature is None else curvature.metric
-        elif self.calibrated and self.objective == "block":
+        elif self.calibrated and self._aim == "block":
             metric = work.metrics.get(name)
         components = Components.of(target, moment, metric, groups)
         up, down = components.truncated(rank)

@@ -23,6 +23,7 @@ from .calibrated import ROWS, SWEEPS, Calibrated, plain_floats, relative
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ....calibrate.curvature import Curvature
     from ....calibrate.stage import StageWork
     from ....runtime.schemes import Dense, Operator, Sparse24
     from .groups import Group
@@ -40,6 +41,11 @@ class SparsePass(Calibrated):
         "(wanda; nowag: of the normalised weight), or those of a sweep over columns whose values make up for what "
         "goes (sparsegpt; sparsegpt_sweep: then chosen anew, group by group)",
     )
+    objective: Literal["layer", "model"] = Field(
+        "layer",
+        description="what sparsegpt and sparsegpt_sweep minimise: layer: the error of the linear's own outputs; model: "
+        "what that costs the answers, found by a walk back from the model's end",
+    )
     sweeps: int = Field(SWEEPS, ge=1, le=100, description="how often sparsegpt_sweep goes over all groups of four")
 
     @model_validator(mode="after")
@@ -47,7 +53,9 @@ class SparsePass(Calibrated):
         if self.method != "sparsegpt_sweep":
             self._refuse_idle(f"with method: {self.method}", "sweeps")
         if not self.method.startswith("sparsegpt"):
-            self._refuse_idle(f"with method: {self.method}, which changes no value", "correction", "shrinkage")
+            self._refuse_idle(
+                f"with method: {self.method}, which changes no value", "correction", "shrinkage", "objective"
+            )
         if self.method == "magnitude":
             self._refuse_idle("with method: magnitude, which takes no data", "damping", "sequential")
         return self
@@ -56,7 +64,8 @@ class SparsePass(Calibrated):
     def needs(self) -> frozenset[Need]:
         if self.method == "magnitude":
             return frozenset()
-        needed = super().needs
+        asked: set[Need] = {"curvature"} if self.objective == "model" else set()
+        needed = super().needs | asked
         return needed if self.method.startswith("sparsegpt") else needed - {"cross", "held_moment", "held_cross"}
 
     def planned(self, name: str, operator: Operator, group: Mapping[str, Dense]) -> Operator:
@@ -83,17 +92,21 @@ class SparsePass(Calibrated):
             targets = group.targets() if corrected else weights
             reason = f"pruned by magnitude, for {group.reason}" if group.reason and self.method != "magnitude" else ""
             for name, weight, target in zip(group.names, weights, targets, strict=True):
-                sparse, losses, scale = self._pruned(weight.T, target.T.contiguous(), group)
+                curvature = work.curvatures.get(name) if self.objective == "model" else None
+                sparse, losses, scale = self._pruned(weight.T, target.T.contiguous(), group, curvature)
                 result = sparse_operator(sparse.T.contiguous().to(group.originals[0].dtype), (sparse != 0).T)
                 work.linears[name] = result
                 if reason:
                     yield Fallback(name, self.kind, reason)
                 yield LayerDone.of(name, self.kind, relative(losses, scale), result, group.tokens)
 
-    def _pruned(self, weight: Tensor, target: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
+    def _pruned(
+        self, weight: Tensor, target: Tensor, group: Group, curvature: Curvature | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The sparse weight for a stored one and its target, all `[columns, rows]`; losses and their scale by row."""
         import torch
 
+        from ...solvers.coupled import coupled_losses, coupled_pairs, metric_of
         from ...solvers.refine import row_losses
         from ...solvers.sparse24 import nowag_scales, swept, top_pairs
 
@@ -116,7 +129,13 @@ class SparsePass(Calibrated):
             better = found < losses[rows]
             sparse[:, rows] = torch.where(better, values, sparse[:, rows])
             losses[rows] = torch.where(better, found, losses[rows])
-        return sparse, losses, scale
+        if (metric := metric_of(curvature)) is None:
+            return sparse, losses, scale
+        values = coupled_pairs(target, system, metric, self.sweeps if self.method == "sparsegpt_sweep" else 0)
+        before, after = (coupled_losses(found - target, system.moment, metric).sum() for found in (sparse, values))
+        return (
+            (sparse, losses, scale) if before <= after else (values, row_losses(values - target, system.moment), scale)
+        )
 
 
 def sparse_plan(step: str, name: str, dense: Dense) -> Sparse24:

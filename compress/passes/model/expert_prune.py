@@ -4,6 +4,8 @@
   (router-weighted expert activation pruning, arXiv:2510.13999).
 - `reconstruction`: those that together come nearest to what all of them put out, on a sample of tokens: of all subsets
   where these are few, else found by leaving out one after the other (NAEE, arXiv:2402.14800).
+- `model`: what the answers of the model lose without it, to second order: `½ E[(gᵀ f)²]`, g being the gradient of KL at
+  what the experts put out together, by one walk back from the model's end (`calibrate/curvature.py`).
 - `frequency`: how many tokens; `router_weight`: `Σ g`; `ean`: `Σ ‖f‖`; `random`: for comparison.
 
 What the dropped ones knew need not all be lost: `merge` puts their weights into others (`solvers/expert_merge.py`), and
@@ -21,7 +23,7 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from ....runtime.errors import RecipeError
 from ...events import ExpertsKept
-from ..base import Cost, ModelPass, Need, Survey
+from ..base import BUFFERS, Cost, ModelPass, Need, Survey
 from .experts import (
     Look,
     change_experts,
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
     from ....runtime.model.skeleton import Skeleton
     from ...solvers.expert_merge import Neurons
 
-Criterion = Literal["reap", "frequency", "router_weight", "ean", "reconstruction", "random"]
+Criterion = Literal["reap", "model", "frequency", "router_weight", "ean", "reconstruction", "random"]
 
 Choice = tuple[tuple[int, ...], list[float]]  # what stays of a block, and every expert's score
 
@@ -57,7 +59,8 @@ class ExpertPrune(ModelPass):
         "reap",
         description="what makes an expert matter: the size of its outputs as they are weighted (reap) or as they are "
         "(ean), how often it is chosen (frequency), its summed coefficients (router_weight), that it belongs to those "
-        "which together come nearest to all (reconstruction); random: nothing, for comparison",
+        "which together come nearest to all (reconstruction), what the model's answers lose without it (model), by a "
+        "walk back from its end; random: nothing, for comparison",
     )
     merge: Literal["none", "dern", "hc"] = Field(
         "none",
@@ -75,7 +78,8 @@ class ExpertPrune(ModelPass):
     min_tokens: int = Field(
         32,
         ge=0,
-        description="experts that fewer calibration tokens were routed to are the first to go; but for reconstruction",
+        description="experts that fewer calibration tokens were routed to are the first to go; but for model and "
+        "reconstruction",
     )
     protect_super_experts: bool = Field(
         True,
@@ -120,7 +124,7 @@ class ExpertPrune(ModelPass):
             self._refuse_idle("with refit: false", "damping")
         if self.criterion != "random":
             self._refuse_idle("without criterion: random", "seed")
-        if self.criterion in ("reconstruction", "random"):
+        if self.criterion in ("model", "reconstruction", "random"):
             self._refuse_idle(f"with criterion: {self.criterion}", "min_tokens")
         if self.criterion == "reconstruction":
             self._refuse_idle("with criterion: reconstruction", "protect_super_experts")
@@ -214,9 +218,9 @@ class ExpertPrune(ModelPass):
         look = Look.at(skeleton, survey, watched, protect=self.protect_super_experts)
         result = self
         if self._nominal:
-            chosen = {}
+            chosen, costs = {}, self._costs(skeleton, survey) if self.criterion == "model" else {}
             for index in self.kept:
-                chosen[index] = self._choice(look, index)
+                chosen[index] = self._choice(look, index, costs.get(index))
                 kept, found = chosen[index]
                 tokens = look.seen[index].tokens.int().tolist() if index in look.seen else []
                 survey.listener(ExpertsKept(index, self.criterion, list(kept), found, tokens))
@@ -248,9 +252,40 @@ class ExpertPrune(ModelPass):
         assert self.kept is not None
         return len(next(iter(self.kept.values())))
 
-    def _choice(self, look: Look, index: int) -> Choice:
+    def _costs(self, skeleton: Skeleton, survey: Survey) -> dict[int, Tensor]:
+        """Block → what the answers lose without each of its experts, `[experts]`; the model is run back from its end
+        unless another run left that."""
+        import torch
+
+        from ....calibrate.curvature import BlockBack, reverse_walk
+        from ....calibrate.folders import BlockFigures
+
+        windows = survey.task if survey.task is not None else survey.windows
+        assert windows is not None
+        kept = BlockFigures(survey.folder / "costs")
+
+        def take(back: BlockBack) -> None:
+            kept.save(back.index, {"lost": {str(number): lost for number, lost in back.lost.items()}})
+
+        def find() -> dict[str, float]:
+            blocks = range(skeleton.blocks)
+            if not all(kept.load(index) for index in blocks):
+                scratch, passed = survey.folder / "back", survey.passed(2 * skeleton.blocks)
+                reverse_walk(skeleton, windows, scratch, take, passed, taken=lambda index: kept.load(index) is not None)
+            found = {index: (kept.load(index) or {}).get("lost", {}) for index in blocks}
+            return {f"{index} {number}": lost for index, own in found.items() for number, lost in own.items()}
+
+        found = find() if survey.task is not None else survey.recalled({"lost without": "each expert"}, find)
+        counts = self._blocks.items()
+        return {n: torch.tensor([found.get(f"{n} {e}", 0.0) for e in range(count)]).double() for n, count in counts}
+
+    def _choice(self, look: Look, index: int, costs: Tensor | None = None) -> Choice:
         """The experts of a block that stay, and every expert's score; of a layer that drafts tokens, each by what it
-        does alone."""
+        does alone.
+
+        Args:
+            costs: `[experts]`, what the model loses without each, where that is what decides.
+        """
         import torch
 
         drafts = index not in self._blocks
@@ -259,8 +294,10 @@ class ExpertPrune(ModelPass):
             scores = torch.rand(max(self._blocks.values()), generator=generator, dtype=torch.float64)
         elif self.criterion == "reconstruction" and not drafts:
             return self._search(look, index)
+        elif costs is not None:
+            scores = costs
         else:
-            criterion = "reap" if self.criterion == "reconstruction" else self.criterion
+            criterion = "reap" if self.criterion in ("model", "reconstruction") else self.criterion
             scores, tokens = saliency(look.seen[index], criterion), look.seen[index].tokens
             scores = torch.where(tokens < self.min_tokens, scores - scores.max() - 1, scores)
         if self.merge != "hc" or drafts:
@@ -339,9 +376,14 @@ class ExpertPrune(ModelPass):
             save_made(view, index, {name: factor * layer.get_parameter(name).float() for name in names}, folder)
 
     def survey_cost(self, skeleton: Skeleton, samples: int, sequence_length: int) -> Cost:
+        from ....calibrate.curvature import curvature_cost
+
         if not self.needs:
             return Cost()
         costs = [walk_cost(skeleton, samples, sequence_length)] if self._observes else []
+        if self.criterion == "model" and self._nominal:
+            memory, disk, _, flops = curvature_cost(skeleton, samples, sequence_length, metrics=False)
+            costs.append(Cost(BUFFERS + memory, disk, 0.0, flops))
         if self.criterion == "reconstruction" or self.mass_correction:
             costs.append(sample_cost(skeleton, corrected=self.mass_correction))
         if self.merge != "none" and self._drops:
