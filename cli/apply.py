@@ -226,9 +226,15 @@ def plan(
         int | None,
         typer.Option("--tp", min=2, help="also what keeps engines from sharing the output out among so many GPUs"),
     ] = None,
+    predict: Annotated[
+        bool,
+        typer.Option(
+            "--predict", help="also what the answers are expected to lose, by a walk back from the model's end: minutes"
+        ),
+    ] = False,
 ) -> None:
     """Print what RECIPE would do to MODEL; reads headers and calibration text, and weights where ranks
-    depend on them alone."""
+    depend on them alone or with --predict."""
     aim = _aim(recipe, fit, reader, context, kv_share)
     _, parsed, folder, _ = _read(recipe, edits, aim, model, revision, device)
     allowed = bytes_of(memory)
@@ -238,11 +244,14 @@ def plan(
     from ..compress.plan import plan_for_text, rows
     from ..compress.resources import estimated_seconds
 
-    result, _ = plan_for_text(parsed, source_skeleton(folder, device), look=True, memory=allowed)
+    result, text = plan_for_text(parsed, source_skeleton(folder, device), look=True, memory=allowed)
     seconds, free = estimated_seconds(result), shutil.disk_usage(Path.cwd()).free
     apart = None if tp is None else unsplittable(result, tp)
+    expected = _predicted(result, text) if predict else None
     if as_json:
-        render.document(_plan_record(result) | {"seconds": seconds, "disk_free": free, "unsplittable": apart})
+        lost = None if expected is None else {"kl": expected.kl, "passes": expected.passes, "unknown": expected.unknown}
+        more = {"seconds": seconds, "disk_free": free, "unsplittable": apart, "predicted": lost}
+        render.document(_plan_record(result) | more)
         return
     render.out.print(render.plan_table(rows(result)))
     render.out.say(
@@ -256,6 +265,8 @@ def plan(
     data = result.recipe.data
     if result.needs:
         render.out.print(f"calibration: {data.tokens:,} tokens, in windows of {data.sequence_length}")
+    if expected is not None:
+        render.out.say(expected.told())
     for warning in result.warnings:
         render.err.say(f"warning: {warning}")
     if allowed is not None and result.memory > allowed:
@@ -266,6 +277,19 @@ def plan(
         render.out.print(f"over {tp} GPUs: every part holds whole groups")
     if any(step.to_survey for step in result.recipe.passes):
         render.out.say("the run begins with a survey of the model, which finds the ranks, experts or weights to keep")
+
+
+def _predicted(result: Any, text: Any) -> Any:
+    """What a plan is expected to cost; text is the calibration text, if a pass needs any."""
+    from tempfile import TemporaryDirectory
+
+    from ..compress.predict import predicted
+    from ..compress.surveys import read_calibration
+
+    windows = (text or read_calibration(result.recipe, result.skeleton.checkpoint, least=1)).windows
+    progress = render.ApplyProgress(2 * result.skeleton.blocks, session.quiet)
+    with TemporaryDirectory(prefix="compressor-predict-", dir=Path.cwd()) as room, progress:
+        return predicted(result, windows, Path(room), progress)
 
 
 def _plan_record(result: Any) -> dict[str, Any]:

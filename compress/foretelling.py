@@ -48,21 +48,26 @@ class WalkBack:
         asking = {number: what for number, step in passes.items() if (what := step.foretells) is not None}
         known = self._figures
         new = {n: passes[n] for n, what in asking.items() if known is None or not known.holds(_of_walk(what))}
-        found = self._walked(new)
-
-        def figures(number: int) -> Figures:
-            return {name: cost for block in found for name, cost in block.get(str(number), {}).items()}
-
+        metrics = any("curvature" in step.needs for step in new.values())
+        found = self._walked(new, metrics=metrics)
         if known is None:
-            return {number: figures(number) for number in asking}
-        return {n: known.recalled(_of_walk(what), lambda n=n: figures(n)) for n, what in asking.items()}  # type: ignore[misc]
+            return found
+        return {n: known.recalled(_of_walk(what), lambda n=n: found[n]) for n, what in asking.items()}  # type: ignore[misc]
 
-    def _walked(self, asking: Mapping[int, LinearPass]) -> list[dict[str, Figures]]:
-        """For each block, number of a pass → what it foretells."""
+    def asked(self, passes: Mapping[int, LinearPass]) -> dict[int, Figures]:
+        """Number of a pass → what it foretells of all blocks, whether a run would ask it or not."""
+        return self._walked(passes, metrics=True)
+
+    def _walked(self, asking: Mapping[int, LinearPass], *, metrics: bool) -> dict[int, Figures]:
+        """Number of a pass → what it foretells of all blocks.
+
+        Args:
+            metrics: whether passes are asked that need them.
+        """
         skeleton, curvature = self._skeleton, self._curvature
         open_yet = curvature is not None and not curvature.complete
         if not asking and not open_yet:
-            return []
+            return {}
         kept, inputs = BlockFigures(self._room / "foretold"), frozenset[str]()
         if asking:
             every = (name for index in range(skeleton.blocks) for name in skeleton.linears(index))
@@ -81,13 +86,12 @@ class WalkBack:
             self._listener(Surveyed(step, 2 * skeleton.blocks))
 
         if not all(map(taken, range(skeleton.blocks))):
-            metrics = open_yet or any("curvature" in step.needs for step in asking.values())
-            reverse_walk(
-                skeleton, self._windows, self._room / "walk", take, done, taken=taken, metrics=metrics, inputs=inputs
-            )
+            scratch, metrics = self._room / "walk", metrics or open_yet
+            reverse_walk(skeleton, self._windows, scratch, take, done, taken=taken, metrics=metrics, inputs=inputs)
         if open_yet and curvature is not None:
             curvature.finish(range(skeleton.blocks))
-        return [kept.load(index) or {} for index in range(skeleton.blocks)]
+        blocks = [kept.load(index) or {} for index in range(skeleton.blocks)]
+        return {n: {name: cost for own in blocks for name, cost in own.get(str(n), {}).items()} for n in asking}
 
 
 def _of_walk(what: Mapping[str, Any]) -> dict[str, Any]:

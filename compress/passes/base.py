@@ -255,9 +255,13 @@ class LinearPass(Pass):
         return None
 
     def foretell(self, skeleton: Skeleton, back: BlockBack) -> Mapping[str, float]:
-        """What changes that this pass chooses among are expected to cost, by a block through which gradients went: name
-        of a change → KL per token in nats."""
+        """What changes that this pass makes, or chooses among, are expected to cost, by a block through which gradients
+        went: name of a change → KL per token in nats; empty where it cannot tell."""
         return {}
+
+    def expected(self, skeleton: Skeleton, foretold: Mapping[str, float]) -> float | None:
+        """What comes of figures of all blocks once this pass has chosen, KL per token in nats; None: it cannot tell."""
+        return None
 
     def foretelling(self, rows: int, columns: int) -> tuple[float, float]:
         """Bytes of memory and floating-point operations of asking what changes of a linear cost."""

@@ -310,10 +310,10 @@ class Lorc(Calibrated):
 
         from ...solvers.lowrank import Components
 
-        found, curvatures = dict[str, float](), back.found()
+        found, curvatures = dict[str, float](), back.found() if self.calibrated else {}
         for inside, (moment, _) in back.met.items():
             name = skeleton.disk_name(back.index, inside)
-            if name not in self._shapes:
+            if name not in self._shapes or name not in curvatures:
                 continue
             weight, shape, own = skeleton.checkpoint.tensor(name + ".weight"), self._shapes[name], curvatures[name]
             metric = own.metric
@@ -321,9 +321,18 @@ class Lorc(Calibrated):
                 metric = own.trace / shape.rows * torch.eye(shape.rows, device=moment.moment.device)
             weight = weight.to(skeleton.device).float()
             tail = Components.of(weight, moment.moment / moment.tokens, metric, shape.groups).tail()
-            for rank in _cuts(shape):
+            for rank in {*_cuts(shape), self._ranks[name]}:
                 found[f"{name} {rank}"] = float(tail[rank]) / 2
         return found
+
+    def expected(self, skeleton: Skeleton, foretold: Mapping[str, float]) -> float | None:
+        ranks = self._ranks
+        if self._nominal:
+            from ...solvers.ranks import greedy
+
+            losses = {name: self._curve(name, foretold) for name in self._shapes}
+            ranks = greedy(losses, self._steps, self._cost, self._budget(self._share))
+        return sum(foretold[f"{name} {rank}"] for name, rank in ranks.items())
 
     def foretelling(self, rows: int, columns: int) -> tuple[float, float]:
         return 16.0 * columns**2 + 32.0 * rows * columns + 40.0 * rows**2, 2.0 * rows * columns**2 + 60.0 * rows**3

@@ -95,6 +95,14 @@ class Mixed(LinearPass):
             raise ValueError("sizes are of the linears that widths names, all of them")
         return self
 
+    def rounding(self, columns: int, name: str) -> Rounding:
+        """What a row of a linear, of `columns`, is rounded to.
+
+        Args:
+            name: on disk; of a factor, with its part behind it.
+        """
+        raise NotImplementedError
+
     def _integers(self, bits: int, columns: int, group_size: int | None = None) -> Rounding:
         """What rows of so many columns are rounded to in so many bits, by default in groups of `group_size`."""
         raise NotImplementedError
@@ -199,8 +207,6 @@ class Mixed(LinearPass):
 
     def survey(self, skeleton: Skeleton, survey: Survey) -> Self:
         """With the bits that rounding each set of linears on its own calls for."""
-        from ...solvers.bits import allocated
-
         if not self._nominal:
             return self
         if survey.windows is None:
@@ -208,16 +214,8 @@ class Mixed(LinearPass):
         found = dict(survey.foretold)
         if self._sets[-1]:
             found |= survey.recalled(self._asked, lambda: self._outer_costs(skeleton, survey))
-        labels, nbytes = [label for sets in self._sets for label in sets], self._nbytes(skeleton)
-        losses = {label: [found[_place(label, option)] for option in self._options] for label in labels}
-
-        def shared(budget: float) -> tuple[dict[str, int], float, float]:
-            """What each gets, its bytes, and what that is expected to cost."""
-            numbers = allocated(losses, nbytes, budget)
-            spent, lost = (sum(table[label][n] for label, n in numbers.items()) for table in (nbytes, losses))
-            return numbers, spent, lost
-
-        least, most = (sum(costs[n] for costs in nbytes.values()) for n in (0, -1))
+        shared, (_, sizes) = self._shared(skeleton, found), self.sizes_of(skeleton)
+        least, most = sizes[0], sizes[-1]
         numbers, spent, lost = shared(self._budget)
         curve = [shared(least + part / CURVE * (most - least))[1:] for part in range(CURVE + 1)]
         survey.listener(Allocated(self.kind, spent, lost, [list(point) for point in curve]))
@@ -236,22 +234,48 @@ class Mixed(LinearPass):
         """KL per token in nats for each label and option (`_place`)."""
         from ....calibrate.foretell import foretold
 
-        sets, every = self._sets[back.index], self.model_copy(update={"choices": _WIDTHS})
-        wanted = {name for names in sets.values() for name in names}
+        every = self.model_copy(update={"choices": _WIDTHS})
 
         def changes(name: str, statistics: Statistics) -> list[Tensor]:
-            if name not in wanted:
+            if not self.wants(name):
                 return []
             weight = skeleton.checkpoint.tensor(f"{name}.weight").to(skeleton.device)
-            roundings = [self._integers(bits, weight.shape[1], size) for bits, size in every._options]
+            roundings = [self.rounding(weight.shape[1], name)]
+            if self._nominal:
+                roundings = [self._integers(bits, weight.shape[1], size) for bits, size in every._options]
             return self._errors(weight, roundings, statistics)
 
-        alone, found = foretold(skeleton, back, changes), dict[str, float]()
+        if not self._nominal:
+            return {name: costs[0] for name, costs in foretold(skeleton, back, changes).items()}
+        sets, alone, found = self._sets[back.index], foretold(skeleton, back, changes), dict[str, float]()
         for label, names in sets.items():
             met = [alone[name] for name in names if name in alone]  # an expert that no token came by costs nothing
             for number, option in enumerate(every._options):
                 found[_place(label, option)] = sum(costs[number] for costs in met)
         return found
+
+    def expected(self, skeleton: Skeleton, foretold: Mapping[str, float]) -> float | None:
+        if not self._nominal:
+            return sum(foretold.values())
+        if self._sets[-1]:
+            return None  # what the embedding and the head lose is measured, in a run
+        return self._shared(skeleton, foretold)(self._budget)[2]
+
+    def _shared(
+        self, skeleton: Skeleton, foretold: Mapping[str, float]
+    ) -> Callable[[float], tuple[dict[str, int], float, float]]:
+        """Budget → what each label gets, its bytes, and what that is expected to cost."""
+        from ...solvers.bits import allocated
+
+        labels, nbytes = [label for sets in self._sets for label in sets], self._nbytes(skeleton)
+        losses = {label: [foretold[_place(label, option)] for option in self._options] for label in labels}
+
+        def shared(budget: float) -> tuple[dict[str, int], float, float]:
+            numbers = allocated(losses, nbytes, budget)
+            spent, lost = (sum(table[label][n] for label, n in numbers.items()) for table in (nbytes, losses))
+            return numbers, spent, lost
+
+        return shared
 
     def foretelling(self, rows: int, columns: int) -> tuple[float, float]:
         options = len(_WIDTHS) * len(self.group_sizes or (0,))

@@ -114,11 +114,6 @@ class Quantizer(Mixed):
         return found | more
 
     def rounding(self, columns: int, name: str) -> Rounding:
-        """What a row of a linear, of `columns`, is rounded to.
-
-        Args:
-            name: on disk; of a factor, with its part behind it.
-        """
         from ....kernels.numbers import ROUNDINGS
 
         scheme = SCHEMES[self.scheme].weights

@@ -23,8 +23,10 @@ from .calibrated import ROWS, SWEEPS, Calibrated, plain_floats, relative
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ....calibrate.curvature import Curvature
+    from ....calibrate.curvature import BlockBack, Curvature
     from ....calibrate.stage import StageWork
+    from ....calibrate.statistics import Statistics
+    from ....runtime.model.skeleton import Skeleton
     from ....runtime.schemes import Dense, Operator, Sparse24
     from .groups import Group
 
@@ -70,6 +72,30 @@ class SparsePass(Calibrated):
 
     def planned(self, name: str, operator: Operator, group: Mapping[str, Dense]) -> Operator:
         return sparse_plan(self.kind, name, plain_floats(self.kind, name, operator))
+
+    def foretell(self, skeleton: Skeleton, back: BlockBack) -> dict[str, float]:
+        from ....calibrate.foretell import foretold
+        from ...solvers.sparse24 import swept, top_pairs
+        from ...solvers.system import NotSolvable, damped_system
+
+        def changes(name: str, statistics: Statistics) -> list[Tensor]:
+            if not self.wants(name):
+                return []
+            weight = skeleton.checkpoint.tensor(f"{name}.weight").to(skeleton.device).float().T.contiguous()
+            share = self.shrinkage_for(len(weight), statistics.tokens)
+            if not self.method.startswith("sparsegpt"):
+                energy = 1.0 if self.method == "magnitude" else statistics.moment.diagonal()[:, None]
+                return [weight * top_pairs(weight.square() * energy) - weight]
+            try:
+                system = damped_system(statistics.moment, self.damping, act_order=True, together=4, shrinkage=share)
+            except NotSolvable:
+                return [weight * top_pairs(weight.abs()) - weight]
+            return [swept(weight, system, self.sweeps if self.method == "sparsegpt_sweep" else 0)[1]]
+
+        return {name: costs[0] for name, costs in foretold(skeleton, back, changes).items()}
+
+    def expected(self, skeleton: Skeleton, foretold: Mapping[str, float]) -> float | None:
+        return sum(foretold.values())
 
     def flops(self, rows: int, columns: int) -> float:
         if not self.method.startswith("sparsegpt"):
