@@ -36,7 +36,7 @@ _TOKENS, _EACH = 16_384, 8  # that are run back, and for each number of a hidden
 _ENOUGH = 2  # tokens for each row of a metric, at least
 # Rows of a metric, in hidden sizes, at most: of gate and up it would be the most by far, and is worth a hundredth of
 # the KL that is left (SmolLM2-135M in 3 bits: .1977 with it, .1999 without).
-_WIDEST = 2
+WIDEST = 2
 _CLIP = 2.0  # times the median length of gradients
 _MIXTURE = "experts"  # in the place of a linear's name: what all experts together put out
 
@@ -114,7 +114,7 @@ def _samples(skeleton: Skeleton, samples: int, tokens: int) -> int:
 
 def _most(skeleton: Skeleton, tokens: int) -> int:
     """Rows of a linear up to which its metric is found."""
-    return min(tokens // _ENOUGH, _WIDEST * skeleton.config.hidden_size)
+    return min(tokens // _ENOUGH, WIDEST * skeleton.config.hidden_size)
 
 
 def _forth(skeleton: Skeleton, windows: Tensor, folder: Path, done: Callable[[int], None]) -> Trail:
@@ -177,7 +177,7 @@ class BlockBack:
             as the squared length of its gradient says; without experts' coefficients.
     """
 
-    def __init__(self, skeleton: Skeleton, index: int, most: int, tokens: int = 0, inputs: Container[str] = ()) -> None:
+    def __init__(self, skeleton: Skeleton, index: int, most: int, tokens: int, inputs: Container[str] = ()) -> None:
         """
         Args:
             most: rows of a linear up to which its metric is found.

@@ -99,6 +99,7 @@ def apply(
         render.err.print(f"interrupted; nothing is lost, go on with: {again}", soft_wrap=True)
         raise typer.Exit(130) from None
     [quality], beyond, page = found, found[0].beyond(parsed.limits), out / REPORT
+    _say_size(done, aim)
     if as_json:
         shown = str(page) if page.is_file() else None
         render.document(
@@ -158,6 +159,14 @@ def _read(
 
     text = fitted(source_skeleton(folder, device), aim)
     return text, parse_recipe(text, "auto", tuple(edits or ())), folder, commit
+
+
+def _say_size(plan: Any, aim: Any) -> None:
+    """Where --set made an output larger than --fit allows."""
+    from ..compress.fit import beyond
+
+    if aim is not None and (said := beyond(plan, aim)):
+        render.err.say(f"warning: {said}: the recipe auto was changed by --set")
 
 
 def _say_first(folder: Path, model: str, out: Path, resume: bool) -> None:
@@ -269,6 +278,7 @@ def plan(
         render.out.say(expected.told())
     for warning in result.warnings:
         render.err.say(f"warning: {warning}")
+    _say_size(result, aim)
     if allowed is not None and result.memory > allowed:
         render.err.say(f"warning: apply would refuse: {human_size(allowed)} are less than that memory")
     for problem in apart or ():

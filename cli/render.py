@@ -215,8 +215,8 @@ def _allocated(record: dict[str, Any]) -> str:
     points = [point for point in record["curve"] if point[1] > 0][::3]
     others = ", ".join(f"{human_size(nbytes)}: {lost:.2g}" for nbytes, lost in points)
     return (
-        f"bits are shared out: {human_size(record['nbytes'])}, of which a KL of {record['lost']:.2g} is expected "
-        f"({others})"
+        f"bits are shared out: {human_size(record['nbytes'])} of weights, of which a KL of {record['lost']:.2g} is "
+        f"expected (of the same weights in {others})"
     )
 
 

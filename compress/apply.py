@@ -81,7 +81,7 @@ def apply(
         raise RecipeError(
             "--statistics keeps statistics of the original model, which this recipe does not use; it is for rtn with "
             "search: true and other passes with sequential: false, without one that changes the model before, for "
-            "expert_prune, for bits: mixed, and for gptq with objective: model"
+            "expert_prune, for bits: mixed, and for passes with objective: model"
         )
     if "linears" in kept:  # which are kept of all blocks at once
         plan = replace(make_plan(job.recipe, skeleton, memory=float("inf")), warnings=plan.warnings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,6 +24,7 @@ _BITS: dict[Reader, tuple[int, ...]] = {  # of integers that they read
     "transformers": (2, 3, 4, 5, 6, 8), "vllm": (4, 8), "vllm-cpu": (4,), "compressor": (2, 3, 4, 5, 6, 8)
 }  # fmt: skip
 _K_QUANTS = ("q6_k", "q5_k", "q4_k", "q3_k", "q2_k")
+_PARTS = 10**6  # of an average of bits
 _HEADER = 200  # bytes that a file says of each of its tensors
 
 Passes = list[dict[str, Any]]
@@ -50,59 +52,86 @@ def fitted(skeleton: Skeleton, aim: Aim) -> str:
     Raises:
         RecipeError: nothing that the reader takes is so small, or the model is as it is.
     """
-
     if aim.kv_share < 1 and aim.reader != "compressor":
         raise RecipeError(f"--kv-share: {aim.reader} caches keys and values as they are; with --for compressor")
-    whole = skeleton.checkpoint.nbytes + aim.context * _cached(skeleton)
-    if whole <= aim.nbytes:
+    cached = _cached(skeleton)
+    if aim.context and not cached:
+        raise RecipeError("--context: this model caches something else than keys and values, which is not counted here")
+    if (whole := skeleton.checkpoint.nbytes + aim.context * cached) <= aim.nbytes:
         raise RecipeError(f"--fit: the model is {human_size(whole)} as it is, which fits")
-    least: float | None = None
-    for passes in _candidates(skeleton, aim.reader):
-        steps = [*_latents(aim), *passes]
-        plan = _planned(steps, skeleton)
-        if plan is None or READERS[aim.reader] not in ("", *plan.readers):
+    if latents := _latents(aim):
+        _planned(latents, skeleton)
+    least, why = float("inf"), "it reads no integers of this model"
+    for passes in _candidates(skeleton, aim):
+        steps = [*latents, *passes]
+        try:
+            plan = _planned(steps, skeleton)
+        except RecipeError as error:
+            why = str(error)
+            continue
+        if READERS[aim.reader] not in ("", *plan.readers):
             continue
         smallest, largest = _sizes(plan, aim)
         if largest <= aim.nbytes:
             return _text([_even(step) for step in steps], aim)
         if smallest <= aim.nbytes:
             return _text(_spread(plan, steps, aim.nbytes - smallest), aim)
-        least = smallest if least is None else min(least, smallest)
-    if least is None:
-        raise RecipeError(f"--for {aim.reader}: it reads no integers of this model; name another reader, or a recipe")
-    cached = f" with a cache of {aim.context:,} tokens" if aim.context else ""
+        least = min(least, smallest)
+    if least == float("inf"):
+        raise RecipeError(f"--for {aim.reader}: {why}; name another reader, or a recipe")
+    kept = f" with a cache of {aim.context:,} tokens" if aim.context else ""
     raise RecipeError(
-        f"--fit: {human_size(least)} is the least that this model becomes for {aim.reader}{cached}; ask for as much"
+        f"--fit: {_rounded_up(least)} is the least that this model becomes for {aim.reader}{kept}; ask for as much"
     )
 
 
-def _candidates(skeleton: Skeleton, reader: Reader) -> Iterator[Passes]:
+def beyond(plan: Plan, aim: Aim) -> str:
+    """That a plan is larger than asked for, for people; empty where it is not: edits may make it so."""
+    size, spread = _size(plan, aim), _mixed(plan)
+    if spread is not None:
+        size = max(size, size + spread.budget - spread.planned)
+    return f"{human_size(size)} are more than --fit {human_size(aim.nbytes)} allows" if size > aim.nbytes else ""
+
+
+def _rounded_up(nbytes: float) -> str:
+    """A size for people that is enough."""
+    unit = 10 ** max(0, len(str(int(nbytes))) - 3)
+    return human_size(-(-nbytes // unit) * unit)
+
+
+def _candidates(skeleton: Skeleton, aim: Aim) -> Iterator[Passes]:
     """Passes that a reader takes, those first that lose least."""
-    outer = list(skeleton.outer())
+    outer, reader, family = list(skeleton.outer()), aim.reader, skeleton.family
     if reader == "llama.cpp":
         for scheme in _K_QUANTS:
             rest = [{"kind": "rtn", "scheme": "q6_k", "targets": outer}] if outer else []
             yield [{"kind": "gptq", "scheme": scheme}, *rest]
         return
     widths, solver = _BITS[reader], {"kind": "gptq", "objective": "model"}
-    sparse = any(
-        skeleton.family.expert(name) is not None for n in range(skeleton.blocks) for name in skeleton.linears(n)
-    )
+    linears = (name for index in range(skeleton.blocks) for name in skeleton.linears(index))
+    sparse = any(family.expert(name) is not None for name in linears)
     alike = len(widths) == 1 or (sparse and reader != "compressor")  # engines take experts of one form
     if not alike:
-        named = {"targets": ["*", *outer]} if reader == "compressor" else {}
-        yield [{**solver, "bits": "mixed", "average_bits": 16, "choices": list(widths), **named}]
+        mixed = {**solver, "bits": "mixed", "average_bits": 16, "choices": list(widths)}
+        mixed |= {"targets": ["*", *outer]} if reader == "compressor" else {}
+        if aim.kv_share == 1:
+            yield [mixed]
+            return
+        factors = [f"*.{family.disk_name(name)}" for name in (family.keys, family.values)]  # not what is shared out
+        yield [{**mixed, "ignore": factors}, {"kind": "gptq", "bits": 8, "targets": factors}]
         return
     for bits in reversed(widths):
-        beside = sorted({max(widths), bits}, reverse=True) if sparse else [bits]
-        for other in beside:
-            if other == bits:
-                yield [{**solver, "bits": bits}]
-            else:
-                yield [
-                    {**solver, "bits": bits, "targets": ["*.experts.*"]},
-                    {**solver, "bits": other, "ignore": ["*.experts.*"]},
-                ]
+        yield from ([*_apart(solver, bits, other)] for other in sorted({max(widths), bits}, reverse=True) if sparse)
+        if not sparse:
+            yield [{**solver, "bits": bits}]
+
+
+def _apart(solver: Mapping[str, Any], bits: int, other: int) -> Passes:
+    """Experts in some bits, all else in others."""
+    if bits == other:
+        return [{**solver, "bits": bits}]
+    experts = ["*.experts.*"]
+    return [{**solver, "bits": bits, "targets": experts}, {**solver, "bits": other, "ignore": experts}]
 
 
 def _latents(aim: Aim) -> Passes:
@@ -110,42 +139,55 @@ def _latents(aim: Aim) -> Passes:
     return [{"kind": "lorc", "ratio": aim.kv_share, "calibrated": True, "latent_bits": 8}] if aim.kv_share < 1 else []
 
 
-def _planned(steps: Sequence[Mapping[str, Any]], skeleton: Skeleton) -> Plan | None:
-    """None where a form cannot be stored."""
+def _planned(steps: Sequence[Mapping[str, Any]], skeleton: Skeleton) -> Plan:
     from .plan import make_plan
     from .recipe import Recipe
 
-    try:
-        return make_plan(Recipe.model_validate({"passes": list(steps)}), skeleton, memory=float("inf"))
-    except RecipeError:
-        return None
+    return make_plan(Recipe.model_validate({"passes": list(steps)}), skeleton, memory=float("inf"))
+
+
+def _size(plan: Plan, aim: Aim) -> float:
+    """Bytes as planned."""
+    return plan.bytes_after + _HEADER * len(plan.tensors) + aim.context * plan.kv_after
 
 
 def _sizes(plan: Plan, aim: Aim) -> tuple[float, float]:
     """Bytes at the fewest bits and at the most."""
-    most = plan.bytes_after + _HEADER * len(plan.tensors) + aim.context * plan.kv_after
-    spread = _mixed(plan)
-    return (most if spread is None else most - spread[1][-1] + spread[1][0]), most
+    now, spread = _size(plan, aim), _mixed(plan)
+    if spread is None:
+        return now, now
+    return now - spread.planned + spread.sizes[0], now - spread.planned + spread.sizes[-1]
 
 
-def _mixed(plan: Plan) -> tuple[int, list[float]] | None:
-    """Weights and bytes at each choice of the pass that shares bits out; None where there is none."""
+@dataclass(frozen=True)
+class _Spread:
+    """What a pass shares out: of how many weights, bytes at each choice, as planned, and at most."""
+
+    weights: int
+    sizes: list[float]
+    planned: float
+    budget: float
+
+
+def _mixed(plan: Plan) -> _Spread | None:
+    """Of the pass that shares bits out; None where there is none."""
     from .passes.linear.mixed import Mixed
 
-    found = (step for step in plan.recipe.passes if isinstance(step, Mixed) and step.bits == "mixed")
-    step = next(found, None)
-    return None if step is None else step.sizes_of(plan.skeleton)
+    found = (step for step in plan.recipe.passes if isinstance(step, Mixed) and step.to_survey)
+    if (step := next(found, None)) is None or step.average_bits is None:
+        return None
+    planned = sum(linear.operator.nbytes for name, linear in plan.linears.items() if step.wants(name))
+    weights, sizes = step.sizes_of(plan.skeleton)
+    return _Spread(weights, sizes, planned, min(step.average_bits * weights / 8, sizes[-1]))
 
 
 def _spread(plan: Plan, steps: Passes, left: float) -> Passes:
     """With as many bits as `left` bytes more than the fewest are."""
     spread = _mixed(plan)
     assert spread is not None
-    weights, sizes = spread
-    average = 8 * (sizes[0] + left) / weights
-    return [
-        {**step, "average_bits": int(average * 1e4) / 1e4} if step.get("bits") == "mixed" else step for step in steps
-    ]
+    least, average = (8 * size / spread.weights for size in (spread.sizes[0], spread.sizes[0] + left))
+    bits = max(math.floor(average * _PARTS) / _PARTS, math.ceil(least * _PARTS) / _PARTS)
+    return [{**step, "average_bits": bits} if step.get("bits") == "mixed" else step for step in steps]
 
 
 def _cached(skeleton: Skeleton) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +48,14 @@ class WalkBack:
         """
         asking = {number: what for number, step in passes.items() if (what := step.foretells) is not None}
         known = self._figures
-        new = {n: passes[n] for n, what in asking.items() if known is None or not known.holds(_of_walk(what))}
+        there = {n: what for n, what in asking.items() if known is not None and known.holds(_of_walk(what))}
+        old = {n: known.recalled(_of_walk(what), dict) for n, what in there.items()} if known is not None else {}
+        new = {n: passes[n] for n in asking if n not in old}
         metrics = any("curvature" in step.needs for step in new.values())
         found = self._walked(new, metrics=metrics)
         if known is None:
             return found
-        return {n: known.recalled(_of_walk(what), lambda n=n: found[n]) for n, what in asking.items()}  # type: ignore[misc]
+        return old | {n: known.recalled(_of_walk(asking[n]), partial(found.__getitem__, n)) for n in new}
 
     def asked(self, passes: Mapping[int, LinearPass]) -> dict[int, Figures]:
         """Number of a pass → what it foretells of all blocks, whether a run would ask it or not."""
@@ -74,7 +77,10 @@ class WalkBack:
             inputs = frozenset(name for name in every if any(step.wants(name) for step in asking.values()))
 
         def taken(index: int) -> bool:
-            return kept.load(index) is not None and (not open_yet or (curvature is not None and curvature.holds(index)))
+            there = {str(number) for number in asking} <= (kept.load(index) or {}).keys() and kept.load(
+                index
+            ) is not None
+            return there and (not open_yet or (curvature is not None and curvature.holds(index)))
 
         def take(back: BlockBack) -> None:
             if open_yet and curvature is not None:

@@ -80,10 +80,54 @@ def test_the_cache_counts_for_the_tokens_that_are_to_be_kept(pico: Pico) -> None
         beside.passes[0].model_dump()["average_bits"], abs=1e-3
     )
     recipe, cut = made(model, 0.6 * whole + cache, reader="compressor", context=512, kv_share=0.5)
-    assert [step.kind for step in recipe.passes] == ["lorc", "gptq"]
+    assert [step.kind for step in recipe.passes] == ["lorc", "gptq", "gptq"]
     assert cut.kv_after <= 0.5 * plan.kv_before
     with pytest.raises(RecipeError, match="vllm caches keys and values as they are; with --for compressor"):
         made(model, whole, reader="vllm", kv_share=0.5)
+
+
+def test_what_is_cached_in_latents_fits_too(pico: Pico, calibration_text: Path, tmp_path: Path) -> None:
+    """Factors of keys and values are not what bits are shared out among."""
+    model = pico("llama", **GIVEN)
+    wanted = 0.3 * Checkpoint(model).nbytes
+    edits = (f"data.source={calibration_text}", "data.samples=4", "data.sequence_length=64")
+    text = fitted(Skeleton(Checkpoint(model)), Aim(wanted, "compressor", kv_share=0.3))
+    out = tmp_path / "out"
+    done = apply(Job(parse_recipe(text, "auto", edits), text, edits, model, out, str(model)), lambda event: None)
+    size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    assert 0.9 * wanted < size <= wanted
+    assert done.kv_after <= 0.3 * done.kv_before
+
+
+@pytest.mark.parametrize("reader", ["transformers", "compressor", "llama.cpp"])
+def test_the_least_that_is_told_can_be_asked_for(reader: Any, pico: Pico) -> None:
+    model = pico("llama", **{**GIVEN, "hidden_size": 256, "num_attention_heads": 8})
+    with pytest.raises(RecipeError, match="is the least") as refused:
+        made(model, 1000, reader=reader)
+    told = str(refused.value).split()[1:3]
+    nbytes = float(told[0]) * {"kB": 1e3, "MB": 1e6}[told[1]]
+    _, plan = made(model, nbytes, reader=reader)
+    assert 0.9 * nbytes < plan.bytes_after <= nbytes
+
+
+def test_why_nothing_is_made_is_said(pico: Pico) -> None:
+    model = pico("llama", **GIVEN)
+    with pytest.raises(RecipeError, match="one step of ranks"):
+        made(model, 1e5, reader="compressor", kv_share=0.01)
+    with pytest.raises(RecipeError, match="not blocks of 256"):
+        made(model, 1e5, reader="llama.cpp")
+    with pytest.raises(RecipeError, match="caches something else than keys and values"):
+        made(pico("deepseek_v3"), 1e5, reader="compressor", context=100)
+
+
+def test_changes_that_make_it_larger_are_warned_of(pico: Pico, tmp_path: Path) -> None:
+    model = pico("llama", **GIVEN)
+    size = f"{0.5 * Checkpoint(model).nbytes / 1e6:.3f}MB"
+    words = ["plan", "auto", model, "--fit", size, "--set", "data.samples=4", "--set", "data.sequence_length=64"]
+    assert "more than --fit" not in run(*words, cwd=tmp_path).stderr
+    for edit in ("output.format=dense", "passes.0.ignore=['*.mlp.*']", "passes.0.average_bits=8"):
+        said = run(*words, "--set", edit, cwd=tmp_path).stderr.replace("\n", " ")
+        assert "are more than --fit" in said
 
 
 def test_what_does_not_fit_or_fits_already_is_said(pico: Pico) -> None:

@@ -280,3 +280,28 @@ def test_plans_know_the_bytes(pico: Pico, tmp_path: Path) -> None:
     assert plans[0].bytes_after == plans[1].bytes_after == plans[2].bytes_after  # until the survey
     with pytest.raises(RecipeError, match=r"2 bits everywhere are 2\.\d\d bits per weight, scales counted; ask for"):
         make_plan(parse_recipe("passes: [{kind: rtn, bits: mixed, average_bits: 2}]"), skeleton)
+
+
+def test_figures_that_are_damaged_are_found_again(pico: Pico, calibration_text: Path, tmp_path: Path) -> None:
+    """Also by a run that had asked for something else, before it was told."""
+    model, kept, out = pico(**GIVEN), tmp_path / "kept", tmp_path / "out"
+    head = f"data: {{source: '{calibration_text}', samples: 4, sequence_length: 64}}\n"
+    mixed = "{kind: gptq, bits: mixed, group_size: 32, average_bits: 4}"
+
+    def run(passes: str, out: Path, *, resume: bool = False) -> None:
+        text = head + f"passes: [{passes}]\n"
+        job = Job(parse_recipe(text), text, (), model, out, str(model))
+        apply(job, lambda event: None, statistics=kept, resume=resume)
+
+    run(mixed, tmp_path / "first")
+    [file] = kept.glob("survey-*.json")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-20])
+    both = f"{mixed}, {{kind: eora, rank: 2, objective: model}}"
+    with pytest.raises(ResourceError, match="delete it"):
+        run(both, out)
+    file.unlink()
+    run(both, out, resume=True)
+    assert json.loads(file.read_text())["found"].keys() == json.loads(whole)["found"].keys()
+    resolved = yaml.safe_load((out / "recipe.resolved.yaml").read_text())
+    assert resolved["passes"][0]["widths"] == widths(tmp_path / "first")

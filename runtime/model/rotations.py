@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from .folds import multiplied, seams
 from .skeleton import Skeleton
-from .view import Derived, View, without_further_layers
+from .view import Derived, View, further_tensors, without_further_layers
 
 Step = Callable[[Tensor], Tensor]
 
@@ -177,8 +177,8 @@ def rotated(skeleton: Skeleton, stream: Rotation | None, values: Rotation | None
         config = without_further_layers(source, {"tie_word_embeddings": False} if skeleton.tied else {})
         if "tie_word_embeddings" in config:
             config["tie_word_embeddings"] = config["tie_word_embeddings"] and not skeleton.tied
-        inside = {name for block in source.block_names() for name in block}
-        names = [name for name in names if source.block_index(name) is None or name in inside]
+        gone = further_tensors(source)
+        names = [name for name in names if name not in gone]
     table = {name: _Turned(name) for name in names}
     norms: dict[str, Derived] = {}
     if stream is not None:

@@ -163,7 +163,7 @@ def fewer_experts(source: Checkpoint, kept: Mapping[int, Sequence[int]], made: S
     for index, place in places.values():
         if index is not None and index in kept and (number := experts.number(family.inside(place))) is not None:
             counts[index] = max(counts.get(index, 0), number + 1)
-    gone = _further(source, kept)
+    gone = further_tensors(source, kept)
     for name, (index, place) in places.items():
         if name in gone:
             continue
@@ -195,7 +195,7 @@ def narrower_experts(source: Checkpoint, width: int, made: Sequence[Path] = ()) 
     """
     family, experts = source.family, source.family.experts
     before = source.text_config[experts.width]
-    parts, gone = dict[str, Derived](), _further(source)
+    parts, gone = dict[str, Derived](), further_tensors(source)
     for name, info in source.tensors.items():
         index = source.block_index(name)
         inside = family.inside(source.numbered(name)) if index is not None else ""
@@ -209,7 +209,7 @@ def narrower_experts(source: Checkpoint, width: int, made: Sequence[Path] = ()) 
     return View(source, without_further_layers(source, {experts.width: width}), parts, made)
 
 
-def _further(source: Checkpoint, kept: Container[int] = ()) -> set[str]:
+def further_tensors(source: Checkpoint, kept: Container[int] = ()) -> set[str]:
     """Tensors of what predicts a token further ahead, but for the layers that are kept, and those that lie apart and
     have no experts."""
     blocks = source.text_config.get("num_hidden_layers")
@@ -234,7 +234,8 @@ def pruned_config(source: Checkpoint, counts: set[int], beyond: int = 0) -> dict
 
 def without_further_layers(source: Checkpoint, changes: Mapping[str, Any], left: int = 0) -> dict[str, Any]:
     """`config.json` with changes of what it says of the language model, with so many layers beyond the last block."""
-    beyond = {key: left for key in _FURTHER if key in source.text_config}
+    gone = bool(further_tensors(source))
+    beyond = {key: left for key in _FURTHER if key in source.text_config and gone}
     return with_text(source.config, {**changes, **beyond})
 
 

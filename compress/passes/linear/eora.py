@@ -44,7 +44,8 @@ class Eora(Calibrated):
     objective: Literal["layer", "model"] = Field(
         "layer",
         description="what the residual makes up for: layer: errors of the linear's own outputs; model: what they cost "
-        "the answers, found by a walk back from the model's end",
+        "the answers, found by a walk back from the model's end, but for experts' first linears and what has more rows "
+        "than two hidden sizes",
     )
     factor_bits: Literal[8, 16] = Field(
         16,
@@ -125,6 +126,8 @@ class Eora(Calibrated):
         small = max(min(shape) for shape in shapes)
         largest = max(shape[0] for shape in shapes)
         solving = 8.0 * rows * columns + 24.0 * largest * columns + 32.0 * small**2
+        if self.objective == "model":  # the metric, its factor in float64, and what that makes of the error
+            solving += 20.0 * largest**2 + 16.0 * largest * columns
         return max(self.factoring(columns), 8.0 * columns**2 + solving)
 
     def apply(self, work: StageWork) -> Iterator[Event]:

@@ -110,7 +110,7 @@ class Lorc(Calibrated):
     _shapes: dict[str, Shape] = PrivateAttr(default_factory=dict)
     _checkpoint: Any = PrivateAttr(default=None)
     _nominal: bool = PrivateAttr(default=False)  # whether the ranks are there to be replaced
-    _chosen: bool = PrivateAttr(default=False)  # whether tokens choose experts
+    _blind: bool = PrivateAttr(default=False)  # whether gradients at the model's end do not tell what errors cost
     _share: float = PrivateAttr(default=0.0)  # of the bytes of what is cut, what is to stay
 
     @model_validator(mode="after")
@@ -142,7 +142,7 @@ class Lorc(Calibrated):
     @property
     def _aim(self) -> str:
         """The objective, once it is known of the model."""
-        return self.objective if self.objective != "auto" else "block" if self._chosen else "model"
+        return self.objective if self.objective != "auto" else "block" if self._blind else "model"
 
     def wants(self, name: str) -> bool:
         """Before `prepare`, by the patterns; then exactly the projections that have a rank."""
@@ -156,6 +156,7 @@ class Lorc(Calibrated):
         Raises:
             RecipeError: no projection is to be cached, or keys could not be rotated again from the cache.
         """
+        from ....calibrate.curvature import WIDEST
         from ....runtime.attention import rope_obstacle, sliding
 
         if why := rope_obstacle(skeleton.config):
@@ -184,7 +185,9 @@ class Lorc(Calibrated):
         result = self.model_copy()
         result._shapes, result._checkpoint = shapes, skeleton.checkpoint
         linears = (name for index in range(skeleton.blocks) for name in skeleton.linears(index))
-        result._chosen = any(skeleton.family.expert(name) is not None for name in linears)
+        result._blind = any(skeleton.family.expert(name) is not None for name in linears) or any(
+            shape.rows > WIDEST * config.hidden_size for shape in shapes.values()
+        )
         if self.ranks is None:
             share = self.ratio if self.d_max is None or self.d_min is None else (self.d_max + self.d_min) / 2
             assert share is not None

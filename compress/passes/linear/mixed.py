@@ -209,8 +209,6 @@ class Mixed(LinearPass):
         """With the bits that rounding each set of linears on its own calls for."""
         if not self._nominal:
             return self
-        if survey.windows is None:
-            raise RecipeError("bits: mixed needs calibration text")
         found = dict(survey.foretold)
         if self._sets[-1]:
             found |= survey.recalled(self._asked, lambda: self._outer_costs(skeleton, survey))

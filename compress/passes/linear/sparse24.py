@@ -46,7 +46,8 @@ class SparsePass(Calibrated):
     objective: Literal["layer", "model"] = Field(
         "layer",
         description="what sparsegpt and sparsegpt_sweep minimise: layer: the error of the linear's own outputs; model: "
-        "what that costs the answers, found by a walk back from the model's end",
+        "what that costs the answers, found by a walk back from the model's end, but for experts' first linears and "
+        "what has more rows than two hidden sizes",
     )
     sweeps: int = Field(SWEEPS, ge=1, le=100, description="how often sparsegpt_sweep goes over all groups of four")
 
@@ -101,13 +102,18 @@ class SparsePass(Calibrated):
         if not self.method.startswith("sparsegpt"):
             return 50.0 * rows * columns
         sweeps = self.sweeps if self.method == "sparsegpt_sweep" else 0
+        sweeps *= 1 + (self.objective == "model")
         products = (1 + 2 * sweeps) * rows * columns**2 + self.correcting(rows, columns)
         return 2.0 * columns**3 + products + (3000.0 + 6000.0 * sweeps) * rows * columns
 
     def memory(self, operators: Sequence[Operator]) -> float:
         shapes = [operator.shape for operator in operators]
         rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
-        return max(self.factoring(columns), 8.0 * columns**2 + 8.0 * rows * columns + 24.0 * min(rows, ROWS) * columns)
+        alone = max(self.factoring(columns), 8.0 * columns**2 + 8.0 * rows * columns + 24.0 * min(rows, ROWS) * columns)
+        if self.objective == "layer":
+            return alone
+        largest = max(shape[0] for shape in shapes)  # its metric in four copies, one of float64 while it is factored
+        return max(alone, 8.0 * columns**2 + 8.0 * rows * columns + 28.0 * largest**2 + 28.0 * largest * columns)
 
     def apply(self, work: StageWork) -> Iterator[Event]:
         from .groups import groups_of
