@@ -81,7 +81,7 @@ def reverse_walk(
         taken: whether what an interrupted walk gave of a block is still there.
         metrics: whether these are wanted beside traces; inputs: disk names of linears whose inputs are.
     """
-    windows = windows[: _samples(skeleton, *windows.shape)]
+    windows = windows[: walked_samples(skeleton, *windows.shape)]
     most = _most(skeleton, windows.numel()) if metrics else 0
     trail = _forth(skeleton, windows, scratch / "forth", done)
     blocks = skeleton.blocks
@@ -107,7 +107,7 @@ def reverse_walk(
     shutil.rmtree(scratch)
 
 
-def _samples(skeleton: Skeleton, samples: int, tokens: int) -> int:
+def walked_samples(skeleton: Skeleton, samples: int, tokens: int) -> int:
     """How many of some windows are run."""
     return min(samples, -(-max(_TOKENS, _EACH * skeleton.config.hidden_size) // tokens))
 
@@ -305,7 +305,7 @@ def curvature_cost(
         samples, tokens: the windows.
         metrics: as of `reverse_walk`.
     """
-    seen = _samples(skeleton, samples, tokens) * tokens
+    seen = walked_samples(skeleton, samples, tokens) * tokens
     graph, blocks, found = max(_GRAPH_TOKENS, tokens), list[float](), list[float]()
     most = _most(skeleton, seen) if metrics else 0
     for index in range(skeleton.blocks):

@@ -65,7 +65,7 @@ def apply(
     from ..compress.apply import apply as run_job
     from ..compress.events import Event, Measured
     from ..compress.output.folder import REPORT
-    from ..compress.quality import Quality, most_lost
+    from ..compress.quality import Quality
     from ..runtime.stored import open_model
 
     checkpoint = open_model(folder)
@@ -108,13 +108,20 @@ def apply(
     else:
         _print_applied(done, model, out, quality, page)
     if beyond:
-        if quality.main is not None:
-            beyond += f": {most_lost(done, out, quality.drift)}"
-        render.err.say(
-            f"{beyond}; {out} is written, but {'compress less' if quality.main else 'mend that'}, or say in the recipe "
-            "that this is meant (limits)"
-        )
+        _say_beyond(beyond, done, out, quality)
         raise typer.Exit(1)
+
+
+def _say_beyond(beyond: str, done: Any, out: Path, quality: Any) -> None:
+    """That an output is farther from the original than its recipe allows, and what to do."""
+    from ..compress.quality import most_lost
+
+    if quality.main is not None:
+        beyond += f": {most_lost(done, out, quality.drift)}"
+    render.err.say(
+        f"{beyond}; {out} is written, but {'compress less' if quality.main else 'mend that'}, or say in the recipe "
+        "that this is meant (limits)"
+    )
 
 
 def _aim(recipe: str, fit: str | None, reader: str | None, context: str | None, kv_share: float | None) -> Any:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..calibrate.chains import BATCH_TOKENS
-from ..calibrate.curvature import curvature_cost
+from ..calibrate.curvature import curvature_cost, walked_samples
 from ..calibrate.stage import split_to_fit
 from ..calibrate.statistics import KINDS, paired
 from ..runtime.errors import ResourceError, human_size
@@ -147,8 +147,9 @@ def walk_back_cost(recipe: Recipe, skeleton: Skeleton) -> Cost:
     if not (asking or metrics):
         return Cost()
     length = recipe.data.sequence_length
-    memory, disk, left, flops = curvature_cost(skeleton, recipe.data.tokens // length, length, metrics=metrics)
-    met = 0.0
+    samples, met = recipe.data.tokens // length, 0.0
+    memory, disk, left, flops = curvature_cost(skeleton, samples, length, metrics=metrics)
+    seen = walked_samples(skeleton, samples, length) * length
     for index in range(skeleton.blocks):
         held, solving = 0.0, 0.0
         for name, linear in skeleton.linears(index).items():
@@ -156,7 +157,7 @@ def walk_back_cost(recipe: Recipe, skeleton: Skeleton) -> Cost:
             each = [step.foretelling(rows, columns) for step in asking if step.wants(name)]
             held += 2 * 4.0 * columns**2 * bool(each)
             solving = max([solving, *(needed for needed, _ in each)])
-            flops += recipe.data.tokens * 2.0 * columns**2 * bool(each) + sum(spent for _, spent in each)
+            flops += seen * 2.0 * columns**2 * bool(each) + sum(spent for _, spent in each)
         met = max(met, held + solving)
     return Cost(BUFFERS + memory + met, disk - left, left, flops)
 

@@ -159,7 +159,8 @@ class Mixed(LinearPass):
         ]
         if not any(result._sets):
             raise RecipeError(f"{self.kind} finds no linear to work on: targets and ignore leave none")
-        nbytes, (weights, [least, *_]) = result._nbytes(skeleton), result.sizes_of(skeleton)
+        nbytes = result._nbytes(skeleton)
+        weights, [least, *_] = result.sizes_of(skeleton, nbytes)
         assert self.average_bits is not None
         result._budget = self.average_bits * weights / 8
         if least > result._budget:
@@ -169,11 +170,17 @@ class Mixed(LinearPass):
             )
         return result._with_widths(even_widths(nbytes, result._budget), nominal=True)
 
-    def sizes_of(self, skeleton: Skeleton) -> tuple[int, list[float]]:
+    def sizes_of(
+        self, skeleton: Skeleton, nbytes: Mapping[str, Sequence[float]] | None = None
+    ) -> tuple[int, list[float]]:
         """Of a prepared pass that shares bits out: how many weights its targets name, and what bytes they take at each
-        choice, the same for all."""
+        choice, the same for all.
+
+        Args:
+            nbytes: of each set of linears at each choice, if that is known.
+        """
         every = (name for sets in self._sets for names in sets.values() for name in names)
-        sizes = [sum(costs) for costs in zip(*self._nbytes(skeleton).values(), strict=True)]
+        sizes = [sum(costs) for costs in zip(*(nbytes or self._nbytes(skeleton)).values(), strict=True)]
         return sum(math.prod(shape_of(skeleton, name)) for name in every), sizes
 
     def _nbytes(self, skeleton: Skeleton) -> dict[str, list[float]]:
