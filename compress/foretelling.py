@@ -77,9 +77,8 @@ class WalkBack:
             inputs = frozenset(name for name in every if any(step.wants(name) for step in asking.values()))
 
         def taken(index: int) -> bool:
-            there = {str(number) for number in asking} <= (kept.load(index) or {}).keys() and kept.load(
-                index
-            ) is not None
+            found = kept.load(index)
+            there = found is not None and {str(number) for number in asking} <= found.keys()
             return there and (not open_yet or (curvature is not None and curvature.holds(index)))
 
         def take(back: BlockBack) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .events import Event
 from .foretelling import WalkBack
+from .passes.base import ModelPass
 from .plan import Plan
 
 FAR = 0.1  # KL in nats beyond which what is left out of second order counts
@@ -53,10 +54,13 @@ def predicted(plan: Plan, windows: Tensor, folder: Path, listener: Callable[[Eve
         windows: calibration tokens `[samples, tokens]`.
         folder: to be made, for the walk; whoever asks deletes it.
     """
+    passes = plan.recipe.passes
+    if any(isinstance(step, ModelPass) and step.to_survey for step in passes):  # what the others see is not made yet
+        return Prediction((), tuple(step.kind for step in passes))
     back = WalkBack(plan.skeleton, windows, folder, None, None, listener)
     found = back.asked(plan.recipe.linear_passes)
     costs, unknown = list[tuple[str, float]](), list[str]()
-    for number, step in enumerate(plan.recipe.passes):
+    for number, step in enumerate(passes):
         cost = None
         if found.get(number):
             cost = plan.recipe.linear_passes[number].expected(plan.skeleton, found[number])

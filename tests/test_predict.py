@@ -68,3 +68,22 @@ def test_what_is_told() -> None:
     assert Prediction((), ("armor",)).told() == "no expectation of what is lost: armor cannot tell before the run"
     assert Prediction((("rtn", 0.2), ("lorc", 0.1)), ()).told().endswith("beyond 0.1 such an estimate is a rough one")
     assert "of gptq with objective: model" in Prediction((("gptq", 0.01),), (), ("gptq",)).told()
+
+
+@pytest.mark.parametrize(
+    ("family", "passes", "unknown"),
+    [
+        ("llama", "{kind: rtn, scheme: int8}", ("rtn",)),
+        ("mixtral", "{kind: expert_prune, keep: 3, refit: false}, {kind: rtn}", ("expert_prune", "rtn")),
+    ],
+)
+def test_no_figure_is_given_for_what_is_not_seen(
+    family: str, passes: str, unknown: tuple[str, ...], pico: Pico, calibration_text: Path, tmp_path: Path
+) -> None:
+    """What rounded inputs cost, and a model whose experts are not chosen yet."""
+    model = pico(family)
+    text = f"data: {{source: '{calibration_text}', samples: 4, sequence_length: 64}}\npasses: [{passes}]\n"
+    recipe, skeleton = parse_recipe(text), Skeleton(Checkpoint(model))
+    windows = read_calibration(recipe, Checkpoint(model)).windows
+    found = predicted(make_plan(recipe, skeleton), windows, tmp_path / "room", lambda event: None)
+    assert found == Prediction((), unknown)

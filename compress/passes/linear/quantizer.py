@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from ....calibrate.statistics import Statistics
     from ....kernels.numbers import Rounding
+    from ....runtime.model.skeleton import Skeleton
     from ....runtime.schemes import Dense, Operator
     from ...solvers.grid import Grid, Steps
 
@@ -97,6 +98,10 @@ class Quantizer(Mixed):
         if self.scheme not in ("int8", "fp8"):
             self._refuse_idle(f"with scheme: {self.scheme}", "input_scales")
         return self
+
+    def expected(self, skeleton: Skeleton, foretold: Mapping[str, float]) -> float | None:
+        """Of weights: what rounding the inputs of a linear costs is not foretold."""
+        return None if SCHEMES[self.scheme].inputs is not None else super().expected(skeleton, foretold)
 
     @property
     def _way_out(self) -> str:
