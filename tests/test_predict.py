@@ -10,8 +10,11 @@ import pytest
 import torch
 from command import run
 
+from compressor.calibrate.curvature import BlockBack, reverse_walk
 from compressor.compress.apply import Job, apply
 from compressor.compress.evaluate import evaluate
+from compressor.compress.foretelling import WalkBack
+from compressor.compress.passes.linear.lorc import Lorc
 from compressor.compress.plan import make_plan
 from compressor.compress.predict import Prediction, predicted
 from compressor.compress.recipe import parse_recipe
@@ -87,3 +90,46 @@ def test_no_figure_is_given_for_what_is_not_seen(
     windows = read_calibration(recipe, Checkpoint(model)).windows
     found = predicted(make_plan(recipe, skeleton), windows, tmp_path / "room", lambda event: None)
     assert found == Prediction((), unknown)
+
+
+def test_a_pass_that_asks_later_is_asked_too(pico: Pico, tmp_path: Path) -> None:
+    """What an interrupted run found of some passes does not answer for the others."""
+    recipe = parse_recipe("passes: [{kind: rtn, bits: 4, group_size: 32}, {kind: sparse24, targets: '*.mlp.*'}]")
+    skeleton = Skeleton(Checkpoint(pico("llama")))
+    windows = torch.randint(0, 128, (4, 32), generator=torch.Generator().manual_seed(0))
+    back = WalkBack(skeleton, windows, tmp_path, None, None, lambda event: None)
+    first, second = recipe.linear_passes.values()
+    alone = back.asked({0: first})
+    both = back.asked({0: first, 1: second})
+    assert both[0] == alone[0]
+    assert both[1].keys() == {name for index in range(2) for name in skeleton.linears(index) if ".mlp." in name}
+
+
+def test_what_ranks_cost_is_the_definition(pico: Pico, tmp_path: Path) -> None:
+    """`½ tr(M Δ H Δᵀ)` of the best product of that rank, by singular values of `M^½ W H^½`."""
+    skeleton = Skeleton(Checkpoint(pico("llama", dtype=torch.float32)))
+    step = parse_recipe("passes: [{kind: lorc, ratio: .5, calibrated: true}]").passes[0].prepare(skeleton)
+    assert isinstance(step, Lorc)
+    names = {name for index in range(2) for name in skeleton.linears(index) if step.wants(name)}
+    windows = torch.randint(0, 128, (8, 64), generator=torch.Generator().manual_seed(0))
+    checked = 0
+
+    def root(matrix: torch.Tensor) -> torch.Tensor:
+        values, vectors = torch.linalg.eigh(matrix.double())
+        return vectors * values.clamp(min=0).sqrt() @ vectors.T
+
+    def take(back: BlockBack) -> None:
+        nonlocal checked
+        found, curvatures = step.foretell(skeleton, back), back.found()
+        for inside, (moment, _) in back.met.items():
+            name = skeleton.disk_name(back.index, inside)
+            metric, weight = curvatures[name].metric, skeleton.checkpoint.tensor(f"{name}.weight").double()
+            assert metric is not None
+            seen = root(metric) @ weight @ root(moment.moment / moment.tokens)
+            sizes = torch.linalg.svdvals(seen).square()
+            for rank in (8, 16, 24):
+                assert found[f"{name} {rank}"] == pytest.approx(float(sizes[rank:].sum()) / 2, rel=1e-2)
+                checked += 1
+
+    reverse_walk(skeleton, windows, tmp_path / "walk", take, lambda number: None, metrics=True, inputs=names)
+    assert checked == 12
