@@ -32,8 +32,9 @@ class LayerDone(Event):
     """A pass has rewritten one linear.
 
     Attributes:
-        error: `tr(ΔHΔᵀ) / tr(VHVᵀ)`, the relative output error on calibration data, Δ and the damped H being those of
-            the pass and V its target; without data, `‖Δ‖² / ‖W‖²`.
+        error: `tr(ΔHΔᵀ) / tr(VHVᵀ)`, the relative output error on calibration data, H being the second moment of
+            inputs as it was measured, V the target of the pass and Δ what is stored less that; without data,
+            `‖Δ‖² / ‖W‖²`.
         bits: stored bits per weight, scales included.
         weights: how many numbers the linear stands for.
     """

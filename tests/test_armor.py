@@ -223,8 +223,7 @@ def test_better_objectives_bring_the_outputs_closer() -> None:
         assert isinstance(event, LayerDone)
         operator = work.linears["x"]
         losses[name] = output_loss(operator.dense(DOUBLE), weight, moment)
-        if "full" in name or name == "int8":
-            assert event.error == pytest.approx(output_loss(operator.dense(DOUBLE), weight, damped(moment)), rel=0.01)
+        assert event.error == pytest.approx(losses[name], rel=1e-3)
         assert operator.nbytes == sum(t.numel() * t.element_size() for t in operator.to_tensors().values())
         planned = step.plan("x", Dense(weight.to("meta")), GROUP)
         assert {k: (t.shape, t.dtype) for k, t in planned.to_tensors().items()} == {
@@ -473,7 +472,7 @@ def test_gptq_quantizes_the_core_and_moves_its_wrappers(wrapper_bits: int) -> No
     )
     assert solved - exact < 0.4 * (nearest - exact)
     assert isinstance(event, LayerDone)
-    assert event.error == pytest.approx(output_loss(after.dense(DOUBLE), weight, damped(moment)), rel=0.02)
+    assert event.error == pytest.approx(solved, rel=1e-3)
 
 
 def test_the_budget_of_a_residual_is_kept() -> None:

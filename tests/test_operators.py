@@ -166,7 +166,10 @@ def test_decoding_is_exact_in_bfloat16(bits: int, group_size: int, symmetric: bo
         assert torch.equal(found, operator.dense(torch.bfloat16)[rows])
 
 
-@pytest.mark.parametrize(("bits", "columns", "group_size"), [(4, 172, 128), (3, 96, 32), (8, 64, -1), (4, 96, 32)])
+@pytest.mark.parametrize(
+    ("bits", "columns", "group_size"),
+    [(4, 172, 128), (3, 96, 32), (8, 64, -1), (4, 96, 32), (4, 160, 64), (2, 96, 64)],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_linear_forward_agrees_with_float64(bits: int, columns: int, group_size: int, dtype: torch.dtype) -> None:
     operator = make(24, columns, bits, group_size, symmetric=bits != 3)

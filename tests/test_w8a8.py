@@ -30,6 +30,7 @@ from compressor.compress.passes.linear.rtn import Rtn
 from compressor.compress.plan import make_plan
 from compressor.compress.recipe import parse_recipe
 from compressor.kernels import cpu, dispatch, ops, reference
+from compressor.kernels.numbers import ROUNDINGS
 from compressor.runtime import load
 from compressor.runtime.errors import ModelError, RecipeError
 from compressor.runtime.model.checkpoint import Checkpoint
@@ -102,6 +103,16 @@ def test_products_are_of_rounded_inputs(
     for found in (linear(x).double(), made.forward(x).double() + 1):
         assert (found.view(300, 520) - exact).norm() / exact.norm() < close
     assert torch.equal(linear.whole(dtype), made.dense(dtype))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_small_tokens_are_rounded_as_large_ones_are(kind: str) -> None:
+    x, small = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)), 2.0**-30
+    (codes, scales), (found, smaller) = (reference.quantize_rows(part, KINDS[kind]) for part in (x, small * x))
+    assert torch.equal(found.float(), codes.float())
+    assert torch.equal(smaller, small * scales)
+    blocks = ROUNDINGS["fp8_group"]
+    assert torch.equal(reference.rounded(small * x, blocks), small * reference.rounded(x, blocks))
 
 
 def narrow(kind: str, rows: int, columns: int) -> W8A8:

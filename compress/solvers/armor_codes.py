@@ -63,9 +63,7 @@ def store_wrappers(
     return a, b
 
 
-def quantize_core(
-    armor: Armor, target: Tensor, moment: Tensor, grids: Sequence[Grid], rounds: int
-) -> tuple[QuantizedCore, float, float]:
+def quantize_core(armor: Armor, target: Tensor, moment: Tensor, grids: Sequence[Grid], rounds: int) -> QuantizedCore:
     """Integers for the values of a 2:4 core that keeps its pattern.
 
     Args:
@@ -74,9 +72,6 @@ def quantize_core(
         moment: H, damped.
         grids: candidates, of which each row keeps the best.
         rounds: turns of A, B and the core.
-
-    Returns:
-        The result, its loss `tr(E H Eᵀ)` and that of zeros in its place.
     """
     assert armor.core.keep is not None
     goal = target.T.contiguous()
@@ -104,11 +99,11 @@ def quantize_core(
     left, right = store_wrappers(factors, goal, moment, step, lambda x: stored_blocks(x, dtype, bits), chunk, fixed)
     grid = grid.moved(scales.T.contiguous(), grid.zeros)
     factors.core = grid.values(codes.T).T.contiguous()
-    lost, scale = total_loss(goal - factors.product(), moment), total_loss(goal, moment)
+    lost = total_loss(goal - factors.product(), moment)
     values = armor.core.dense()
     nearest = grids[0].codes(values).T.contiguous()
     simple = Factors(a, (grids[0].values(nearest.T) * keep.T).T.contiguous(), b)
     rounded = total_loss(goal - simple.product(), moment)
     if not lost <= rounded:  # also where it is not a number
-        return QuantizedCore(nearest, grids[0], armor.a, armor.b, simple=True), rounded, scale
-    return QuantizedCore(codes, grid, left, right), lost, scale
+        return QuantizedCore(nearest, grids[0], armor.a, armor.b, simple=True)
+    return QuantizedCore(codes, grid, left, right)

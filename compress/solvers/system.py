@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 _TOGETHER = 32  # columns whose order is found at a time
+# Share of squares, off the diagonal, in that of the trace. At .97, 4-bit codes found with products of bfloat16 lose
+# .6 % more (damping .01), at .999 3 %, with a damping of 1e-4 three times as much; at .9 nothing.
+_ALONG_ONE = 0.9
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,17 @@ class System:
     damping: float
 
     def to(self, dtype: torch.dtype) -> System:
+        """For products in a dtype; float32 where one of fewer digits would lose what is not along one direction of many
+        columns, which is next to all that there is."""
+        if dtype.itemsize < 4 and self._along_one():
+            dtype = torch.float32
         return System(self.moment.to(dtype), self.order, self.factor.to(dtype), self.damping)
+
+    def _along_one(self) -> bool:
+        """Whether nearly all of the moment is one direction; a single column, whose products are apart from others',
+        is none."""
+        squares = torch.linalg.vector_norm(self.moment) ** 2 - torch.linalg.vector_norm(self.moment.diagonal()) ** 2
+        return float(squares) > _ALONG_ONE * float(self.moment.trace()) ** 2
 
     def solve_right(self, matrix: Tensor) -> Tensor:
         """`matrix @ moment⁻¹` for `[rows, n]`, in the system's dtype.
@@ -74,8 +87,7 @@ def damped_system(
     mean = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
     if dead.any():  # decoupled: such columns are rounded to nearest and nothing leans on them
         base[dead, :] = 0
-        base[:, dead] = 0
-        base[dead, dead] = mean
+        base[:, dead] = 0  # what is added below is all that they weigh
     order = torch.arange(base.shape[0], device=base.device)
     if act_order and together > 1:
         first = torch.argsort(diagonal.view(-1, together).sum(1), descending=True, stable=True) * together

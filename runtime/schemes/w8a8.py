@@ -68,6 +68,9 @@ class W8A8(Operator):
     def rows_times(self, scale: Tensor) -> W8A8:
         return replace(self, scales=(self.scales.float() * scale[:, None]).to(self.scales.dtype))
 
+    def rows(self, which: Tensor | slice) -> W8A8:
+        return replace(self, codes=self.codes[which], scales=self.scales[which])
+
     def to_tensors(self) -> dict[str, Tensor]:
         stored = {"weight": self.codes, "weight_scale": self.scales}
         return stored if self.input_scale is None else {**stored, "input_scale": self.input_scale}

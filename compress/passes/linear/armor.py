@@ -178,9 +178,8 @@ class ArmorPass(Calibrated):
         asked = self._asked(sizes, len(goal), dtype.itemsize)
         blocks = fitting_block(sizes, asked), fitting_block([len(goal)], asked)
         solved = self._solve(goal, moment, group, *blocks, dtype, partial(work.heard, names[0], self.kind))
-        losses = _losses(goal, solved.factors.product(), moment), _losses(goal, torch.zeros_like(goal), moment)
         start = 0
-        for name, size in zip(names, sizes, strict=True):
+        for name, size, target in zip(names, sizes, targets, strict=True):
             rows = slice(start, start + size)
             start += size
             core = solved.factors.core[:, rows].T.contiguous()
@@ -191,8 +190,7 @@ class ArmorPass(Calibrated):
             reason = f"solved as if all inputs mattered alike, for {group.reason}" if group.reason else solved.reason
             if reason:
                 yield Fallback(name, self.kind, reason)
-            error = float(losses[0][rows].sum() / losses[1][rows].sum().clamp(min=1e-30))
-            yield LayerDone.of(name, self.kind, error, result, group.tokens)
+            yield LayerDone.of(name, self.kind, group.error(target, result), result, group.tokens)
 
     def _solve(
         self, goal: Tensor, moment: Tensor, group: Group, high: int, wide: int, dtype: torch.dtype,
@@ -288,12 +286,3 @@ def fitting_block(sizes: Sequence[int], asked: int) -> int:
     common = math.gcd(*sizes)
     divisors = [n for n in range(min(common, asked), 0, -1) if common % n == 0]
     return next((n for n in divisors if n % 4 == 0), divisors[0])
-
-
-def _losses(goal: Tensor, product: Tensor, moment: Tensor) -> Tensor:
-    import torch
-
-    from ...solvers.armor import weighed
-
-    error = goal - product
-    return torch.linalg.vecdot(weighed(moment, error), error, dim=0)

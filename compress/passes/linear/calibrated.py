@@ -10,7 +10,6 @@ from ....runtime.errors import RecipeError
 from ..base import LinearPass, Need
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from typing_extensions import Self
 
     from ....runtime.schemes import Dense, Operator
@@ -100,8 +99,3 @@ def plain_floats(step: str, name: str, operator: Operator) -> Dense:
             "let the pass ignore it, or start from a bf16, fp16 or fp32 model"
         )
     return operator
-
-
-def relative(losses: Tensor, scale: Tensor) -> float:
-    """The share of `scale` `[rows]` that is lost."""
-    return float(losses.double().sum() / scale.double().sum().clamp(min=1e-30))

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from ....runtime.errors import RecipeError
 from ...events import Event, Fallback, LayerDone
 from ..base import Need
-from .calibrated import Calibrated, relative
+from .calibrated import Calibrated
 
 if TYPE_CHECKING:
     import torch
@@ -170,8 +170,7 @@ class Eora(Calibrated):
             rest, result = missing, WithResidual(operator, LowRank(self._stored(0 * up.to(dtype)), below))
             yield Fallback(name, self.kind, "a residual of zeros, for there was nothing to make up for")
         work.linears[name] = result
-        error = relative(row_losses(rest.T, moment), row_losses(target.T, moment))
-        yield LayerDone.of(name, self.kind, error, result, group.tokens)
+        yield LayerDone.of(name, self.kind, group.error(target, result), result, group.tokens)
 
 
 def _float_dtype(operator: Operator) -> torch.dtype:

@@ -31,7 +31,7 @@ from pydantic import Field
 
 from ...events import Event, Fallback, LayerDone
 from ..base import Need
-from .calibrated import ROWS, Calibrated, relative
+from .calibrated import ROWS, Calibrated
 from .quantizer import Quantizer
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class Gptq(Quantizer, Calibrated):
             for which in self._stacks(group, stacked, aims):
                 yield from self._apply_stacked(work, group, which, aims, targets)
             for number in alone:
-                yield from self._apply_armor(work, group, number, *aims[number])
+                yield from self._apply_armor(work, group, number, *aims[number], targets[number])
 
     def _stacks(self, group: Group, numbers: list[int], aims: list[tuple[Operator, Tensor]]) -> list[list[int]]:
         """Which linears are solved for together: those that are rounded alike, 2:4 or not, with the same columns apart;
@@ -141,13 +141,13 @@ class Gptq(Quantizer, Calibrated):
         return [differences(gptq_codes(target, grid, system)[0], grid, target) for grid in grids]
 
     def _finish(
-        self, work: StageWork, group: Group, number: int, result: Operator, error: float, reason: str
+        self, work: StageWork, group: Group, number: int, result: Operator, target: Tensor, reason: str
     ) -> Iterator[Event]:
         name = group.names[number]
         work.linears[name] = result
         if reason:
             yield Fallback(name, self.kind, reason)
-        yield LayerDone.of(name, self.kind, error, result, group.tokens)
+        yield LayerDone.of(name, self.kind, group.error(target, result), result, group.tokens)
 
     def _apply_stacked(
         self,
@@ -161,7 +161,6 @@ class Gptq(Quantizer, Calibrated):
         import torch
 
         from ....runtime.schemes import Problem, WithColumns
-        from ...solvers.refine import row_losses
         from .groups import seen
 
         leaves = [_leaf(aims[number][0]) for number in which]
@@ -183,14 +182,13 @@ class Gptq(Quantizer, Calibrated):
             start = rows.stop
             operator, met = group.operators[number], work.statistics.get(group.names[number])
             result = self.quantized(solution.codes[rows], solution.grid.rows(rows), leaf, seen(met, operator))
-            whole, scale = _replaced(operator, leaf, result), solution.scale[rows]
+            whole = _replaced(operator, leaf, result)
             if isinstance(whole, WithColumns) and group.system is not None:
                 whole = whole.refitted(Problem(targets[number], group.system.moment))
-                scale = row_losses(targets[number].T, group.system.moment)
-            yield from self._finish(work, group, number, whole, relative(solution.losses[rows], scale), reason)
+            yield from self._finish(work, group, number, whole, targets[number], reason)
 
     def _apply_armor(
-        self, work: StageWork, group: Group, number: int, base: Operator, target: Tensor
+        self, work: StageWork, group: Group, number: int, base: Operator, aim: Tensor, target: Tensor
     ) -> Iterator[Event]:
         from ....runtime.schemes import Armor
         from ...solvers.armor_codes import quantize_core
@@ -203,12 +201,12 @@ class Gptq(Quantizer, Calibrated):
         steps = self.steps(group.originals, rounding, group.originals[0].dtype)
         shrinks = self._shrinks(rounding, steps)
         grids = [_grid(core, rounding, steps, group.energy, [shrink]) for shrink in shrinks]
-        result, lost, scale = quantize_core(base, target, system.moment, grids, self.refinements)
+        result = quantize_core(base, aim, system.moment, grids, self.refinements)
         codes, grid = result.codes, result.grid
         coded = self.quantized(grid.rounding.numbers.as_bytes(codes.T.contiguous()), grid, base.core)
         whole = _replaced(group.operators[number], base, replace(base, a=result.a, core=coded, b=result.b))
         reason = "rounded to nearest, which had the lower loss" if result.simple else ""
-        yield from self._finish(work, group, number, whole, lost / max(scale, 1e-30), reason)
+        yield from self._finish(work, group, number, whole, target, reason)
 
     def _shrinks(self, rounding: Rounding, steps: Steps) -> Sequence[float]:
         from ....kernels.numbers import E4M3
@@ -257,7 +255,6 @@ class Gptq(Quantizer, Calibrated):
         import torch
 
         from ...solvers.coupled import coupled, metric_of
-        from ...solvers.refine import differences, row_losses
 
         if group.system is None:
             return solution
@@ -269,10 +266,9 @@ class Gptq(Quantizer, Calibrated):
                 aim, kept = target[rows].T.contiguous(), None if keep is None else keep[rows].T.contiguous()
                 codes = numbers.of_bytes(own.codes).T.contiguous()
                 codes, grid = coupled(codes, aim, own.grid, system, metric, kept, _COUPLED_ROUNDS)
-                losses = row_losses(differences(codes, grid, aim), system.moment)
                 found_codes = numbers.as_bytes(codes).T.contiguous()
                 simple = own.simple if torch.equal(found_codes, own.codes) else torch.zeros_like(own.simple)
-                own = replace(own, grid=grid, codes=found_codes, losses=losses, simple=simple)
+                own = Solution(grid, found_codes, simple)
             parts.append(own)
         return Solution.joined(parts)
 
@@ -296,7 +292,6 @@ class Gptq(Quantizer, Calibrated):
         same, start, target = start is target, start.T.contiguous(), target.T.contiguous()
         kept = None if keep is None else keep.T.contiguous()
         del exact
-        scale = row_losses(target, system.moment)
         simple_losses = row_losses(differences(rounded, simple, target), system.moment)
         rounded = rounding.numbers.as_bytes(rounded)
         grid, codes, losses = best_sweep(start, grids, system, ROWS, kept)
@@ -309,7 +304,7 @@ class Gptq(Quantizer, Calibrated):
             losses = row_losses(delta, system.moment)
         worse = simple_losses < losses
         codes = torch.where(worse, rounded, rounding.numbers.as_bytes(codes)).T.contiguous()
-        return Solution(grid.where(~worse, simple), codes, torch.minimum(losses, simple_losses), scale, worse)
+        return Solution(grid.where(~worse, simple), codes, worse)
 
 
 def _grid(
@@ -322,15 +317,14 @@ def _grid(
 
 
 def _rounded(weight: Tensor, rounding: Rounding, steps: Steps, energy: Tensor, shrinks: Sequence[float]) -> Solution:
-    """The nearest codes; losses are squared errors of the weight."""
+    """The nearest codes."""
     import torch
 
     exact = weight.float()
     grid = _grid(exact, rounding, steps, energy, shrinks)
     codes = grid.codes(exact)
-    losses = (grid.values(codes) - exact).square().sum(1)
-    everything = torch.ones_like(losses, dtype=torch.bool)
-    return Solution(grid, rounding.numbers.as_bytes(codes), losses, exact.square().sum(1), everything)
+    everything = torch.ones(len(codes), dtype=torch.bool, device=codes.device)
+    return Solution(grid, rounding.numbers.as_bytes(codes), everything)
 
 
 def _wrapped(operator: Operator) -> bool:
@@ -375,19 +369,15 @@ def _replaced(operator: Operator, part: Operator, other: Operator) -> Operator:
 
 @dataclass(frozen=True)
 class Solution:
-    """int8 codes `[rows, columns]` on a grid; per row, their loss, that of zeros in their place, and whether they are
-    the nearest ones for want of better."""
+    """int8 codes `[rows, columns]` on a grid, and for each row whether they are the nearest ones for want of better."""
 
     grid: Grid
     codes: Tensor
-    losses: Tensor
-    scale: Tensor
     simple: Tensor
 
     def part(self, rows: slice) -> Solution:
         """Of some rows."""
-        columns = (self.codes, self.losses, self.scale, self.simple)
-        return Solution(self.grid.rows(rows), *(column[rows] for column in columns))
+        return Solution(self.grid.rows(rows), self.codes[rows], self.simple[rows])
 
     @classmethod
     def joined(cls, parts: Sequence[Solution]) -> Solution:
@@ -396,5 +386,5 @@ class Solution:
 
         from ...solvers.grid import Grid
 
-        columns = zip(*((part.codes, part.losses, part.scale, part.simple) for part in parts), strict=True)
-        return cls(Grid.stacked([part.grid for part in parts]), *map(torch.cat, columns))
+        codes, simple = (torch.cat(found) for found in zip(*((part.codes, part.simple) for part in parts), strict=True))
+        return cls(Grid.stacked([part.grid for part in parts]), codes, simple)

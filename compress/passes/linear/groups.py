@@ -14,6 +14,7 @@ from ....calibrate.statistics import HELD, Statistics
 from ....kernels.dispatch import cpu_capability, products_dtype
 from ....runtime.schemes import Composite, Dense, LowRank, Operator, WithColumns
 from ...solvers.lowrank import refit_up
+from ...solvers.refine import row_losses
 from ...solvers.system import NotSolvable, System, damped_system
 from .calibrated import ROWS, Calibrated
 
@@ -80,6 +81,7 @@ class Group:
         tokens: rows that its statistics have seen.
         system: its second moment, damped and factored, or None where `reason` says why there is none.
         energy: float32 `[columns]`, the diagonal of the moment as it was measured (ones without a system).
+        measured: that moment, nothing added to it; None without a system.
         shift: the correction for the errors of earlier layers, or None.
         alphas: how much of it is wanted for each linear.
         pruned: whether columns compete for what is kept, so that those without input are to be nothing.
@@ -91,6 +93,7 @@ class Group:
     tokens: int
     system: System | None
     energy: Tensor
+    measured: Tensor | None
     reason: str
     shift: Shift | None
     alphas: list[float]
@@ -126,6 +129,18 @@ class Group:
         """A weight `[rows, columns]` without the columns whose inputs were never anything but zero."""
         return weight * (self.energy > 0)
 
+    def error(self, target: Tensor, result: Operator) -> float:
+        """`tr(Δ H Δᵀ) / tr(V H Vᵀ)`, the relative error of outputs for inputs as they were measured, Δ what a linear
+        that is stored differs in from its target V `[rows, columns]`; without a system, `‖Δ‖² / ‖V‖²`."""
+
+        def loss(weight: Tensor) -> float:
+            own = weight.square().sum(1) if self.measured is None else row_losses(weight.T, self.measured)
+            return max(float(own.double().sum()), 0.0)
+
+        parts = target.split(ROWS)
+        missed = sum(loss(values - part) for part, values in zip(parts, _decoded(result), strict=True))
+        return missed / max(sum(map(loss, parts)), 1e-30)
+
     def targets(self) -> list[Tensor]:
         """float32 weights to aim at, `[rows, columns]` each."""
         exact = [original.float() for original in self.originals]
@@ -137,6 +152,15 @@ class Group:
         moved = torch.cat([self.shift.moved(part) for part in torch.cat(exact).split(ROWS)]).split(rows)
         three = zip(exact, moved, self.alphas, strict=True)
         return [torch.add(weight, change, alpha=alpha) for weight, change, alpha in three]
+
+
+def _decoded(operator: Operator) -> Iterator[Tensor]:
+    """An operator's weight, `ROWS` at a time, for a head has many; of kinds that are taken apart, decoded in turn."""
+    try:
+        for start in range(0, operator.shape[0], ROWS):
+            yield operator.rows(slice(start, start + ROWS)).dense()
+    except NotImplementedError:
+        yield from operator.dense().split(ROWS)
 
 
 def seen(statistics: Statistics | None, operator: Operator) -> Statistics | None:
@@ -258,7 +282,7 @@ def _known(
     products: torch.dtype,
     reason: str,
 ) -> dict[str, Any]:
-    """What a group knows of its inputs: tokens, system, energy, and the reason where there is no system.
+    """What a group knows of its inputs: tokens, system, energy, moment, and the reason where there is no system.
 
     Args:
         weight: `[rows, columns]` of one of its linears, on the device where it is solved.
@@ -272,8 +296,9 @@ def _known(
             try:
                 system = system_of(statistics.moment, statistics.tokens + statistics.lent).to(products)
                 energy = statistics.moment.diagonal().clone()
-                return {"tokens": tokens, "system": system, "energy": energy, "reason": ""}
+                known = {"tokens": tokens, "system": system, "energy": energy, "reason": ""}
+                return known | {"measured": statistics.moment}
             except NotSolvable as error:
                 reason = str(error)
     energy = torch.ones(weight.shape[1], device=weight.device)
-    return {"tokens": tokens, "system": None, "energy": energy, "reason": reason}
+    return {"tokens": tokens, "system": None, "energy": energy, "measured": None, "reason": reason}

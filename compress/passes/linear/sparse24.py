@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from ....runtime.errors import RecipeError
 from ...events import Event, Fallback, LayerDone
 from ..base import Need
-from .calibrated import ROWS, SWEEPS, Calibrated, plain_floats, relative
+from .calibrated import ROWS, SWEEPS, Calibrated, plain_floats
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -125,17 +125,15 @@ class SparsePass(Calibrated):
             reason = f"pruned by magnitude, for {group.reason}" if group.reason and self.method != "magnitude" else ""
             for name, weight, target in zip(group.names, weights, targets, strict=True):
                 curvature = work.curvatures.get(name) if self.objective == "model" else None
-                sparse, losses, scale = self._pruned(weight.T, target.T.contiguous(), group, curvature)
+                sparse = self._pruned(weight.T, target.T.contiguous(), group, curvature)
                 result = sparse_operator(sparse.T.contiguous().to(group.originals[0].dtype), (sparse != 0).T)
                 work.linears[name] = result
                 if reason:
                     yield Fallback(name, self.kind, reason)
-                yield LayerDone.of(name, self.kind, relative(losses, scale), result, group.tokens)
+                yield LayerDone.of(name, self.kind, group.error(target, result), result, group.tokens)
 
-    def _pruned(
-        self, weight: Tensor, target: Tensor, group: Group, curvature: Curvature | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The sparse weight for a stored one and its target, all `[columns, rows]`; losses and their scale by row."""
+    def _pruned(self, weight: Tensor, target: Tensor, group: Group, curvature: Curvature | None) -> Tensor:
+        """The sparse weight for a stored one and its target, all `[columns, rows]`."""
         import torch
 
         from ...solvers.coupled import coupled_losses, coupled_pairs, metric_of
@@ -144,30 +142,26 @@ class SparsePass(Calibrated):
 
         system = group.system
         if system is None or self.method == "magnitude":
-            sparse = weight * top_pairs(weight.abs())
-            return sparse, (sparse - weight).square().sum(0), weight.square().sum(0)
+            return weight * top_pairs(weight.abs())
         scored = weight
         if self.method == "nowag":
             inputs, outputs = nowag_scales(weight)
             scored = weight / inputs / outputs
         sparse = weight * top_pairs(scored.square() * group.energy[:, None])
-        losses, scale = row_losses(sparse - target, system.moment), row_losses(target, system.moment)
         if not self.method.startswith("sparsegpt"):
-            return sparse, losses, scale
+            return sparse
+        losses = row_losses(sparse - target, system.moment)
         for start in range(0, weight.shape[1], ROWS):
             rows = slice(start, start + ROWS)
             values, delta = swept(target[:, rows], system, self.sweeps if self.method == "sparsegpt_sweep" else 0)
             found = row_losses(delta, system.moment)
             better = found < losses[rows]
             sparse[:, rows] = torch.where(better, values, sparse[:, rows])
-            losses[rows] = torch.where(better, found, losses[rows])
         if (metric := metric_of(curvature)) is None:
-            return sparse, losses, scale
+            return sparse
         values = coupled_pairs(target, system, metric, self.sweeps if self.method == "sparsegpt_sweep" else 0)
         before, after = (coupled_losses(found - target, system.moment, metric).sum() for found in (sparse, values))
-        return (
-            (sparse, losses, scale) if before <= after else (values, row_losses(values - target, system.moment), scale)
-        )
+        return sparse if before <= after else values
 
 
 def sparse_plan(step: str, name: str, dense: Dense) -> Sparse24:
