@@ -242,7 +242,8 @@ def packed_linear(
         packed, scales, zeros: as `decode_packed` takes them.
     """
     columns = x.shape[-1]
-    if dispatch.int4_path(x.numel() // columns, x.dtype, dispatch.cpu_capability()) == "int4pack":
+    learns = torch.is_grad_enabled() and x.requires_grad  # of which torch's kernel has no derivative
+    if not learns and dispatch.int4_path(x.numel() // columns, x.dtype, dispatch.cpu_capability()) == "int4pack":
         native = _native_int4.get(packed)
         if native is None:
             codes = unpack_codes(packed, bits, columns)

@@ -154,6 +154,18 @@ def test_inputs_need_not_be_contiguous(bits: int, tokens: int) -> None:
         assert torch.equal(linear(x), linear(x.clone(memory_format=torch.contiguous_format)))
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_inputs_have_derivatives(bits: int, tokens: int) -> None:
+    """As adapters that are trained in front of a compressed linear need them."""
+    operator = make(48, 128, bits, 32, symmetric=False)
+    x = torch.randn(tokens, 128, dtype=torch.bfloat16, requires_grad=True)
+    module(operator, torch.bfloat16)(x).sum().backward()
+    assert x.grad is not None
+    exact = operator.dense(torch.float64).sum(0).expand(tokens, -1)
+    assert (x.grad.double() - exact).norm() / exact.norm() < 8e-3
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("bits", "group_size"), [(2, 32), (3, 16), (3, 64), (4, 128), (5, 32), (8, 64)])
 def test_decoding_is_exact_in_bfloat16(bits: int, group_size: int, symmetric: bool) -> None:
