@@ -5,12 +5,13 @@ from __future__ import annotations
 import shlex
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..runtime.errors import human_size
+from ..runtime.errors import RecipeError, human_size
 from . import render
 from .arguments import (
     ContextOption,
@@ -248,9 +249,14 @@ def plan(
             "--predict", help="also what the answers are expected to lose, by a walk back from the model's end: minutes"
         ),
     ] = False,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="with --predict, the same for 2 to 8 bits in the place of the recipe's")
+    ] = False,
 ) -> None:
     """Print what RECIPE would do to MODEL; reads headers and calibration text, and weights where ranks
     depend on them alone or with --predict."""
+    if sweep and not predict:
+        raise RecipeError("--sweep goes with --predict")
     aim = _aim(recipe, fit, reader, context, kv_share)
     _, parsed, folder, _ = _read(recipe, edits, aim, model, revision, device)
     allowed = bytes_of(memory)
@@ -263,11 +269,12 @@ def plan(
     result, text = plan_for_text(parsed, source_skeleton(folder, device), look=True, memory=allowed)
     seconds, free = estimated_seconds(result), shutil.disk_usage(Path.cwd()).free
     apart = None if tp is None else unsplittable(result, tp)
-    expected = _predicted(result, text) if predict else None
+    expected, widths = _predicted(result, text, sweep=sweep) if predict else (None, [])
     if as_json:
         lost = None if expected is None else {"kl": expected.kl, "passes": expected.passes, "unknown": expected.unknown}
         more = {"seconds": seconds, "disk_free": free, "unsplittable": apart, "predicted": lost}
-        render.document(_plan_record(result) | more)
+        at = {"widths": [asdict(row) for row in widths]} if sweep else {}
+        render.document(_plan_record(result) | more | at)
         return
     render.out.print(render.plan_table(rows(result)))
     render.out.say(
@@ -283,6 +290,8 @@ def plan(
         render.out.print(f"calibration: {data.tokens:,} tokens, in windows of {data.sequence_length}")
     if expected is not None:
         render.out.say(expected.told())
+    if widths:
+        render.out.print(render.widths_table(widths))
     for warning in result.warnings:
         render.err.say(f"warning: {warning}")
     _say_size(result, aim)
@@ -296,17 +305,19 @@ def plan(
         render.out.say("the run begins with a survey of the model, which finds the ranks, experts or weights to keep")
 
 
-def _predicted(result: Any, text: Any) -> Any:
-    """What a plan is expected to cost; text is the calibration text, if a pass needs any."""
+def _predicted(result: Any, text: Any, *, sweep: bool) -> tuple[Any, list[Any]]:
+    """What a plan is expected to cost, and with integers of other widths; text is the calibration text, if a pass needs
+    any."""
     from tempfile import TemporaryDirectory
 
-    from ..compress.predict import predicted
+    from ..compress.predict import at_widths, predicted
     from ..compress.surveys import read_calibration
 
     windows = (text or read_calibration(result.recipe, result.skeleton.checkpoint, least=1)).windows
     progress = render.ApplyProgress(2 * result.skeleton.blocks, session.quiet)
     with TemporaryDirectory(prefix="compressor-predict-", dir=Path.cwd()) as room, progress:
-        return predicted(result, windows, Path(room), progress)
+        asked = result, windows, Path(room), progress
+        return at_widths(*asked) if sweep else (predicted(*asked), [])
 
 
 def _plan_record(result: Any) -> dict[str, Any]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..compress.evaluate.long_context import LongEvaluation
     from ..compress.events import Event
     from ..compress.plan import Plan, Row
+    from ..compress.predict import AtWidth
 
 _WIDE = None if sys.stdout.isatty() else 140  # a pipe has no width of its own
 _FOLDED, _READABLE = 12, 34  # characters that a column of words has at least, and that it should have
@@ -94,6 +95,15 @@ def plan_table(rows: Sequence[Row]) -> Table:
         for row in rows
     ]  # fmt: skip
     return table(headings, lines, spare=("parameters", "before", "count", "bits/weight"), words=("passes", "stored as"))
+
+
+def widths_table(rows: Sequence[AtWidth]) -> Table:
+    """What integers of each width would make of a model."""
+    from ..compress.predict import per_bit
+
+    lines = [(str(row.bits), human_size(row.nbytes), f"{row.kl:.2g}") for row in rows]
+    lines.append(("a bit less", "", f"× {per_bit(rows):.1f}"))
+    return table(("bits", "weights", "KL expected"), lines)
 
 
 def cache_line(before: float, after: float, weights: int) -> str:

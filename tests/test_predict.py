@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from compressor.compress.evaluate import evaluate
 from compressor.compress.foretelling import WalkBack
 from compressor.compress.passes.linear.lorc import Lorc
 from compressor.compress.plan import make_plan
-from compressor.compress.predict import Prediction, predicted
+from compressor.compress.predict import AtWidth, Prediction, per_bit, predicted
 from compressor.compress.recipe import parse_recipe
 from compressor.compress.surveys import read_calibration
 from compressor.runtime import load
@@ -64,6 +65,44 @@ def test_what_cannot_be_told_is_named(pico: Pico, calibration_text: Path, tmp_pa
     assert record["unknown"] == ["eora"]
     [[kind, cost]] = record["passes"]
     assert (kind, cost) == ("rtn", record["kl"])
+
+
+def test_other_widths_cost_what_recipes_of_them_do(pico: Pico, calibration_text: Path, tmp_path: Path) -> None:
+    """One walk tells of all of them what each would tell alone; a bit less costs about four times as much."""
+    model = pico("llama", dtype=torch.float32)
+    options = [f"data.source={calibration_text}", "data.samples=4", "data.sequence_length=64"]
+    edits = [word for edit in options for word in ("--set", edit)]
+    recipe = tmp_path / "recipe.yaml"
+
+    def planned(bits: int, *more: str) -> dict[str, Any]:
+        passes = f"{{kind: sparse24, targets: '*.mlp.*'}}, {{kind: gptq, bits: {bits}, group_size: 32}}"
+        recipe.write_text(f"passes: [{passes}]\n")
+        record: dict[str, Any] = json.loads(
+            run("plan", recipe, model, "--predict", "--json", *more, *edits, cwd=tmp_path).stdout
+        )
+        return record
+
+    swept = planned(5, "--sweep")
+    rows = {row["bits"]: row for row in swept["widths"]}
+    assert list(rows) == [2, 3, 4, 5, 6, 8]
+    for bits in (3, 5):
+        alone = planned(bits)
+        assert rows[bits]["nbytes"] == alone["bytes_after"]
+        assert rows[bits]["kl"] == pytest.approx(alone["predicted"]["kl"])
+    assert swept["predicted"] == planned(5)["predicted"]
+    ideal = [AtWidth(bits, 0.0, 4.0**-bits) for bits in (2, 3, 4, 6)]
+    assert per_bit(ideal) == pytest.approx(4)
+    shown = run("plan", recipe, model, "--predict", "--sweep", *edits, cwd=tmp_path).stdout
+    assert "a bit less" in shown
+
+
+def test_a_sweep_needs_bits(pico: Pico, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("passes: [{kind: sparse24}]\n")
+    edits = ("--set", "data.samples=4", "--set", "data.sequence_length=64")
+    for options, said in (((), "--sweep goes with --predict"), (("--predict",), "of no pass is it foretold")):
+        failed = run("plan", recipe, pico("llama"), "--sweep", *options, *edits, cwd=tmp_path, code=2)
+        assert said in failed.stderr
 
 
 def test_what_is_told() -> None:
