@@ -32,7 +32,7 @@ from typing import Any
 
 PLAIN = "".join(
     f" passes.0.{edit}"
-    for edit in ("correction=0", "refinements=0", "search=false", "act_order=false", "objective=layer")
+    for edit in ("correction=0", "refinements=0", "search=false", "beam=1", "act_order=false", "objective=layer")
 )
 
 

@@ -30,6 +30,10 @@ class Integers:
             values += zeros
         return values.clamp_(self.low, self.high)
 
+    def beside(self, values: Tensor, nearest: Tensor) -> Tensor:
+        """The numbers on the other side of values than their nearest ones, or these where there are none."""
+        return (nearest + torch.where(values > nearest, 1.0, -1.0)).clamp_(self.low, self.high)
+
     def as_bytes(self, numbers: Tensor) -> Tensor:
         """What they are kept as, a byte each."""
         return numbers.to(torch.int8)
@@ -67,6 +71,13 @@ class Floats:
         spacing = torch.ldexp(torch.ones_like(values), exponents - self.mantissa)
         return values.div_(spacing).round_().mul_(spacing)
 
+    def beside(self, values: Tensor, nearest: Tensor) -> Tensor:
+        """The numbers on the other side of values than their nearest ones, or these where there are none."""
+        exponents = torch.frexp(nearest).exponent.sub_(1).clamp_(min=self.least).masked_fill_(nearest == 0, self.least)
+        # Below a power of two, numbers lie half as far apart as above it.
+        away = torch.ldexp(torch.full_like(nearest, BESIDE), exponents - self.mantissa)
+        return self.nearest(nearest + torch.where(values > nearest, away, -away))
+
     def as_bytes(self, numbers: Tensor) -> Tensor:
         """Their bits, a byte each: uint8, of 4 bits in the lower half."""
         if self.bits == 8:
@@ -81,6 +92,7 @@ class Floats:
         return torch.tensor(_E2M1, dtype=dtype, device=codes.device)[codes.long()]
 
 
+BESIDE = 0.625  # of the distance between two numbers: nearer to the next, be that half as far away
 _HALF = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _E2M1 = _HALF + tuple(-value for value in _HALF)  # by their bits
 _PLACES = tuple(_HALF.index(twice / 2) if twice / 2 in _HALF else 0 for twice in range(13))

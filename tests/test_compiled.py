@@ -41,10 +41,10 @@ def problem(rounding: Rounding, rows: int = 40) -> tuple[Tensor, Grid, Tensor]:
     )
 
 
-def both(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any]) -> tuple[Any, Any]:
+def both(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any], *modules: Any) -> tuple[Any, Any]:
     """What comes of the compiled loops, and of torch."""
     first = run()
-    for module in (sweep, refine):
+    for module in modules or (sweep, refine):
         monkeypatch.setattr(module, "compiles", lambda tensor: False)
     return first, run()
 

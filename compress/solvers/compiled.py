@@ -20,7 +20,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from ...kernels.numbers import Integers, Numbers
+from ...kernels.numbers import BESIDE, Integers, Numbers
 
 _ROWS = 1024  # that are worth a thread of their own
 _TILE = 256  # rows of some columns that stay in a processor's nearest memory
@@ -40,10 +40,10 @@ def _workers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="solver")
 
 
-def _by_rows(function: Any, rows: int, *arguments: Any) -> None:
-    """Call `function(first row, row behind the last, *arguments)` for parts of the rows, as many as there are
-    threads."""
-    count = min(torch.get_num_threads(), max(1, rows // _ROWS))
+def _by_rows(function: Any, rows: int, *arguments: Any, share: int = 1) -> None:
+    """Call `function(first row, row behind the last, *arguments)` for parts of the rows, as many as there are threads;
+    a row has the work of so many (`share`)."""
+    count = min(torch.get_num_threads(), rows, max(1, rows * share // _ROWS))
     if count == 1:
         function(0, rows, *arguments)
         return
@@ -140,6 +140,25 @@ def couple_columns(
     _couple(*arrays, _array(zero, codes, 1), _kept(keep), *_format(numbers, codes), fractional)
 
 
+def follow_choices(
+    left: Tensor,
+    losses: Tensor,
+    own: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    keep: Tensor | None,
+    numbers: Numbers,
+    *,
+    fractional: bool,
+) -> tuple[Tensor, Tensor]:
+    """What `beam._followed` does, row after row."""
+    codes, origin = torch.zeros_like(left), torch.zeros(losses.shape, dtype=torch.int64)
+    arrays = left.numpy(), losses.numpy(), own.numpy(), codes.numpy(), origin.numpy(), scales.numpy()
+    form = *_format(numbers, left), fractional
+    _by_rows(_follow, len(left), *arrays, _array(zeros, left), _kept(keep), *form, share=left.shape[1])
+    return codes, origin
+
+
 def best_steps(quadratic: Tensor, slopes: Tensor) -> Tensor:
     """Changes `[n]` that lower `slopes · c + ½ c · quadratic c` the most, up to two turns over the entries."""
     found = torch.zeros_like(slopes)
@@ -162,6 +181,15 @@ def _nearest(value, low, high, mantissa, least):
     value = min(max(value, low), high)
     spacing = type(value)(math.ldexp(1.0, max(math.frexp(value)[1] - 1, least) - mantissa))
     return np.rint(value / spacing) * spacing
+
+
+@_compiled
+def _beside(value, code, low, high, mantissa, least):
+    away = type(code)(1)
+    if mantissa >= 0:
+        exponent = max(math.frexp(code)[1] - 1, least) if code != 0 else least
+        away = type(code)(math.ldexp(BESIDE, exponent - mantissa))
+    return _nearest(code + away if value > code else code - away, low, high, mantissa, least)
 
 
 @_compiled
@@ -193,6 +221,65 @@ def _sweep(first, last, work, own, codes, scales, zeros, keep, low, high, mantis
                 share, others = own[j, later], work[later, part]
                 for r in range(len(others)):
                     others[r] -= share * targets[r]
+
+
+@_compiled
+def _follow(first, last, left, losses, own, codes, origin, scales, zeros, keep, low, high, mantissa, least, fractional):
+    width, columns = left.shape[1:]
+    rest, start = np.empty((2, width, columns), left.dtype), np.empty(width, np.int64)
+    # Of each column, the choices that stay: their codes and errors, what they came from, and their losses.
+    stay, missed, come = (np.empty((columns, width), left.dtype), np.empty((columns, width), left.dtype),
+                          np.empty((columns, width), np.int64))  # fmt: skip
+    both, errors = np.empty((width, 2), left.dtype), np.empty((width, 2), left.dtype)
+    lost, sums, order = np.empty(width, left.dtype), np.empty(width, left.dtype), np.empty(width, np.int64)
+    for r in range(first, last):
+        now, count = 0, 0
+        for b in range(width):
+            if losses[r, b] < np.inf:
+                rest[0, count], start[count], lost[count] = left[r, b], b, losses[r, b]
+                count += 1
+        for j in range(columns):
+            scale, zero, stays, taken = scales[j, r], low - low, keep.size > 0 and not keep[j, r], 0
+            if zeros.size:
+                zero = zeros[j, r]
+            diagonal = own[j, j]
+            for b in range(count):
+                if taken == width and lost[b] >= sums[width - 1]:
+                    break  # nor can any that follows, for they are in the order of their losses
+                target = rest[now, b, j]
+                value = target / scale
+                code = other = zero
+                if not stays:
+                    if zeros.size:
+                        code = _placed(value, zero, low, high, fractional)
+                    else:
+                        code = _nearest(value, low, high, mantissa, least)
+                    other = _beside(value + zero, code, low, high, mantissa, least)
+                both[b, 0], both[b, 1] = code, other
+                for which in range(1 + (other != code)):
+                    error = (target - (both[b, which] - zero) * scale) / diagonal
+                    errors[b, which], loss = error, lost[b] + error * error
+                    if taken == width and loss >= sums[width - 1]:
+                        break  # the other number is further away
+                    i = taken if taken < width else width - 1
+                    taken = i + 1
+                    while i and sums[i - 1] > loss:
+                        sums[i], order[i] = sums[i - 1], order[i - 1]
+                        i -= 1
+                    sums[i], order[i] = loss, 2 * b + which
+            for b in range(taken):
+                of, which = order[b] >> 1, order[b] & 1
+                stay[j, b], missed[j, b], come[j, b], lost[b] = both[of, which], errors[of, which], of, sums[b]
+                ours, theirs, error, line = rest[1 - now, b], rest[now, of], errors[of, which], own[j]
+                for k in range(columns):  # of those up to j nothing is read again; whole lines are faster
+                    ours[k] = theirs[k] - error * line[k]
+            now, count = 1 - now, taken
+        left[r], losses[r] = 0, np.inf
+        for b in range(count):
+            losses[r, b], i = lost[b], b
+            for j in range(columns - 1, -1, -1):
+                codes[r, b, j], left[r, b, j], i = stay[j, i], missed[j, i], come[j, i]
+            origin[r, b] = start[i]
 
 
 @_compiled

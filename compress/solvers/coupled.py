@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from ...calibrate.curvature import Curvature
+from .beam import beam_codes
 from .compiled import best_steps, couple_columns, refused_steps
 from .grid import Grid
 from .refine import differences, times
 from .sparse24 import swept
-from .sweep import LEAF, gptq_codes
+from .sweep import LEAF
 from .system import System, inverse_factor
 
 _BLOCKS = 16  # of rows
@@ -73,12 +74,15 @@ def in_blocks(target: Tensor, metric: Tensor, solve: Callable[[Tensor, Tensor], 
         start = own.stop
 
 
-def coupled_sweep(target: Tensor, grid: Grid, system: System, metric: Tensor, keep: Tensor | None = None) -> Tensor:
+def coupled_sweep(
+    target: Tensor, grid: Grid, system: System, metric: Tensor, keep: Tensor | None = None, width: int = 1
+) -> Tensor:
     """Codes of the column sweep on a grid, blocks of rows one after the other, with feedback between them.
 
     Args:
         target: columns first, `[columns, rows]`; keep: bool alike, false where a zero is to stay.
         metric: M, positive definite.
+        width: choices of codes that a row follows side by side.
 
     Returns:
         `[columns, rows]`, as floats.
@@ -87,7 +91,7 @@ def coupled_sweep(target: Tensor, grid: Grid, system: System, metric: Tensor, ke
 
     def solve(aims: Tensor, rows: Tensor) -> Tensor:
         kept = None if keep is None else keep[:, rows]
-        codes[:, rows], _ = gptq_codes(aims, grid.rows(rows), system, kept)
+        codes[:, rows] = beam_codes(aims, grid.rows(rows), system, width, kept)
         return differences(codes[:, rows], grid.rows(rows), aims)
 
     in_blocks(target, metric, solve)
@@ -193,17 +197,19 @@ def coupled_pairs(target: Tensor, system: System, metric: Tensor, sweeps: int) -
 
 
 def coupled(
-    codes: Tensor, target: Tensor, grid: Grid, system: System, metric: Tensor, keep: Tensor | None, rounds: int
-) -> tuple[Tensor, Grid]:
+    codes: Tensor, target: Tensor, grid: Grid, system: System, metric: Tensor, keep: Tensor | None, rounds: int,
+    width: int = 1,
+) -> tuple[Tensor, Grid]:  # fmt: skip
     """Codes and grid of a lower `tr(M Δ H Δᵀ)` than some that were found row by row, or these.
 
     Args:
         codes: columns first, `[columns, rows]`, as floats; target, keep: alike.
         metric: M, damped.
         rounds: of descent.
+        width: as of `coupled_sweep`.
     """
     moment = system.moment
-    found = coupled_sweep(target, grid, system, metric, keep)
+    found = coupled_sweep(target, grid, system, metric, keep, width)
     delta, better = differences(found, grid, target), grid
     for _ in range(rounds):
         better = coupled_descent(found, delta, better, moment, metric, keep)

@@ -8,12 +8,14 @@ Per group of linears that read the same input (their rows stacked, since rows ar
    the place of act-order's falling `H_ii`; no permutation is stored);
 3. the column sweep of GPTQ (arXiv:2210.17323), for a few ranges of the grid; each row keeps the best;
 4. rounds of scale refit and coordinate descent on the codes, which never raise the loss;
-5. rows that rounding to nearest serves better take that.
+5. rows that rounding to nearest serves better take that;
+6. a second sweep on the scales that came of this, with several choices of codes side by side (`solvers/beam.py`), and 4
+   again; each row keeps the better of the two.
 
 `objective: model` goes on from there: `tr(M Δ H Δᵀ)`, M what errors of the outputs cost the answers of the model
-(`calibrate/curvature.py`), couples the rows. They are swept again in 16 blocks, later ones making up for the errors of
-earlier ones, and scales and codes are improved by the exact gradient (`solvers/coupled.py`); what was there stays where
-that is no better.
+(`calibrate/curvature.py`), couples the rows. The second sweep is in 16 blocks of them, later ones making up for the
+errors of earlier ones, and scales and codes are improved by the exact gradient (`solvers/coupled.py`); what was there
+stays where that is no better.
 
 A 2:4 pattern stays as it is: what is not stored is a zero that the sweep cannot move. The core of an ARMOR matrix is
 swept for the inputs `B x`, and then improved in turns with A and B (`solvers/armor.py`); what has a low-rank residual
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from ....kernels.numbers import Rounding
     from ....runtime.schemes import Operator
     from ...solvers.grid import Grid, Steps
+    from ...solvers.system import System
     from .groups import Group
 
 _COUPLED_ROUNDS = 2
@@ -65,6 +68,13 @@ class Gptq(Quantizer, Calibrated):
         "to the answers of the model, found by a walk back from its end, which couples the rows of a linear (of up to "
         "twice as many as a hidden state has numbers; others, experts' gate and up, and factors go by layer)",
     )
+    beam: int = Field(
+        8,
+        ge=1,
+        le=64,
+        description="choices of codes that each row follows side by side in the last sweep, of which the best stays; "
+        "1: plain GPTQ, whose every code is final",
+    )
     search: bool = Field(True, description="try narrower ranges too, and keep the best for each row; false: plain GPTQ")
 
     @property
@@ -73,9 +83,11 @@ class Gptq(Quantizer, Calibrated):
 
     def flops(self, rows: int, columns: int) -> float:
         sweeps = len(_SHRINKS) if self.search else 1
-        products = (1 + sweeps + 2 * self.refinements) * rows * columns**2 + self.correcting(rows, columns)
+        rounds = self.refinements * (1 + (self.beam > 1))
+        products = (1 + sweeps + 2 * rounds) * rows * columns**2 + self.correcting(rows, columns)
         # Column after column, a weight costs as much time as this many operations of a GEMM.
-        alone = 4.0 * columns**3 + products + (600.0 * sweeps + 1200.0 * self.refinements) * rows * columns
+        steps = 600.0 * (sweeps + self.beam * (self.beam > 1)) + 1200.0 * rounds
+        alone = 4.0 * columns**3 + products + steps * rows * columns
         if self.objective == "layer":
             return alone
         turns = 1 + 2 * _COUPLED_ROUNDS
@@ -174,7 +186,7 @@ class Gptq(Quantizer, Calibrated):
         known = work.curvatures if self.objective == "model" else {}  # another pass may have asked
         metrics = [known.get(group.names[number]) for number in which]
         sizes = [leaf.shape[0] for leaf in leaves]
-        solution = self._coupled(solution, target, keep, list(zip(sizes, metrics, strict=True)), rest)
+        solution = self._swept_again(solution, target, keep, list(zip(sizes, metrics, strict=True)), rest)
         reason = reason if solution.simple.all() else ""
         start = 0
         for number, leaf in zip(which, leaves, strict=True):
@@ -238,7 +250,7 @@ class Gptq(Quantizer, Calibrated):
         solution = Solution.joined(parts)
         return solution, "rounded to nearest, which had the lower loss" if solution.simple.all() else ""
 
-    def _coupled(
+    def _swept_again(
         self,
         solution: Solution,
         target: Tensor,
@@ -246,31 +258,44 @@ class Gptq(Quantizer, Calibrated):
         linears: Sequence[tuple[int, Curvature | None]],
         group: Group,
     ) -> Solution:
-        """A solution whose rows errors at the end of the model couple, for linears of which it is known what they cost.
+        """A solution whose rows errors at the end of the model couple, for linears of which it is known what they cost;
+        for others, the better of it and that of a second sweep.
 
         Args:
             target, keep: as of `_solve`.
             linears: rows and curvature of each.
         """
-        import torch
-
-        from ...solvers.coupled import coupled, metric_of
+        from ...solvers.coupled import metric_of
 
         if group.system is None:
             return solution
-        system, numbers, parts, start = group.system, solution.grid.rounding.numbers, [], 0
-        for size, found in linears:
-            rows = slice(start, start := start + size)
-            own = solution.part(rows)
-            if (metric := metric_of(found)) is not None:
-                aim, kept = target[rows].T.contiguous(), None if keep is None else keep[rows].T.contiguous()
-                codes = numbers.of_bytes(own.codes).T.contiguous()
-                codes, grid = coupled(codes, aim, own.grid, system, metric, kept, _COUPLED_ROUNDS)
-                found_codes = numbers.as_bytes(codes).T.contiguous()
-                simple = own.simple if torch.equal(found_codes, own.codes) else torch.zeros_like(own.simple)
-                own = Solution(grid, found_codes, simple)
-            parts.append(own)
+        parts, start = [], 0
+        for size, curvature in linears:
+            metric = metric_of(curvature)
+            for part in [size] if metric is not None else _parts(size):  # others need not be solved for at once
+                rows = slice(start, start := start + part)
+                kept = None if keep is None else keep[rows]
+                parts.append(self._again(solution.part(rows), target[rows], kept, metric, group.system))
         return Solution.joined(parts)
+
+    def _again(
+        self, found: Solution, target: Tensor, keep: Tensor | None, metric: Tensor | None, system: System
+    ) -> Solution:
+        """What a second sweep makes of a solution, all as of `_solve`; of rows that a metric couples, together."""
+        from ...solvers.beam import improved
+        from ...solvers.coupled import coupled
+
+        if metric is None and self.beam == 1:
+            return found
+        numbers, aim = found.grid.rounding.numbers, target.T.contiguous()
+        state = numbers.of_bytes(found.codes).T.contiguous(), aim, found.grid, system
+        kept = None if keep is None else keep.T.contiguous()
+        if metric is None:
+            codes, grid = improved(*state, kept, self.beam, self.refinements)
+        else:
+            codes, grid = coupled(*state, metric, kept, _COUPLED_ROUNDS, self.beam)
+        changed = numbers.as_bytes(codes).T.contiguous()
+        return Solution(grid, changed, found.simple & (changed == found.codes).all(1))
 
     def _solve_rows(
         self, weight: Tensor, target: Tensor, keep: Tensor | None, rounding: Rounding, steps: Steps, group: Group
@@ -325,6 +350,11 @@ def _rounded(weight: Tensor, rounding: Rounding, steps: Steps, energy: Tensor, s
     codes = grid.codes(exact)
     everything = torch.ones(len(codes), dtype=torch.bool, device=codes.device)
     return Solution(grid, rounding.numbers.as_bytes(codes), everything)
+
+
+def _parts(rows: int) -> list[int]:
+    """`ROWS` of so many at a time."""
+    return [min(ROWS, rows - start) for start in range(0, rows, ROWS)]
 
 
 def _wrapped(operator: Operator) -> bool:
