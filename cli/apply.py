@@ -250,7 +250,7 @@ def plan(
         ),
     ] = False,
     sweep: Annotated[
-        bool, typer.Option("--sweep", help="with --predict, the same for 2 to 8 bits in the place of the recipe's")
+        bool, typer.Option("--sweep", help="with --predict, the same for 2 to 8 bits in every pass that has integers")
     ] = False,
 ) -> None:
     """Print what RECIPE would do to MODEL; reads headers and calibration text, and weights where ranks

@@ -73,8 +73,10 @@ def at_widths(
     """
     steps = plan.recipe.linear_passes
     asked = {number: step for number, step in steps.items() if _has_width(step)}
-    if not asked or any(isinstance(step, ModelPass) and step.to_survey for step in plan.recipe.passes):
-        raise RecipeError("--sweep: of no pass is it foretold what other bits would cost; it is of gptq and rtn")
+    if not asked:
+        raise RecipeError("--sweep: no pass of the recipe has integers of so many bits, as gptq and rtn have them")
+    if any(isinstance(step, ModelPass) and step.to_survey for step in plan.recipe.passes):
+        raise RecipeError("--sweep: the recipe chooses experts first, and what the rest costs then cannot be foretold")
     others = {
         (number, bits): step.model_copy(update={"bits": bits}) for number, step in asked.items() for bits in WIDTHS
     }

@@ -81,6 +81,18 @@ def test_bytes_hold_every_number(numbers: Numbers) -> None:
         )
 
 
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "mxfp8", "fp8_block"])
+def test_rows_are_taken_apart(name: str) -> None:
+    weight, rounding = torch.randn(300, 256, generator=torch.Generator().manual_seed(0)), ROUNDINGS[name]
+    step = Rtn(kind="rtn", scheme=name.replace("_", "-"))  # type: ignore[arg-type]
+    made, _ = step._rounded("x", Dense(weight), None, step.steps([weight], rounding, torch.bfloat16))
+    for part in (slice(0, 128), slice(128, 300), slice(256, 400)):
+        assert torch.equal(made.rows(part).dense(), made.dense()[part])
+    if rounding.rows > 1:
+        with pytest.raises(NotImplementedError):
+            made.rows(slice(5, 128))
+
+
 @settings(deadline=None, max_examples=50)
 @given(seed=st.integers(0, 2**20), wide=st.integers(-30, 30))
 def test_scales_are_what_their_dtype_can_hold(seed: int, wide: int) -> None:

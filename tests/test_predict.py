@@ -100,7 +100,7 @@ def test_a_sweep_needs_bits(pico: Pico, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("passes: [{kind: sparse24}]\n")
     edits = ("--set", "data.samples=4", "--set", "data.sequence_length=64")
-    for options, said in (((), "--sweep goes with --predict"), (("--predict",), "of no pass is it foretold")):
+    for options, said in (((), "--sweep goes with --predict"), (("--predict",), "no pass of the recipe has integers")):
         failed = run("plan", recipe, pico("llama"), "--sweep", *options, *edits, cwd=tmp_path, code=2)
         assert said in failed.stderr
 

@@ -18,11 +18,12 @@ from compressor.compress.passes.linear.gptq import Gptq, Solution
 from compressor.compress.passes.linear.groups import Shift, groups_of, held_out_share
 from compressor.compress.passes.linear.sparse24 import SparsePass
 from compressor.compress.solvers.grid import Grid, Steps, range_grid, searched_grid
+from compressor.compress.solvers.lowrank import refit_up
 from compressor.compress.solvers.refine import best_scale, differences, refine, row_losses
 from compressor.compress.solvers.sweep import best_sweep, by_column, column_sweep, gptq_codes
 from compressor.compress.solvers.system import NotSolvable, System, damped_system
 from compressor.kernels.numbers import E2M1, E4M3, Integers, Numbers, Rounding
-from compressor.runtime.schemes import Dense
+from compressor.runtime.schemes import Dense, LowRank
 
 DOUBLE = torch.float64
 WIDE = torch.linspace(1.1, 0.4, 57).tolist()
@@ -465,6 +466,15 @@ def test_the_error_that_is_reported_is_of_what_was_measured() -> None:
     (done,) = (event for event in step.apply(work) if isinstance(event, LayerDone))
     missed = x.double() @ (work.linears["x"].dense() - weight).double().T
     assert done.error == pytest.approx(float(missed.square().sum() / (x @ weight.T).double().square().sum()), rel=1e-4)
+    factors = LowRank(Dense(torch.randn(24, 8, generator=generator)), Dense(torch.randn(8, 64, generator=generator)))
+    work = StageWork({"x": factors}, {"x": factors.dense()}, [["x"]], {"x": statistics})
+    done = {event.name: event for event in step.apply(work) if isinstance(event, LayerDone)}
+    after, damped = work.linears["x"], damped_system(x.T @ x, 0.5).moment
+    assert isinstance(after, LowRank)
+    wanted = refit_up(factors.dense(), damped, after.down.dense(), factors.up.dense())
+    between = (x @ after.down.dense().T).double()
+    missed, whole = (float((between @ part.double().T).square().sum()) for part in (after.up.dense() - wanted, wanted))
+    assert done["x.up"].error == pytest.approx(missed / whole, rel=1e-3)
     seen = StageWork({"x": Dense(weight)}, {"x": weight}, [["x"]], {})
     (done,) = (event for event in step.apply(seen) if isinstance(event, LayerDone))
     off = (seen.linears["x"].dense() - weight).double()

@@ -221,6 +221,14 @@ def test_weights_of_inputs_that_are_never_there_are_not_kept(method: str) -> Non
     assert not kept[:, unused].any()
 
 
+def test_rows_are_taken_apart() -> None:
+    weight, moment = problem(rows=8, columns=64)
+    work = stage(weight.float(), moment)
+    run(SparsePass(kind="sparse24"), work)
+    whole = work.linears["x"]
+    assert torch.equal(whole.rows(slice(3, 6)).dense(), whole.dense()[3:6])
+
+
 def test_without_tokens_pruning_is_by_magnitude_and_says_so() -> None:
     weight = torch.randn(8, 16)
     work = stage(weight, None)

@@ -18,7 +18,7 @@ from .refine import differences, refine, row_losses
 from .sweep import LEAF, compiles, gptq_codes
 from .system import System
 
-_ROWS = 4096  # followed side by side
+_AT_ONCE = 32768  # choices of all rows together that are followed side by side
 
 
 def beam_codes(target: Tensor, grid: Grid, system: System, width: int, keep: Tensor | None = None) -> Tensor:
@@ -34,9 +34,9 @@ def beam_codes(target: Tensor, grid: Grid, system: System, width: int, keep: Ten
     """
     if width == 1:
         return gptq_codes(target, grid, system, keep)[0]
-    found = []
-    for start in range(0, target.shape[1], _ROWS):
-        rows = slice(start, min(start + _ROWS, target.shape[1]))
+    found, at_once = [], _AT_ONCE // width
+    for start in range(0, target.shape[1], at_once):
+        rows = slice(start, min(start + at_once, target.shape[1]))
         kept = None if keep is None else keep[:, rows]
         found.append(_codes(target[:, rows], grid.rows(rows), system, width, kept))
     return torch.cat(found, 1)
@@ -51,12 +51,13 @@ def improved(
         codes: columns first, `[columns, rows]`, as floats; target, keep: alike.
         rounds: of refinement.
     """
+    before = row_losses(differences(codes, grid, target), system.moment)
     found = beam_codes(target, grid, system, width, keep)
     delta, better = differences(found, grid, target), grid
     for _ in range(rounds):
         better = refine(found, delta, better, system.moment, keep)
-    kept = row_losses(differences(codes, grid, target), system.moment) <= row_losses(delta, system.moment)
-    return torch.where(kept, codes, found), grid.where(kept, better)
+    lower = row_losses(delta, system.moment) < before  # nowhere where it is not a number
+    return torch.where(lower, found, codes), better.where(lower, grid)
 
 
 def _codes(target: Tensor, grid: Grid, system: System, width: int, keep: Tensor | None) -> Tensor:

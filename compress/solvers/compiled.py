@@ -43,7 +43,7 @@ def _workers() -> ThreadPoolExecutor:
 def _by_rows(function: Any, rows: int, *arguments: Any, share: int = 1) -> None:
     """Call `function(first row, row behind the last, *arguments)` for parts of the rows, as many as there are threads;
     a row has the work of so many (`share`)."""
-    count = min(torch.get_num_threads(), rows, max(1, rows * share // _ROWS))
+    count = max(1, min(torch.get_num_threads(), rows, rows * share // _ROWS))
     if count == 1:
         function(0, rows, *arguments)
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -71,6 +71,16 @@ class BlockScaled(Operator):
     @property
     def description(self) -> str:
         return self.name if self.inputs is None else f"{self.name}, inputs {self.inputs}"
+
+    def rows(self, which: Tensor | slice) -> BlockScaled:
+        shared = self.rounding.rows
+        if shared == 1:
+            return replace(self, codes=self.codes[which], scales=self.scales[which])
+        if not isinstance(which, slice) or (which.start or 0) % shared or which.step not in (None, 1):
+            raise NotImplementedError(f"{self.name}: rows that share scales are taken together")
+        stop = self.shape[0] if which.stop is None else min(which.stop, self.shape[0])
+        blocks = slice((which.start or 0) // shared, -(-stop // shared))
+        return replace(self, codes=self.codes[which], scales=self.scales[blocks])
 
     def to_tensors(self) -> dict[str, Tensor]:
         if self.rounding.bits == 4:

@@ -59,6 +59,9 @@ class Sparse24(Operator):
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return layouts.expand24(self.values.dense(dtype), self.indices)
 
+    def rows(self, which: Tensor | slice) -> Sparse24:
+        return Sparse24(self.values.rows(which), self.indices[which])
+
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.dense(x.dtype))
 

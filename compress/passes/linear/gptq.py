@@ -61,7 +61,7 @@ class Gptq(Quantizer, Calibrated):
         description="quantize columns in the order that lets later ones make up best for the errors of earlier ones, "
         "large inputs first; costs nothing at run time",
     )
-    refinements: int = Field(3, ge=0, le=20, description="rounds of scale refit and coordinate descent; 0: plain GPTQ")
+    refinements: int = Field(3, ge=0, le=20, description="rounds of scale refit and coordinate descent; as GPTQ: 0")
     objective: Literal["layer", "model"] = Field(
         "layer",
         description="what errors are weighed by. layer: a linear's own outputs; model: what errors of these outputs do "
@@ -73,9 +73,9 @@ class Gptq(Quantizer, Calibrated):
         ge=1,
         le=64,
         description="choices of codes that each row follows side by side in the last sweep, of which the best stays; "
-        "1: plain GPTQ, whose every code is final",
+        "1: a sweep as GPTQ has it, whose every code is final, and no other",
     )
-    search: bool = Field(True, description="try narrower ranges too, and keep the best for each row; false: plain GPTQ")
+    search: bool = Field(True, description="try narrower ranges too, and keep the best for each row; as GPTQ: false")
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -85,8 +85,9 @@ class Gptq(Quantizer, Calibrated):
         sweeps = len(_SHRINKS) if self.search else 1
         rounds = self.refinements * (1 + (self.beam > 1))
         products = (1 + sweeps + 2 * rounds) * rows * columns**2 + self.correcting(rows, columns)
+        products += 4.0 * rows * columns**2  # the error that is told
         # Column after column, a weight costs as much time as this many operations of a GEMM.
-        steps = 600.0 * (sweeps + self.beam * (self.beam > 1)) + 1200.0 * rounds
+        steps = 600.0 * sweeps + 1500.0 * self.beam * (self.beam > 1) + 1200.0 * rounds
         alone = 4.0 * columns**3 + products + steps * rows * columns
         if self.objective == "layer":
             return alone
@@ -97,8 +98,11 @@ class Gptq(Quantizer, Calibrated):
         shapes = [operator.shape for operator in operators]
         rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
         # Solving holds four copies of the moment in bfloat16 at most, the weights, codes and grids of all rows, and
-        # about six float32 copies of the rows at hand.
-        alone = max(self.factoring(columns), 8.0 * columns**2 + 4.0 * rows * columns + 24.0 * min(rows, ROWS) * columns)
+        # about six float32 copies of the rows at hand, eight with several choices of codes, a few columns of each.
+        at_hand = 24.0 * min(rows, ROWS) * columns
+        if self.beam > 1:
+            at_hand += 8.0 * min(rows, ROWS) * columns + rows * columns + 640.0 * min(self.beam * rows, 32768)
+        alone = max(self.factoring(columns), 8.0 * columns**2 + 4.0 * rows * columns + at_hand)
         if any(_wrapped(operator) or operator.kind == "columns" for operator in operators):
             alone = 36.0 * columns**2 + 12.0 * rows * columns
         if self.objective == "layer":

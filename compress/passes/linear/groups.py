@@ -18,6 +18,7 @@ from ...solvers.refine import row_losses
 from ...solvers.system import NotSolvable, System, damped_system
 from .calibrated import ROWS, Calibrated
 
+_LEAST = 1e-6  # share of the mean diagonal that columns without any are given
 SystemOf = Callable[[Tensor, int], System]  # of a second moment over so many tokens
 
 
@@ -122,7 +123,7 @@ class Group:
         factor = torch.linalg.cholesky(cross[:, where])
         moment = moment.addmm_(cross.T, torch.cholesky_solve(cross, factor), alpha=-1).to(self.system.moment.dtype)
         moment[where], moment[:, where] = 0, 0
-        system = damped_system(moment, 0.0, act_order=act_order)
+        system = damped_system(moment, _LEAST, act_order=act_order)
         return replace(self, system=system, energy=self.energy.index_fill(0, where, 0))
 
     def alive(self, weight: Tensor) -> Tensor:
@@ -231,6 +232,8 @@ def _factors(work: StageWork, group: Group, system_of: SystemOf, products: torch
                 weight = refit_up(target, moment, operator.down.dense(), weight)
             between = Statistics(group.tokens, {"moment": operator.between(moment)})
         known = _known(between, system_of, weight, products, group.reason)
+        if group.measured is not None:
+            known["measured"] = operator.between(group.measured)
         work.linears[above] = Dense(weight.to(dtype)) if plain else operator.up
         yield replace(
             group, names=[above], operators=[work.linears[above]], originals=[weight.to(dtype)], shift=None, **known
