@@ -66,7 +66,7 @@ def rounded(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Solvers leave their loops to torch on the CPU as on a GPU, for compiled ones round sums otherwise."""
-    for module in ("sweep", "refine"):
+    for module in ("sweep", "refine", "beam"):
         monkeypatch.setattr(f"compressor.compress.solvers.{module}.compiles", lambda tensor: False)
 
 
