@@ -95,11 +95,9 @@ def at_widths(
 
 
 def _has_width(step: LinearPass) -> bool:
-    from .passes.linear.quantizer import SCHEMES, Quantizer
+    from .passes.linear.quantizer import Quantizer
 
-    if not isinstance(step, Quantizer) or step.bits == "mixed":
-        return False
-    return SCHEMES[step.scheme] == SCHEMES["int"]
+    return isinstance(step, Quantizer) and step.scheme == "int" and step.bits != "mixed"
 
 
 def per_bit(rows: Sequence[AtWidth]) -> float:

@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 import torch
-from test_compiled import ROUNDED, both, problem
+from test_compiled import ROUNDED, both, half_of, problem
 from torch import Tensor
 
 from compressor.compress.solvers import beam
@@ -24,8 +24,7 @@ ALL_FP8 = torch.arange(127).to(torch.uint8).view(torch.float8_e4m3fn).double()
 @pytest.mark.parametrize("name", ROUNDED)
 def test_the_compiled_search_is_that_of_torch(name: str, kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     target, grid, moment = problem(ROUNDED[name])
-    system = damped_system(moment, act_order=True)
-    keep = torch.rand(target.shape, generator=torch.Generator().manual_seed(1)) < 0.5 if kept else None
+    system, keep = damped_system(moment, act_order=True), half_of(target) if kept else None
     own, twin = both(monkeypatch, lambda: beam.beam_codes(target, grid, system, 4, keep), beam)
     assert torch.equal(own, twin)
     free = own if keep is None else own[keep]

@@ -41,6 +41,11 @@ def problem(rounding: Rounding, rows: int = 40) -> tuple[Tensor, Grid, Tensor]:
     )
 
 
+def half_of(target: Tensor) -> Tensor:
+    """bool, alike: which of its entries stay."""
+    return torch.rand(target.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+
+
 def both(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any], *modules: Any) -> tuple[Any, Any]:
     """What comes of the compiled loops, and of torch."""
     first = run()
@@ -53,8 +58,7 @@ def both(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any], *modules: Any)
 @pytest.mark.parametrize("name", ROUNDED)
 def test_the_sweep_and_the_descent_are_those_of_torch(name: str, kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     target, grid, moment = problem(ROUNDED[name])
-    system = damped_system(moment, act_order=True)
-    keep = torch.rand(target.shape, generator=torch.Generator().manual_seed(1)) < 0.5 if kept else None
+    system, keep = damped_system(moment, act_order=True), half_of(target) if kept else None
 
     def run() -> tuple[Tensor, ...]:
         codes, losses = sweep.gptq_codes(target, grid, system, keep)

@@ -42,6 +42,11 @@ def beam_codes(target: Tensor, grid: Grid, system: System, width: int, keep: Ten
     return torch.cat(found, 1)
 
 
+def carried(rows: int, width: int) -> float:
+    """Bytes of what is carried for the choices of so many rows: five float32 numbers for each of `LEAF` columns."""
+    return 20.0 * LEAF * min(rows * width, _AT_ONCE)
+
+
 def improved(
     codes: Tensor, target: Tensor, grid: Grid, system: System, keep: Tensor | None, width: int, rounds: int
 ) -> tuple[Tensor, Grid]:

@@ -95,13 +95,15 @@ class Gptq(Quantizer, Calibrated):
         return alone + 2.0 * rows**3 + turns * 2.0 * rows * columns * (rows + columns) + 3000.0 * turns * rows * columns
 
     def memory(self, operators: Sequence[Operator]) -> float:
+        from ...solvers.beam import carried
+
         shapes = [operator.shape for operator in operators]
         rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
         # Solving holds four copies of the moment in bfloat16 at most, the weights, codes and grids of all rows, and
-        # about six float32 copies of the rows at hand, eight with several choices of codes, a few columns of each.
+        # about six float32 copies of the rows at hand, eight with several choices of codes.
         at_hand = 24.0 * min(rows, ROWS) * columns
         if self.beam > 1:
-            at_hand += 8.0 * min(rows, ROWS) * columns + rows * columns + 640.0 * min(self.beam * rows, 32768)
+            at_hand += 8.0 * min(rows, ROWS) * columns + rows * columns + carried(rows, self.beam)
         alone = max(self.factoring(columns), 8.0 * columns**2 + 4.0 * rows * columns + at_hand)
         if any(_wrapped(operator) or operator.kind == "columns" for operator in operators):
             alone = 36.0 * columns**2 + 12.0 * rows * columns
