@@ -37,6 +37,20 @@ def test_the_compiled_search_is_that_of_torch(name: str, kept: bool, monkeypatch
     assert after.sum() < before.sum()
 
 
+def test_codes_are_one_choice_from_the_first_column_to_the_last() -> None:
+    """Every code is next to what those before it leave, whatever other choices have been followed on the way."""
+    target, grid, moment = problem(ROUNDED["symmetric"], rows=400)
+    system, numbers = damped_system(moment, act_order=True), grid.rounding.numbers
+    found, (scales, _) = beam.beam_codes(target, grid, system, 8), grid.columns(len(target))
+    left = target[system.order].clone()
+    for j, place in enumerate(system.order.tolist()):
+        exact, code = left[j] / scales[:, place], found[place]
+        nearest = numbers.nearest(exact.clone())
+        assert ((code == nearest) | (code == numbers.beside(exact, nearest))).all(), j
+        error = (left[j] - code * scales[:, place]) / system.factor[j, j]
+        left[j:] -= system.factor[j, j:, None] * error
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_a_search_as_wide_as_the_tree_finds_the_best_of_it(symmetric: bool) -> None:
     """All 256 ways to take one of the two numbers next to what is left, column after column, by hand."""

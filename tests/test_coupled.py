@@ -76,6 +76,18 @@ def test_rows_that_are_not_coupled_are_swept_as_ever() -> None:
     assert torch.equal(coupled_sweep(target, grid, system, identity), codes)
 
 
+@pytest.mark.parametrize("rounding", [INTEGERS, ZEROS])
+def test_several_choices_lose_less_where_rows_are_coupled(rounding: Rounding) -> None:
+    target, grid, system, metric = problem(rounding)
+    found = [coupled_sweep(target, grid, system, metric, width=width) for width in (1, 16)]
+    lost = [loss(differences(codes, grid, target), system.moment, metric) for codes in found]
+    assert lost[1] < lost[0]
+    start = gptq_codes(target, grid, system)[0]
+    ends = [coupled(start, target, grid, system, metric, None, 0, width)[0] for width in (1, 16)]
+    assert torch.equal(ends[1], found[1])
+    assert torch.equal(ends[0], found[0])
+
+
 def test_later_rows_make_up_for_earlier_ones_as_well_as_they_can() -> None:
     """Where all but the first block of rows are all but exact, the loss is the least that the first one allows."""
     target, grid, system, metric = problem(Rounding.integers(24, 16))
