@@ -13,24 +13,25 @@ gradient is handed from one to the one before.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ..runtime import processes
 from ..runtime.model.experts import Expert
 from ..runtime.model.skeleton import HEAD_ROWS, Skeleton
-from .chains import Chains, HalfTrail, Spill, Trail
+from .chains import Chains, HalfTrail, Spill, Trail, delete
 from .divergences import LOGITS
 from .drive import carry
 from .routing import experts_of
 from .statistics import Statistics
 
+Key = TypeVar("Key")
 _GRAPH_TOKENS = 1024  # that are run with gradients at a time, where windows are no longer
 _TOKENS, _EACH = 16_384, 8  # that are run back, and for each number of a hidden state, at most
 _ENOUGH = 2  # tokens for each row of a metric, at least
@@ -100,11 +101,12 @@ def reverse_walk(
             number + 1,
             partial(_pulled, back, trail.read(index, "entering"), chains.read(number, "gradient")),
         )
+        back.across()
         take(back)
         chains.advanced(number + 1)
         skeleton.checkpoint.release()
         done(blocks + number)
-    shutil.rmtree(scratch)
+    delete(scratch)
 
 
 def walked_samples(skeleton: Skeleton, samples: int, tokens: int) -> int:
@@ -277,11 +279,27 @@ class BlockBack:
     def _meet(self, name: str, entering: Tensor, lengths: Tensor) -> None:
         rows = entering.reshape(len(lengths), -1).to(self._skeleton.dtype)
         if name not in self.met:
-            own, other = (Statistics.empty(rows.shape[1], ("moment",), rows.device) for _ in range(2))
-            self.met[name] = own, other
+            self.met[name] = _pair(rows.shape[1], rows.device)
         moment, weighed = self.met[name]
         moment.add(rows)
         weighed.add(rows.float() * lengths[:, None])
+
+    def across(self) -> None:
+        """Take in what other processes found of their tokens."""
+        if processes.size() == 1:
+            return
+        everyone = processes.gathered((self._lengths, self._weights, self.lost, set(self.met)))
+        lengths, weights, lost, met = zip(*everyone, strict=True)
+        self._lengths, self._weights, self.lost = _added(lengths), _added(weights), _added(lost)
+        for sums in self._sums.values():
+            sums.across()
+        layer = self._runner.layers[0]
+        for name in sorted(set().union(*met)):
+            width = layer.get_submodule(name).in_features
+            if name not in self.met:
+                self.met[name] = _pair(width, self._skeleton.device)
+            for statistics in self.met[name]:
+                statistics.across()
 
     def found(self) -> dict[str, Curvature]:
         """Disk name → curvature."""
@@ -293,6 +311,20 @@ class BlockBack:
             tokens = self._sums[source].tokens if source in metrics else 0
             result[disk] = Curvature(trace, metrics.get(source), tokens)
         return result
+
+
+def _pair(columns: int, device: torch.device) -> tuple[Statistics, Statistics]:
+    """Two second moments of nothing yet."""
+    return Statistics.empty(columns, ("moment",), device), Statistics.empty(columns, ("moment",), device)
+
+
+def _added(parts: Sequence[Mapping[Key, float]]) -> dict[Key, float]:
+    """Sums by name."""
+    found: dict[Key, float] = {}
+    for part in parts:
+        for name, value in part.items():
+            found[name] = found.get(name, 0.0) + value
+    return found
 
 
 def curvature_cost(

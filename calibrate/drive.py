@@ -1,13 +1,11 @@
 """The loop over the blocks of a model, and over the calibration text inside a block.
 
 Every survey of a whole model goes through `drive`, and every chain is carried over a block by `carry`, that of the walk
-(which has a journal and so a loop of its own) too. Were several processes to share a model, `carry` is where each would
-take its own samples.
+(which has a journal and so a loop of its own) too. Of several processes at work together each carries its own samples.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +16,7 @@ from torch import Tensor
 
 from ..runtime.model.skeleton import Skeleton
 from ..runtime.schemes import Operator
-from .chains import Chains, Spill
+from .chains import Chains, Spill, delete
 
 
 def carry(chains: Chains, chain: str, generation: int, run: Callable[[slice], Tensor]) -> Spill:
@@ -103,4 +101,4 @@ def drive(
         chains.advanced(index + 1)
         for skeleton in skeletons.values():
             skeleton.checkpoint.release()
-    shutil.rmtree(folder)
+    delete(folder)

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..runtime import processes
 from ..runtime.errors import ResourceError
 from ..runtime.files import read_saved, save_synced, write_synced
 from ..runtime.text import json_text
@@ -63,6 +64,8 @@ class BlockFolder:
         return self._index.is_file()
 
     def _save(self, block: int, tensors: dict[str, Tensor], names: dict[str, str]) -> None:
+        if not processes.leads():
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         save_synced(self._file(block), tensors, {**names, _SOURCE: self._digest})
 
@@ -91,8 +94,9 @@ class BlockFolder:
 
     def finish(self, blocks: Iterable[int]) -> None:
         """Declare the folder complete, if it is: a run may have begun without it."""
-        if all(self.holds(block) for block in blocks):
+        if processes.leads() and all(self.holds(block) for block in blocks):
             write_synced(self._index, json.dumps(self.source, indent=2) + "\n")
+        processes.wait()
 
     @property
     def _digest(self) -> str:
@@ -215,7 +219,7 @@ class FiguresFolder:
 
     def holds(self, what: Mapping[str, Any]) -> bool:
         """Whether these figures are there."""
-        return self._path(what)[1].is_file()
+        return processes.once(self._path(what)[1].is_file)
 
     def _path(self, what: Mapping[str, Any]) -> tuple[str, Path]:
         key = _digest({**self.source, "what": what})
@@ -231,12 +235,14 @@ class FiguresFolder:
             ResourceError: the file is damaged.
         """
         key, path = self._path(what)
-        if not path.is_file():
+        if not processes.once(path.is_file):
             found = find()
             if not all(map(math.isfinite, found.values())):
                 return found  # which whoever asked has to see
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_synced(path, json_text({"source": key, "found": found, "sha256": _digest(found)}))
+            if processes.leads():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_synced(path, json_text({"source": key, "found": found, "sha256": _digest(found)}))
+            processes.wait()
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             figures: dict[str, float] = content["found"]
@@ -259,6 +265,8 @@ class BlockFigures:
 
     def save(self, block: int, figures: Mapping[str, Mapping[str, float]]) -> None:
         """Keep a block's."""
+        if not processes.leads():
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         content = json.loads(json.dumps(figures))
         write_synced(self._file(block), json.dumps({"found": content, "sha256": _digest(content)}))

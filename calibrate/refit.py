@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..runtime import processes
 from ..runtime.errors import ModelError
 from ..runtime.model.skeleton import Skeleton
 from .chains import Chains, Spill
@@ -78,13 +79,15 @@ class Routed:
 
     @property
     def fitted(self) -> list[slice]:
-        """Micro-batches of samples to fit on; the others are `held_out`, to see how far a fit holds."""
-        return _slices(0, self.chains.shape[0] - self._aside, self.chains.batch)
+        """This process's micro-batches of samples to fit on; the others are `held_out`, to see how far a fit holds."""
+        own, fitted = self.chains.own, self.chains.shape[0] - self._aside
+        return _slices(own.start, min(own.stop, fitted), self.chains.batch)
 
     @property
     def held_out(self) -> list[slice]:
         """Micro-batches of samples that are not fitted; none where there is a single sample."""
-        return _slices(self.chains.shape[0] - self._aside, self.chains.shape[0], self.chains.batch)
+        own, fitted = self.chains.own, self.chains.shape[0] - self._aside
+        return _slices(max(own.start, fitted), own.stop, self.chains.batch)
 
     @property
     def _aside(self) -> int:
@@ -160,6 +163,8 @@ def normal_equations(routed: Routed, members: Sequence[Member]) -> Normal:
             for number, (_, tokens, h) in enumerate(found):
                 normal.moments[number].addmm_(h.T, h)
                 normal.right[number].addmm_(residual[tokens].T, h)
+    for sums in (*normal.moments, *normal.right):
+        processes.summed(sums)
     return normal
 
 
@@ -177,13 +182,15 @@ def fit(routed: Routed, members: Sequence[Member], damping: float) -> None:
     change, direction = [torch.zeros_like(part) for part in left], steep
     size = _dot(left, steep)
     for _ in range(ITERATIONS):
-        applied = [ridge * part for part in direction]
+        applied = [ridge * part if processes.leads() else torch.zeros_like(part) for part in direction]
         for rows in routed.fitted:
             found = list(routed.activations(rows, members))
             with exact_products(routed.dtype):
                 moved = put_out(found, direction, routed.hidden[rows][..., 0].numel())
                 for (_, tokens, h), part in zip(found, applied, strict=True):
                     part.addmm_(moved[tokens].T, h)
+        for part in applied:
+            processes.summed(part)
         step = (size / _dot(direction, applied).clamp(min=1e-30))[:, None]
         for number in range(len(members)):
             change[number] += step * direction[number]
@@ -209,6 +216,7 @@ def _held(routed: Routed, members: Sequence[Member], change: Sequence[Tensor]) -
         moved = put_out(found, change, len(target))
         along += float(((target - put_out(found, downs, len(target))) * moved).sum(dtype=torch.float64))
         size += float(moved.square().sum(dtype=torch.float64))
+    along, size = processes.summed(torch.tensor([along, size], dtype=torch.float64)).tolist()
     return min(1.0, max(0.0, along / size)) if size > 0 else 0.0
 
 
@@ -271,6 +279,7 @@ def refit_blocks(
         for rows in chains.batches():
             lost += float((target[rows] - follow[rows]).square().sum(dtype=torch.float64))
             whole += float(follow[rows].square().sum(dtype=torch.float64))
+        lost, whole = processes.summed(torch.tensor([lost, whole], dtype=torch.float64)).tolist()
         done(index, lost / max(whole, 1e-30) if experts is not None else None)
 
 

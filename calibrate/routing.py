@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..runtime import processes
 from ..runtime.model.drafting import Drafter, drafters
 from ..runtime.model.experts import Experts
 from ..runtime.model.skeleton import Skeleton
@@ -64,6 +65,12 @@ class Routing:
         self.weighted[expert] += float(sizes.sum())
         if len(g):
             self.peak[expert] = max(float(self.peak[expert]), float((products.abs().amax(1) / g_safe).max()))
+
+    def across(self) -> None:
+        """Take in what other processes found of their tokens."""
+        for sums in (self.tokens, self.weights, self.norms, self.weighted):
+            processes.summed(sums)
+        processes.largest(self.peak)
 
 
 @torch.no_grad()
@@ -143,7 +150,8 @@ def _observed(skeleton: Skeleton, layer: nn.Module, run: Callable[[], object], s
     run()
     for handle in handles:
         handle.remove()
-    save(seen, torch.cat(entered))
+    seen.across()
+    save(seen, torch.cat(processes.gathered(torch.cat(entered)))[:SAMPLE_TOKENS])
 
 
 def experts_of(skeleton: Skeleton, layer: nn.Module) -> Experts | None:

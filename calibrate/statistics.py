@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..runtime import processes
+
 # Tokens for each input with which an expert's moment stands on its own: what other tokens add beyond that made 3-bit
 # experts worse (tiny-moe, 256 tokens of calibration: KL .0402 alone, .0395 with 1/8, .0414 with 1/4, .0478 with 1).
 ENOUGH = 1 / 8
@@ -69,6 +71,7 @@ class Kind:
     Attributes:
         add: takes a batch into it, in place.
         join: takes another's into it in place, times a share where it is a sum.
+        across: takes in those that other processes found, in place.
         divide: makes it, in place, that of inputs that are divided by a scale `[in_features]`.
         work: multiplications it takes, as a share of those of all tokens times the square of `in_features`.
         rows: None for as many as columns; 0 for a vector `[in_features]`.
@@ -77,6 +80,7 @@ class Kind:
 
     add: Callable[[Tensor, Inputs], None]
     join: Callable[[Tensor, Tensor, float], None]
+    across: Callable[[Tensor], object]
     divide: Callable[[Tensor, Tensor], object]
     work: float
     rows: int | None = None
@@ -140,18 +144,24 @@ def _larger(own: Tensor, other: Tensor, share: float) -> None:
     torch.maximum(own, other, out=own)
 
 
+def _fill_across(sums: Tensor) -> None:
+    for part in processes.gathered(sums)[1:]:
+        _fill(sums, part)
+    sums.copy_(processes.shared(sums))
+
+
 def _both_sides(sums: Tensor, scale: Tensor) -> None:
     sums.div_(scale[:, None]).div_(scale)
 
 
 KINDS: Mapping[str, Kind] = {
-    "moment": Kind(_add_moment, _sum, _both_sides, 1 / 2),
-    "cross": Kind(_add_cross, _sum, _both_sides, 1.0, paired=True),
+    "moment": Kind(_add_moment, _sum, processes.summed, _both_sides, 1 / 2),
+    "cross": Kind(_add_cross, _sum, processes.summed, _both_sides, 1.0, paired=True),
     # Of no use but to judge what follows from cross.
-    "held_moment": Kind(_add_held_moment, _sum, _both_sides, HELD / 2, paired=True),
-    "held_cross": Kind(_add_held_cross, _sum, _both_sides, HELD, paired=True),
-    "peak": Kind(_add_peak, _larger, Tensor.div_, 0.0, rows=0),
-    "sample": Kind(_add_sample, _fill, Tensor.div_, 0.0, rows=SAMPLE),
+    "held_moment": Kind(_add_held_moment, _sum, processes.summed, _both_sides, HELD / 2, paired=True),
+    "held_cross": Kind(_add_held_cross, _sum, processes.summed, _both_sides, HELD, paired=True),
+    "peak": Kind(_add_peak, _larger, processes.largest, Tensor.div_, 0.0, rows=0),
+    "sample": Kind(_add_sample, _fill, _fill_across, Tensor.div_, 0.0, rows=SAMPLE),
 }
 UNPAIRED = frozenset(name for name, kind in KINDS.items() if not kind.paired)
 
@@ -218,10 +228,10 @@ class Statistics:
         """Whether there is a second moment, of anything at all."""
         return "moment" in self.sums and self.met
 
-    def lent_to(self, own: Statistics | None) -> Statistics:
-        """These statistics of other tokens, with an expert's own (None: it has none) and of their mean size: they count
+    def lent_to(self, own: Statistics) -> Statistics:
+        """These statistics of other tokens, with an expert's own, if it has any, and of their mean size: they count
         for as many tokens as it takes to have `ENOUGH`."""
-        if own is None or not own.tokens:
+        if not own.tokens:
             return Statistics(0, self.sums, self.tokens)
         width = next(iter(self.sums.values())).shape[-1]
         share = max(0.0, ENOUGH * width - own.tokens) / self.tokens
@@ -235,6 +245,12 @@ class Statistics:
         """Take in those of other tokens, which are not counted where they have a share only."""
         for name, sums in self.sums.items():
             KINDS[name].join(sums, other.sums[name], share)
+
+    def across(self) -> None:
+        """Take in what other processes found of their tokens."""
+        self.tokens = sum(processes.gathered(self.tokens))
+        for name, sums in self.sums.items():
+            KINDS[name].across(sums)
 
     def divide(self, scale: Tensor) -> None:
         """Become those of inputs that are divided by a scale `[in_features]`."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..runtime import processes
 from ..runtime.model.experts import Experts
 from ..runtime.model.families import Group, Stage
 from ..runtime.model.folds import changes, seams
@@ -232,18 +233,26 @@ class Block:
         groups = [group for group in stage if self._kinds(group)]
         if not groups:
             return {}
-        sums: dict[Group, Statistics] = {}
+        sums = {group: self._empty(group, self._kinds(group)) for group in groups}
         self._only(groups)
         with self._captures(groups) as captures:
             for rows in self.chains.batches():
                 for group, (x, weights, reference) in self._inputs(rows, captures).items():
-                    if group not in sums:
-                        sums[group] = Statistics.empty(x.shape[-1], self._kinds(group), x.device)
                     sums[group].add(x, weights, reference)
                 del x, weights, reference  # before the next batch needs the room
         self._only(None)
+        return self._whole(groups, sums)
+
+    def _empty(self, group: Group, kinds: Collection[str]) -> Statistics:
+        width = self.skeleton.layers[self.index].get_submodule(group.linears[0]).in_features
+        return Statistics.empty(width, kinds, self.skeleton.device)
+
+    def _whole(self, groups: Sequence[Group], sums: dict[Group, Statistics]) -> dict[str, Statistics]:
+        """By disk name, what all processes found; of groups that no token came by only what others lend them."""
+        for group in groups:
+            sums[group].across()
         self._lend(groups, sums)
-        return {self._disk(name): sums[group] for group in groups if group in sums for name in group.linears}
+        return {self._disk(name): sums[group] for group in groups if sums[group].met for name in group.linears}
 
     @contextmanager
     def _captures(self, groups: list[Group]) -> Iterator[dict[str, Capture]]:
@@ -284,20 +293,22 @@ class Block:
     def _lend(self, groups: Sequence[Group], sums: dict[Group, Statistics]) -> None:
         """Let experts that saw next to no tokens lean on what they would make of all tokens."""
         assert self.chains is not None
-        inner = self.skeleton.layers[self.index]
         first = next(self.chains.batches())
         for group in groups:
-            number, own = self._number(group), sums.get(group)
-            enough = ENOUGH * inner.get_submodule(group.linears[0]).in_features
-            if number is None or (own is not None and own.tokens >= enough):
-                continue
-            self._experts()[0].everyone = number
-            with self._captures([group]) as captures:
-                x, _, reference = self._inputs(first, captures)[group]
-            lent = Statistics.empty(x.shape[-1], UNPAIRED if self.folder is not None else self._kinds(group), x.device)
-            lent.add(x, None, reference)
-            sums[group] = lent.lent_to(own)
-            self._experts()[0].everyone = None
+            number, own = self._number(group), sums[group]
+            width = self.skeleton.layers[self.index].get_submodule(group.linears[0]).in_features
+            if number is not None and own.tokens < ENOUGH * width:
+                sums[group] = processes.once(partial(self._of_others, group, number, own.sums, first)).lent_to(own)
+
+    def _of_others(self, group: Group, number: int, kinds: Collection[str], rows: slice) -> Statistics:
+        """What an expert would make of all tokens of a micro-batch."""
+        self._experts()[0].everyone = number
+        with self._captures([group]) as captures:
+            x, _, reference = self._inputs(rows, captures)[group]
+        lent = self._empty(group, kinds)
+        lent.add(x, None, reference)
+        self._experts()[0].everyone = None
+        return lent
 
     def _collect_reference(self) -> dict[str, Statistics]:
         """Statistics of all stages in one pass over the original block, which also carries the chain on."""
@@ -305,24 +316,20 @@ class Block:
         groups = [group for stage in self.skeleton.stages(self.index) for group in stage]
         if self.folder is None:
             groups = [group for group in groups if self._kinds(group)]
+        sums = {group: self._empty(group, UNPAIRED if self.folder else self._kinds(group)) for group in groups}
         capture = Capture(self._runners["reference"].layers[0], groups, self.skeleton.dtype, stop=False)
-        sums: dict[Group, Statistics] = {}
 
         def run(rows: slice) -> Tensor:
             for group, (x, weights) in self._forward("reference", rows, capture).items():
-                if group not in sums:
-                    kinds = UNPAIRED if self.folder is not None else self._kinds(group)
-                    sums[group] = Statistics.empty(x.shape[-1], kinds, x.device)
                 sums[group].add(x, weights)
             assert capture.output is not None
             return capture.output
 
         carry(self.chains, "reference", self.index + 1, run)
         capture.close()
-        self._lend(groups, sums)
+        found = self._whole(groups, sums)
         self._runners.clear()
         self._seen = {}
-        found = {self._disk(name): sums[group] for group in groups if group in sums for name in group.linears}
         if self.folder is not None:
             self.folder.save(self.index, found)
         return found

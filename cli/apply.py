@@ -32,8 +32,10 @@ from .arguments import (
 )
 from .recipes import read
 from .session import session
+from .together import command_line, interruption, together
 
 
+@together
 def apply(
     recipe: RecipeArgument,
     model: ModelArgument,
@@ -95,10 +97,12 @@ def apply(
             "--device": device if device != "cpu" else None, "--fit": fit, "--for": reader, "--context": context,
             "--kv-share": kv_share,
         }  # fmt: skip
-        again = _resuming(["compressor", "apply", recipe, model, str(out)], options, overwrite)
+        again = _resuming([*command_line(), "apply", recipe, model, str(out)], options, overwrite)
         session.told = True
-        render.err.print(f"interrupted; nothing is lost, go on with: {again}", soft_wrap=True)
+        render.err.print(f"{interruption()}; nothing is lost, go on with: {again}", soft_wrap=True)
         raise typer.Exit(130) from None
+    if session.follows:
+        return
     [quality], beyond, page = found, found[0].beyond(parsed.limits), out / REPORT
     _say_size(done, aim)
     if as_json:
@@ -179,6 +183,8 @@ def _say_size(plan: Any, aim: Any) -> None:
 
 def _say_first(folder: Path, model: str, out: Path, resume: bool) -> None:
     """What a person may not expect of a run."""
+    if session.follows:
+        return
     from ..calibrate.corpus import has_tokenizer
     from ..compress.journal import Journal
 

@@ -97,6 +97,8 @@ def main() -> None:
     # A kernel is compiled and kept for every batch size, and experts see all of them: the default of 1024 is 400 MB.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
+    if "WORLD_SIZE" in os.environ:  # where another process has ended, what torch says of it is of no use to people
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     words = sys.argv[1:]
     anywhere = [word for word in words if word in _ANYWHERE]
     stdout, code, said = sys.stdout, 2, ""

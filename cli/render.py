@@ -256,6 +256,8 @@ class ApplyProgress:
             self._bar.stop()
 
     def __call__(self, event: Event) -> None:
+        if session.follows:
+            return
         record = event.record()
         if record["kind"] in ("LayerDone", "Solving") and self._bar is not None:
             inside = re.sub(r"^.*?\.\d+\.", "", record["name"])

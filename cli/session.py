@@ -13,12 +13,14 @@ class Session:
         debug: whether errors show where they were raised.
         quiet: whether progress is not shown.
         interrupted: by a signal; told: whether the person has read so.
+        follows: whether another of the processes that work together is the one that talks.
     """
 
     debug: bool = False
     quiet: bool = False
     interrupted: bool = False
     told: bool = False
+    follows: bool = False
 
 
 session = Session()

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..calibrate.folders import CurvatureFolder, FiguresFolder, StatisticsFolder
 from ..calibrate.stage import StageWork
 from ..calibrate.statistics import KINDS
 from ..calibrate.walk import Block, walk
+from ..runtime import processes
 from ..runtime.errors import RecipeError, ResourceError, VerifyError, human_size
 from ..runtime.files import file_sha256
 from ..runtime.formats import PLAIN
@@ -26,11 +28,12 @@ from ..runtime.model.checkpoint import Checkpoint
 from ..runtime.model.disk_experts import fuse
 from ..runtime.model.skeleton import Skeleton
 from ..runtime.schemes import Dense, Operator, from_tensors, identical, stored_name
+from .dealing import rewritten
 from .events import BlockDone, Event, Fallback, LayerDone, Measured, Measuring, Resumed, Solving, Starved, Warned
-from .fingerprint import make_fingerprint, statistics_source
+from .fingerprint import machine, make_fingerprint, statistics_source
 from .guards import check_output, source_skeleton
 from .job import Job
-from .journal import Journal
+from .journal import Journal, differences
 from .output.folder import check_complete, check_runs, finish_folder, write_beside
 from .output.stock import check_stock
 from .output.verify import changed_files
@@ -67,12 +70,17 @@ def apply(
         CompressorError: anything a person can mend; what was done so far can be resumed.
     """
     inputs = [*job.inputs, *([statistics] if statistics else [])]
-    check_output(job.out, resume=resume, overwrite=overwrite, inputs=inputs)
+    processes.once(partial(check_output, job.out, resume=resume, overwrite=overwrite, inputs=inputs))
     skeleton = source_skeleton(job.model, device)
     checkpoint = skeleton.checkpoint
     least = None if job.recipe.data.samples else 1
     with _mendable(job, device):
         plan, text = plan_for_text(job.recipe, skeleton, memory=memory)
+    if text is not None and len(text.windows) < processes.size():
+        raise RecipeError(
+            f"there are {len(text.windows)} windows of text (data.samples) for {processes.size()} processes, each of "
+            "which needs one; start fewer"
+        )
     job = replace(job, recipe=job.recipe.model_copy(update={"data": plan.recipe.data}))
     for warning in plan.warnings:
         listener(Warned(warning))
@@ -88,11 +96,13 @@ def apply(
     journal = Journal(job.out)
     check_memory(plan, memory)
     if not resume:
-        check_disk(plan, job.out)
+        processes.once(partial(check_disk, plan, job.out))
     with _mendable(job, device, plan.memory), closing(journal):
         texts = survey_texts(plan.recipe, checkpoint, least)
         corpus, windows = (None, None) if text is None else (text.corpus, text.windows)
-        fingerprint = make_fingerprint(job, skeleton, corpus, windows, statistics)
+        fingerprint = processes.once(partial(make_fingerprint, job, skeleton, corpus, windows, statistics))
+        fingerprint["processes"] = processes.size()
+        _check_alike(skeleton)
         fingerprint["texts"] = {
             source: {"name": found.corpus.name, "sha256": found.corpus.sha256} for source, found in texts.items()
         }
@@ -110,17 +120,46 @@ def apply(
         job = replace(job, recipe=plan.recipe)
         if journal.finished is None:
             _run(job, plan, windows, folder, curvature, journal, listener)
-            write_beside(journal.result, job, plan)
-            quality = _measured(job, plan, skeleton, text, journal, listener)
-            finish_folder(journal.result, job, plan, fingerprint, journal.entries, quality)
-            journal.done({"step": "finished", "manifest": file_sha256(journal.result / "compressor.json")})
-        elif journal.result.is_dir() and (not journal.holds(journal.result) or changed_files(journal.result)):
-            raise journal.damaged(str(journal.result))
-        listener(Measured(_known_quality(journal)))
-        if journal.result.is_dir():
-            present(journal.result)
-        journal.publish(overwrite=overwrite)
+        finish = partial(_finish, job, plan, skeleton, text, fingerprint, journal, listener)
+        processes.once(partial(finish, present=present, overwrite=overwrite))
     return plan
+
+
+def _check_alike(skeleton: Skeleton) -> None:
+    """
+    Raises:
+        ResourceError: processes would not compute alike.
+    """
+    first, *others = processes.gathered(machine(skeleton))
+    for number, other in enumerate(others, 1):
+        if changed := differences(first, other):
+            raise ResourceError(f"process {number} is not like the first in {'; '.join(changed)}; start all alike")
+
+
+def _finish(
+    job: Job,
+    plan: Plan,
+    skeleton: Skeleton,
+    text: Text | None,
+    fingerprint: dict[str, Any],
+    journal: Journal,
+    listener: Listener,
+    *,
+    present: Callable[[Path], object],
+    overwrite: bool,
+) -> None:
+    """Complete the output, see that it runs, and let it appear; all that is left of a run that was interrupted here."""
+    if journal.finished is None:
+        write_beside(journal.result, job, plan)
+        quality = _measured(job, plan, skeleton, text, journal, listener)
+        finish_folder(journal.result, job, plan, fingerprint, journal.entries, quality)
+        journal.done({"step": "finished", "manifest": file_sha256(journal.result / "compressor.json")})
+    elif journal.result.is_dir() and (not journal.holds(journal.result) or changed_files(journal.result)):
+        raise journal.damaged(str(journal.result))
+    listener(Measured(_known_quality(journal)))
+    if journal.result.is_dir():
+        present(journal.result)
+    journal.publish(overwrite=overwrite)
 
 
 @contextmanager
@@ -184,7 +223,8 @@ def _run(
     files = writer.finished_by(written)
     done = {entry["block"]: entry for entry in journal.entries if "block" in entry}
     first = max(done) + 1 if done else 0
-    _check_written(writer, written, done, journal)
+    if processes.leads():
+        _check_written(writer, written, done, journal)
     if not chain_names(plan.needs) or (folder is not None and folder.complete):
         windows = None  # which nothing is run over
     chains: Chains | None = None
@@ -215,13 +255,16 @@ def _run(
         start = time.monotonic()
         seconds: dict[str, float] = {}
         events = list(_rewrite(job.recipe, block, listener, seconds))
-        _store(block.linears, block.tensors, names[block.index], plan, checkpoint, writer)
+        if processes.leads():
+            _store(block.linears, block.tensors, names[block.index], plan, checkpoint, writer)
         went_on = chains is not None and block.index + 1 < skeleton.blocks
         if went_on:
             block.advance()
         events.append(_block_done(events, block, skeleton.blocks))
-        entry = _done(block.index, events, writer, written[block.index], files[block.index])
-        journal.done({**entry, "chains": chains.checksums(block.index + 1) if chains is not None and went_on else {}})
+        sums = chains.checksums(block.index + 1) if chains is not None and went_on else {}
+        if processes.leads():
+            entry = _done(block.index, events, writer, written[block.index], files[block.index])
+            journal.done({**entry, "chains": sums})
         steps = {step: round(spent, 3) for step, spent in seconds.items()}
         journal.timing({"block": block.index, "seconds": round(time.monotonic() - start, 3), "steps": steps})
         if chains is not None:
@@ -278,7 +321,7 @@ def _begin(
     """
     skeleton, outer = plan.skeleton, dict[str, Operator]()
     events = list(_rewrite_outer(plan, outer, listener if fresh else lambda event: None))
-    if fresh:
+    if fresh and processes.leads():
         writer.start()
         names = skeleton.checkpoint.outside_names()
         for together in [[name] for name in names] if any(map(skeleton.checkpoint.made, names)) else [names]:
@@ -320,7 +363,7 @@ def _rewrite(recipe: Recipe, block: Block, listener: Listener, seconds: dict[str
         work.heard = lambda name, step, share: listener(Solving(name, step, share))
         for step in recipe.linear_passes.values():
             start = time.monotonic()
-            for event in step.apply(work):
+            for event in rewritten(step, work):
                 listener(event)
                 yield event
             seconds[step.kind] = seconds.get(step.kind, 0.0) + time.monotonic() - start

@@ -34,11 +34,18 @@ def make_fingerprint(
         "recipe": job.recipe.model_dump(mode="json"),
         "corpus": None if corpus is None else {"name": corpus.name, "sha256": corpus.sha256},
         "tokens": None if windows is None else windows.numel(),
+        **machine(skeleton),
+        "statistics": None if statistics is None else str(statistics.resolve()),
+    }
+
+
+def machine(skeleton: Skeleton) -> dict[str, Any]:
+    """Of what computes: the same numbers come out where it is the same."""
+    return {
         "versions": versions(),
         "device": str(skeleton.device),
         "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {cpu_capability()}",
         "computes": str(skeleton.dtype).removeprefix("torch."),
-        "statistics": None if statistics is None else str(statistics.resolve()),
         "threads": torch.get_num_threads(),
     }
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..calibrate.curvature import BlockBack, reverse_walk
 from ..calibrate.folders import BlockFigures, CurvatureFolder, FiguresFolder
+from ..runtime import processes
 from ..runtime.model.skeleton import Skeleton
 from .events import Event, Surveyed
 from .passes.base import LinearPass
@@ -84,8 +85,7 @@ class WalkBack:
         def take(back: BlockBack) -> None:
             if open_yet and curvature is not None:
                 curvature.save(back.index, back.found())
-            own = {str(number): dict(step.foretell(skeleton, back)) for number, step in asking.items()}
-            kept.save(back.index, own)
+            kept.save(back.index, processes.once(lambda: _told(skeleton, back, asking)))
 
         def done(step: int) -> None:
             self._listener(Surveyed(step, 2 * skeleton.blocks))
@@ -97,6 +97,10 @@ class WalkBack:
             curvature.finish(range(skeleton.blocks))
         blocks = [kept.load(index) or {} for index in range(skeleton.blocks)]
         return {n: {name: cost for own in blocks for name, cost in own.get(str(n), {}).items()} for n in asking}
+
+
+def _told(skeleton: Skeleton, back: BlockBack, asking: Mapping[int, LinearPass]) -> dict[str, Figures]:
+    return {str(number): dict(step.foretell(skeleton, back)) for number, step in asking.items()}
 
 
 def _of_walk(what: Mapping[str, Any]) -> dict[str, Any]:

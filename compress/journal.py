@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ..runtime import processes
 from ..runtime.errors import ResourceError
 from ..runtime.files import file_sha256, sync_folder
 
@@ -69,14 +70,19 @@ class Journal:
         return f"delete {self.folder} to start over"
 
     def open(self, fingerprint: dict[str, Any], *, resume: bool) -> None:
-        """Start a run or take up an interrupted one.
+        """Start a run or take up an interrupted one; the leading process does, and others are told what is done.
 
         Raises:
             ResourceError: another run works here; or there is work to resume and `resume` was not asked for; or what
                 is there was made from something else, which is named.
         """
-        self._take_lock()
         self.fingerprint = fingerprint
+        if processes.leads():
+            self._open(fingerprint, resume=resume)
+        self.entries = processes.shared(self.entries)
+
+    def _open(self, fingerprint: dict[str, Any], *, resume: bool) -> None:
+        self._take_lock()
         lines = self._whole_lines()
         if not lines:
             if resume and self.out.is_dir() and any(self.out.iterdir()):
@@ -110,11 +116,14 @@ class Journal:
 
     def done(self, entry: dict[str, Any]) -> None:
         """Record a finished step, durably."""
-        self._append(entry)
-        self.entries.append(entry)
+        if processes.leads():
+            self._append(entry)
+            self.entries.append(entry)
 
     def timing(self, entry: dict[str, Any]) -> None:
         """Note how long a step took, in the one file of the output that may differ between equal runs."""
+        if not processes.leads():
+            return
         self._timings.parent.mkdir(parents=True, exist_ok=True)
         with open(self._timings, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")

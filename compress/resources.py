@@ -17,6 +17,7 @@ from ..calibrate.chains import BATCH_TOKENS
 from ..calibrate.curvature import curvature_cost, walked_samples
 from ..calibrate.stage import split_to_fit
 from ..calibrate.statistics import KINDS, paired
+from ..runtime import processes
 from ..runtime.errors import ResourceError, human_size
 from ..runtime.model.checkpoint import Checkpoint
 from ..runtime.model.rotations import ROWS
@@ -275,7 +276,7 @@ def available_memory(device: torch.device = HOST) -> int | None:
     ):
         with suppress(OSError, ValueError):
             free.append(int(Path(limit).read_text()) - int(Path(usage).read_text()))
-    return min(free)
+    return min(free) // processes.beside()
 
 
 def check_memory(plan: Plan, limit: float | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from ..calibrate.corpus import Corpus, builtin_corpus, drawn_windows, file_corpus, load_tokenizer
 from ..calibrate.folders import CurvatureFolder, FiguresFolder, RoutingFolder
 from ..calibrate.statistics import UNPAIRED
+from ..runtime import processes
 from ..runtime.errors import RecipeError
 from ..runtime.files import read_saved
 from ..runtime.model.checkpoint import Checkpoint
@@ -144,12 +146,15 @@ def surveyed(
             open_yet = {n: _ready(recipe, n, skeleton) for n in range(number, len(recipe.passes)) if n not in known}
             foretold = _foretold(skeleton, windows, open_yet, curvature, _figures(figures, passes), journal, listener)
         went_on = folder.is_dir()
+        if number not in known and not step.joint and not processes.leads():
+            known[number] = processes.shared(None)
         if number in known:
             content = recipe.model_dump(mode="json") | {"passes": [known[number]["pass"]]}
             ready = Recipe.model_validate(content).passes[0].before(later).prepare(skeleton)
             if isinstance(ready, ModelPass):
                 ready = ready.with_made([folder / name for name in known[number]["made"]])
-            if journal.finished is None:  # else a crash may have left a part of what is deleted behind the output
+            # Of a finished run, a crash may have left a part of what is deleted behind the output.
+            if journal.finished is None and processes.leads():
                 _check_made(folder, known[number]["made"], journal)
         else:
             folder.mkdir(parents=True, exist_ok=True)
@@ -157,11 +162,15 @@ def surveyed(
             task = texts[ready.text].windows if ready.text in texts else None
             own = (foretold or {}).get(number, {})
             found = Survey(windows, folder, heard, task, None if number else routing, _figures(figures, passes), own)
-            ready = ready.survey(skeleton, found)
+            with nullcontext() if step.joint else processes.alone():
+                ready = ready.survey(skeleton, found)
             made = _made(folder, ready)
-            if went_on:
+            if went_on and processes.leads():
                 _check_made(folder, made, journal)
-            journal.done({"step": "survey", "number": number, "pass": ready.model_dump(mode="json"), "made": made})
+            entry = {"step": "survey", "number": number, "pass": ready.model_dump(mode="json"), "made": made}
+            journal.done(entry)
+            if not step.joint:
+                processes.shared(entry)
         skeleton.checkpoint.release()
         if isinstance(ready, ModelPass):
             skeleton = ready.view(skeleton)

@@ -33,6 +33,7 @@ def ended(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         assert end.value.code == code, told
         return told
 
+    vars(session).update(vars(Session()))
     yield run
     for number, handler in handlers.items():
         signal.signal(number, handler)

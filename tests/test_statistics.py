@@ -92,7 +92,7 @@ def test_what_is_lent_counts_as_much_as_is_missing() -> None:
     torch.testing.assert_close(found.cross, expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(found.sums["peak"], torch.cat([x, y]).abs().amax(0))
     assert (found.tokens, found.lent) == (2, 40)
-    alone = other.lent_to(None)
+    alone = other.lent_to(Statistics.empty(32, KINDS))
     assert (alone.tokens, alone.lent) == (0, 40)
     assert torch.equal(alone.moment, other.moment)
 

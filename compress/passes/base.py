@@ -98,6 +98,7 @@ class Pass(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)  # recipes build one schema of all passes
+    joint: ClassVar[bool] = False  # whether `survey` is for all processes that work together, not for one of them
 
     kind: str
 
@@ -233,6 +234,7 @@ class LinearPass(Pass):
     """A pass that rewrites linears, a stage of a block at a time."""
 
     may_grow: ClassVar[bool] = False  # whether weights may take more bytes, for the sake of something else
+    whole: ClassVar[bool] = False  # whether what becomes of a group of a stage depends on the others
     blind: ClassVar[bool] = False  # whether a matrix of whose inputs nothing is measured is rewritten all the same
     targets: Patterns = Field(
         ("*",),

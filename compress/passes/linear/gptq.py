@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from .groups import Group
 
 _COUPLED_ROUNDS = 2
+_COUPLED = 3.0  # times as long as others, rows that a metric couples take
 _SHRINKS = (1.0, 0.95, 0.9, 0.85)  # of a group's range: cutting off the extremes makes every step smaller
 
 
@@ -243,17 +245,20 @@ class Gptq(Quantizer, Calibrated):
             target: what it aims at, float32.
             keep: bool alike, false where zeros are to stay; None for nowhere.
         """
+        from ....runtime.processes import spread
+
         steps = self.steps(group.originals, rounding, weight.dtype)
         if group.system is None:
             shrinks = self._shrinks(rounding, steps)
             rounded = [_rounded(rows, rounding, steps, group.energy, shrinks) for rows in weight.split(ROWS)]
             return Solution.joined(rounded), f"rounded to nearest, for {group.reason}"
-        parts = []
-        for start in range(0, len(weight), ROWS):
-            rows = slice(start, start + ROWS)
+
+        def solved(rows: slice) -> Solution:
             kept = None if keep is None else keep[rows]
-            parts.append(self._solve_rows(weight[rows], target[rows], kept, rounding, steps, group))
-        solution = Solution.joined(parts)
+            return self._solve_rows(weight[rows], target[rows], kept, rounding, steps, group)
+
+        parts = _parts(len(weight), rounding.rows)
+        solution = Solution.joined(spread([partial(solved, part) for part in parts], [_length(part) for part in parts]))
         return solution, "rounded to nearest, which had the lower loss" if solution.simple.all() else ""
 
     def _swept_again(
@@ -271,18 +276,25 @@ class Gptq(Quantizer, Calibrated):
             target, keep: as of `_solve`.
             linears: rows and curvature of each.
         """
+        from ....runtime.processes import spread
         from ...solvers.coupled import metric_of
 
         if group.system is None:
             return solution
-        parts, start = [], 0
+        system = group.system
+
+        def again(rows: slice, metric: Tensor | None) -> Solution:
+            kept = None if keep is None else keep[rows]
+            return self._again(solution.part(rows), target[rows], kept, metric, system)
+
+        parts, start = list[tuple[slice, "Tensor | None"]](), 0
         for size, curvature in linears:
-            metric = metric_of(curvature)
-            for part in [size] if metric is not None else _parts(size):  # others need not be solved for at once
-                rows = slice(start, start := start + part)
-                kept = None if keep is None else keep[rows]
-                parts.append(self._again(solution.part(rows), target[rows], kept, metric, group.system))
-        return Solution.joined(parts)
+            metric, stop = metric_of(curvature), start + size
+            coupled = [(slice(start, stop), metric)]  # others need not be solved for at once
+            parts += coupled if metric is not None else [(part, None) for part in _parts(size, 1, start)]
+            start = stop
+        costs = [(1.0 if metric is None else _COUPLED) * _length(rows) for rows, metric in parts]
+        return Solution.joined(spread([partial(again, *part) for part in parts], costs))
 
     def _again(
         self, found: Solution, target: Tensor, keep: Tensor | None, metric: Tensor | None, system: System
@@ -358,9 +370,20 @@ def _rounded(weight: Tensor, rounding: Rounding, steps: Steps, energy: Tensor, s
     return Solution(grid, rounding.numbers.as_bytes(codes), everything)
 
 
-def _parts(rows: int) -> list[int]:
-    """`ROWS` of so many at a time."""
-    return [min(ROWS, rows - start) for start in range(0, rows, ROWS)]
+def _parts(rows: int, together: int = 1, start: int = 0) -> list[slice]:
+    """So many rows from one on, `ROWS` at a time at most, and a share of each process's.
+
+    Args:
+        together: rows that are solved for at once.
+    """
+    from ....runtime.processes import size
+
+    most = min(ROWS, together * -(-rows // (together * size())))
+    return [slice(first, min(first + most, start + rows)) for first in range(start, start + rows, most)]
+
+
+def _length(rows: slice) -> float:
+    return float(rows.stop - rows.start)
 
 
 def _wrapped(operator: Operator) -> bool:

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
@@ -54,6 +54,7 @@ Choice = tuple[tuple[int, ...], list[float]]  # what stays of a block, and every
 class ExpertPrune(ModelPass):
     """Drop the experts of each block that matter least."""
 
+    joint: ClassVar[bool] = True
     kind: Literal["expert_prune"]
     criterion: Criterion = Field(
         "reap",
@@ -210,6 +211,8 @@ class ExpertPrune(ModelPass):
 
     def survey(self, skeleton: Skeleton, survey: Survey) -> ExpertPrune:
         """With the experts that matter in `kept`, each block's told as `ExpertsKept`; and with new weights."""
+        from ....runtime import processes
+
         if not self.to_survey:
             return self
         assert self.kept is not None
@@ -220,7 +223,7 @@ class ExpertPrune(ModelPass):
         if self._nominal:
             chosen, costs = {}, self._costs(skeleton, survey) if self.criterion == "model" else {}
             for index in self.kept:
-                chosen[index] = self._choice(look, index, costs.get(index))
+                chosen[index] = processes.once(partial(self._choice, look, index, costs.get(index)))
                 kept, found = chosen[index]
                 tokens = look.seen[index].tokens.int().tolist() if index in look.seen else []
                 survey.listener(ExpertsKept(index, self.criterion, list(kept), found, tokens))
@@ -237,11 +240,12 @@ class ExpertPrune(ModelPass):
 
     def _make(self, name: str, look: Look, survey: Survey, folder: Path) -> None:
         from ....calibrate.refit import fit
+        from ....runtime import processes
 
         if name == "merged":
-            self._merge(look, folder)
+            processes.once(partial(self._merge, look, folder))
         elif name == "corrected":
-            self._correct(look, folder)
+            processes.once(partial(self._correct, look, folder))
         else:
             view = self.view(look.skeleton)
             change = partial(fit, damping=self.damping)

@@ -10,7 +10,7 @@ covariance of gradients). All down projections are then fitted to what the origi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
@@ -29,6 +29,7 @@ _PARTS = ("gate_proj", "up_proj", "down_proj")
 class ExpertWidth(ModelPass):
     """Narrow the experts of all blocks to the neurons that matter most."""
 
+    joint: ClassVar[bool] = True
     kind: Literal["expert_width"]
     criterion: Literal["obs", "activation"] = Field(
         "obs",

@@ -97,11 +97,12 @@ def super_experts(seen: Mapping[int, Routing], blocks: int) -> dict[int, tuple[i
 
 def save_made(view: Skeleton, index: int, tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Leave new weights (names inside a block, in memory) in the dtype that the checkpoint has them in."""
+    from ....runtime import processes
     from ....runtime.files import save_synced
 
     named = {view.disk_name(index, name): tensor for name, tensor in tensors.items()}
     stored = {name: tensor.to(view.checkpoint.tensors[name].dtype) for name, tensor in named.items()}
-    if stored:
+    if stored and processes.leads():
         save_synced(_made_file(folder, index), stored, {})
 
 

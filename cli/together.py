@@ -1,0 +1,63 @@
+"""Commands that the processes of `torchrun` run together: the first talks for all of them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import typer
+
+from .session import session
+
+_GRACE = 5.0  # seconds in which the first process says by itself what is wrong in all of them
+
+
+def together(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that the processes of one `torchrun` run together, if that is what started this one."""
+
+    @wraps(command)
+    def run(*arguments: Any, **options: Any) -> None:
+        if _count() == 1:
+            command(*arguments, **options)
+            return
+        from ..runtime import processes
+
+        session.follows = os.environ["RANK"] != "0"
+        session.quiet |= session.follows
+        try:
+            with processes.joined(options["device"]):
+                command(*arguments, **options)
+        except (Exception, KeyboardInterrupt) as error:
+            if not session.follows or session.debug:
+                raise
+            if not session.interrupted and not isinstance(error, processes.PeerLost):
+                processes.tell(str(error) or repr(error))
+                time.sleep(_GRACE)
+            session.told = True
+            raise typer.Exit(130 if session.interrupted else 2) from None
+
+    return run
+
+
+def command_line() -> list[str]:
+    """The words that started this program, as far as they are known."""
+    if _count() == 1:
+        return ["compressor"]
+    here = int(os.environ["LOCAL_WORLD_SIZE"])
+    return ["torchrun", *(["--nproc-per-node", str(here)] if here == _count() else ["..."]), "-m", "compressor.cli"]
+
+
+def interruption() -> str:
+    """Why the run ends before it is done."""
+    if _count() == 1:
+        return "interrupted"
+    from ..runtime import processes
+
+    return processes.reason() or "interrupted, or a process has ended"
+
+
+def _count() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,0 +1,228 @@
+"""Several processes at work on one model (`torchrun`): every one runs the same program, and here is what they share.
+
+A process reads its own part of the calibration text; sums are added up over all; jobs that are independent of each
+other are dealt out, and everybody gets their results. The first process, which leads, is the only one that writes what
+more than one would write. All of it does nothing where there is one process.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import io
+import os
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .errors import ResourceError
+
+T = TypeVar("T")
+_FAILED = "compressor/failed"  # in the store that all processes reach: why one of them ended
+_PATIENCE = timedelta(days=30)  # a process may solve for hours while others wait; one that ends is noticed at once
+_alone = False
+
+
+class PeerLost(ResourceError):
+    """Another process of the run has ended."""
+
+
+def size() -> int:
+    """How many processes are at work together."""
+    return dist.get_world_size() if dist.is_initialized() and not _alone else 1
+
+
+def rank() -> int:
+    """The number of this one among them, from 0."""
+    return dist.get_rank() if dist.is_initialized() and not _alone else 0
+
+
+def leads() -> bool:
+    """Whether this is the one that writes."""
+    return rank() == 0
+
+
+def beside() -> int:
+    """How many of them share this machine's memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if size() > 1 else 1
+
+
+@contextmanager
+def joined(device: str = "cpu") -> Iterator[None]:
+    """Inside, the processes that `torchrun` started work together.
+
+    Args:
+        device: of the blocks; of GPUs that are not numbered, each process on a machine takes its own.
+
+    Raises:
+        ResourceError: a machine has fewer GPUs than processes.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    gpu = torch.device(device).type == "cuda"
+    if gpu:
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= torch.cuda.device_count():
+            raise ResourceError(f"there are {torch.cuda.device_count()} GPUs here for more processes than that")
+        torch.cuda.set_device(local)
+    with _noticing():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=_PATIENCE)
+    yield
+    wait()
+    dist.destroy_process_group()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process works as if there were no others."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
+def once(make: Callable[[], T]) -> T:
+    """What the leading process makes, on its own, while the others wait for it."""
+    if size() == 1:
+        return make()
+    found = None
+    if leads():
+        with alone():
+            found = make()
+    return shared(found)
+
+
+def shared(value: T | None) -> T:
+    """The leading process's value."""
+    if size() > 1:
+        with _noticing():
+            value = _broadcast(value, 0)
+    return value  # type: ignore[return-value]
+
+
+def gathered(value: T) -> list[T]:
+    """Every process's value, by its number."""
+    if size() == 1:
+        return [value]
+    with _noticing():
+        return [_broadcast(value, number) for number in range(size())]
+
+
+def wait() -> None:
+    """Go on once every process is here."""
+    if size() > 1:
+        with _noticing():
+            dist.barrier()
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum of every process's tensor, in its place; the same bits in all of them."""
+    return _reduced(values, dist.ReduceOp.SUM)
+
+
+def largest(values: Tensor) -> Tensor:
+    """The same with the largest numbers."""
+    return _reduced(values, dist.ReduceOp.MAX)
+
+
+def own(count: int) -> range:
+    """Of so many things in a row, those that are this process's."""
+    number, processes = rank(), size()
+    return range(count * number // processes, count * (number + 1) // processes)
+
+
+def spread(jobs: Sequence[Callable[[], T]], costs: Sequence[float]) -> list[T]:
+    """The results of jobs that are independent of each other, each done by one process on its own.
+
+    Args:
+        costs: what each takes, in any unit: the longest are dealt out first, each to whoever has least to do.
+    """
+    if size() == 1:
+        return [job() for job in jobs]
+    load, mine, owners = [0.0] * size(), list[int](), dict[int, int]()
+    for number in sorted(range(len(jobs)), key=lambda n: (-costs[n], n)):
+        owner = min(range(size()), key=lambda other: (load[other], other))
+        load[owner] += costs[number]
+        owners[number] = owner
+    mine = [number for number in range(len(jobs)) if owners[number] == rank()]
+    with alone():
+        done = {number: jobs[number]() for number in mine}
+    everything = gathered(done)
+    return [everything[owners[number]][number] for number in range(len(jobs))]
+
+
+def reason() -> str:
+    """Why another process ended, where it had time to say so."""
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        return store.get(_FAILED).decode() if store.check([_FAILED]) else ""
+    except (RuntimeError, ValueError):
+        return ""
+
+
+def tell(why: str) -> None:
+    """Leave for the leading process why this one is about to end."""
+    with suppress(RuntimeError, ValueError):
+        dist.distributed_c10d._get_default_store().set(_FAILED, f"process {rank()}: {why}")
+
+
+@contextmanager
+def _noticing() -> Iterator[None]:
+    """Say in a line that another process is gone.
+
+    Raises:
+        PeerLost: it is.
+    """
+    try:
+        yield
+    except RuntimeError:
+        why = reason() or "another process of this run has ended"
+        raise PeerLost(f"{why}; what was done is kept: start all again with --resume") from None
+
+
+def _reduced(values: Tensor, how: Any) -> Tensor:
+    if size() > 1:
+        with _noticing():
+            dist.all_reduce(values, how)
+    return values
+
+
+def _broadcast(value: T, source: int) -> T:
+    """One process's value; its own is not copied."""
+    mine = source == rank()
+    data = _packed(value) if mine else torch.empty(0, dtype=torch.uint8)
+    length = torch.tensor([len(data)])
+    dist.broadcast(length, source)
+    if not mine:
+        data = torch.empty(int(length), dtype=torch.uint8)
+    dist.broadcast(data, source)
+    return value if mine else pickle.loads(data.numpy().tobytes())
+
+
+def _packed(value: object) -> Tensor:
+    file = io.BytesIO()
+    pickler = pickle.Pickler(file, pickle.HIGHEST_PROTOCOL)
+    pickler.dispatch_table = copyreg.dispatch_table.copy()
+    pickler.dispatch_table[Tensor] = _tensor_parts
+    pickler.dispatch_table[torch.nn.Parameter] = _tensor_parts
+    pickler.dump(value)
+    return torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
+
+
+def _tensor_parts(tensor: Tensor) -> tuple[Any, ...]:
+    """How to make a tensor again, of which there is no more than what it shows."""
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return _tensor, (data, tensor.dtype, tuple(tensor.shape), tensor.device.type)
+
+
+def _tensor(data: bytes, dtype: torch.dtype, shape: tuple[int, ...], device: str) -> Tensor:
+    flat = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+    return flat.view(dtype).view(shape).to(device)
