@@ -251,7 +251,8 @@ def _run(
         if kinds := step.needs & KINDS.keys():
             wanted.setdefault(name, set()).update(kinds)
     probed = {name for name, step in wanting if "metric" in step.needs}
-    for block in walk(skeleton, chains, wanted, first, folder, probed, plan.room, plan.stays, curvature):
+    room = min((room for room in processes.gathered(plan.room) if room is not None), default=None)
+    for block in walk(skeleton, chains, wanted, first, folder, probed, room, plan.stays, curvature):
         start = time.monotonic()
         seconds: dict[str, float] = {}
         events = list(_rewrite(job.recipe, block, listener, seconds))

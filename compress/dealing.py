@@ -16,14 +16,14 @@ def rewritten(step: LinearPass, work: StageWork) -> Iterator[Event]:
     """What a pass says that rewrites a stage; the same in every process, as is what becomes of the stage.
 
     Groups, experts above all, are dealt out where each process can have one; else all processes are at each of them
-    together, and the pass deals out rows (`processes.spread`) or has all do the same.
+    together, and the pass deals out linears or rows, or has all do the same.
     """
-    if step.whole or len(work.groups) < processes.size() or processes.size() == 1:
+    if step.whole or processes.size() == 1:
         yield from step.apply(work)
         return
     parts = [work.part([number]) for number in range(len(work.groups))]
     costs = [_cost(step, part) for part in parts]
-    for linears, events in processes.spread([partial(_applied, step, part) for part in parts], costs):
+    for linears, events in processes.spread([partial(_applied, step, part) for part in parts], costs, divisible=True):
         work.linears.update(linears)
         yield from events
 

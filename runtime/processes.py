@@ -139,15 +139,17 @@ def own(count: int) -> range:
     return range(count * number // processes, count * (number + 1) // processes)
 
 
-def spread(jobs: Sequence[Callable[[], T]], costs: Sequence[float]) -> list[T]:
+def spread(jobs: Sequence[Callable[[], T]], costs: Sequence[float], *, divisible: bool = False) -> list[T]:
     """The results of jobs that are independent of each other, each done by one process on its own.
 
     Args:
         costs: what each takes, in any unit: the longest are dealt out first, each to whoever has least to do.
+        divisible: whether jobs deal out parts of themselves, where they are not done by one process on its own: then
+            all processes do one after the other together where not each can have one.
     """
-    if size() == 1:
+    if size() == 1 or (divisible and len(jobs) < size()):
         return [job() for job in jobs]
-    load, mine, owners = [0.0] * size(), list[int](), dict[int, int]()
+    load, owners = [0.0] * size(), dict[int, int]()
     for number in sorted(range(len(jobs)), key=lambda n: (-costs[n], n)):
         owner = min(range(size()), key=lambda other: (load[other], other))
         load[owner] += costs[number]

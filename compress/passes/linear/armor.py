@@ -155,29 +155,36 @@ class ArmorPass(Calibrated):
     def apply(self, work: StageWork) -> Iterator[Event]:
         import torch
 
+        from ....runtime.processes import spread
         from .groups import groups_of
 
         for group in groups_of(self, work, act_order=True, together=4, products=torch.float32, pruned=True):
             targets = group.targets()
             numbers = range(len(group.names))
-            for which in [list(numbers)] if self.share else [[n] for n in numbers]:
-                yield from self._apply_together(work, group, which, [targets[n] for n in which])
+            together = [list(numbers)] if self.share else [[n] for n in numbers]
+            jobs = [partial(self._solved, work, group, which, [targets[n] for n in which]) for which in together]
+            costs = [float(sum(targets[n].numel() for n in which)) for which in together]
+            for which, solved in zip(together, spread(jobs, costs), strict=True):
+                yield from self._finish(work, group, which, [targets[n] for n in which], solved)
 
-    def _apply_together(
-        self, work: StageWork, group: Group, which: list[int], targets: list[Tensor]
-    ) -> Iterator[Event]:
-        """Linears that are to have the same B."""
+    def _solved(self, work: StageWork, group: Group, which: list[int], targets: list[Tensor]) -> Solved:
+        """Factors of linears that are to have the same B."""
         import torch
 
-        from ....runtime.schemes import Armor
-
-        names, dtype = [group.names[n] for n in which], group.originals[which[0]].dtype
-        sizes = [len(target) for target in targets]
+        dtype, sizes = group.originals[which[0]].dtype, [len(target) for target in targets]
         moment = group.system.moment if group.system else group.energy
         goal = torch.cat(targets).T.contiguous()
         asked = self._asked(sizes, len(goal), dtype.itemsize)
         blocks = fitting_block(sizes, asked), fitting_block([len(goal)], asked)
-        solved = self._solve(goal, moment, group, *blocks, dtype, partial(work.heard, names[0], self.kind))
+        return self._solve(goal, moment, group, *blocks, dtype, partial(work.heard, group.names[which[0]], self.kind))
+
+    def _finish(
+        self, work: StageWork, group: Group, which: list[int], targets: list[Tensor], solved: Solved
+    ) -> Iterator[Event]:
+        from ....runtime.schemes import Armor
+
+        names, dtype = [group.names[n] for n in which], group.originals[which[0]].dtype
+        sizes = [len(target) for target in targets]
         start = 0
         for name, size, target in zip(names, sizes, targets, strict=True):
             rows = slice(start, start + size)

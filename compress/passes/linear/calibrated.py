@@ -77,6 +77,18 @@ class Calibrated(LinearPass):
         return frozenset(needed | ({"held_moment", "held_cross"} if self.correction == "auto" else set()))
 
 
+def parts_of(rows: int, together: int = 1, start: int = 0) -> list[slice]:
+    """So many rows from one on in parts, `ROWS` at most, and one for each process that works on the model.
+
+    Args:
+        together: rows that are solved for at once.
+    """
+    from ....runtime.processes import size
+
+    most = min(ROWS, together * -(-rows // (together * size())))
+    return [slice(first, min(first + most, start + rows)) for first in range(start, start + rows, most)]
+
+
 def plain_floats(step: str, name: str, operator: Operator) -> Dense:
     """The operator of a linear that nothing has compressed, stored as plain floats.
 

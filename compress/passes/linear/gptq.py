@@ -34,7 +34,7 @@ from pydantic import Field
 
 from ...events import Event, Fallback, LayerDone
 from ..base import Need
-from .calibrated import ROWS, Calibrated
+from .calibrated import ROWS, Calibrated, parts_of
 from .quantizer import Quantizer
 
 if TYPE_CHECKING:
@@ -257,7 +257,7 @@ class Gptq(Quantizer, Calibrated):
             kept = None if keep is None else keep[rows]
             return self._solve_rows(weight[rows], target[rows], kept, rounding, steps, group)
 
-        parts = _parts(len(weight), rounding.rows)
+        parts = parts_of(len(weight), rounding.rows)
         solution = Solution.joined(spread([partial(solved, part) for part in parts], [_length(part) for part in parts]))
         return solution, "rounded to nearest, which had the lower loss" if solution.simple.all() else ""
 
@@ -291,7 +291,7 @@ class Gptq(Quantizer, Calibrated):
         for size, curvature in linears:
             metric, stop = metric_of(curvature), start + size
             coupled = [(slice(start, stop), metric)]  # others need not be solved for at once
-            parts += coupled if metric is not None else [(part, None) for part in _parts(size, 1, start)]
+            parts += coupled if metric is not None else [(part, None) for part in parts_of(size, 1, start)]
             start = stop
         costs = [(1.0 if metric is None else _COUPLED) * _length(rows) for rows, metric in parts]
         return Solution.joined(spread([partial(again, *part) for part in parts], costs))
@@ -368,18 +368,6 @@ def _rounded(weight: Tensor, rounding: Rounding, steps: Steps, energy: Tensor, s
     codes = grid.codes(exact)
     everything = torch.ones(len(codes), dtype=torch.bool, device=codes.device)
     return Solution(grid, rounding.numbers.as_bytes(codes), everything)
-
-
-def _parts(rows: int, together: int = 1, start: int = 0) -> list[slice]:
-    """So many rows from one on, `ROWS` at a time at most, and a share of each process's.
-
-    Args:
-        together: rows that are solved for at once.
-    """
-    from ....runtime.processes import size
-
-    most = min(ROWS, together * -(-rows // (together * size())))
-    return [slice(first, min(first + most, start + rows)) for first in range(start, start + rows, most)]
 
 
 def _length(rows: slice) -> float:

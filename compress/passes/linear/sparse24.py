@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
@@ -18,7 +19,7 @@ from pydantic import Field, model_validator
 from ....runtime.errors import RecipeError
 from ...events import Event, Fallback, LayerDone
 from ..base import Need
-from .calibrated import ROWS, SWEEPS, Calibrated, plain_floats
+from .calibrated import ROWS, SWEEPS, Calibrated, parts_of, plain_floats
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -116,6 +117,7 @@ class SparsePass(Calibrated):
         return max(alone, 8.0 * columns**2 + 8.0 * rows * columns + 28.0 * largest**2 + 28.0 * largest * columns)
 
     def apply(self, work: StageWork) -> Iterator[Event]:
+        from ....runtime.processes import spread
         from .groups import groups_of
 
         for group in groups_of(self, work, act_order=True, together=4, pruned=True):
@@ -123,9 +125,13 @@ class SparsePass(Calibrated):
             weights = [group.alive(original.float()) for original in group.originals]
             targets = group.targets() if corrected else weights
             reason = f"pruned by magnitude, for {group.reason}" if group.reason and self.method != "magnitude" else ""
-            for name, weight, target in zip(group.names, weights, targets, strict=True):
-                curvature = work.curvatures.get(name) if self.objective == "model" else None
-                sparse = self._pruned(weight.T, target.T.contiguous(), group, curvature)
+            known = work.curvatures if self.objective == "model" else {}
+            jobs = [
+                partial(self._pruned, weight.T, target.T.contiguous(), group, known.get(name))
+                for name, weight, target in zip(group.names, weights, targets, strict=True)
+            ]
+            pruned = spread(jobs, [float(target.numel()) for target in targets], divisible=True)
+            for name, target, sparse in zip(group.names, targets, pruned, strict=True):
                 result = sparse_operator(sparse.T.contiguous().to(group.originals[0].dtype), (sparse != 0).T)
                 work.linears[name] = result
                 if reason:
@@ -136,6 +142,7 @@ class SparsePass(Calibrated):
         """The sparse weight for a stored one and its target, all `[columns, rows]`."""
         import torch
 
+        from ....runtime.processes import spread
         from ...solvers.coupled import coupled_losses, coupled_pairs, metric_of
         from ...solvers.refine import row_losses
         from ...solvers.sparse24 import nowag_scales, swept, top_pairs
@@ -151,12 +158,13 @@ class SparsePass(Calibrated):
         if not self.method.startswith("sparsegpt"):
             return sparse
         losses = row_losses(sparse - target, system.moment)
-        for start in range(0, weight.shape[1], ROWS):
-            rows = slice(start, start + ROWS)
+
+        def better(rows: slice) -> Tensor:
             values, delta = swept(target[:, rows], system, self.sweeps if self.method == "sparsegpt_sweep" else 0)
-            found = row_losses(delta, system.moment)
-            better = found < losses[rows]
-            sparse[:, rows] = torch.where(better, values, sparse[:, rows])
+            return torch.where(row_losses(delta, system.moment) < losses[rows], values, sparse[:, rows])
+
+        parts = parts_of(weight.shape[1])
+        sparse = torch.cat(spread([partial(better, rows) for rows in parts], [1.0] * len(parts)), 1)
         if (metric := metric_of(curvature)) is None:
             return sparse
         values = coupled_pairs(target, system, metric, self.sweeps if self.method == "sparsegpt_sweep" else 0)
