@@ -12,6 +12,7 @@ that is killed and resumed until it comes to its end; each recipe has as many.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
 import random
 import shutil
@@ -62,6 +63,7 @@ def apply(recipe: Path, model: Path, out: Path, resume: bool, environment: dict[
         return child
     os.environ.update({name: str(value) for name, value in environment.items()})
     try:
+        faulthandler.register(signal.SIGUSR1, open(out.with_name(f"stack-{environment['RANK']}"), "w"))  # noqa: SIM115
         silent = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silent, 1)
         os.dup2(os.open(out.with_name("stderr"), os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
@@ -99,7 +101,11 @@ def finished(children: list[int], seconds: float, message: Path, generator: rand
         if os.waitpid(running[0], os.WNOHANG)[0]:
             running.pop(0)
         elif time.monotonic() > until:
-            print(f"process {children.index(running[0])} went on without one that was killed", flush=True)
+            number = children.index(running[0])
+            os.kill(running[0], signal.SIGUSR1)
+            time.sleep(1)
+            stack = message.with_name(f"stack-{number}").read_text()
+            print(f"process {number} went on without one that was killed:\n{stack}", flush=True)
             os.kill(running[0], signal.SIGKILL)
             until = time.monotonic() + PATIENCE
         time.sleep(0.002)

@@ -11,6 +11,7 @@ from pico import known
 from test_sparse import is_24, pattern, problem
 from torch import Tensor
 
+from compressor.calibrate.curvature import Curvature
 from compressor.calibrate.stage import StageWork
 from compressor.compress.events import LayerDone
 from compressor.compress.passes.linear.armor import ArmorPass, fitting_block, largest_block
@@ -18,9 +19,18 @@ from compressor.compress.passes.linear.calibrated import SWEEPS
 from compressor.compress.passes.linear.eora import Eora
 from compressor.compress.passes.linear.gptq import Gptq
 from compressor.compress.passes.linear.sparse24 import SparsePass
-from compressor.compress.solvers.armor import Factors, alternate, choose_pairs, round_of_chunks, step_a, total_loss
+from compressor.compress.solvers.armor import (
+    Factors,
+    alternate,
+    choose_pairs,
+    roots,
+    round_of_chunks,
+    step_a,
+    total_loss,
+)
 from compressor.compress.solvers.armor_adam import adam, gradients, sampled_groups
 from compressor.compress.solvers.armor_codes import store_wrappers
+from compressor.compress.solvers.coupled import damped_metric
 from compressor.compress.solvers.sparse24 import nowag_scales, swept, top_pairs
 from compressor.compress.solvers.stored_factors import stored_blocks
 from compressor.compress.solvers.system import damped_system
@@ -232,6 +242,42 @@ def test_better_objectives_bring_the_outputs_closer() -> None:
     assert losses["full"] < 0.8 * min(losses["published"], losses["proxy"])
     assert losses["full"] < 0.8 * losses["sweep"]
     assert losses["int8"] < 1.1 * losses["full"]
+
+
+def blocks_of(metric: Tensor, size: int) -> Tensor:
+    """Its blocks on the diagonal alone."""
+    return metric * torch.block_diag(*[torch.ones(size, size)] * (len(metric) // size))
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_errors_go_where_the_answers_bear_them(bits: int) -> None:
+    weight, moment = problem(64, 64, tokens=600)
+    weight = weight.bfloat16()
+    found = torch.randn(400, 64, generator=torch.Generator().manual_seed(1), dtype=DOUBLE)
+    found = found @ torch.randn(64, 64, generator=torch.Generator().manual_seed(2), dtype=DOUBLE)
+    curvature = Curvature(1.0, (found.T @ found / 400).float(), 10**9)
+    metric = blocks_of(damped_metric(curvature.metric, 0.1, 10**9), 8).double()
+    lost, tensors = {}, {}
+    for name, objective, there in [("full", "full", True), ("model", "model", True), ("none", "model", False)]:
+        work = stage({"x": weight}, moment)
+        work.curvatures = {"x": curvature} if there else {}
+        step = armor_pass(objective=objective, wrapper_bits=bits)
+        (event,) = step.apply(work)
+        delta = work.linears["x"].dense(DOUBLE) - weight.double()
+        assert event.error == pytest.approx(output_loss(delta + weight, weight, moment), rel=1e-3)
+        lost[name] = float((metric @ delta @ damped(moment) * delta).sum())
+        tensors[name] = work.linears["x"].to_tensors()
+    system = damped_system(moment.float(), 0.01, act_order=True, together=4)
+    delta = swept(weight.float().T.contiguous(), system, SWEEPS)[0].T.double() - weight.double()
+    assert lost["model"] < 0.9 * lost["full"] < float((metric @ delta @ damped(moment) * delta).sum())
+    assert all(torch.equal(tensor, tensors["none"][name]) for name, tensor in tensors["full"].items())
+
+
+def test_roots_of_a_metric_are_those_of_its_blocks() -> None:
+    x = torch.randn(100, 24, dtype=DOUBLE)
+    metric = x.T @ x
+    found = roots(metric, 8)
+    torch.testing.assert_close(torch.block_diag(*(found.mT @ found)), blocks_of(metric, 8))
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,12 @@ def square_part(moment: Tensor, part: slice, dtype: torch.dtype) -> Tensor:
     return (torch.diag(moment[part]) if moment.dim() == 1 else moment[part, part]).to(dtype)
 
 
+def roots(metric: Tensor, size: int) -> Tensor:
+    """R with `Rᵀ R` the diagonal blocks of a metric over the rows, `[blocks, size, size]`."""
+    blocks = metric.view(len(metric) // size, size, -1, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    return torch.linalg.cholesky(blocks.double()).mT.to(metric.dtype)
+
+
 def total_loss(error: Tensor, moment: Tensor) -> float:
     return float(torch.linalg.vecdot(weighed(moment, error), error, dim=0).double().sum())
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ...runtime.schemes import Armor, Operator
@@ -35,7 +36,7 @@ class QuantizedCore:
 
 def store_wrappers(
     factors: Factors, target: Tensor, moment: Tensor, core_step: CoreStep, store: Callable[[Tensor], Stored],
-    chunk: int, b: Operator | None = None, row_weights: Tensor | None = None,
+    chunk: int, b: Operator | None = None, row_weights: Tensor | None = None, outer: Tensor | None = None,
 ) -> tuple[Stored, Operator]:  # fmt: skip
     """Round B, solve for A, round A, and let the core make up for the rest; the factors follow.
 
@@ -44,6 +45,7 @@ def store_wrappers(
         chunk: columns that the core step takes at a time.
         b: B as it is stored already, if it is not to be touched.
         row_weights: `[rows]` that errors are multiplied with, if they are not all alike.
+        outer: R of each block of A, `[blocks, b, b]`, where factors and target are R times what is stored.
 
     Returns:
         A and B.
@@ -53,8 +55,8 @@ def store_wrappers(
     factors.b = as_blocks(b)
     error = target - factors.product()
     step_a(factors, error, moment)
-    a = store(factors.a)
-    factors.a = as_blocks(a)
+    a = store(factors.a if outer is None else torch.linalg.solve(outer, factors.a))
+    factors.a = as_blocks(a) if outer is None else outer @ as_blocks(a)
     error, weighted = target - factors.product(), factors
     if row_weights is not None:
         error *= row_weights

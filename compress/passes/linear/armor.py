@@ -5,6 +5,8 @@
   loss `Σ (W̄ - A S B)²_ij ‖x_j‖²`. The norms end up in A and B.
 - `solver: als` takes closed-form steps of A, B and the whole core in their place.
 - `objective: full` aims at the outputs' error itself, `tr(E H Eᵀ)`, of the weight as it is.
+- `objective: model` aims at `tr(M E H Eᵀ)`, M what errors of the outputs cost the answers (`calibrate/curvature.py`),
+  of which the blocks on the diagonal count that A has. With `M_ii = Rᵀ R` it is the same problem for `R W_i`, `R A_i`.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from pydantic import Field, model_validator
 
 from ....runtime.errors import RecipeError
 from ...events import Event, Fallback, LayerDone
+from ..base import Need
 from .calibrated import CORRECTION, ROWS, SWEEPS, Calibrated, Correction, plain_floats
 from .sparse24 import sparse_operator, sparse_plan
 
@@ -48,10 +51,12 @@ class ArmorPass(Calibrated):
     solver: Literal["adam", "als"] = Field(
         "adam", description="how the factors are found: adam: as published; als: closed-form steps, far faster"
     )
-    objective: Literal["proxy", "full"] = Field(
+    objective: Literal["proxy", "full", "model"] = Field(
         "proxy",
         description="what the factors minimise: proxy: the published loss, diagonal and of the normalised weight; "
-        "full: the outputs' error",
+        "full: the outputs' error; model: what that does to the answers of the model, found by a walk back from its "
+        "end, as far as it is between rows of one block of A (of linears of up to twice as many rows as a hidden state "
+        "has numbers; others by the outputs' error)",
     )
     iterations: int | None = Field(
         None,
@@ -77,6 +82,10 @@ class ArmorPass(Calibrated):
         if self.objective == "proxy":
             self._refuse_idle("with objective: proxy, whose loss is diagonal", "shrinkage")
         return self
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return super().needs | ({"curvature"} if self.objective == "model" else set())
 
     def planned(self, name: str, operator: Operator, group: Mapping[str, Dense]) -> Operator:
         """The factors on `meta`.
@@ -135,13 +144,13 @@ class ArmorPass(Calibrated):
 
     def flops(self, rows: int, columns: int) -> float:
         weights = rows * columns
-        product = 2.0 * weights * columns if self.objective == "full" else 0.0
+        product = 2.0 * weights * columns if self.objective != "proxy" else 0.0
         block = LARGEST if self.block_size == "auto" else self.block_size
         adam = 3 * product + weights * (18.0 * block + 400.0)
         correcting = self.correcting(rows, columns)
         if self.solver == "adam":
             return correcting + self.rounds * adam
-        swept = SWEEPS * (product + 6000.0 * weights) if self.objective == "full" else 0.0
+        swept = SWEEPS * (product + 6000.0 * weights) if self.objective != "proxy" else 0.0
         steps = self.rounds * (2 * product + weights * (12.0 * block + 6000.0))
         return correcting + steps + self.polish * adam + swept
 
@@ -150,7 +159,9 @@ class ArmorPass(Calibrated):
         rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
         largest = rows if self.share else max(shape[0] for shape in shapes)
         copies = 14 if self.solver == "adam" or self.polish else 11  # float32, of the linears that are solved together
-        return max(self.factoring(columns), 8.0 * columns**2 + 4.0 * rows * columns + 4.0 * copies * largest * columns)
+        metric = 8.0 * largest**2 if self.objective == "model" else 0.0
+        solving = 8.0 * columns**2 + 4.0 * rows * columns + 4.0 * copies * largest * columns + metric
+        return max(self.factoring(columns), solving)
 
     def apply(self, work: StageWork) -> Iterator[Event]:
         import torch
@@ -171,12 +182,19 @@ class ArmorPass(Calibrated):
         """Factors of linears that are to have the same B."""
         import torch
 
+        from ...solvers.armor import roots
+        from ...solvers.coupled import metric_of
+
         dtype, sizes = group.originals[which[0]].dtype, [len(target) for target in targets]
         moment = group.system.moment if group.system else group.energy
         goal = torch.cat(targets).T.contiguous()
         asked = self._asked(sizes, len(goal), dtype.itemsize)
         blocks = fitting_block(sizes, asked), fitting_block([len(goal)], asked)
-        return self._solve(goal, moment, group, *blocks, dtype, partial(work.heard, group.names[which[0]], self.kind))
+        known = work.curvatures if self.objective == "model" else {}
+        metrics = [metric for n in which if (metric := metric_of(known.get(group.names[n]))) is not None]
+        outer = torch.cat([roots(metric, blocks[0]) for metric in metrics]) if len(metrics) == len(which) else None
+        passed = partial(work.heard, group.names[which[0]], self.kind)
+        return self._solve(goal, moment, group, *blocks, dtype, outer, passed)
 
     def _finish(
         self, work: StageWork, group: Group, which: list[int], targets: list[Tensor], solved: Solved
@@ -201,7 +219,7 @@ class ArmorPass(Calibrated):
 
     def _solve(
         self, goal: Tensor, moment: Tensor, group: Group, high: int, wide: int, dtype: torch.dtype,
-        passed: Callable[[float], None],
+        outer: Tensor | None, passed: Callable[[float], None],
     ) -> Solved:  # fmt: skip
         """The factors of `[columns, rows]`, A and B as they will be stored.
 
@@ -214,6 +232,7 @@ class ArmorPass(Calibrated):
         from ...solvers.armor import Factors, alternate, choose_pairs, total_loss
         from ...solvers.armor_adam import RATE, adam
         from ...solvers.armor_codes import store_wrappers
+        from ...solvers.row_metric import times_blocks
         from ...solvers.sparse24 import CHUNK, nowag_scales, swept
         from ...solvers.stored_factors import as_blocks, stored_blocks
 
@@ -227,6 +246,11 @@ class ArmorPass(Calibrated):
         start = Factors.start(target, energy, high, wide)
         plain = start.copy()
         plain.core = goal * (plain.core != 0)
+        if self.objective != "proxy" and group.system is not None:
+            plain.core = torch.cat([swept(part, group.system, SWEEPS)[0] for part in goal.split(ROWS, 1)], 1)
+        if outer is not None:  # R: what errors of a block's rows cost together is Rᵀ R
+            goal, target = times_blocks(goal, outer.mT), times_blocks(target, outer.mT)
+            start.a = outer.clone()
         if self.solver == "adam":
             factors, lowest, initial = adam(start, target, loss, self.rounds, rate=RATE, passed=passed)
         else:
@@ -240,17 +264,16 @@ class ArmorPass(Calibrated):
         assert not lowest > initial, (lowest, initial)
         factors.a *= outputs.view(-1, high, 1)
         factors.b *= inputs.view(-1, 1, wide)
-        loss = loss if self.objective == "full" else energy / inputs[:, 0].square()
+        loss = loss if self.objective != "proxy" else energy / inputs[:, 0].square()
         weights = 1 / outputs
 
         def store(blocks: Tensor) -> Stored:
             return stored_blocks(blocks, dtype, self.wrapper_bits)
 
-        a, b = store_wrappers(factors, goal, loss, choose_pairs, store, CHUNK, row_weights=weights)
-        if self.objective == "full" and group.system is not None:
-            plain.core = torch.cat([swept(part, group.system, SWEEPS)[0] for part in goal.split(ROWS, 1)], 1)
+        a, b = store_wrappers(factors, goal, loss, choose_pairs, store, CHUNK, row_weights=weights, outer=outer)
         identities = store(plain.a), store(plain.b)
         plain.a, plain.b = map(as_blocks, identities)
+        plain.a = plain.a if outer is None else outer @ plain.a
         lost = []
         for state in (factors, plain):
             state.core = state.core.to(dtype).to(goal.dtype)
