@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +24,7 @@ from .arguments import (
     MemoryOption,
     ModelArgument,
     OverwriteOption,
+    PlannedArgument,
     RecipeArgument,
     RevisionOption,
     SetOption,
@@ -235,7 +237,7 @@ def _print_applied(done: Any, model: str, out: Path, quality: Any, page: Path) -
 
 def plan(
     recipe: RecipeArgument,
-    model: ModelArgument,
+    model: PlannedArgument,
     edits: SetOption = None,
     memory: MemoryOption = None,
     device: DeviceOption = "cpu",
@@ -263,16 +265,20 @@ def plan(
     depend on them alone or with --predict."""
     if sweep and not predict:
         raise RecipeError("--sweep goes with --predict")
-    aim = _aim(recipe, fit, reader, context, kv_share)
-    _, parsed, folder, _ = _read(recipe, edits, aim, model, revision, device)
-    allowed = bytes_of(memory)
+    aim, allowed = _aim(recipe, fit, reader, context, kv_share), bytes_of(memory)
+    with _headers(model, predict) as (model, alone):
+        _, parsed, folder, _ = _read(recipe, edits, aim, model, revision, device)
 
-    from ..compress.guards import source_skeleton
-    from ..compress.parallel import unsplittable
-    from ..compress.plan import plan_for_text, rows
-    from ..compress.resources import estimated_seconds
+        from ..compress.guards import source_skeleton
+        from ..compress.parallel import unsplittable
+        from ..compress.plan import make_plan, plan_for_text
+        from ..compress.resources import estimated_seconds
 
-    result, text = plan_for_text(parsed, source_skeleton(folder, device), look=True, memory=allowed)
+        skeleton, text = source_skeleton(folder, device), None
+        if alone:
+            result = make_plan(parsed, skeleton, memory=allowed)
+        else:
+            result, text = plan_for_text(parsed, skeleton, look=True, memory=allowed)
     seconds, free = estimated_seconds(result), shutil.disk_usage(Path.cwd()).free
     apart = None if tp is None else unsplittable(result, tp)
     expected, widths = _predicted(result, text, sweep=sweep) if predict else (None, [])
@@ -282,18 +288,7 @@ def plan(
         at = {"widths": [asdict(row) for row in widths]} if sweep else {}
         render.document(_plan_record(result) | more | at)
         return
-    render.out.print(render.plan_table(rows(result)))
-    render.out.say(
-        f"\nweights {human_size(result.bytes_before)} → {human_size(result.bytes_after)} "
-        f"({result.bytes_before / result.bytes_after:.2f} × smaller), format {result.format.name}, read by "
-        f"{render.readers(result)}\nmemory {human_size(result.memory)} beyond the imports (on {device}), disk "
-        f"{human_size(result.disk)} of {human_size(free)} free here (activations in it are deleted at the end), "
-        f"roughly {seconds:.0f} s"
-    )
-    _print_notes(result)
-    data = result.recipe.data
-    if result.needs:
-        render.out.print(f"calibration: {data.tokens:,} tokens, in windows of {data.sequence_length}")
+    _print_plan(result, device, seconds, free)
     if expected is not None:
         render.out.say(expected.told())
     if widths:
@@ -309,6 +304,41 @@ def plan(
         render.out.print(f"over {tp} GPUs: every part holds whole groups")
     if any(step.to_survey for step in result.recipe.passes):
         render.out.say("the run begins with a survey of the model, which finds the ranks, experts or weights to keep")
+
+
+@contextmanager
+def _headers(model: str, predict: bool) -> Iterator[tuple[str, bool]]:
+    """A model whose headers can be read, and whether these are all that there is: of a config, those that it says."""
+    if not (Path(model).is_file() and Path(model).suffix == ".json"):
+        yield model, False
+        return
+    if predict:
+        raise RecipeError("--predict runs the model, and a config alone has no weights")
+    from tempfile import TemporaryDirectory
+
+    from ..runtime.model.imagined import imagine
+
+    with TemporaryDirectory(prefix="compressor-config-") as folder:
+        imagine(Path(model), Path(folder))
+        yield folder, True
+
+
+def _print_plan(result: Any, device: str, seconds: float, free: int) -> None:
+    from ..compress.plan import rows
+
+    render.out.print(render.plan_table(rows(result)))
+    time = f"{seconds:.0f} s" if seconds < 10_000 else f"{seconds / 3600:,.0f} h"
+    render.out.say(
+        f"\nweights {human_size(result.bytes_before)} → {human_size(result.bytes_after)} "
+        f"({result.bytes_before / result.bytes_after:.2f} × smaller), format {result.format.name}, read by "
+        f"{render.readers(result)}\nmemory {human_size(result.memory)} beyond the imports (on {device}), disk "
+        f"{human_size(result.disk)} of {human_size(free)} free here (activations in it are deleted at the end), "
+        f"roughly {time} with one process"
+    )
+    _print_notes(result)
+    data = result.recipe.data
+    if result.needs:
+        render.out.print(f"calibration: {data.tokens:,} tokens, in windows of {data.sequence_length}")
 
 
 def _predicted(result: Any, text: Any, *, sweep: bool) -> tuple[Any, list[Any]]:

@@ -56,6 +56,9 @@ def model_folder(source: str, revision: str | None = None) -> tuple[Path, str | 
 
 RecipeArgument = Annotated[str, typer.Argument(help="a recipe file, or the name of a shipped recipe")]
 ModelArgument = Annotated[str, typer.Argument(help="a model folder, a hub id (owner/name), or a GGUF file")]
+PlannedArgument = Annotated[
+    str, typer.Argument(help="a model folder, a hub id (owner/name), a GGUF file, or a config.json alone")
+]
 FolderArgument = Annotated[Path, typer.Argument(help="a folder that apply wrote")]
 JsonOption = Annotated[bool, typer.Option("--json", help="one JSON document on stdout")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="change the recipe: path=value, may be repeated")]

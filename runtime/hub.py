@@ -34,6 +34,10 @@ def resolve_model(source: str, revision: str | None = None) -> tuple[Path, str |
         from .gguf_source import folder_of  # which imports torch
 
         return folder_of(path), None
+    if path.is_file() and path.suffix == ".json":
+        raise ModelError(
+            f"{source}: is a config alone, of which plan says what it would come to, and no more can be done"
+        )
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         raise ModelError(f"{source}: no such model folder, and not a hub id of the form owner/name")
     from huggingface_hub import snapshot_download

@@ -338,13 +338,7 @@ class Checkpoint:
         path = self.path / name
         if not path.is_file():  # nor a pipe, which would be read for ever
             raise ModelError(f"{self.path}: {name} is missing; is this a Hugging Face model folder?")
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise ModelError(f"{path}: not readable as JSON ({error})") from None
-        if not isinstance(content, dict):
-            raise ModelError(f"{path}: a JSON object is expected")
-        return content
+        return read_json(path)
 
     def _weight_files(self) -> dict[str, set[str] | None]:
         """File → the names the index promises for it (None without an index)."""
@@ -401,6 +395,21 @@ class Checkpoint:
             name = sorted(promised.symmetric_difference(names))[0]
             where = "promised by the index but not in the file" if name in promised else "not in the index"
             raise ModelError(f"{path}: {name} is {where}; the index and the shards are of different models")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file.
+
+    Raises:
+        ModelError: there is none.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: a JSON object is expected")
+    return content
 
 
 def non_finite(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[str]:

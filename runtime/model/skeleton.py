@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import copy
 import reprlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,33 +33,43 @@ from .wide import Wide
 
 def meta_model(checkpoint: Checkpoint) -> Any:
     """The language model of a checkpoint on `meta`, experts as separate linears, with all parts around it."""
-    config = model_config(checkpoint)
-    plain = config.get_text_config() is config
-    try:
-        with torch.device("meta"):
-            kind = AutoModelForCausalLM if plain else AutoModelForImageTextToText
-            model = kind.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    except Exception as error:  # transformers raises whatever its models do
-        told = f"transformers cannot build the model ({first_line(error)})"
-        raise ModelError(f"{checkpoint.path}/config.json: {told}") from None
+    model = stock_model(model_config(checkpoint), checkpoint.path / "config.json", torch.float32)
     unfuse_experts(model)
     plain_linears(model)
     return model.eval()
 
 
+def stock_model(config: Any, file: Path, dtype: torch.dtype) -> Any:
+    """The model of a config on `meta`, as transformers has it.
+
+    Args:
+        file: that the config is from.
+    """
+    plain = config.get_text_config() is config
+    try:
+        with torch.device("meta"):
+            kind = AutoModelForCausalLM if plain else AutoModelForImageTextToText
+            return kind.from_config(config, dtype=dtype, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever its models do
+        raise ModelError(f"{file}: transformers cannot build the model ({first_line(error)})") from None
+
+
 def model_config(checkpoint: Checkpoint) -> Any:
     """The transformers config of a checkpoint, from the dictionary that was read."""
-    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    return config_of(checkpoint.config, checkpoint.path / "config.json")
+
+
+def config_of(content: Mapping[str, Any], file: Path) -> Any:
+    """The transformers config that a `config.json` says, but for how weights are stored."""
+    config = {key: value for key, value in content.items() if key != "quantization_config"}
     try:
         kind = CONFIG_MAPPING[config["model_type"]]
         return kind.from_dict(kind._decode_special_floats(config))  # as infinities are written
     except KeyError:
-        raise ModelError(
-            f"{checkpoint.path}/config.json: model_type {config.get('model_type')!r} is not a family that transformers "
-            "knows"
-        ) from None
+        told = f"model_type {config.get('model_type')!r} is not a family that transformers knows"
+        raise ModelError(f"{file}: {told}") from None
     except Exception as error:  # transformers raises whatever its config classes do
-        raise ModelError(f"{checkpoint.path}/config.json: transformers cannot read it ({first_line(error)})") from None
+        raise ModelError(f"{file}: transformers cannot read it ({first_line(error)})") from None
 
 
 def calibration_dtype(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> torch.dtype:
