@@ -11,11 +11,13 @@ gradient.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ...calibrate.curvature import Curvature
+from ...runtime import processes
 from .beam import beam_codes
 from .compiled import best_steps, couple_columns, refused_steps
 from .grid import Grid
@@ -74,6 +76,17 @@ def in_blocks(target: Tensor, metric: Tensor, solve: Callable[[Tensor, Tensor], 
         start = own.stop
 
 
+def _side_by_side(
+    find: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], aims: Tensor, rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What is found for rows `[columns, n]` of a block, which are independent of each other, by all processes."""
+    count = min(processes.size(), len(rows))
+    parts = zip(aims.tensor_split(count, 1), rows.tensor_split(count), strict=True)
+    found = processes.spread([partial(find, *part) for part in parts], [1.0] * count)
+    first, second = zip(*found, strict=True)
+    return torch.cat(first, 1), torch.cat(second, 1)
+
+
 def coupled_sweep(
     target: Tensor, grid: Grid, system: System, metric: Tensor, keep: Tensor | None = None, width: int = 1
 ) -> Tensor:
@@ -89,10 +102,14 @@ def coupled_sweep(
     """
     codes = torch.empty_like(target)
 
+    def found(aims: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        own, kept = grid.rows(rows), None if keep is None else keep[:, rows]
+        best = beam_codes(aims, own, system, width, kept)
+        return best, differences(best, own, aims)
+
     def solve(aims: Tensor, rows: Tensor) -> Tensor:
-        kept = None if keep is None else keep[:, rows]
-        codes[:, rows] = beam_codes(aims, grid.rows(rows), system, width, kept)
-        return differences(codes[:, rows], grid.rows(rows), aims)
+        codes[:, rows], delta = _side_by_side(found, aims, rows)
+        return delta
 
     in_blocks(target, metric, solve)
     return codes
@@ -189,7 +206,7 @@ def coupled_pairs(target: Tensor, system: System, metric: Tensor, sweeps: int) -
     values = torch.empty_like(target)
 
     def solve(aims: Tensor, rows: Tensor) -> Tensor:
-        values[:, rows], delta = swept(aims, system, sweeps)
+        values[:, rows], delta = _side_by_side(lambda own, _: swept(own.contiguous(), system, sweeps), aims, rows)
         return delta
 
     in_blocks(target, metric, solve)

@@ -294,7 +294,7 @@ class Gptq(Quantizer, Calibrated):
             parts += coupled if metric is not None else [(part, None) for part in parts_of(size, 1, start)]
             start = stop
         costs = [(1.0 if metric is None else _COUPLED) * _length(rows) for rows, metric in parts]
-        return Solution.joined(spread([partial(again, *part) for part in parts], costs))
+        return Solution.joined(spread([partial(again, *part) for part in parts], costs, divisible=True))
 
     def _again(
         self, found: Solution, target: Tensor, keep: Tensor | None, metric: Tensor | None, system: System
