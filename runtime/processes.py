@@ -147,22 +147,26 @@ def spread(jobs: Sequence[Callable[[], T]], costs: Sequence[float], *, divisible
     """The results of jobs that are independent of each other, each done by one process on its own.
 
     Args:
-        costs: what each takes, in any unit: the longest are dealt out first, each to whoever has least to do.
+        costs: what each takes, in any unit.
         divisible: whether jobs deal out parts of themselves, where they are not done by one process on its own: then
             all processes do one after the other together where not each can have one.
     """
     if size() == 1 or (divisible and len(jobs) < size()):
         return [job() for job in jobs]
-    load, owners = [0.0] * size(), dict[int, int]()
-    for number in sorted(range(len(jobs)), key=lambda n: (-costs[n], n)):
-        owner = min(range(size()), key=lambda other: (load[other], other))
-        load[owner] += costs[number]
-        owners[number] = owner
-    mine = [number for number in range(len(jobs)) if owners[number] == rank()]
+    owners = dealt(costs, size())
     with alone():
-        done = {number: jobs[number]() for number in mine}
-    everything = gathered(done)
-    return [everything[owners[number]][number] for number in range(len(jobs))]
+        mine = {number: jobs[number]() for number, owner in enumerate(owners) if owner == dist.get_rank()}
+    found = gathered(mine)
+    return [found[owner][number] for number, owner in enumerate(owners)]
+
+
+def dealt(costs: Sequence[float], count: int) -> list[int]:
+    """Which of so many processes does each job: the longest first, to whoever has least to do."""
+    load, owners = [0.0] * count, [0] * len(costs)
+    for number in sorted(range(len(costs)), key=lambda n: (-costs[n], n)):
+        owners[number] = min(range(count), key=load.__getitem__)
+        load[owners[number]] += costs[number]
+    return owners
 
 
 def reason() -> str:

@@ -92,6 +92,12 @@ def test_what_processes_share(tmp_path: Path) -> None:
     assert [found["leads"] for found in (first, second, third)] == [True, False, False]
 
 
+def test_jobs_are_dealt_to_whoever_has_least_to_do() -> None:
+    assert processes.dealt([1, 1, 5, 1, 1], 3) == [1, 2, 0, 1, 2]
+    assert processes.dealt([3, 3, 2, 2, 2], 2) == [0, 1, 0, 1, 0]
+    assert processes.dealt([1], 4) == [0]
+
+
 def test_one_process_shares_with_nobody() -> None:
     assert processes.gathered(3) == [3]
     assert processes.spread([lambda: 1, lambda: 2], [1, 1]) == [1, 2]
