@@ -1,6 +1,6 @@
 """Calibration activations on disk: one file per chain and generation, of which only the rows in use are mapped.
 
-Where several processes share a model (`runtime/processes.py`), each writes its own samples of the same files.
+Where several processes share a model (`runtime/processes.py`), each has files of its own, for its own samples.
 """
 
 from __future__ import annotations
@@ -51,6 +51,9 @@ class Chains:
     """Hidden states `[samples, tokens, hidden_size]` entering a block, for each chain in `names`.
 
     A generation is complete once `commit` returns: its files are synced, and the generation before may go.
+
+    Attributes:
+        own: samples that are this process's: whole micro-batches, the same as of one process, if there are enough.
     """
 
     dtype: ClassVar[torch.dtype] = torch.float32
@@ -59,6 +62,12 @@ class Chains:
         self, folder: Path, names: tuple[str, ...], shape: tuple[int, int, int], batch_tokens: int = BATCH_TOKENS
     ) -> None:
         self.folder, self.names, self.shape, self._tokens = folder, names, shape, batch_tokens
+        self._process = f"-{processes.rank()}" if processes.size() > 1 else ""
+        batches = -(-shape[0] // self.batch)
+        self.own = processes.own(shape[0])
+        if batches >= processes.size():
+            part = processes.own(batches)
+            self.own = range(part.start * self.batch, min(part.stop * self.batch, shape[0]))
         folder.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -66,47 +75,32 @@ class Chains:
         """Samples per micro-batch."""
         return max(1, self._tokens // self.shape[1])
 
-    @property
-    def own(self) -> range:
-        """Samples that are this process's: whole micro-batches, the same as of one process, if there are enough."""
-        samples, batches = self.shape[0], -(-self.shape[0] // self.batch)
-        if batches < processes.size():
-            return processes.own(samples)
-        part = processes.own(batches)
-        return range(part.start * self.batch, min(part.stop * self.batch, samples))
-
     def batches(self) -> Iterator[slice]:
         """This process's samples, one micro-batch after the other."""
         for start in range(self.own.start, self.own.stop, self.batch):
             yield slice(start, min(start + self.batch, self.own.stop))
 
     def read(self, generation: int, name: str) -> Spill:
-        return Spill(open(self._path(generation, name), "rb+"), self.shape, self.dtype)
+        return Spill(open(self._path(generation, name), "rb+"), self.shape, self.dtype, self.own.start)
 
     def create(self, generation: int, name: str) -> Spill:
-        """A new generation's file, at its full size, for all processes."""
-        path = self._path(generation, name)
-        if processes.leads():
-            _reserved(path, _nbytes(self.shape, self.dtype)).close()
-        processes.wait()
-        return self.read(generation, name)
+        """A new generation's file, at its full size."""
+        return self._new(self._path(generation, name), self.shape, self.dtype)
 
     def scratch(self, width: int, dtype: torch.dtype) -> Spill:
-        """Room for this process's part of `[samples, tokens, width]` that is gone with its last reference."""
-        path, shape = self.folder / f"scratch-{processes.rank()}", (*self.shape[:2], width)
-        file = _reserved(path, _nbytes((len(self.own), *shape[1:]), dtype))
+        """Room for `[samples, tokens, width]` that is gone with its last reference."""
+        path = self.folder / f"scratch{self._process}"
+        spill = self._new(path, (*self.shape[:2], width), dtype)
         path.unlink()
-        return Spill(file, shape, dtype, self.own.start)
+        return spill
 
     def exists(self, generation: int) -> bool:
-        size = _nbytes(self.shape, self.dtype)
-        return all(p.is_file() and p.stat().st_size == size for p in (self._path(generation, n) for n in self.names))
+        size, paths = self._nbytes(self.shape, self.dtype), [self._path(generation, name) for name in self.names]
+        return all(processes.gathered(all(path.is_file() and path.stat().st_size == size for path in paths)))
 
     def checksums(self, generation: int) -> dict[str, str]:
-        """Of a generation's files, by chain; of each process's part, where there are several."""
-        row = _nbytes(self.shape, self.dtype) // self.shape[0]
-        part = self.own.start * row, len(self.own) * row
-        mine = {name: checksum(pieces_of(self._path(generation, name), *part)) for name in self.names}
+        """Of a generation's files, by chain; of each process's."""
+        mine = {name: checksum(pieces_of(self._path(generation, name))) for name in self.names}
         parts = processes.gathered(mine)
         return {name: " ".join(found[name] for found in parts) for name in self.names}
 
@@ -130,23 +124,34 @@ class Chains:
         """The generation from which an interrupted walk without a journal goes on; -1: none is there, or it was
         damaged."""
         generation, known = processes.once(self._recorded)
-        return generation if generation >= 0 and self.checksums(generation) == known else -1
+        whole = generation >= 0 and self.exists(generation) and self.checksums(generation) == known
+        return generation if whole else -1
 
     def _recorded(self) -> tuple[int, dict[str, str]]:
         """What `advanced` left, or -1."""
         try:
             generation, checksums = json.loads((self.folder / "reached").read_text(encoding="utf-8"))
-            return (int(generation), dict(checksums)) if self.exists(generation) else (-1, {})
+            return int(generation), dict(checksums)
         except (OSError, ValueError, TypeError):
             return -1, {}
 
     def drop(self, generation: int) -> None:
-        """Delete a generation that no process reads any more."""
-        for name in self.names if processes.leads() else ():
+        """Delete a generation, once all processes know, and the first has recorded, that it is not wanted any more."""
+        processes.wait()
+        for name in self.names:
             self._path(generation, name).unlink(missing_ok=True)
 
     def _path(self, generation: int, name: str) -> Path:
-        return self.folder / f"{generation:05d}.{name}.f{8 * self.dtype.itemsize}"
+        return self.folder / f"{generation:05d}.{name}{self._process}.f{8 * self.dtype.itemsize}"
+
+    def _new(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype) -> Spill:
+        """A new file with room for this process's part of `[samples, ...]`."""
+        file = open(path, "wb+")  # noqa: SIM115 (the spill keeps it)
+        reserve(file, self._nbytes(shape, dtype))
+        return Spill(file, shape, dtype, self.own.start)
+
+    def _nbytes(self, shape: tuple[int, int, int], dtype: torch.dtype) -> int:
+        return len(self.own) * math.prod(shape[1:]) * dtype.itemsize
 
 
 def delete(folder: Path) -> None:
@@ -155,17 +160,6 @@ def delete(folder: Path) -> None:
     if processes.leads():
         shutil.rmtree(folder)
     processes.wait()
-
-
-def _nbytes(shape: tuple[int, int, int], dtype: torch.dtype) -> int:
-    return math.prod(shape) * dtype.itemsize
-
-
-def _reserved(path: Path, size: int) -> BinaryIO:
-    """A new file of so many bytes."""
-    file = open(path, "wb+")  # noqa: SIM115 (the caller keeps it)
-    reserve(file, size)
-    return file
 
 
 class Trail(Chains):
@@ -182,15 +176,18 @@ class Trail(Chains):
     def reached(self) -> int:
         """The last generation up to which all are there and undamaged."""
         generation = 0
-        while (known := processes.once(partial(self._known, generation))) and self.checksums(generation) == known:
+        while self._whole(generation):
             generation += 1
         return generation - 1
+
+    def _whole(self, generation: int) -> bool:
+        known = processes.once(partial(self._known, generation))
+        return bool(known) and self.exists(generation) and self.checksums(generation) == known
 
     def _known(self, generation: int) -> dict[str, str]:
         """What `advanced` left of a generation; nothing where that, or it, is not there."""
         try:
-            known = dict(json.loads(self._sums(generation).read_text(encoding="utf-8")))
-            return known if self.exists(generation) else {}
+            return dict(json.loads(self._sums(generation).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return {}
 

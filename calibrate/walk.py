@@ -186,7 +186,8 @@ class Block:
         if not names:
             return {}
         chain, runner = next(iter(self._runners.items()))  # the compressed one, if there is one
-        found = output_metrics(self.skeleton, runner, self.chains.read(self.index, chain)[: self.chains.batch], names)
+        hidden = self.chains.read(self.index, chain)[next(self.chains.batches())]
+        found = processes.once(lambda: output_metrics(self.skeleton, runner, hidden, names))
         return {self._disk(name): metric for name, metric in zip(names, found, strict=True)}
 
     def _replay(self, scales: Mapping[str, Tensor]) -> None:
