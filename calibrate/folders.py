@@ -61,7 +61,7 @@ class BlockFolder:
 
     @property
     def complete(self) -> bool:
-        return self._index.is_file()
+        return processes.once(self._index.is_file)
 
     def _save(self, block: int, tensors: dict[str, Tensor], names: dict[str, str]) -> None:
         if not processes.leads():
@@ -273,6 +273,9 @@ class BlockFigures:
 
     def load(self, block: int) -> dict[str, dict[str, float]] | None:
         """A block's; None where they are not there, or damaged."""
+        return processes.once(lambda: self._read(block))
+
+    def _read(self, block: int) -> dict[str, dict[str, float]] | None:
         try:
             content = json.loads(self._file(block).read_text(encoding="utf-8"))
             found: dict[str, dict[str, float]] = content["found"]

@@ -238,11 +238,14 @@ class Block:
         self._only(groups)
         with self._captures(groups) as captures:
             for rows in self.chains.batches():
-                for group, (x, weights, reference) in self._inputs(rows, captures).items():
-                    sums[group].add(x, weights, reference)
-                del x, weights, reference  # before the next batch needs the room
+                self._add(sums, rows, captures)
         self._only(None)
         return self._whole(groups, sums)
+
+    def _add(self, sums: Mapping[Group, Statistics], rows: slice, captures: dict[str, Capture]) -> None:
+        """Take in a micro-batch, of which nothing is left when the next needs the room."""
+        for group, (x, weights, reference) in self._inputs(rows, captures).items():
+            sums[group].add(x, weights, reference)
 
     def _empty(self, group: Group, kinds: Collection[str]) -> Statistics:
         width = self.skeleton.layers[self.index].get_submodule(group.linears[0]).in_features

@@ -100,8 +100,9 @@ def apply(
             "--kv-share": kv_share,
         }  # fmt: skip
         again = _resuming([*command_line(), "apply", recipe, model, str(out)], options, overwrite)
+        if not session.told and not session.follows:
+            render.err.print(f"{interruption()}; nothing is lost, go on with: {again}", soft_wrap=True)
         session.told = True
-        render.err.print(f"{interruption()}; nothing is lost, go on with: {again}", soft_wrap=True)
         raise typer.Exit(130) from None
     if session.follows:
         return

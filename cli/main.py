@@ -120,7 +120,7 @@ def main() -> None:
             code, said = 130, "interrupted"
         else:
             said = _told(error)
-    if said:
+    if said and not session.follows:
         print(said, file=sys.stderr)
     sys.exit(code)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from typing import Any
 
@@ -20,23 +21,26 @@ def together(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def run(*arguments: Any, **options: Any) -> None:
-        if _count() == 1:
-            command(*arguments, **options)
+        session.follows = _count() > 1 and os.environ["RANK"] != "0"
+        if _count() == 1 or options.get("dry_run"):
+            if not session.follows:
+                command(*arguments, **options)
             return
+        from ..compress.guards import check_device
         from ..runtime import processes
 
-        session.follows = os.environ["RANK"] != "0"
         session.quiet |= session.follows
         try:
+            check_device(options["device"])
             with processes.joined(options["device"]):
                 command(*arguments, **options)
         except (Exception, KeyboardInterrupt) as error:
             if not session.follows or session.debug:
                 raise
             if not session.interrupted and not isinstance(error, processes.PeerLost):
-                processes.tell(str(error) or repr(error))
-                time.sleep(_GRACE)
-            session.told = True
+                with suppress(KeyboardInterrupt):
+                    processes.tell(str(error) or repr(error))
+                    time.sleep(_GRACE)
             raise typer.Exit(130 if session.interrupted else 2) from None
 
     return run
@@ -46,7 +50,7 @@ def command_line() -> list[str]:
     """The words that started this program, as far as they are known."""
     if _count() == 1:
         return ["compressor"]
-    here = int(os.environ["LOCAL_WORLD_SIZE"])
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
     return ["torchrun", *(["--nproc-per-node", str(here)] if here == _count() else ["..."]), "-m", "compressor.cli"]
 
 
@@ -56,7 +60,7 @@ def interruption() -> str:
         return "interrupted"
     from ..runtime import processes
 
-    return processes.reason() or "interrupted, or a process has ended"
+    return processes.reason() or "interrupted"
 
 
 def _count() -> int:

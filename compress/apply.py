@@ -76,11 +76,6 @@ def apply(
     least = None if job.recipe.data.samples else 1
     with _mendable(job, device):
         plan, text = plan_for_text(job.recipe, skeleton, memory=memory)
-    if text is not None and len(text.windows) < processes.size():
-        raise RecipeError(
-            f"there are {len(text.windows)} windows of text (data.samples) for {processes.size()} processes, each of "
-            "which needs one; start fewer"
-        )
     job = replace(job, recipe=job.recipe.model_copy(update={"data": plan.recipe.data}))
     for warning in plan.warnings:
         listener(Warned(warning))
@@ -99,6 +94,7 @@ def apply(
         processes.once(partial(check_disk, plan, job.out))
     with _mendable(job, device, plan.memory), closing(journal):
         texts = survey_texts(plan.recipe, checkpoint, least)
+        _check_windows([*texts.values(), *([text] if text else [])])
         corpus, windows = (None, None) if text is None else (text.corpus, text.windows)
         fingerprint = processes.once(partial(make_fingerprint, job, skeleton, corpus, windows, statistics))
         fingerprint["processes"] = processes.size()
@@ -123,6 +119,19 @@ def apply(
         finish = partial(_finish, job, plan, skeleton, text, fingerprint, journal, listener)
         processes.once(partial(finish, present=present, overwrite=overwrite))
     return plan
+
+
+def _check_windows(texts: Sequence[Text]) -> None:
+    """
+    Raises:
+        RecipeError: there are not enough for each process to have one.
+    """
+    fewest = min((len(text.windows) for text in texts), default=processes.size())
+    if fewest < processes.size():
+        raise RecipeError(
+            f"there are {fewest} windows of text (data.samples) for {processes.size()} processes, each of which needs "
+            "one; start fewer"
+        )
 
 
 def _check_alike(skeleton: Skeleton) -> None:

@@ -77,10 +77,13 @@ class WalkBack:
             every = (name for index in range(skeleton.blocks) for name in skeleton.linears(index))
             inputs = frozenset(name for name in every if any(step.wants(name) for step in asking.values()))
 
-        def taken(index: int) -> bool:
+        def there(index: int) -> bool:
             found = kept.load(index)
-            there = found is not None and {str(number) for number in asking} <= found.keys()
-            return there and (not open_yet or (curvature is not None and curvature.holds(index)))
+            told = found is not None and {str(number) for number in asking} <= found.keys()
+            return told and (not open_yet or (curvature is not None and curvature.holds(index)))
+
+        def taken(index: int) -> bool:
+            return processes.once(lambda: there(index))
 
         def take(back: BlockBack) -> None:
             if open_yet and curvature is not None:

@@ -16,16 +16,18 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import ResourceError
+from .errors import ResourceError, first_line
 
 T = TypeVar("T")
 _FAILED = "compressor/failed"  # in the store that all processes reach: why one of them ended
 _MEETING = timedelta(minutes=5)  # in which all processes have to be there
 _PATIENCE = timedelta(days=30)  # a process may solve for hours while others wait; one that ends is noticed at once
+_ALIGNED = 16  # bytes: where a tensor of any dtype can begin
 _group: Any = None
 _alone = False
 
@@ -59,26 +61,29 @@ def joined(device: str = "cpu") -> Iterator[None]:
     """Inside, the processes that `torchrun` started work together.
 
     Args:
-        device: of the blocks; of GPUs that are not numbered, each process on a machine takes its own.
+        device: of the blocks; of GPUs, each process on a machine takes its own.
 
     Raises:
-        ResourceError: a machine has fewer GPUs than processes.
+        ResourceError: a machine has fewer GPUs than processes, or they do not come together.
     """
+    global _group
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
     gpu = torch.device(device).type == "cuda"
     if gpu:
-        local = int(os.environ["LOCAL_RANK"])
+        local = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
+        if torch.device(device).index is not None:
+            raise ResourceError(f"--device {device}: several processes take a GPU each; say cuda")
         if local >= torch.cuda.device_count():
             raise ResourceError(f"there are {torch.cuda.device_count()} GPUs here for more processes than that")
         torch.cuda.set_device(local)
-    global _group
-    with _noticing():
+    try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=_MEETING)
         _group = dist.new_group(timeout=_PATIENCE)
+    except RuntimeError as error:
+        raise ResourceError(f"the processes do not come together ({first_line(error)})") from None
     yield
-    wait()
     dist.destroy_process_group()
 
 
@@ -106,18 +111,12 @@ def once(make: Callable[[], T]) -> T:
 
 def shared(value: T | None) -> T:
     """The leading process's value."""
-    if size() > 1:
-        with _noticing():
-            value = _broadcast(value, 0)
-    return value  # type: ignore[return-value]
+    return _broadcast(value, 0) if size() > 1 else value  # type: ignore[return-value]
 
 
 def gathered(value: T) -> list[T]:
     """Every process's value, by its number."""
-    if size() == 1:
-        return [value]
-    with _noticing():
-        return [_broadcast(value, number) for number in range(size())]
+    return [_broadcast(value, number) for number in range(size())] if size() > 1 else [value]
 
 
 def wait() -> None:
@@ -193,6 +192,8 @@ def _noticing() -> Iterator[None]:
     """
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:
         why = reason() or "another process of this run has ended"
         raise PeerLost(f"{why}; what was done is kept: start all again with --resume") from None
@@ -208,31 +209,54 @@ def _reduced(values: Tensor, how: Any) -> Tensor:
 def _broadcast(value: T, source: int) -> T:
     """One process's value; its own is not copied."""
     mine = source == rank()
-    data = _packed(value) if mine else torch.empty(0, dtype=torch.uint8)
-    length = torch.tensor([len(data)])
-    dist.broadcast(length, source, _group)
-    if not mine:
-        data = torch.empty(int(length), dtype=torch.uint8)
-    dist.broadcast(data, source, _group)
-    return value if mine else pickle.loads(data.numpy().tobytes())
+    data, lengths = _packed(value) if mine else (torch.empty(0, dtype=torch.uint8), torch.empty(2, dtype=torch.int64))
+    with _noticing():
+        dist.broadcast(lengths, source, _group)
+        if not mine:
+            data = torch.empty(int(lengths[0]), dtype=torch.uint8)
+        dist.broadcast(data, source, _group)
+    return value if mine else _unpacked(data, int(lengths[1]))
 
 
-def _packed(value: object) -> Tensor:
-    file = io.BytesIO()
-    pickler = pickle.Pickler(file, pickle.HIGHEST_PROTOCOL)
+def _packed(value: object) -> tuple[Tensor, Tensor]:
+    """Bytes, and how many they are and of these those before the tensors; each tensor is copied once."""
+    file, buffers = io.BytesIO(), list[pickle.PickleBuffer]()
+    pickler = pickle.Pickler(file, 5, buffer_callback=buffers.append)
     pickler.dispatch_table = copyreg.dispatch_table.copy()
     pickler.dispatch_table[Tensor] = _tensor_parts
     pickler.dispatch_table[torch.nn.Parameter] = _tensor_parts
     pickler.dump(value)
-    return torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
+    tensors = [torch.from_numpy(np.asarray(buffer.raw())) for buffer in buffers]
+    head = pickle.dumps((file.getvalue(), [len(tensor) for tensor in tensors]))
+    parts = [torch.frombuffer(bytearray(head), dtype=torch.uint8), *tensors]
+    total = sum(_aligned(len(part)) for part in parts)
+    data, at = torch.empty(total, dtype=torch.uint8), 0
+    for part in parts:
+        data[at : at + len(part)] = part
+        at += _aligned(len(part))
+    return data, torch.tensor([total, len(head)])
+
+
+def _unpacked(data: Tensor, head: int) -> Any:
+    """The value, whose tensors lie in the bytes."""
+    content, lengths = pickle.loads(data[:head].numpy().tobytes())
+    buffers, at = list[Any](), _aligned(head)
+    for length in lengths:
+        buffers.append(data[at : at + length].numpy())
+        at += _aligned(length)
+    return pickle.loads(content, buffers=buffers)
+
+
+def _aligned(length: int) -> int:
+    return -(-length // _ALIGNED) * _ALIGNED
 
 
 def _tensor_parts(tensor: Tensor) -> tuple[Any, ...]:
     """How to make a tensor again, of which there is no more than what it shows."""
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    return _tensor, (data, tensor.dtype, tuple(tensor.shape), tensor.device.type)
+    data: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return _tensor, (pickle.PickleBuffer(data), tensor.dtype, tuple(tensor.shape), tensor.device.type)
 
 
-def _tensor(data: bytes, dtype: torch.dtype, shape: tuple[int, ...], device: str) -> Tensor:
-    flat = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-    return flat.view(dtype).view(shape).to(device)
+def _tensor(data: Any, dtype: torch.dtype, shape: tuple[int, ...], device: str) -> Tensor:
+    flat = torch.frombuffer(data, dtype=dtype) if len(data) else torch.empty(0, dtype=dtype)
+    return flat.view(shape).to(device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -195,12 +196,10 @@ def test_processes_together_do_what_one_does(
     family: str, passes: str, pico: Pico, calibration_text: Path, tmp_path: Path
 ) -> None:
     recipe, model = written(tmp_path, calibration_text, passes), pico(family, num_hidden_layers=2)
-    for out in ("out", "again"):
-        first, *others = applied(2, recipe, model, out, cwd=tmp_path)
-        assert first[0] == 0, first[1].stderr
-        assert [(code, done.stdout + done.stderr) for code, done in others] == [(0, "")]
-        assert "next: compressor eval" in first[1].stdout
-    same_folders(tmp_path / "again", tmp_path / "out")
+    first, *others = applied(2, recipe, model, "out", cwd=tmp_path)
+    assert first[0] == 0, first[1].stderr
+    assert [(code, done.stdout + done.stderr) for code, done in others] == [(0, "")]
+    assert "next: compressor eval" in first[1].stdout
     run("apply", recipe, model, "one", cwd=tmp_path)
     ours, theirs = (open_model(tmp_path / folder) for folder in ("out", "one"))
     assert ours.tensors.keys() == theirs.tensors.keys()
@@ -281,6 +280,90 @@ def test_every_process_needs_a_window(pico: Pico, calibration_text: Path, tmp_pa
     assert first == 2
     assert "2 windows of text (data.samples) for 3 processes" in told.stderr
     assert [done.stderr for _, done in others] == ["", ""]
+    (tmp_path / "task.txt").write_text("a few words " * 15)
+    recipe.write_text(
+        f"data: {{source: '{calibration_text}', sequence_length: 128}}\n"
+        f"passes: [{{kind: expert_prune, ratio: .25, task: {tmp_path / 'task.txt'}}}]\n"
+    )
+    (first, told), *others = applied(3, recipe, pico("qwen3_moe"), "out", cwd=tmp_path)
+    assert first == 2
+    assert "windows of text (data.samples) for 3 processes" in told.stderr
+
+
+def late(this: int) -> None:
+    """Let the second process come late to the end of every block."""
+    from compressor.compress import apply
+
+    done = apply._block_done
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.5)
+        return done(*arguments)
+
+    if this == 1:
+        apply._block_done = slow
+
+
+def test_statistics_that_are_kept_are_those_of_all(pico: Pico, calibration_text: Path, tmp_path: Path) -> None:
+    passes = "{kind: awq}, {kind: gptq, group_size: 32, sequential: false, correction: 0, search: false}"
+    recipe, model = written(tmp_path, calibration_text, passes), pico(num_hidden_layers=2)
+    for out in ("out", "again"):
+        found = applied(2, recipe, model, out, "--statistics", "kept", cwd=tmp_path, before=late)
+        assert [code for code, _ in found] == [0, 0], found[0][1].stderr
+    same_folders(tmp_path / "again", tmp_path / "out")
+    run("apply", recipe, model, "one", cwd=tmp_path)
+    ours, theirs = (open_model(tmp_path / folder) for folder in ("out", "one"))
+    same = [float((ours.tensor(name) == theirs.tensor(name)).double().mean()) for name in theirs.tensors]
+    assert sum(same) / len(same) > 0.9  # scales that awq moves are the same everywhere, too
+
+
+def test_what_is_beyond_the_limits_is_said_once(pico: Pico, calibration_text: Path, tmp_path: Path) -> None:
+    recipe, model = written(tmp_path, calibration_text, "{kind: rtn, bits: 2, group_size: 32}"), pico()
+    recipe.write_text(recipe.read_text().replace("kl: null", "kl: 1.e-9"))
+    (first, told), (second, silent) = applied(2, recipe, model, "out", cwd=tmp_path)
+    assert (first, second) == (1, 0)
+    assert "is above limits.kl" in told.stderr
+    assert silent == ("", "")
+
+
+def test_a_plan_is_printed_once(pico: Pico, calibration_text: Path, tmp_path: Path) -> None:
+    recipe = written(tmp_path, calibration_text, QUICK)
+    (first, told), (second, silent) = applied(2, recipe, pico(), "out", "--dry-run", cwd=tmp_path)
+    assert (first, second) == (0, 0)
+    assert told.stdout.count("memory") == 1
+    assert silent == ("", "")
+
+
+def stopped(this: int) -> None:
+    """Let all processes be interrupted in their first block, as from a keyboard."""
+    from compressor.calibrate.walk import Block
+
+    advance = Block.advance
+
+    def interrupted(block: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        advance(block)
+
+    Block.advance = interrupted
+
+
+def test_an_interruption_is_said_once(pico: Pico, calibration_text: Path, tmp_path: Path) -> None:
+    recipe, model = written(tmp_path, calibration_text, QUICK), pico(num_hidden_layers=2)
+    (first, told), (second, silent) = applied(2, recipe, model, "out", cwd=tmp_path, before=stopped)
+    assert first == second == 130
+    assert told.stderr.splitlines()[-1] == (
+        f"interrupted; nothing is lost, go on with: torchrun --nproc-per-node 2 -m compressor.cli apply {recipe} "
+        f"{model} out --resume"
+    )
+    assert silent.stderr == ""
+    assert applied(2, recipe, model, "out", "--resume", cwd=tmp_path)[0][0] == 0
+
+
+def test_devices_are_looked_at_first(pico: Pico, calibration_text: Path, tmp_path: Path) -> None:
+    recipe = written(tmp_path, calibration_text, QUICK)
+    (first, told), (second, silent) = applied(2, recipe, pico(), "out", "--device", "gpu", cwd=tmp_path)
+    assert (first, second, silent.stderr) == (2, 2, "")
+    assert told.stderr == "error: --device gpu: is not cpu or cuda\n"
 
 
 def one_more_thread(this: int) -> None:
