@@ -15,10 +15,10 @@ from .passes.base import LinearPass
 def rewritten(step: LinearPass, work: StageWork) -> Iterator[Event]:
     """What a pass says that rewrites a stage; the same in every process, as is what becomes of the stage.
 
-    Groups, experts above all, are dealt out where each process can have one; else all processes are at each of them
-    together, and the pass deals out linears or rows, or has all do the same.
+    Groups that may come apart, experts above all, are dealt out where each process can have one; else all processes are
+    at each of them together, and the pass deals out linears or rows, or has all do the same.
     """
-    if step.whole or processes.size() == 1:
+    if not step.apart or processes.size() == 1:
         yield from step.apply(work)
         return
     parts = [work.part([number]) for number in range(len(work.groups))]

@@ -28,7 +28,7 @@ _FAILED = "compressor/failed"  # in the store that all processes reach: why one 
 _MEETING = timedelta(minutes=5)  # in which all processes have to be there
 _PATIENCE = timedelta(days=30)  # a process may solve for hours while others wait; one that ends is noticed at once
 _ALIGNED = 16  # bytes: where a tensor of any dtype can begin
-_group: Any = None
+_group: Any = None  # of processes that work together, if they do
 _alone = False
 
 
@@ -38,12 +38,12 @@ class PeerLost(ResourceError):
 
 def size() -> int:
     """How many processes are at work together."""
-    return dist.get_world_size() if dist.is_initialized() and not _alone else 1
+    return dist.get_world_size() if _group is not None and not _alone else 1
 
 
 def rank() -> int:
     """The number of this one among them, from 0."""
-    return dist.get_rank() if dist.is_initialized() and not _alone else 0
+    return dist.get_rank() if _group is not None and not _alone else 0
 
 
 def leads() -> bool:
@@ -84,6 +84,7 @@ def joined(device: str = "cpu") -> Iterator[None]:
     except RuntimeError as error:
         raise ResourceError(f"the processes do not come together ({first_line(error)})") from None
     yield
+    _group = None
     dist.destroy_process_group()
 
 
@@ -128,12 +129,12 @@ def wait() -> None:
 
 def summed(values: Tensor) -> Tensor:
     """The sum of every process's tensor, in its place; the same bits in all of them."""
-    return _reduced(values, dist.ReduceOp.SUM)
+    return _reduced(values, "SUM")
 
 
 def largest(values: Tensor) -> Tensor:
     """The same with the largest numbers."""
-    return _reduced(values, dist.ReduceOp.MAX)
+    return _reduced(values, "MAX")
 
 
 def own(count: int) -> range:
@@ -199,10 +200,10 @@ def _noticing() -> Iterator[None]:
         raise PeerLost(f"{why}; what was done is kept: start all again with --resume") from None
 
 
-def _reduced(values: Tensor, how: Any) -> Tensor:
+def _reduced(values: Tensor, how: str) -> Tensor:
     if size() > 1:
         with _noticing():
-            dist.all_reduce(values, how, _group)
+            dist.all_reduce(values, getattr(dist.ReduceOp, how), _group)
     return values
 
 

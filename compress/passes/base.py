@@ -234,7 +234,7 @@ class LinearPass(Pass):
     """A pass that rewrites linears, a stage of a block at a time."""
 
     may_grow: ClassVar[bool] = False  # whether weights may take more bytes, for the sake of something else
-    whole: ClassVar[bool] = False  # whether what becomes of a group of a stage depends on the others
+    apart: ClassVar[bool] = False  # whether groups of a stage may come one by one, each without seams
     blind: ClassVar[bool] = False  # whether a matrix of whose inputs nothing is measured is rewritten all the same
     targets: Patterns = Field(
         ("*",),

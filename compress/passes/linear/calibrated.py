@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -26,6 +26,7 @@ ROWS = 4096  # solved at a time: memory is bounded, and GEMMs are large enough
 class Calibrated(LinearPass):
     """Options of every pass that solves on calibration data."""
 
+    apart: ClassVar[bool] = True
     correction: Correction = Field("auto", description=CORRECTION)
     damping: float = Field(
         0.01,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 class Rtn(Quantizer):
     """Quantize each weight to the nearest value of its group's grid."""
 
+    apart: ClassVar[bool] = True
     kind: Literal["rtn"]
     search: bool = Field(
         False, description="choose each group's range to minimise the error weighted by the inputs' second moments"

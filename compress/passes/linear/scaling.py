@@ -26,7 +26,6 @@ class Scaling(Ahead):
     """A pass that finds the scales of least cost (`solvers/scales.py`) for each seam of a stage."""
 
     does: ClassVar[str] = "scales"
-    whole: ClassVar[bool] = True
 
     def reader(self, step: LinearPass, name: str, weight: Tensor, statistics: Statistics) -> Reader:
         """What `step` will round.
