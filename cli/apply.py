@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..runtime.errors import RecipeError, human_size
+from ..runtime.errors import CompressorError, RecipeError, human_size
 from . import render
 from .arguments import (
     ContextOption,
@@ -321,7 +321,10 @@ def _headers(model: str, predict: bool) -> Iterator[tuple[str, bool]]:
 
     with TemporaryDirectory(prefix="compressor-config-") as folder:
         imagine(Path(model), Path(folder))
-        yield folder, True
+        try:
+            yield folder, True
+        except CompressorError as error:  # what it names is there no more
+            raise type(error)(str(error).replace(f"{folder}/config.json", model).replace(folder, model)) from None
 
 
 def _print_plan(result: Any, device: str, seconds: float, free: int) -> None:

@@ -64,4 +64,6 @@ def interruption() -> str:
 
 
 def _count() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes were started together: others than `torchrun` set some of its variables, too."""
+    told = all(name in os.environ for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
+    return int(os.environ.get("WORLD_SIZE", "1")) if told else 1

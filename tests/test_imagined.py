@@ -68,6 +68,18 @@ def test_what_a_config_cannot_do_is_said(pico: Pico, tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text('{"model_type": "nothing"}')
     said = run("plan", "w4a16-gptq", "other.json", cwd=tmp_path, code=2).stderr
     assert said == "error: other.json: model_type 'nothing' is not a family that transformers knows\n"
+    for changes, why in (
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, and no model has more than 10,000"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0, and no model has more than 10,000"),
+        ({"hidden_size": "x"}, "transformers cannot read it"),
+        ({"num_key_value_heads": 3, "num_experts": 10**9}, "num_experts is 1000000000, which no model has"),
+    ):
+        (tmp_path / "other.json").write_text(json.dumps(json.loads(config.read_text()) | changes))
+        said = run("plan", "w4a16-gptq", "other.json", cwd=tmp_path, code=2).stderr
+        assert said.startswith(f"error: other.json: {why}"), said
+    (tmp_path / "other.json").write_text(json.dumps({"model_type": "t5"}))
+    said = run("plan", "w4a16-gptq", "other.json", cwd=tmp_path, code=2).stderr
+    assert said.startswith("error: other.json: "), said  # no folder that is there no more
     (tmp_path / "other.json").write_text("[]")
     with pytest.raises(ModelError, match="a JSON object is expected"):
         imagine(tmp_path / "other.json", tmp_path)

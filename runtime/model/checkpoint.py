@@ -97,13 +97,7 @@ class Checkpoint:
         from .probe import probed  # runs models, and is rarely wanted
         from .skeleton import model_config
 
-        for key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"):
-            count = self.text_config.get(key, 1)
-            if not isinstance(count, int) or not 1 <= count <= len(self.tensors):  # before so many are built
-                raise ModelError(f"{key} is {reprlib.repr(count)}, and there are {len(self.tensors)} tensors")
-        for key, value in self.text_config.items():
-            if "expert" in key and isinstance(value, int) and value > _EXPERTS:
-                raise ModelError(f"{key} is {value}, which no model has")
+        check_counts(self.text_config, len(self.tensors), f"there are {len(self.tensors)} tensors")
         return probed(model_config(self).get_text_config())
 
     @property
@@ -395,6 +389,21 @@ class Checkpoint:
             name = sorted(promised.symmetric_difference(names))[0]
             where = "promised by the index but not in the file" if name in promised else "not in the index"
             raise ModelError(f"{path}: {name} is {where}; the index and the shards are of different models")
+
+
+def check_counts(config: Mapping[str, Any], layers: int, why: str) -> None:
+    """Refuse a language model's config before what it counts is built.
+
+    Args:
+        layers: that there may be, and why.
+    """
+    for key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"):
+        count = config.get(key, 1)
+        if not isinstance(count, int) or not 1 <= count <= layers:
+            raise ModelError(f"{key} is {reprlib.repr(count)}, and {why}")
+    for key, value in config.items():
+        if "expert" in key and isinstance(value, int) and value > _EXPERTS:
+            raise ModelError(f"{key} is {value}, which no model has")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -13,10 +13,12 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from ..errors import ModelError, first_line
-from .checkpoint import DTYPES, read_json
+from .checkpoint import DTYPES, check_counts, read_json
+from .families import text_config
 from .skeleton import config_of, stock_model
 
 _SHARD = 5e9  # bytes of a file at most, or one tensor
+_LAYERS = 10_000
 _WORDS = {dtype: word for word, dtype in DTYPES.items()}
 
 
@@ -29,6 +31,10 @@ def imagine(config: Path, folder: Path) -> None:
     """
     content = read_json(config)
     content.pop("quantization_config", None)
+    try:
+        check_counts(text_config(content), _LAYERS, f"no model has more than {_LAYERS:,}")
+    except ModelError as error:
+        raise ModelError(f"{config}: {error}") from None
     model = stock_model(config_of(content, config), config, _dtype(content))
     try:
         shared = model.all_tied_weights_keys if model.config.tie_word_embeddings else ()
