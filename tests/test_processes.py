@@ -20,8 +20,10 @@ from pico import same_folders
 from compressor.calibrate.chains import Chains
 from compressor.calibrate.curvature import reverse_walk
 from compressor.calibrate.drive import start_chains
+from compressor.calibrate.routing import Routing
 from compressor.calibrate.statistics import KINDS, Statistics
 from compressor.compress.guards import source_skeleton
+from compressor.compress.resources import available_memory
 from compressor.runtime import processes
 from compressor.runtime.stored import open_model
 
@@ -68,6 +70,7 @@ def _shared_things() -> dict[str, Any]:
         "largest": processes.largest(torch.tensor([-1.0, number])),
         "spread": processes.spread(jobs, [1, 1, 5, 1, 1]),
         "leads": processes.leads(),
+        "memory": available_memory() / processes.once(available_memory),
         "size": count,
     }
 
@@ -77,6 +80,7 @@ def test_what_processes_share(tmp_path: Path) -> None:
     assert [found["own"] for found in (first, second, third)] == [range(0, 2), range(2, 4), range(4, 7)]
     for found in (first, second, third):
         assert found["size"] == 3
+        assert 0.2 < found["memory"] < 0.5  # a third, of what others change
         assert [part["a"].tolist() for part in found["gathered"]] == [[0, 2, 4], [1, 3, 5], [2, 4]]
         assert [bool(part["b"]) for part in found["gathered"]] == [False, True, True]
         assert found["gathered"][1]["a"].dtype == torch.bfloat16
@@ -104,6 +108,23 @@ def test_one_process_shares_with_nobody() -> None:
     assert processes.spread([lambda: 1, lambda: 2], [1, 1]) == [1, 2]
     assert processes.own(5) == range(5)
     assert (processes.once(lambda: processes.size()), processes.shared("x"), processes.beside()) == (1, "x", 1)
+
+
+def _routed(outputs: torch.Tensor) -> Routing:
+    found, rows = Routing.empty(2), processes.own(len(outputs))
+    found.add(rows.start % 2, torch.ones(len(rows)), outputs[rows.start : rows.stop])
+    found.across()
+    return found
+
+
+def test_what_experts_do_is_added_up(tmp_path: Path) -> None:
+    outputs = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    first, second = together(2, _routed, outputs, folder=tmp_path)
+    whole = Routing.empty(2)
+    whole.add(0, torch.ones(3), outputs[:3])
+    whole.add(1, torch.ones(3), outputs[3:])
+    for found in (first, second):
+        assert all(torch.equal(getattr(found, name), sums) for name, sums in vars(whole).items())
 
 
 def _of_part(x: torch.Tensor, moved: torch.Tensor) -> Statistics:
@@ -291,17 +312,17 @@ def test_every_process_needs_a_window(pico: Pico, calibration_text: Path, tmp_pa
 
 
 def late(this: int) -> None:
-    """Let the second process come late to the end of every block."""
-    from compressor.compress import apply
+    """Let the second process come late to what follows every block."""
+    from compressor.runtime.model.checkpoint import Checkpoint
 
-    done = apply._block_done
+    release = Checkpoint.release
 
-    def slow(*arguments: Any) -> Any:
+    def slow(checkpoint: Checkpoint) -> None:
         time.sleep(0.5)
-        return done(*arguments)
+        release(checkpoint)
 
     if this == 1:
-        apply._block_done = slow
+        Checkpoint.release = slow
 
 
 def test_statistics_that_are_kept_are_those_of_all(pico: Pico, calibration_text: Path, tmp_path: Path) -> None:
