@@ -29,6 +29,13 @@ _WIDE_MOE = {
     "moe_intermediate_size": 768, "num_attention_heads": 16, "num_key_value_heads": 8,
 }  # fmt: skip
 
+_DEEPSEEK = {
+    "vocab_size": 4096, "num_hidden_layers": 4, "first_k_dense_replace": 1, "hidden_size": 1024,
+    "intermediate_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 16, "q_lora_rank": 384,
+    "kv_lora_rank": 256, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64, "n_routed_experts": 64,
+    "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4, "moe_intermediate_size": 512,
+}  # fmt: skip
+
 
 def _llama(hidden: int, inner: int) -> tuple[str, dict[str, int]]:
     heads = {"num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 128}
@@ -88,6 +95,9 @@ CASES: dict[str, tuple[Any, ...]] = {
     ),
     "hidden 1024, stored in fp8, one layer kept": (
         _llama(1024, 4096), "{kind: gptq, scheme: fp8-block, ignore: ['*.mlp.*']}", "{kind: rtn, scheme: fp8-block}"
+    ),
+    "DeepSeek-V3's layout, 64 experts, stored in fp8": (
+        ("deepseek_v3", _DEEPSEEK), "{kind: gptq, bits: 4, objective: model}", "{kind: rtn, scheme: fp8-block}"
     ),
     "hidden 1024, armor adam": (_llama(1024, 4096), "{kind: armor, block_size: 32, iterations: 3}"),
 }  # fmt: skip

@@ -24,6 +24,7 @@ from .generate import chat, run
 from .recipes import recipes_app
 from .report import report
 from .session import session
+from .together import check_single
 
 _NOT_READ = "error: the output was closed before its end"
 app = typer.Typer(
@@ -48,6 +49,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="print the version and stop", callback=_print_version, is_eager=True)
     ] = False,
@@ -55,6 +57,8 @@ def options(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress")] = False,
 ) -> None:
     session.debug, session.quiet = debug, quiet
+    if context.invoked_subcommand != "apply":
+        check_single(context.invoked_subcommand or "")
 
 
 @app.command()

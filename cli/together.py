@@ -46,6 +46,18 @@ def together(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def check_single(command: str) -> None:
+    """
+    Raises:
+        RecipeError: a command that works in one process was started in several.
+    """
+    if _count() > 1:
+        from ..runtime.errors import RecipeError
+
+        session.follows = os.environ["RANK"] != "0"
+        raise RecipeError(f"compressor {command} works in one process: start it without torchrun")
+
+
 def command_line() -> list[str]:
     """The words that started this program, as far as they are known."""
     if _count() == 1:

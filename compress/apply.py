@@ -116,8 +116,8 @@ def apply(
         job = replace(job, recipe=plan.recipe)
         if journal.finished is None:
             _run(job, plan, windows, folder, curvature, journal, listener)
-        finish = partial(_finish, job, plan, skeleton, text, fingerprint, journal, listener)
-        processes.once(partial(finish, present=present, overwrite=overwrite))
+        _finish(job, plan, skeleton, text, fingerprint, journal, listener)
+        processes.once(partial(_show, journal, present, overwrite=overwrite))
     return plan
 
 
@@ -153,20 +153,22 @@ def _finish(
     fingerprint: dict[str, Any],
     journal: Journal,
     listener: Listener,
-    *,
-    present: Callable[[Path], object],
-    overwrite: bool,
 ) -> None:
-    """Complete the output, see that it runs, and let it appear; all that is left of a run that was interrupted here."""
+    """Complete the output, unless an earlier run did, and see that it runs."""
     if journal.finished is None:
-        write_beside(journal.result, job, plan)
+        processes.once(partial(write_beside, journal.result, job, plan))
         quality = _measured(job, plan, skeleton, text, journal, listener)
-        finish_folder(journal.result, job, plan, fingerprint, journal.entries, quality)
-        journal.done({"step": "finished", "manifest": file_sha256(journal.result / "compressor.json")})
-    elif journal.result.is_dir() and (not journal.holds(journal.result) or changed_files(journal.result)):
-        raise journal.damaged(str(journal.result))
+        if processes.leads():
+            finish_folder(journal.result, job, plan, fingerprint, journal.entries, quality)
+            journal.done({"step": "finished", "manifest": file_sha256(journal.result / "compressor.json")})
     listener(Measured(_known_quality(journal)))
+
+
+def _show(journal: Journal, present: Callable[[Path], object], *, overwrite: bool) -> None:
+    """Let the finished output appear, which is all that is left of a run that was interrupted here."""
     if journal.result.is_dir():
+        if not journal.holds(journal.result) or changed_files(journal.result):
+            raise journal.damaged(str(journal.result))
         present(journal.result)
     journal.publish(overwrite=overwrite)
 
@@ -195,21 +197,28 @@ def _mendable(job: Job, device: str, memory: float = 0.0) -> Iterator[None]:
 def _measured(
     job: Job, plan: Plan, original: Skeleton, text: Text | None, journal: Journal, listener: Listener
 ) -> Quality:
-    """How far the written folder is from the original, unless an earlier run found it."""
+    """How far the written folder is from the original, which all processes find together, unless an earlier run did."""
     if not any(entry.get("step") == "measured" for entry in journal.entries):
         start = time.monotonic()
         listener(Measuring())
-        check_stock(check_complete(journal.result, plan.skeleton.checkpoint), original.checkpoint)
-        texts, reason = texts_to_measure(job.recipe, original.checkpoint, text)
+        texts, reason = processes.once(partial(_to_measure, job, plan, original, text, journal.result))
         if texts:
             quality = measure(journal.result, original, texts, plan.recipe.passes)
         else:
-            check_runs(journal.result, plan.skeleton.checkpoint)
+            processes.once(partial(check_runs, journal.result, plan.skeleton.checkpoint))
             quality = Quality({}, (), reason)
             listener(Warned(f"what was lost is not measured, and limits are not held against it: {reason}"))
         journal.done({"step": "measured", "quality": quality.record()})
         journal.timing({"step": "measured", "seconds": round(time.monotonic() - start, 3)})
     return _known_quality(journal)
+
+
+def _to_measure(
+    job: Job, plan: Plan, original: Skeleton, text: Text | None, folder: Path
+) -> tuple[dict[str, Tensor], str]:
+    """As `texts_to_measure`, once the folder is seen to be complete."""
+    check_stock(check_complete(folder, plan.skeleton.checkpoint), original.checkpoint)
+    return texts_to_measure(job.recipe, original.checkpoint, text)
 
 
 def _known_quality(journal: Journal) -> Quality:

@@ -118,7 +118,7 @@ class Journal:
         """Record a finished step, durably."""
         if processes.leads():
             self._append(entry)
-            self.entries.append(entry)
+        self.entries.append(entry)
 
     def timing(self, entry: dict[str, Any]) -> None:
         """Note how long a step took, in the one file of the output that may differ between equal runs."""

@@ -22,6 +22,7 @@ from compressor.calibrate.curvature import reverse_walk
 from compressor.calibrate.drive import start_chains
 from compressor.calibrate.routing import Routing
 from compressor.calibrate.statistics import KINDS, Statistics
+from compressor.compress.evaluate.blocks import evaluate_blocks
 from compressor.compress.guards import source_skeleton
 from compressor.compress.resources import available_memory
 from compressor.runtime import processes
@@ -208,6 +209,26 @@ def test_gradients_of_parts_are_those_of_the_whole(family: str, pico: Pico, tmp_
     assert not (tmp_path / "two").exists()
 
 
+def _lost(model: Path, output: Path, texts: dict[str, torch.Tensor]) -> tuple[dict[str, Any], list[float]]:
+    original, made = source_skeleton(model, "cpu"), source_skeleton(output, "cpu")
+    found, drift = evaluate_blocks(original, made, texts)
+    return {name: one.record() for name, one in found.items()}, drift
+
+
+@pytest.mark.parametrize("counts", [(5, 3), (1, 1)])  # of windows: for three processes, enough and too few
+def test_an_output_is_read_in_parts(counts: tuple[int, int], pico: Pico, tmp_path: Path) -> None:
+    model, output = pico(num_hidden_layers=2), pico(num_hidden_layers=2, initializer_range=0.021)
+    windows = torch.randint(0, 64, (sum(counts), 32), generator=torch.Generator().manual_seed(0))
+    texts = dict(zip(("held-out", "calibration"), windows.split(counts), strict=True))
+    whole, drift = _lost(model, output, texts)
+    for found, off in together(3, _lost, model, output, texts, folder=tmp_path):
+        assert off == pytest.approx(drift)
+        for name, one in whole.items():
+            assert found[name]["tokens"] == one["tokens"]
+            assert found[name]["perplexity"] == pytest.approx(one["perplexity"])
+            assert found[name]["against"] == pytest.approx(one["against"], nan_ok=True)
+
+
 def applied(count: int, *words: object, cwd: Path, before: Callable[[int], object] | None = None) -> list[Any]:
     return run_together(count, "apply", *words, cwd=cwd, before=before)
 
@@ -290,6 +311,9 @@ def test_what_is_wrong_is_said_once(pico: Pico, calibration_text: Path, tmp_path
         "error: process 1: no more of something; what was done is kept: start all again with --resume"
     )
     assert silent.stderr == ""
+    (first, told), (second, silent) = run_together(2, "eval", model, cwd=tmp_path)
+    assert (first, told.stdout, second, silent) == (2, "", 2, ("", ""))
+    assert told.stderr == "error: compressor eval works in one process: start it without torchrun\n"
     (first, told), (second, silent) = applied(2, tmp_path / "none.yaml", model, "out", cwd=tmp_path)
     assert (first, second, silent.stderr) == (2, 2, "")
     assert told.stderr.count("\n") == 1

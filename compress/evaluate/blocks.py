@@ -9,11 +9,12 @@ from torch import Tensor
 
 from ...calibrate.capture import let_round
 from ...calibrate.chains import BATCH_TOKENS
+from ...runtime import processes
 from ...runtime.errors import VerifyError
 from ...runtime.model.skeleton import HEAD_ROWS, Skeleton
 from ...runtime.schemes import from_tensors
 from ...runtime.stored import StoredModel
-from .measures import Evaluation, Reading
+from .measures import Evaluation, Reading, summary
 
 LOGITS = 1 << 21  # numbers of logits at a time
 
@@ -27,6 +28,8 @@ def evaluate_blocks(
 ) -> tuple[dict[str, Evaluation], list[float]]:
     """Run two models over a few windows side by side; both compute in their skeleton's dtype.
 
+    Where several processes are at work together, each reads its own windows.
+
     Args:
         texts: what it is → windows `[samples, tokens]`, all of one length.
         moved: what the residual stream of the original would be in the output, had it lost nothing.
@@ -39,6 +42,11 @@ def evaluate_blocks(
         VerifyError: a block of the output gives NaN or infinities.
     """
     windows = torch.cat(list(texts.values()))
+    count = len(windows)
+    if count < processes.size():
+        with processes.alone():
+            return evaluate_blocks(original, output, texts, moved)
+    windows = windows[processes.own(count)]
     batch = max(1, BATCH_TOKENS // windows.shape[1])
     parts = [slice(start, start + batch) for start in range(0, len(windows), batch)]
     streams = [torch.cat([model.embed(windows[rows]).cpu() for rows in parts]) for model in (original, output)]
@@ -51,20 +59,19 @@ def evaluate_blocks(
                 stream[rows] = model.run(runner, stream[rows]).cpu()
             model.checkpoint.release()
         exact, found = streams
-        if not bool(found.isfinite().all()):
-            raise VerifyError(f"{output.checkpoint.path}: block {index} gives activations that are not finite")
         pairs = ((output.stream(found[rows]), moved(original.stream(exact[rows]))) for rows in parts)
-        drift.append(sum(_off(*pair) for pair in pairs) / len(windows))
+        damaged = not bool(found.isfinite().all())
+        sums = torch.tensor([sum(_off(*pair) for pair in pairs), damaged], dtype=torch.float64)
+        if processes.summed(sums)[1]:
+            raise VerifyError(f"{output.checkpoint.path}: block {index} gives activations that are not finite")
+        drift.append(float(sums[0]) / count)
     answer, reference = output.answers(), original.answers()
-    results, start = {}, 0
-    for name, ids in texts.items():
-        reading, rows = Reading(ids), slice(start, start + len(ids))
-        start = rows.stop
-        exact, found = (stream[rows, :-1].flatten(0, 1).split(tokens_at_a_time(original)) for stream in streams)
-        for before, after in zip(exact, found, strict=True):
-            reading.add(answer(after).log_softmax(-1), reference(before).log_softmax(-1))
-        results[name] = reading.evaluation()
-    return results, drift
+    reading = Reading(windows)
+    exact, found = (stream[:, :-1].flatten(0, 1).split(tokens_at_a_time(original)) for stream in streams)
+    for before, after in zip(exact, found, strict=True):
+        reading.add(answer(after).log_softmax(-1), reference(before).log_softmax(-1))
+    read = torch.cat(processes.gathered(reading.found), 1).split([len(ids) for ids in texts.values()], 1)
+    return {name: summary(part) for name, part in zip(texts, read, strict=True)}, drift
 
 
 def _off(found: Tensor, exact: Tensor) -> float:

@@ -65,7 +65,7 @@ def evaluate(
         reading.add(logs, None if base is None else _log_probabilities(base, ids).flatten(0, 1))
         if passed is not None:
             passed(len(ids))
-    return reading.evaluation()
+    return summary(reading.found, compared=base is not None)
 
 
 class Reading:
@@ -73,8 +73,7 @@ class Reading:
     predicted; log probabilities come a few tokens at a time, in the order of the windows."""
 
     def __init__(self, windows: Tensor) -> None:
-        self._samples, self._targets = len(windows), windows[:, 1:].flatten()
-        self._seen, self._compared = 0, False
+        self._samples, self._targets, self._seen = len(windows), windows[:, 1:].flatten(), 0
         # Own loss, the base's, divergence, agreement. At once: small tensors that stay, made between large ones that
         # go, keep the allocator from giving these back.
         self._found = torch.zeros(4, len(self._targets), dtype=torch.float64)
@@ -86,32 +85,41 @@ class Reading:
         targets, (own, other, divergence, agreement) = self._targets[rows, None].to(logs.device), self._found[:, rows]
         own.copy_(-logs.gather(-1, targets)[:, 0])
         if reference is not None:
-            self._compared = True
             other.copy_(-reference.gather(-1, targets)[:, 0])
             divergence.copy_(F.kl_div(logs, reference, log_target=True, reduction="none").sum(-1))
             agreement.copy_(logs.argmax(-1) == reference.argmax(-1))
 
-    def evaluation(self) -> Evaluation:
-        """What was found, once every token is there."""
-        windows = self._found.view(4, self._samples, -1).mean(-1)
-        losses, base_losses, divergences, _ = windows
-        perplexity = float(losses.mean().exp())
-        error, count = perplexity * _standard_error(losses), len(self._targets)
-        if not self._compared:
-            return Evaluation(count, perplexity, error)
-        tokens, agreements = self._found[2:]
-        ratio = float((losses - base_losses).mean().exp())
-        against = Divergence(
-            base_perplexity=float(base_losses.mean().exp()),
-            perplexity_ratio=ratio,
-            ratio_error=ratio * _standard_error(losses - base_losses),
-            kl_mean=float(tokens.mean()),
-            kl_error=_standard_error(divergences),
-            kl_median=float(tokens.median()),
-            kl_p99=float(tokens.sort().values[int(0.99 * (tokens.numel() - 1))]),
-            top1_agreement=float(agreements.mean()),
-        )
-        return Evaluation(count, perplexity, error, against)
+    @property
+    def found(self) -> Tensor:
+        """Of each token the model's loss, the base's, KL(base ‖ model) and agreement, `[4, samples, tokens - 1]`."""
+        return self._found.view(4, self._samples, -1)
+
+
+def summary(found: Tensor, *, compared: bool = True) -> Evaluation:
+    """What figures of single tokens come to.
+
+    Args:
+        found: as `Reading.found`, of some windows.
+        compared: whether there is a base.
+    """
+    losses, base_losses, divergences, _ = found.mean(-1)
+    perplexity = float(losses.mean().exp())
+    error, count = perplexity * _standard_error(losses), found[0].numel()
+    if not compared:
+        return Evaluation(count, perplexity, error)
+    tokens, agreements = found[2:].flatten(1)
+    ratio = float((losses - base_losses).mean().exp())
+    against = Divergence(
+        base_perplexity=float(base_losses.mean().exp()),
+        perplexity_ratio=ratio,
+        ratio_error=ratio * _standard_error(losses - base_losses),
+        kl_mean=float(tokens.mean()),
+        kl_error=_standard_error(divergences),
+        kl_median=float(tokens.median()),
+        kl_p99=float(tokens.sort().values[int(0.99 * (tokens.numel() - 1))]),
+        top1_agreement=float(agreements.mean()),
+    )
+    return Evaluation(count, perplexity, error, against)
 
 
 @torch.no_grad()
