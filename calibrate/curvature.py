@@ -94,6 +94,7 @@ def reverse_walk(
         chains.advanced(step := 0)
     for number in range(step, blocks):
         index = blocks - 1 - number
+        skeleton.checkpoint.expect(index, index - 1)
         back = BlockBack(skeleton, index, most, windows.numel(), inputs)
         carry(
             chains,
@@ -128,6 +129,7 @@ def _forth(skeleton: Skeleton, windows: Tensor, folder: Path, done: Callable[[in
         carry(trail, "entering", 0, partial(_embedded, skeleton, windows))
         trail.advanced(start := 0)
     for index in range(start, skeleton.blocks):
+        skeleton.checkpoint.expect(index, index + 1)
         runner = skeleton.runner(index, skeleton.block(index))
         carry(trail, "entering", index + 1, partial(_through, skeleton, runner, trail.read(index, "entering")))
         trail.advanced(index + 1)

@@ -95,6 +95,7 @@ def drive(
     for index in range(start, first.blocks):
         blocks = {}
         for chain, skeleton in skeletons.items():
+            skeleton.checkpoint.expect(index, index + 1)
             layer = skeleton.block(index)
             blocks[chain] = BlockRun(skeleton, index, chain, chains, layer, skeleton.runner(index, layer))
         yield index, blocks, chains

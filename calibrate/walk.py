@@ -371,4 +371,5 @@ def walk(
         curvature: what errors of the linears' outputs cost, where a pass asks for it.
     """
     for index in range(first, skeleton.blocks):
+        skeleton.checkpoint.expect(index, index + 1)
         yield Block(skeleton, index, chains, wanted, probed, folder, room, stays, curvature)

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -263,6 +263,10 @@ class GgufModel(Checkpoint):
         if name not in self._made:
             raise ModelError(f"{self.path}: the checkpoint has no tensor {name!r}")
         return self._made[name][1]().to(self.tensors[name].dtype)
+
+    def _places(self) -> Iterator[tuple[str, int, int, str]]:
+        for name, (one, _) in self._made.items():
+            yield self.tensors[name].file, one.offset, one.offset + one.nbytes, name
 
     def made(self, name: str) -> bool:
         return True

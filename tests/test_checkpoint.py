@@ -35,6 +35,10 @@ def folder(pico: Pico, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def sharded(folder: Path) -> Path:
+    return in_shards(folder)
+
+
+def in_shards(folder: Path) -> Path:
     """The same model in two shards with an index."""
     tensors = load_file(folder / "model.safetensors")
     names = sorted(tensors)
@@ -286,3 +290,29 @@ def test_tensors_of_a_view_are_made_when_they_are_read(pico: Pico) -> None:
     assert torch.equal(view.tensor(matrix), (source.tensor(matrix) * source.tensor(norm)).float())
     assert torch.equal(view.tensor(norm), source.tensor(norm))
     assert calls == ["meta", "cpu"]
+
+
+@pytest.mark.parametrize("family", ["llama", "granitemoe", "gpt2"])
+def test_a_block_is_read_ahead_and_nothing_else(
+    family: str, pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = in_shards(Path(shutil.copytree(pico(family, num_hidden_layers=11), tmp_path / "model")))
+    read: list[tuple[str, int, int]] = []
+
+    def advised(descriptor: int, start: int, length: int, advice: int) -> None:
+        read.append((Path(os.readlink(f"/proc/self/fd/{descriptor}")).name, start, length))
+
+    monkeypatch.setattr(os, "posix_fadvise", advised)
+    checkpoint = changed(Checkpoint(model), {})
+    for block in range(11):
+        checkpoint.expect(block)
+        found = b"".join((model / file).read_bytes()[start:][:length] for file, start, length in sorted(read))
+        own = [name for name in checkpoint.stored if checkpoint.block_index(name) == block]
+        assert len(found) == sum(checkpoint.stored[name].nbytes for name in own)
+        for name in own:
+            assert checkpoint.stored_tensor(name).contiguous().view(torch.uint8).numpy().tobytes() in found
+        read.clear()
+    checkpoint.expect(-1, 11)  # before the first, and behind the last
+    monkeypatch.setattr(os, "sysconf", lambda name: 64)  # a memory of a page
+    checkpoint.expect(0)
+    assert read == []

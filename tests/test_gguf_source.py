@@ -217,6 +217,16 @@ def test_rows_of_a_table_are_decoded_alone(pico: Pico, tmp_path: Path, monkeypat
     assert torch.equal(found.rows(name, which), expected)
 
 
+def test_a_block_is_read_ahead(pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = written(pico("llama", num_hidden_layers=2), tmp_path / "model.gguf", Kind.Q8_0)
+    read: list[tuple[int, int]] = []
+    monkeypatch.setattr("os.posix_fadvise", lambda descriptor, start, length, advice: read.append((start, length)))
+    open_model(resolve_model(str(file))[0]).expect(1)
+    lying = [one for one in gguf.GGUFReader(file).tensors if one.name.startswith("blk.1.")]
+    first, last = min(one.data_offset for one in lying), max(one.data_offset + one.n_bytes for one in lying)
+    assert read == [(first, last - first)]
+
+
 def test_the_file_is_not_overwritten_by_what_becomes_of_it(pico: Pico, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()

@@ -53,6 +53,7 @@ def evaluate_blocks(
     drift = []
     for index in range(original.blocks):
         for model, stream in zip((original, output), streams, strict=True):
+            model.checkpoint.expect(index, index + 1)
             # Of an original that is stored in few bits, what it decodes to counts.
             runner = model.runner(index, _as_it_runs(model, index) if model is output else model.block(index))
             for rows in parts:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -266,10 +267,8 @@ class Checkpoint:
     def _digest(self, file: str) -> str:
         path, digest, room = self.path / file, hashlib.sha256(), memoryview(bytearray(PIECE))
         with open(path, "rb") as opened:
-            size = opened.read(8)
-            header = opened.read(int.from_bytes(size, "little"))
-            digest.update(size + header)
-            offsets = {name: entry["data_offsets"] for name, entry in json.loads(header).items() if "dtype" in entry}
+            header, offsets = _offsets(opened)
+            digest.update(header)
             for name, (start, end) in sorted(offsets.items(), key=lambda item: item[1]):  # there are no gaps
                 dtype = self.stored[name].dtype
                 for begin in range(start, end, PIECE):
@@ -284,6 +283,40 @@ class Checkpoint:
                             f"{self.path}: {bad} holds NaN or infinite weights; get a sound copy of the model"
                         )
         return digest.hexdigest()
+
+    def expect(self, *blocks: int) -> None:
+        """Have the system read the weights of blocks, as far as there are such blocks, while something else is done:
+        page by page, when they are used, it takes ten times as long. Blocks that are much of its memory are not."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8
+        for parts in (self._extents.get(block, []) for block in blocks):
+            for file, start, end in parts if sum(end - start for _, start, end in parts) <= most else ():
+                with open(self.path / file, "rb") as opened:
+                    os.posix_fadvise(opened.fileno(), start, end - start, os.POSIX_FADV_WILLNEED)
+
+    @cached_property
+    def _extents(self) -> dict[int, list[tuple[str, int, int]]]:
+        """Block → where its weights lie: files, and in these first bytes and those behind the last."""
+        found: dict[int, list[tuple[str, int, int]]] = {}
+        latest = None
+        for file, start, end, name in sorted(self._places()):
+            block = self.block_index(name)
+            if block is not None:
+                own = found.setdefault(block, [])
+                if (file, block) == latest:  # nothing of another block is between the two
+                    start = own.pop()[1]
+                own.append((file, start, end))
+            latest = file, block
+        return found
+
+    def _places(self) -> Iterator[tuple[str, int, int, str]]:
+        """Files, first bytes, those behind the last, and names of all that is stored."""
+        for file in self.files:
+            with open(self.path / file, "rb") as opened:
+                header, offsets = _offsets(opened)
+            for name, (start, end) in offsets.items():
+                yield file, len(header) + start, len(header) + end, name
 
     def release(self) -> None:
         """Close the memory maps; the next `tensor` opens them again."""
@@ -389,6 +422,14 @@ class Checkpoint:
             name = sorted(promised.symmetric_difference(names))[0]
             where = "promised by the index but not in the file" if name in promised else "not in the index"
             raise ModelError(f"{path}: {name} is {where}; the index and the shards are of different models")
+
+
+def _offsets(opened: BinaryIO) -> tuple[bytes, dict[str, list[int]]]:
+    """The header of a safetensors file, with its length in front, and where behind it each tensor lies."""
+    size = opened.read(8)
+    header = opened.read(int.from_bytes(size, "little"))
+    offsets = {name: entry["data_offsets"] for name, entry in json.loads(header).items() if "dtype" in entry}
+    return size + header, offsets
 
 
 def check_counts(config: Mapping[str, Any], layers: int, why: str) -> None:

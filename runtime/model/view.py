@@ -135,6 +135,9 @@ class View(Checkpoint):
         """The source's, by its own name."""
         return self._source.stored_tensor(name)
 
+    def expect(self, *blocks: int) -> None:
+        self._source.expect(*blocks)
+
     def release(self) -> None:
         self._opened.clear()
         self._source.release()
