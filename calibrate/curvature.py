@@ -28,7 +28,7 @@ from ..runtime.model.skeleton import HEAD_ROWS, Skeleton
 from .chains import Chains, HalfTrail, Spill, Trail, delete
 from .divergences import LOGITS
 from .drive import carry
-from .routing import experts_of
+from .routing import experts_of, routed_share
 from .statistics import Statistics
 
 Key = TypeVar("Key")
@@ -340,7 +340,7 @@ def curvature_cost(
         metrics: as of `reverse_walk`.
     """
     seen = walked_samples(skeleton, samples, tokens) * tokens
-    graph, blocks, found = max(_GRAPH_TOKENS, tokens), list[float](), list[float]()
+    graph, blocks, found, reached = max(_GRAPH_TOKENS, tokens), list[float](), list[float](), 0.0
     most = _most(skeleton, seen) if metrics else 0
     for index in range(skeleton.blocks):
         inside = skeleton.linears(index)
@@ -349,6 +349,8 @@ def curvature_cost(
         rows += [skeleton.config.hidden_size] * (len(own) < len(inside))
         found.append(4.0 * sum(count**2 for count in rows if count <= most))
         blocks.append(float(sum(linear.weight.numel() for linear in inside.values())))
+        share = routed_share(skeleton, inside)
+        reached += sum(linear.weight.numel() * (1.0 if name in own else share) for name, linear in inside.items())
     every = (linear for index in range(skeleton.blocks) for linear in skeleton.linears(index).values())
     widest = max((max(linear.weight.shape) for linear in every), default=0)
     vocabulary, hidden = skeleton.config.vocab_size, skeleton.config.hidden_size
@@ -356,5 +358,6 @@ def curvature_cost(
     running = max(blocks) * skeleton.dtype.itemsize * skeleton.copies + graph * 4.0 * (8 * widest + 24 * skeleton.width)
     drawing = 4 * 4.0 * max(LOGITS, 32 * vocabulary) + 4.0 * hidden * min(vocabulary, HEAD_ROWS)
     carried = seen * skeleton.width * ((skeleton.blocks + 1) * (2 if skeleton.wide is None else 4) + 2 * 4)
-    flops = seen * (6.0 * sum(blocks) + sum(found) / 4 + 4.0 * vocabulary * hidden)
+    # Of a weight, six in products (forth, and forward and back again); norms and attention take about a third of that.
+    flops = seen * (8.0 * reached + sum(found) / 4 + 4.0 * vocabulary * hidden)
     return max(running + max(found), drawing), carried + sum(found), sum(found), flops

@@ -178,3 +178,13 @@ def _keeper(entered: list[Tensor]):  # type: ignore[no-untyped-def]
             entered.append(args[0][:missing].float())
 
     return hook
+
+
+def routed_share(skeleton: Skeleton, linears: Iterable[str]) -> float:
+    """Of tokens, how many a routed expert sees on the average.
+
+    Args:
+        linears: disk names, those of all experts of a block or of several among them.
+    """
+    numbers = {skeleton.family.expert(name) for name in linears} - {None}
+    return skeleton.experts_per_token / len(numbers) if numbers else 1.0

@@ -285,7 +285,13 @@ def plan(
     expected, widths = _predicted(result, text, sweep=sweep) if predict else (None, [])
     if as_json:
         lost = None if expected is None else {"kl": expected.kl, "passes": expected.passes, "unknown": expected.unknown}
-        more = {"seconds": seconds, "disk_free": free, "unsplittable": apart, "predicted": lost}
+        more = {
+            "seconds": sum(seconds.values()),
+            "seconds_of_parts": seconds,
+            "disk_free": free,
+            "unsplittable": apart,
+            "predicted": lost,
+        }
         at = {"widths": [asdict(row) for row in widths]} if sweep else {}
         render.document(_plan_record(result) | more | at)
         return
@@ -327,17 +333,21 @@ def _headers(model: str, predict: bool) -> Iterator[tuple[str, bool]]:
             raise type(error)(str(error).replace(f"{folder}/config.json", model).replace(folder, model)) from None
 
 
-def _print_plan(result: Any, device: str, seconds: float, free: int) -> None:
+def _time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 10_000 else f"{seconds / 3600:,.0f} h"
+
+
+def _print_plan(result: Any, device: str, seconds: dict[str, float], free: int) -> None:
     from ..compress.plan import rows
 
     render.out.print(render.plan_table(rows(result)))
-    time = f"{seconds:.0f} s" if seconds < 10_000 else f"{seconds / 3600:,.0f} h"
+    parts = ", ".join(f"{part} {_time(spent)}" for part, spent in seconds.items() if spent >= 0.5)
     render.out.say(
         f"\nweights {human_size(result.bytes_before)} → {human_size(result.bytes_after)} "
         f"({result.bytes_before / result.bytes_after:.2f} × smaller), format {result.format.name}, read by "
         f"{render.readers(result)}\nmemory {human_size(result.memory)} beyond the imports (on {device}), disk "
         f"{human_size(result.disk)} of {human_size(free)} free here (activations in it are deleted at the end), "
-        f"roughly {time} with one process"
+        f"roughly {_time(sum(seconds.values()))} with one process ({parts})"
     )
     _print_notes(result)
     data = result.recipe.data

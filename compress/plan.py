@@ -26,12 +26,12 @@ from .resources import (
     cache_bytes,
     chain_bytes,
     comparing_memory,
-    flops,
     held_out_windows,
     outer_memory,
     room_for_moments,
     stage_memory,
     walk_back_cost,
+    work,
 )  # fmt: skip
 from .surveys import Text, read_calibration
 
@@ -65,7 +65,7 @@ class Plan:
         bytes_before, bytes_after: of all weights.
         memory, disk: peak bytes while applying: resident beyond the imports where blocks run, and in OUT.work.
         host: the same as `memory` for the host, where blocks run on a GPU.
-        flops: of calibration and solving.
+        work: part of a run → its floating-point operations; surveys, and what `resources.work` says.
         kv_before, kv_after: bytes of the KV cache for each token, in the dtype of the weights.
         room: bytes of statistics at a time, or None for those of a whole stage.
         warnings: what a person should know before the run, a sentence each.
@@ -84,7 +84,7 @@ class Plan:
     bytes_after: int
     memory: int
     disk: int
-    flops: float
+    work: Mapping[str, float]
     kv_before: int
     kv_after: int
     room: float | None
@@ -181,7 +181,7 @@ def make_plan(
         recipe, skeleton, linears, tensors, chosen, readers, obstacle, needs, whole.nbytes, after,
         int(peak),
         int(max(after + chain_bytes(recipe, skeleton, walked) + survey.left, survey.disk)),
-        flops(recipe, skeleton, linears, walked) + survey.flops, *cache_bytes(checkpoint, linears), room,
+        {"surveys": survey.flops, **work(recipe, skeleton, linears, walked)}, *cache_bytes(checkpoint, linears), room,
         int(host if skeleton.device.type != "cpu" else peak),
         tuple(name for index in range(skeleton.blocks) for name in skeleton.unnamed(index)),
         (

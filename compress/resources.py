@@ -15,6 +15,7 @@ import torch
 
 from ..calibrate.chains import BATCH_TOKENS
 from ..calibrate.curvature import curvature_cost, walked_samples
+from ..calibrate.routing import routed_share
 from ..calibrate.stage import split_to_fit
 from ..calibrate.statistics import KINDS, paired
 from ..runtime import processes
@@ -235,14 +236,38 @@ def chain_bytes(recipe: Recipe, skeleton: Skeleton, needs: frozenset[str]) -> in
     return len(chain_names(needs)) * tokens * (2 * 4 * skeleton.width + kept)
 
 
-def flops(recipe: Recipe, skeleton: Skeleton, linears: Linears, needs: frozenset[str]) -> float:
-    """Floating-point operations of calibrating, solving, and comparing the output with the original."""
-    tokens, compared = recipe.data.tokens, measured_tokens(recipe.data) if needs else LEAST
+def _running_work(recipe: Recipe, skeleton: Skeleton, needs: frozenset[str]) -> float:
+    """Floating-point operations of running blocks, in every chain each linear once and once more that in which a part
+    ends, and of summing statistics of what enters each group."""
+    tokens, chains, lasts = recipe.data.tokens, len(chain_names(needs)), set(skeleton.family.ends.values())
+    total = 0.0
+    for index in range(skeleton.blocks):
+        inside = skeleton.linears(index)
+        routed = routed_share(skeleton, inside)
+        for group in (group for stage in skeleton.stages(index) for group in stage):
+            names = [skeleton.disk_name(index, name) for name in group.linears]
+            passes = [step for step in recipe.linear_passes.values() if any(map(step.wants, names))]
+            asked = {need for step in passes for need in step.needs}
+            run = sum(
+                inside[name].weight.numel() * (1 + (inner in lasts))
+                for name, inner in zip(names, group.linears, strict=True)
+            )
+            summed = inside[names[0]].in_features ** 2 * sum(
+                kind.work for kind_name, kind in KINDS.items() if kind_name in asked
+            )
+            share = 1.0 if skeleton.family.expert(names[0]) is None else routed
+            total += 2.0 * tokens * share * (chains * run + summed)
+    return total
+
+
+def work(recipe: Recipe, skeleton: Skeleton, linears: Linears, needs: frozenset[str]) -> dict[str, float]:
+    """Floating-point operations of running blocks and summing statistics, of passes, and of comparing the output with
+    the original."""
+    compared = measured_tokens(recipe.data) if needs else LEAST
     outer = skeleton.outer()
-    statistics = sum(kind.work for name, kind in KINDS.items() if name in needs)
-    numbers = {skeleton.family.expert(name) for name in linears if name not in outer} - {None}
-    active = skeleton.experts_per_token / len(numbers) if numbers else 1.0  # of a block's experts
-    total = 4.0 * compared * skeleton.config.vocab_size * skeleton.config.hidden_size
+    routed = routed_share(skeleton, [name for name in linears if name not in outer])
+    running, solving = _running_work(recipe, skeleton, needs) if needs else 0.0, 0.0
+    comparing = 4.0 * compared * skeleton.config.vocab_size * skeleton.config.hidden_size
     for name, plan in linears.items():
         index = skeleton.checkpoint.block_index(f"{name}.weight")
         if name not in outer and (index is None or index >= skeleton.blocks):
@@ -250,13 +275,11 @@ def flops(recipe: Recipe, skeleton: Skeleton, linears: Linears, needs: frozenset
         r, c = plan.operator.shape
         if name in outer:
             steps = (step for step in recipe.linear_passes.values() if step.names(name))
-            total += sum(min(step.flops(r, c), _ROUNDING * r * c) for step in steps)  # nothing is solved for there
+            solving += sum(min(step.flops(r, c), _ROUNDING * r * c) for step in steps)  # nothing is solved for there
             continue
-        total += 4.0 * compared * r * c * (1.0 if skeleton.family.expert(name) is None else active)
-        if needs:  # about three forward passes per chain, and the statistics
-            total += 2.0 * tokens * r * c * 3 * len(chain_names(needs)) + 2.0 * tokens * c * c * statistics
-        total += sum(step.flops(r, c) for step in recipe.linear_passes.values() if step.wants(name))
-    return total
+        comparing += 4.0 * compared * r * c * (1.0 if skeleton.family.expert(name) is None else routed)
+        solving += sum(step.flops(r, c) for step in recipe.linear_passes.values() if step.wants(name))
+    return {"blocks": running, "passes": solving, "comparing": comparing}
 
 
 def available_memory(device: torch.device = HOST) -> int | None:
@@ -296,8 +319,8 @@ def check_memory(plan: Plan, limit: float | None) -> None:
             )
 
 
-def estimated_seconds(plan: Plan) -> float:
-    """Time to apply, from the plan's work and the speed of a GEMM measured now."""
+def estimated_seconds(plan: Plan) -> dict[str, float]:
+    """Time that each part of a run takes, from the plan's work and the speed of a GEMM measured now."""
     a = torch.randn(1024, 1024, device=plan.skeleton.device)
     float((a @ a)[0, 0])
     start = time.perf_counter()
@@ -305,7 +328,7 @@ def estimated_seconds(plan: Plan) -> float:
         float((a @ a)[0, 0])  # waits for a GPU
     speed = 3 * 2 * 1024**3 / (time.perf_counter() - start)
     small = 5 + 0.5 * plan.skeleton.blocks  # reading text, checks, steps too small to count
-    return plan.flops / speed + plan.disk / 2e8 + small
+    return {part: count / speed for part, count in plan.work.items()} | {"files": plan.disk / 2e8 + small}
 
 
 def check_disk(plan: Plan, out: Path) -> None:

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from compressor import compress
+from compressor.calibrate.statistics import KINDS
 from compressor.compress.apply import Job, apply
 from compressor.compress.parallel import unsplittable
 from compressor.compress.passes.linear.rtn import Rtn
@@ -127,16 +128,49 @@ def test_work_that_is_done_on_the_way_is_in_the_plan(pico: Pico) -> None:
         return make_plan(parse_recipe(f"data: {{samples: 8, sequence_length: 64}}\npasses: [{passes}]"), skeleton)
 
     weights = sum(w.in_features * w.out_features for n in range(2) for w in skeleton.linears(n).values())
-    assert planned("{kind: rtn, bits: 4, group_size: 32}").flops > 2 * 2 * 1024 * weights  # two models are compared
+    assert planned("{kind: rtn, bits: 4, group_size: 32}").work["comparing"] > 2 * 2 * 1024 * weights  # two models
     options = "kind: gptq, bits: 4, group_size: 32, correction:"
-    none, whole, auto = (planned(f"{{{options} {how}}}").flops for how in ("0", "1", "auto"))
+    none, whole, auto = (sum(planned(f"{{{options} {how}}}").work.values()) for how in ("0", "1", "auto"))
     assert none < whole
     shapes = [(w.out_features, w.in_features) for n in range(2) for w in skeleton.linears(n).values()]
     second = sum(
         2 * columns**3 + 4 * rows * columns**2 for rows, columns in shapes
     )  # a system, and what it is tried on
-    held = sum(2 * 8 * 64 * columns**2 * (1 / 2 + 1) / 4 for _, columns in shapes)  # a quarter of moment and cross
+    own = [
+        w
+        for n in range(2)
+        for name, w in skeleton.linears(n).items()
+        if not name.endswith(("k_proj", "v_proj", "up_proj"))
+    ]
+    held = sum(
+        2 * 8 * 64 * w.in_features**2 * (1 / 2 + 1) / 4 for w in own
+    )  # a quarter of moment and cross, of a group
     assert auto - whole == pytest.approx(second + held)
+
+
+def test_work_of_experts_is_that_of_the_tokens_they_see(pico: Pico) -> None:
+    def planned(experts: int) -> dict[str, float]:
+        skeleton = Skeleton(Checkpoint(pico("qwen3_moe", num_experts=experts)))
+        recipe = "data: {samples: 8, sequence_length: 64}\npasses: [{kind: gptq, objective: model, group_size: 32}]"
+        return dict(make_plan(parse_recipe(recipe), skeleton).work)
+
+    few, many = planned(4), planned(8)
+    assert many["passes"] > 1.5 * few["passes"]
+    assert {name: many[name] for name in ("surveys", "blocks", "comparing")} == pytest.approx(
+        {name: few[name] for name in ("surveys", "blocks", "comparing")}
+    )
+
+
+def test_work_of_blocks_is_that_of_their_products(pico: Pico) -> None:
+    skeleton = Skeleton(Checkpoint(pico(num_hidden_layers=1)))
+    recipe = "data: {samples: 8, sequence_length: 64}\npasses: [{kind: sparse24, correction: 1}]"
+    found = make_plan(parse_recipe(recipe), skeleton).work
+    sizes = {name.rsplit(".", 1)[1]: w.weight.shape for name, w in skeleton.linears(0).items()}
+    once = sum(shape.numel() for shape in sizes.values())
+    twice = sizes["o_proj"].numel() + sizes["down_proj"].numel()
+    squares = sum(sizes[name][1] ** 2 for name in ("q_proj", "o_proj", "up_proj", "down_proj"))
+    kinds = KINDS["moment"].work + KINDS["cross"].work
+    assert found["blocks"] == pytest.approx(2 * 512 * (2 * (once + twice) + squares * kinds))
 
 
 def test_a_plan_that_no_survey_changes_is_made_once(
