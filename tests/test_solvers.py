@@ -21,7 +21,7 @@ from compressor.compress.solvers.grid import Grid, Steps, range_grid, searched_g
 from compressor.compress.solvers.lowrank import refit_up
 from compressor.compress.solvers.refine import best_scale, differences, refine, row_losses
 from compressor.compress.solvers.sweep import best_sweep, by_column, column_sweep, gptq_codes
-from compressor.compress.solvers.system import NotSolvable, System, damped_system
+from compressor.compress.solvers.system import NotSolvable, System, damped_system, inverse_factor, sorted_order
 from compressor.kernels.numbers import E2M1, E4M3, Integers, Numbers, Rounding
 from compressor.runtime.schemes import Dense, LowRank
 
@@ -564,3 +564,29 @@ def test_a_moment_of_few_tokens_leans_on_its_diagonal() -> None:
     torch.testing.assert_close(found, expected)
     step = gptq(bits=4, shrinkage="auto")
     assert [step.shrinkage_for(100, tokens) for tokens in (0, 100, 9900)] == [1, 0.5, 0.01]
+
+
+@pytest.mark.parametrize("columns", [1, 32, 300, 620])  # fewer and more than are worked out at a time
+def test_columns_are_taken_by_what_those_behind_do_not_tell(columns: int) -> None:
+    _, moment = problem(columns=columns, tokens=2 * columns)
+    found, taken = sorted_order(moment).flip(0), torch.empty(0, dtype=torch.int64)
+    for start in range(0, columns, 32):
+        rest = torch.tensor(sorted({*range(columns)} - {*taken.tolist()}))
+        told = moment[rest][:, taken] @ torch.linalg.solve(moment[taken][:, taken], moment[taken][:, rest])
+        left = moment.diagonal()[rest] - told.diagonal()
+        expected = rest[left.argsort()[:32]]
+        assert torch.equal(found[start : start + 32], expected)
+        taken = torch.cat([taken, expected])
+
+
+@pytest.mark.parametrize("columns", [1, 255, 257, 620])
+def test_the_factor_is_of_the_inverse(columns: int) -> None:
+    _, moment = problem(columns=columns, tokens=2 * columns)
+    moment += 0.01 * moment.trace() / columns * torch.eye(columns, dtype=DOUBLE)
+    order = torch.randperm(columns, generator=torch.Generator().manual_seed(0))
+    factor = inverse_factor(moment, order)
+    assert factor is not None
+    one = factor @ moment[order][:, order] @ factor.T
+    torch.testing.assert_close(one, torch.eye(columns, dtype=DOUBLE), rtol=0, atol=1e-12)
+    assert torch.equal(factor, factor.triu())
+    assert inverse_factor(moment - 2 * moment.trace() * torch.eye(columns, dtype=DOUBLE), order) is None

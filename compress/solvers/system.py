@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 _TOGETHER = 32  # columns whose order is found at a time
+_LEAF = 256  # columns of a triangle that is inverted at once
+_AHEAD = 512  # columns between two times that what is left of all others is worked out
 # Share of squares, off the diagonal, in that of the trace. At .97, 4-bit codes found with products of bfloat16 lose
 # .6 % more (damping .01), at .999 3 %, with a damping of 1e-4 three times as much; at .9 nothing.
 _ALONG_ONE = 0.9
@@ -116,17 +118,24 @@ def sorted_order(moment: Tensor) -> Tensor:
         moment: `[n, n]`, positive definite.
     """
     columns = torch.arange(len(moment), device=moment.device)
-    rest, found = moment.clone(), list[Tensor]()
+    rest, found = moment, list[Tensor]()
     while len(columns):
-        rising = rest.diagonal().argsort(stable=True)
-        taken, left = rising[:_TOGETHER], rising[_TOGETHER:].sort().values
-        found.append(columns[taken])
-        cross = rest[taken][:, left]
-        factor, info = torch.linalg.cholesky_ex(rest[taken][:, taken])
-        rest, columns = rest[left][:, left], columns[left]
-        if int(info) == 0:
-            told = torch.linalg.solve_triangular(factor, cross, upper=False)
-            rest.addmm_(told.T, told, alpha=-1)
+        energy, told = rest.diagonal().clone(), rest.new_zeros(min(_AHEAD, len(rest)), len(rest))
+        waiting = torch.ones_like(columns, dtype=torch.bool)
+        for start in range(0, len(told), _TOGETHER):
+            taken = energy.argsort(stable=True)[: min(_TOGETHER, len(told) - start)]
+            found.append(columns[taken])
+            own = rest[taken].addmm_(told[:start, taken].T, told[:start], alpha=-1)
+            factor, info = torch.linalg.cholesky_ex(own[:, taken])
+            if int(info) == 0 and bool(
+                (rows := torch.linalg.solve_triangular(factor, own, upper=False)).isfinite().all()
+            ):
+                told[start : start + len(taken)] = rows
+                energy -= rows.square().sum(0)
+            waiting[taken], energy[taken] = False, torch.inf
+        left = waiting.nonzero()[:, 0]
+        columns, told = columns[left], told[:, left]
+        rest = rest[left][:, left].addmm_(told.T, told, alpha=-1)
     return torch.cat(found).flip(0)
 
 
@@ -142,5 +151,20 @@ def inverse_factor(matrix: Tensor, order: Tensor) -> Tensor | None:
         return None
     upper = lower.to(matrix.dtype).flip(0, 1)
     del lower  # at this size every copy counts
-    identity = torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
-    return torch.linalg.solve_triangular(upper, identity, upper=True)
+    inverse = torch.zeros_like(upper)
+    _invert(upper, inverse)
+    return inverse
+
+
+def _invert(upper: Tensor, inverse: Tensor) -> None:
+    """The inverse of an upper triangular matrix, into zeros: by halves, in a third of the operations of a solver that
+    takes the identity for any matrix."""
+    size = len(upper)
+    if size <= _LEAF:
+        identity = torch.eye(size, dtype=upper.dtype, device=upper.device)
+        inverse.copy_(torch.linalg.solve_triangular(upper, identity, upper=True))
+        return
+    first, second = slice(size // 2), slice(size // 2, size)
+    _invert(upper[first, first], inverse[first, first])
+    _invert(upper[second, second], inverse[second, second])
+    torch.mm(inverse[first, first] @ upper[first, second], inverse[second, second].neg(), out=inverse[first, second])
