@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from compressor.calibrate.curvature import curvature_cost
 from compressor.calibrate.statistics import KINDS
 from compressor.compress.plan import Plan, make_plan
 from compressor.compress.recipe import parse_recipe, read_recipe
-from compressor.compress.resources import estimated_seconds
+from compressor.compress.resources import LENGTH, estimated_seconds, measured_tokens
 from compressor.runtime import processes
 from compressor.runtime.model.imagined import imagine
 from compressor.runtime.model.skeleton import Skeleton, calibration_dtype
@@ -68,10 +67,11 @@ def network_bytes(plan: Plan, stage: list[list[str]], count: int) -> float:
     """What a process sends of statistics that are summed, and of weights that it solved or is told."""
     ring, total = 2 * (count - 1) / count, 0.0
     for group in stage:
-        asked = {need for step in plan.recipe.linear_passes.values() for need in step.needs}
+        passes = [step for step in plan.recipe.linear_passes.values() if any(map(step.wants, group))]
+        asked = {need for step in passes for need in step.needs}
         columns = plan.linears[group[0]].operator.shape[1]
         total += ring * sum(kind.nbytes(columns) for name, kind in KINDS.items() if name in asked)
-        total += (count > 1) * sum(plan.linears[name].operator.nbytes for name in group)
+        total += (count > 1) * bool(passes) * sum(plan.linears[name].operator.nbytes for name in group)
     return total
 
 
@@ -88,16 +88,19 @@ def simulated(plan: Plan, count: int, machine: Machine) -> dict[str, float]:
             sent += network_bytes(plan, groups, count)
     if plan.work["surveys"]:
         sent += 2 * (count - 1) / count * curvature_cost(skeleton, data.samples, data.sequence_length, metrics=True)[2]
-    found = {part: plan.work[part] * share / machine.rate for part in ("surveys", "blocks", "comparing")}
+    found = {part: plan.work[part] * share / machine.rate for part in ("surveys", "blocks")}
+    read = -(-measured_tokens(data) // min(LENGTH, data.sequence_length))  # windows, which are dealt out one by one
+    own = -(-read // count) / read if read >= count else 1.0
+    found["comparing"] = plan.work["comparing"] * own / machine.rate
     return {**found, "passes": passes, "network": sent / machine.network, "files": plan.bytes_after / machine.disk}
 
 
-def planned(recipe: str, model: Path, folder: Path, edits: Mapping[str, Any]) -> Plan:
+def planned(recipe: str, model: Path, folder: Path, edits: tuple[str, ...]) -> Plan:
     if model.suffix == ".json":
         imagine(model, folder)
         model = folder
     checkpoint = open_model(model)
-    parsed = parse_recipe(read_recipe(recipe)[1], recipe, tuple(f"{key}={value}" for key, value in edits.items()))
+    parsed = parse_recipe(read_recipe(recipe)[1], recipe, edits)
     return make_plan(parsed, Skeleton(checkpoint, calibration_dtype(checkpoint)), memory=float("inf"))
 
 
@@ -111,10 +114,9 @@ def main() -> None:
     parser.add_argument("--disk", type=float, default=1.0, help="GB/s")
     parser.add_argument("--set", action="append", default=[], dest="edits")
     options = parser.parse_args()
-    edits = dict(edit.split("=", 1) for edit in options.edits)
     for model in options.models:
         with tempfile.TemporaryDirectory() as folder:
-            plan = planned(options.recipe, model, Path(folder), edits)
+            plan = planned(options.recipe, model, Path(folder), tuple(options.edits))
             rate = options.rate * 1e12 if options.rate else plan.work["passes"] / estimated_seconds(plan)["passes"]
             machine = Machine(rate, options.network * 1e9, options.disk * 1e9)
             first = sum(simulated(plan, 1, machine).values())

@@ -154,8 +154,10 @@ def _finish(
     journal: Journal,
     listener: Listener,
 ) -> None:
-    """Complete the output, unless an earlier run did, and see that it runs."""
-    if journal.finished is None:
+    """Complete the output and see that it runs; or, where an earlier run did, see that it is still what that left."""
+    if journal.finished is not None:
+        processes.once(partial(_check_finished, journal))
+    else:
         processes.once(partial(write_beside, journal.result, job, plan))
         quality = _measured(job, plan, skeleton, text, journal, listener)
         if processes.leads():
@@ -164,11 +166,18 @@ def _finish(
     listener(Measured(_known_quality(journal)))
 
 
+def _check_finished(journal: Journal) -> None:
+    """
+    Raises:
+        ResourceError: the finished output is not as it was.
+    """
+    if journal.result.is_dir() and (not journal.holds(journal.result) or changed_files(journal.result)):
+        raise journal.damaged(str(journal.result))
+
+
 def _show(journal: Journal, present: Callable[[Path], object], *, overwrite: bool) -> None:
-    """Let the finished output appear, which is all that is left of a run that was interrupted here."""
+    """Let the finished output appear."""
     if journal.result.is_dir():
-        if not journal.holds(journal.result) or changed_files(journal.result):
-            raise journal.damaged(str(journal.result))
         present(journal.result)
     journal.publish(overwrite=overwrite)
 

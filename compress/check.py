@@ -256,9 +256,9 @@ def _shared(case: Case, key: dict[str, Any]) -> Path | None:
 
 def _sharing(job: Job, folder: Path | None) -> Path | None:
     """The folder of what calibration finds, where the recipe lets it serve others, and there is room for it at hand."""
+    from ..runtime.memory import available_memory
     from .guards import source_skeleton
     from .plan import make_plan
-    from .resources import available_memory
     from .surveys import keeps, statistics_bytes
 
     if folder is None:

@@ -14,6 +14,7 @@ import torch
 from ..calibrate.corpus import find_text
 from ..runtime.errors import RecipeError
 from ..runtime.formats import NATIVE, PLAIN, Around, WrittenFormat, choose_format
+from ..runtime.memory import available_memory
 from ..runtime.model.checkpoint import Checkpoint
 from ..runtime.model.disk_experts import fuse
 from ..runtime.model.families import starred
@@ -22,7 +23,6 @@ from ..runtime.schemes import LOOKUPS, Dense, Operator, rewritten, stored_name
 from .passes.base import SURVEYED, Cost, LinearPass, ModelPass, Pass, Survey
 from .recipe import TOKENS, Recipe
 from .resources import (
-    available_memory,
     cache_bytes,
     chain_bytes,
     comparing_memory,

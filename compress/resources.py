@@ -6,7 +6,6 @@ import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,8 +17,8 @@ from ..calibrate.curvature import curvature_cost, walked_samples
 from ..calibrate.routing import routed_share
 from ..calibrate.stage import split_to_fit
 from ..calibrate.statistics import KINDS, paired
-from ..runtime import processes
 from ..runtime.errors import ResourceError, human_size
+from ..runtime.memory import HOST, available_memory
 from ..runtime.model.checkpoint import Checkpoint
 from ..runtime.model.rotations import ROWS
 from ..runtime.model.skeleton import Skeleton, calibration_dtype
@@ -37,7 +36,6 @@ _ROUNDING = 600.0  # operations for each number that is rounded in the best of s
 _TARGETS = 7.0  # bytes for each number of a matrix outside blocks, beside what the pass that solves it counts
 _MAKING = 16.0  # bytes for each number of a matrix that is made when it is read, ROWS at a time
 LENGTH = 512  # tokens of a window to measure on, at most
-HOST = torch.device("cpu")
 Linears = Mapping[str, "LinearPlan"]
 
 
@@ -237,10 +235,11 @@ def chain_bytes(recipe: Recipe, skeleton: Skeleton, needs: frozenset[str]) -> in
 
 
 def _running_work(recipe: Recipe, skeleton: Skeleton, needs: frozenset[str]) -> float:
-    """Floating-point operations of running blocks, in every chain each linear once and once more that in which a part
-    ends, and of summing statistics of what enters each group."""
-    tokens, chains, lasts = recipe.data.tokens, len(chain_names(needs)), set(skeleton.family.ends.values())
-    total = 0.0
+    """Floating-point operations of running blocks, and of summing statistics of what enters each group: in every chain
+    each linear once, and where passes see what others made of earlier ones, that in which attention ends twice more,
+    for the two stages of the MLP."""
+    tokens, chains, total = recipe.data.tokens, chain_names(needs), 0.0
+    repeated = skeleton.family.ends.get(skeleton.family.attention) if "compressed" in chains else None
     for index in range(skeleton.blocks):
         inside = skeleton.linears(index)
         routed = routed_share(skeleton, inside)
@@ -249,14 +248,14 @@ def _running_work(recipe: Recipe, skeleton: Skeleton, needs: frozenset[str]) -> 
             passes = [step for step in recipe.linear_passes.values() if any(map(step.wants, names))]
             asked = {need for step in passes for need in step.needs}
             run = sum(
-                inside[name].weight.numel() * (1 + (inner in lasts))
+                inside[name].weight.numel() * (3 if inner == repeated else 1)
                 for name, inner in zip(names, group.linears, strict=True)
             )
             summed = inside[names[0]].in_features ** 2 * sum(
                 kind.work for kind_name, kind in KINDS.items() if kind_name in asked
             )
             share = 1.0 if skeleton.family.expert(names[0]) is None else routed
-            total += 2.0 * tokens * share * (chains * run + summed)
+            total += 2.0 * tokens * share * (len(chains) * run + summed)
     return total
 
 
@@ -280,26 +279,6 @@ def work(recipe: Recipe, skeleton: Skeleton, linears: Linears, needs: frozenset[
         comparing += 4.0 * compared * r * c * (1.0 if skeleton.family.expert(name) is None else routed)
         solving += sum(step.flops(r, c) for step in recipe.linear_passes.values() if step.wants(name))
     return {"blocks": running, "passes": solving, "comparing": comparing}
-
-
-def available_memory(device: torch.device = HOST) -> int | None:
-    """Bytes this process may still take where a device keeps its tensors, or None where the system does not say."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    free = []
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        free.append(1024 * int(lines["MemAvailable"].split()[0]))
-    except (OSError, KeyError, ValueError):
-        return None
-    for limit, usage in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        with suppress(OSError, ValueError):
-            free.append(int(Path(limit).read_text()) - int(Path(usage).read_text()))
-    return min(free) // processes.beside()
 
 
 def check_memory(plan: Plan, limit: float | None) -> None:

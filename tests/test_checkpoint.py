@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pico import at_once
 from safetensors.torch import load_file, save_file
 
 from compressor.compress.apply import Job
@@ -292,6 +293,7 @@ def test_tensors_of_a_view_are_made_when_they_are_read(pico: Pico) -> None:
     assert calls == ["meta", "cpu"]
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system takes no advice on files")
 @pytest.mark.parametrize("family", ["llama", "granitemoe", "gpt2"])
 def test_a_block_is_read_ahead_and_nothing_else(
     family: str, pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -303,16 +305,19 @@ def test_a_block_is_read_ahead_and_nothing_else(
         read.append((Path(os.readlink(f"/proc/self/fd/{descriptor}")).name, start, length))
 
     monkeypatch.setattr(os, "posix_fadvise", advised)
+    monkeypatch.setattr(checkpoint_module, "Thread", at_once)
+    monkeypatch.setattr(checkpoint_module, "_ADVISED", 1000)
     checkpoint = changed(Checkpoint(model), {})
     for block in range(11):
         checkpoint.expect(block)
         found = b"".join((model / file).read_bytes()[start:][:length] for file, start, length in sorted(read))
+        assert 0 < max(length for *_, length in read) <= 1000
         own = [name for name in checkpoint.stored if checkpoint.block_index(name) == block]
         assert len(found) == sum(checkpoint.stored[name].nbytes for name in own)
         for name in own:
             assert checkpoint.stored_tensor(name).contiguous().view(torch.uint8).numpy().tobytes() in found
         read.clear()
     checkpoint.expect(-1, 11)  # before the first, and behind the last
-    monkeypatch.setattr(os, "sysconf", lambda name: 64)  # a memory of a page
+    monkeypatch.setattr(checkpoint_module, "available_memory", lambda: 4096)
     checkpoint.expect(0)
     assert read == []

@@ -9,16 +9,20 @@ from types import FrameType
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from compressor import compress
+from compressor.calibrate.drive import start_chains
 from compressor.calibrate.statistics import KINDS
+from compressor.calibrate.walk import walk
 from compressor.compress.apply import Job, apply
 from compressor.compress.parallel import unsplittable
 from compressor.compress.passes.linear.rtn import Rtn
 from compressor.compress.plan import Plan, make_plan, rows
 from compressor.compress.recipe import parse_recipe
+from compressor.compress.resources import chain_names
 from compressor.runtime.errors import RecipeError
 from compressor.runtime.model.checkpoint import Checkpoint
 from compressor.runtime.model.families import FAMILIES
@@ -161,16 +165,35 @@ def test_work_of_experts_is_that_of_the_tokens_they_see(pico: Pico) -> None:
     )
 
 
-def test_work_of_blocks_is_that_of_their_products(pico: Pico) -> None:
-    skeleton = Skeleton(Checkpoint(pico(num_hidden_layers=1)))
-    recipe = "data: {samples: 8, sequence_length: 64}\npasses: [{kind: sparse24, correction: 1}]"
-    found = make_plan(parse_recipe(recipe), skeleton).work
-    sizes = {name.rsplit(".", 1)[1]: w.weight.shape for name, w in skeleton.linears(0).items()}
-    once = sum(shape.numel() for shape in sizes.values())
-    twice = sizes["o_proj"].numel() + sizes["down_proj"].numel()
-    squares = sum(sizes[name][1] ** 2 for name in ("q_proj", "o_proj", "up_proj", "down_proj"))
-    kinds = KINDS["moment"].work + KINDS["cross"].work
-    assert found["blocks"] == pytest.approx(2 * 512 * (2 * (once + twice) + squares * kinds))
+@pytest.mark.parametrize(
+    ("passes", "kinds"),
+    [("{kind: sparse24, correction: 1}", ("moment", "cross")), ("{kind: sparse24, sequential: false}", ("moment",))],
+)
+def test_work_of_blocks_is_that_of_their_products(
+    passes: str, kinds: tuple[str, ...], pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skeleton = Skeleton(Checkpoint(pico(num_hidden_layers=2)))
+    plan = make_plan(parse_recipe(f"data: {{samples: 8, sequence_length: 64}}\npasses: [{passes}]"), skeleton)
+    linears = {name: w for index in range(2) for name, w in skeleton.linears(index).items()}
+    run = 0
+
+    def counted(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        nonlocal run
+        run += x.shape[:-1].numel() * weight.numel()
+        return linear(x, weight, bias)
+
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr("torch.nn.functional.linear", counted)
+    windows = torch.randint(0, 128, (8, 64), generator=torch.Generator().manual_seed(0))
+    chains = start_chains(skeleton, windows, tmp_path, chain_names(plan.needs))
+    for block in walk(skeleton, chains, dict.fromkeys(linears, kinds)):
+        list(block.stages())
+        block.advance()
+    each = [
+        w.in_features**2 for name, w in linears.items() if name.endswith(("q_proj", "o_proj", "up_proj", "down_proj"))
+    ]
+    summed = 512 * sum(each) * sum(KINDS[kind].work for kind in kinds)
+    assert plan.work["blocks"] == pytest.approx(2 * (run + summed))
 
 
 def test_a_plan_that_no_survey_changes_is_made_once(

@@ -24,8 +24,8 @@ from compressor.calibrate.routing import Routing
 from compressor.calibrate.statistics import KINDS, Statistics
 from compressor.compress.evaluate.blocks import evaluate_blocks
 from compressor.compress.guards import source_skeleton
-from compressor.compress.resources import available_memory
 from compressor.runtime import processes
+from compressor.runtime.memory import available_memory
 from compressor.runtime.stored import open_model
 
 Pico = Callable[..., Path]

@@ -10,10 +10,12 @@ import hashlib
 import json
 import os
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from threading import Thread
 from typing import Any, BinaryIO
 
 import torch
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from ..errors import ModelError, first_line
 from ..files import PIECE
+from ..memory import available_memory
 from ..schemes import Dense, Operator
 from .disk_experts import Slice, as_published, slices
 from .families import APART, BLOCKS, FAMILIES, Family, block_index, blocks_of, family_of, text_config
@@ -32,6 +35,7 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 _FURTHER = f"{APART}{BLOCKS}."
+_ADVISED = 1 << 17  # bytes that a system reads ahead at least of what it is told to: of more, it may read no more
 _EXPERTS = 100_000  # or more are not looked for
 _SIDE_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
@@ -286,14 +290,19 @@ class Checkpoint:
 
     def expect(self, *blocks: int) -> None:
         """Have the system read the weights of blocks, as far as there are such blocks, while something else is done:
-        page by page, when they are used, it takes ten times as long. Blocks that are much of its memory are not."""
+        when they are used, they would be waited for page by page. Blocks that are much of the free memory are not."""
         if not hasattr(os, "posix_fadvise"):
             return
-        most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8
-        for parts in (self._extents.get(block, []) for block in blocks):
-            for file, start, end in parts if sum(end - start for _, start, end in parts) <= most else ():
+        parts = [part for block in blocks for part in self._extents.get(block, ())]
+        if sum(end - start for _, start, end in parts) <= (available_memory() or 0) / 4:
+            Thread(target=self._read_ahead, args=(parts,), daemon=True).start()
+
+    def _read_ahead(self, parts: Sequence[tuple[str, int, int]]) -> None:
+        with suppress(OSError):  # whoever needs them will say what is wrong
+            for file, start, end in parts:
                 with open(self.path / file, "rb") as opened:
-                    os.posix_fadvise(opened.fileno(), start, end - start, os.POSIX_FADV_WILLNEED)
+                    for at in range(start, end, _ADVISED):
+                        os.posix_fadvise(opened.fileno(), at, min(_ADVISED, end - at), os.POSIX_FADV_WILLNEED)
 
     @cached_property
     def _extents(self) -> dict[int, list[tuple[str, int, int]]]:

@@ -6,7 +6,8 @@
 - `solver: als` takes closed-form steps of A, B and the whole core in their place.
 - `objective: full` aims at the outputs' error itself, `tr(E H Eᵀ)`, of the weight as it is.
 - `objective: model` aims at `tr(M E H Eᵀ)`, M what errors of the outputs cost the answers (`calibrate/curvature.py`),
-  of which the blocks on the diagonal count that A has. With `M_ii = Rᵀ R` it is the same problem for `R W_i`, `R A_i`.
+  of which the blocks on the diagonal count that A has. With `M_ii = Rᵀ R` it is the same problem for `R W_i`, `R A_i`;
+  als turns to it once two thirds of its iterations have gone to the outputs' error.
 """
 
 from __future__ import annotations
