@@ -6,8 +6,7 @@
 - `solver: als` takes closed-form steps of A, B and the whole core in their place.
 - `objective: full` aims at the outputs' error itself, `tr(E H Eᵀ)`, of the weight as it is.
 - `objective: model` aims at `tr(M E H Eᵀ)`, M what errors of the outputs cost the answers (`calibrate/curvature.py`),
-  of which the blocks on the diagonal count that A has. With `M_ii = Rᵀ R` it is the same problem for `R W_i`, `R A_i`;
-  als turns to it once two thirds of its iterations have gone to the outputs' error.
+  of which the blocks on the diagonal count that A has. With `M_ii = Rᵀ R` it is the same problem for `R W_i`, `R A_i`.
 """
 
 from __future__ import annotations
@@ -36,9 +35,6 @@ if TYPE_CHECKING:
     from ...solvers.stored_factors import Stored
     from .groups import Group
 
-# Of the iterations for a metric over the rows, the first, which go without: from A = R on, rows of a block are coupled,
-# and most of what is best for each alone is refused (of tiny-llama's queries, nearly three times as much loss is left).
-_UNCOUPLED = 2 / 3
 LARGEST = 128  # block that `auto` takes, which is the published one
 
 
@@ -252,20 +248,14 @@ class ArmorPass(Calibrated):
         plain.core = goal * (plain.core != 0)
         if self.objective != "proxy" and group.system is not None:
             plain.core = torch.cat([swept(part, group.system, SWEEPS)[0] for part in goal.split(ROWS, 1)], 1)
-        rounds, begun, part = self.rounds, 0.0, 0.5 if self.polish else 1.0
         if outer is not None:  # R: what errors of a block's rows cost together is Rᵀ R
-            if self.solver == "als":
-                alone, begun = int(_UNCOUPLED * rounds), part * _UNCOUPLED
-                start, _, _ = alternate(start, target, loss, alone, lambda share: passed(begun * share))
-                rounds -= alone
             goal, target = times_blocks(goal, outer.mT), times_blocks(target, outer.mT)
-            start.a = outer @ start.a
+            start.a = outer.clone()
         if self.solver == "adam":
-            factors, lowest, initial = adam(start, target, loss, rounds, rate=RATE, passed=passed)
+            factors, lowest, initial = adam(start, target, loss, self.rounds, rate=RATE, passed=passed)
         else:
-            factors, lowest, initial = alternate(
-                start, target, loss, rounds, lambda share: passed(begun + (part - begun) * share)
-            )
+            part = 0.5 if self.polish else 1.0
+            factors, lowest, initial = alternate(start, target, loss, self.rounds, lambda share: passed(part * share))
             if self.polish:
                 factors, lowest, _ = adam(
                     factors, target, loss, self.polish, rate=1e-3, groups=False,
