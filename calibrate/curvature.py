@@ -32,6 +32,7 @@ from .routing import experts_of, routed_share
 from .statistics import Statistics
 
 Key = TypeVar("Key")
+Sum = TypeVar("Sum", float, Tensor)
 _GRAPH_TOKENS = 1024  # that are run with gradients at a time, where windows are no longer
 _TOKENS, _EACH = 16_384, 8  # that are run back, and for each number of a hidden state, at most
 _ENOUGH = 2  # tokens for each row of a metric, at least
@@ -53,11 +54,14 @@ class Curvature:
         metric: `E[g gᵀ]` of the same gradients, float32 `[rows, rows]`; None where it was not asked for, or rows are
             many.
         tokens: that the metric is of.
+        places: `E[‖g‖²]` of the gradients as they are, for each place in a window, float32 `[tokens of a window]`; None
+            for experts.
     """
 
     trace: float
     metric: Tensor | None
     tokens: int
+    places: Tensor | None = None
 
 
 def reverse_walk(
@@ -210,6 +214,7 @@ class BlockBack:
         }
         mixture = experts_of(skeleton, layer)
         self._lengths, self._weights = dict.fromkeys(self._names, 0.0), dict.fromkeys(self._names, 0.0)
+        self._places: dict[str, Tensor] = {}
         self._outputs: dict[str, Tensor] = {}
         self._coefficients: dict[str, Tensor] = {}
         for name in self._names:
@@ -251,11 +256,11 @@ class BlockBack:
             if own is not None and name in self._last:
                 self._lose(name, (own * self._outputs[name].detach()).sum(-1))
             if own is not None:
-                self._add(name, own.reshape(-1, own.shape[-1]))
+                self._add(name, own.reshape(-1, own.shape[-1]), entering.shape[1])
         return pulled.detach()
 
-    def _add(self, name: str, gradients: Tensor) -> None:
-        """Take in gradients `[tokens, rows]`."""
+    def _add(self, name: str, gradients: Tensor, length: int) -> None:
+        """Take in gradients `[tokens, rows]` of windows of so many tokens."""
         if not len(gradients):
             return
         lengths = gradients.float().norm(dim=1)
@@ -267,6 +272,9 @@ class BlockBack:
                 self._meet(name, self._inputs[name], lengths)
             self._lengths[name] += float(lengths.clamp(max=longest).square().sum())
             self._weights[name] += len(lengths) if met is None else float(met.float().square().sum())
+            if self._number(name) is None:
+                more = lengths.double().square().view(-1, length).sum(0).cpu()
+                self._places[name] = self._places.get(name, 0.0) + more
         if name in self._sums:
             shares = (longest / lengths.clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=1)
             self._sums[name].add((gradients.float() * shares[:, None]).to(self._skeleton.dtype))
@@ -290,9 +298,10 @@ class BlockBack:
         """Take in what other processes found of their tokens."""
         if processes.size() == 1:
             return
-        everyone = processes.gathered((self._lengths, self._weights, self.lost, set(self.met)))
-        lengths, weights, lost, met = zip(*everyone, strict=True)
+        everyone = processes.gathered((self._lengths, self._weights, self.lost, self._places, set(self.met)))
+        lengths, weights, lost, places, met = zip(*everyone, strict=True)
         self._lengths, self._weights, self.lost = _added(lengths), _added(weights), _added(lost)
+        self._places = _added(places)
         for sums in self._sums.values():
             sums.across()
         layer = self._runner.layers[0]
@@ -311,7 +320,10 @@ class BlockBack:
             source = _MIXTURE if name in self._last else name
             trace = self._lengths[name] / max(self._weights[name], torch.finfo(torch.float32).tiny)
             tokens = self._sums[source].tokens if source in metrics else 0
-            result[disk] = Curvature(trace, metrics.get(source), tokens)
+            places = self._places.get(name)
+            if places is not None:
+                places = (places / (self.tokens / len(places))).float()
+            result[disk] = Curvature(trace, metrics.get(source), tokens, places)
         return result
 
 
@@ -320,12 +332,12 @@ def _pair(columns: int, device: torch.device) -> tuple[Statistics, Statistics]:
     return Statistics.empty(columns, ("moment",), device), Statistics.empty(columns, ("moment",), device)
 
 
-def _added(parts: Sequence[Mapping[Key, float]]) -> dict[Key, float]:
+def _added(parts: Sequence[Mapping[Key, Sum]]) -> dict[Key, Sum]:
     """Sums by name."""
-    found: dict[Key, float] = {}
+    found: dict[Key, Sum] = {}
     for part in parts:
         for name, value in part.items():
-            found[name] = found.get(name, 0.0) + value
+            found[name] = found[name] + value if name in found else value
     return found
 
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -28,6 +29,7 @@ from .statistics import UNPAIRED, Statistics
 
 T = TypeVar("T")
 _SOURCE = "source"  # in the metadata of files
+_PLACES = ".places"  # behind a linear's name
 
 
 class BlockFolder:
@@ -120,8 +122,12 @@ class StatisticsFolder(BlockFolder):
 
     index, prefix = "statistics.json", "block"
 
-    def __init__(self, folder: Path, source: Mapping[str, Any]) -> None:
-        super().__init__(folder, {**source, "kinds": sorted(UNPAIRED)})
+    def __init__(self, folder: Path, source: Mapping[str, Any], *, by_place: bool = False) -> None:
+        """
+        Args:
+            by_place: whether tokens count by their places in windows (`Curvature.places`).
+        """
+        super().__init__(folder, {**source, "kinds": sorted(UNPAIRED)} | ({"by": "place"} if by_place else {}))
 
     def save(self, block: int, statistics: Mapping[str, Statistics]) -> None:
         """Keep a block's statistics; linears that share an object share its tensors on disk."""
@@ -178,6 +184,9 @@ class CurvatureFolder(BlockFolder):
 
     index, prefix = "curvature.json", "curvature"
 
+    def __init__(self, folder: Path, source: Mapping[str, Any]) -> None:
+        super().__init__(folder, {**source, "holds": sorted(field.name for field in fields(Curvature))})
+
     def save(self, block: int, curvatures: Mapping[str, Curvature]) -> None:
         """Keep a block's; linears that share a metric share its tensor on disk."""
         tensors: dict[str, Tensor] = {}
@@ -187,6 +196,8 @@ class CurvatureFolder(BlockFolder):
             lead = next((other for other, tensor in tensors.items() if tensor is metric), name)
             if metric is not None:
                 tensors[lead] = metric
+            if found.places is not None:
+                tensors[name + _PLACES] = found.places
             names[name] = json.dumps([lead if metric is not None else "", found.trace, found.tokens])
         self._save(block, tensors, names)
 
@@ -199,7 +210,7 @@ class CurvatureFolder(BlockFolder):
 
         def made(tensors: Mapping[str, Tensor], entries: Mapping[str, Any]) -> dict[str, Curvature]:
             return {
-                name: Curvature(trace, tensors[lead] if lead else None, tokens)
+                name: Curvature(trace, tensors[lead] if lead else None, tokens, tensors.get(name + _PLACES))
                 for name, (lead, trace, tokens) in entries.items()
             }
 

@@ -7,12 +7,15 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from ..runtime.model.skeleton import Skeleton
-from .curvature import BlockBack
+from .curvature import BlockBack, Curvature
 from .statistics import Statistics
 
 
 def foretold(
-    skeleton: Skeleton, back: BlockBack, changes: Callable[[str, Statistics], Sequence[Tensor]]
+    skeleton: Skeleton,
+    back: BlockBack,
+    changes: Callable[[str, Statistics], Sequence[Tensor]],
+    coupled: Callable[[Curvature], float] | None = None,
 ) -> dict[str, list[float]]:
     """Disk name → KL per token in nats that each of some changes of a linear's weight is expected to cost.
 
@@ -24,11 +27,20 @@ def foretold(
         back: a block through which gradients went.
         changes: a linear's disk name and statistics of its inputs → changes Δ of its weight, columns first,
             `[columns, rows]`; none for one that is not to be changed.
+        coupled: where a pass solves with the curvature, which share of that is left once a linear's rows are coupled
+            by its own; statistics are then counted about as such a pass gets them.
     """
     found: dict[str, list[float]] = {}
+    curvatures = back.found() if coupled is not None else {}
     for inside, (moment, weighed) in back.met.items():
         name = skeleton.disk_name(back.index, inside)
+        own, share = curvatures.get(name), 1.0
+        if own is not None and coupled is not None:
+            share = coupled(own)
+            if own.places is not None and (cost := float(own.places.mean())) > 0:
+                counted = (moment.moment + weighed.moment / cost) / 2
+                moment = Statistics(moment.tokens, {"moment": counted})
         for change in changes(name, moment):
             loss = float((change * (weighed.moment @ change)).sum())
-            found.setdefault(name, []).append(loss / change.shape[1] / 2 / back.tokens)
+            found.setdefault(name, []).append(share * loss / change.shape[1] / 2 / back.tokens)
     return found

@@ -208,7 +208,7 @@ class Statistics:
         """
         rows = x.reshape(-1, x.shape[-1])
         self.tokens += rows.shape[0]
-        scale = None if weights is None else weights.to(rows.dtype)[:, None]
+        scale = None if weights is None else weights[:, None]
         weighed = rows.float() if scale is None else (rows * scale).float()
         moved = None
         if reference is not None and paired(self.sums):

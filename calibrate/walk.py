@@ -48,9 +48,10 @@ class Block:
         room: float | None,
         stays: frozenset[str],
         curvature: CurvatureFolder | None,
+        aimed: Collection[str],
     ) -> None:
         self.skeleton, self.index, self.chains, self.folder, self._room = skeleton, index, chains, folder, room
-        self._curvature = curvature
+        self._curvature, self._aimed = curvature, aimed
         self._wanted, self._probed, self._stays = wanted, probed, stays
         self.linears: dict[str, Operator] = {}
         self.tensors: dict[str, Tensor] = {}  # by disk name: what is no longer as the checkpoint has it, linears aside
@@ -67,6 +68,8 @@ class Block:
         sequential = self.chains is not None and "compressed" in self.chains.names
         known: dict[str, Statistics] = {}
         curvatures = {} if self._curvature is None else self._curvature.load(self.index, self.skeleton.device)
+        curvatures = {name: own for name, own in curvatures.items() if name in self._aimed}
+        self._places = {name: own.places for name, own in curvatures.items() if own.places is not None}
         at_once = True
         metrics: dict[str, Tensor] = {}
         if self.folder is not None and self.folder.complete:
@@ -245,7 +248,23 @@ class Block:
     def _add(self, sums: Mapping[Group, Statistics], rows: slice, captures: dict[str, Capture]) -> None:
         """Take in a micro-batch, of which nothing is left when the next needs the room."""
         for group, (x, weights, reference) in self._inputs(rows, captures).items():
-            sums[group].add(x, weights, reference)
+            sums[group].add(x, self._counts(group, x) if weights is None else weights, reference)
+
+    def _counts(self, group: Group, inputs: Tensor) -> Tensor | None:
+        """By what each token of a micro-batch `[..., columns]` is multiplied in a group's statistics, its place in a
+        window deciding; None where nothing is known.
+
+        Half of what a token counts for is what errors there cost the model: attention leans on first tokens, whose
+        values all others get, though they are few.
+        """
+        known = [self._places[name] for name in map(self._disk, group.linears) if name in self._places]
+        if not known:
+            return None
+        total = torch.stack(known).sum(0)
+        mean = float(total.mean())
+        if not 0 < mean < float("inf"):
+            return None
+        return ((1 + total / mean) / 2).sqrt().repeat(inputs[..., 0].numel() // len(total))
 
     def _empty(self, group: Group, kinds: Collection[str]) -> Statistics:
         width = self.skeleton.layers[self.index].get_submodule(group.linears[0]).in_features
@@ -325,7 +344,7 @@ class Block:
 
         def run(rows: slice) -> Tensor:
             for group, (x, weights) in self._forward("reference", rows, capture).items():
-                sums[group].add(x, weights)
+                sums[group].add(x, self._counts(group, x) if weights is None else weights)
             assert capture.output is not None
             return capture.output
 
@@ -358,6 +377,7 @@ def walk(
     room: float | None = None,
     stays: frozenset[str] = frozenset(),
     curvature: CurvatureFolder | None = None,
+    aimed: Collection[str] = (),
 ) -> Iterator[Block]:
     """Every block from `first` on; the caller rewrites it through `stages()` and then calls `advance()`.
 
@@ -368,8 +388,9 @@ def walk(
         probed: disk names of the linears whose metrics are wanted.
         room: bytes of statistics at a time; stages that have more come in parts. Default: no limit.
         stays: disk names of linears that keep the form in which the checkpoint has them.
-        curvature: what errors of the linears' outputs cost, where a pass asks for it.
+        curvature: what errors of the linears' outputs cost, where a pass asks for it; aimed: disk names of those of
+            which one does.
     """
     for index in range(first, skeleton.blocks):
         skeleton.checkpoint.expect(index, index + 1)
-        yield Block(skeleton, index, chains, wanted, probed, folder, room, stays, curvature)
+        yield Block(skeleton, index, chains, wanted, probed, folder, room, stays, curvature, aimed)

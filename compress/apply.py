@@ -105,7 +105,8 @@ def apply(
         folder, routing, figures = None, None, None
         source = statistics_source(fingerprint)
         if statistics is not None:
-            folder = StatisticsFolder(statistics, source) if "linears" in kept else None
+            counted = any("curvature" in step.needs for step in plan.recipe.passes)
+            folder = StatisticsFolder(statistics, source, by_place=counted) if "linears" in kept else None
             routing = routing_folder(statistics, plan.recipe, fingerprint) if "routing" in kept else None
             figures = FiguresFolder(statistics, source)
         journal.open(fingerprint, resume=resume)
@@ -277,9 +278,9 @@ def _run(
     for name, step in wanting:
         if kinds := step.needs & KINDS.keys():
             wanted.setdefault(name, set()).update(kinds)
-    probed = {name for name, step in wanting if "metric" in step.needs}
+    probed, aimed = ({name for name, step in wanting if need in step.needs} for need in ("metric", "curvature"))
     room = min((room for room in processes.gathered(plan.room) if room is not None), default=None)
-    for block in walk(skeleton, chains, wanted, first, folder, probed, room, plan.stays, curvature):
+    for block in walk(skeleton, chains, wanted, first, folder, probed, room, plan.stays, curvature, aimed):
         start = time.monotonic()
         seconds: dict[str, float] = {}
         events = list(_rewrite(job.recipe, block, listener, seconds))

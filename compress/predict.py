@@ -26,12 +26,10 @@ class Prediction:
     Attributes:
         passes: kind and cost of each pass that says what it costs.
         unknown: kinds of the others.
-        coupled: kinds that aim at the end of the model, while what they are expected to cost is of rows on their own.
     """
 
     passes: tuple[tuple[str, float], ...]
     unknown: tuple[str, ...]
-    coupled: tuple[str, ...] = ()
 
     @property
     def kl(self) -> float:
@@ -45,8 +43,6 @@ class Prediction:
         text = f"KL expected: {self.kl:.2g}" + (f" ({each})" if len(self.passes) > 1 else "")
         if self.unknown:
             text += f"; not counted: {', '.join(self.unknown)}"
-        if self.coupled:
-            text += f"; of {' and '.join(self.coupled)} with objective: model, .6 to .9 of it were measured to be left"
         return text + (f"; beyond {FAR:g} such an estimate is a rough one" if self.kl > FAR else "")
 
 
@@ -135,7 +131,4 @@ def _summed(plan: Plan, found: Mapping[int, Figures]) -> Prediction:
             unknown.append(step.kind)
         else:
             costs.append((step.kind, cost))
-    known = [kind for kind, _ in costs]
-    steps = (step for step in plan.recipe.linear_passes.values() if getattr(step, "objective", "") == "model")
-    coupled = dict.fromkeys(step.kind for step in steps if step.kind in known and step.kind != "lorc")
-    return Prediction(tuple(costs), tuple(unknown), tuple(coupled))
+    return Prediction(tuple(costs), tuple(unknown))

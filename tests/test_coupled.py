@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from compressor.calibrate.curvature import Curvature
 from compressor.compress.apply import Job, apply
 from compressor.compress.recipe import parse_recipe
 from compressor.compress.solvers.coupled import (
@@ -20,8 +21,10 @@ from compressor.compress.solvers.coupled import (
     coupled_descent,
     coupled_losses,
     coupled_pairs,
+    coupled_share,
     coupled_sweep,
     damped_metric,
+    metric_of,
 )
 from compressor.compress.solvers.grid import Grid, Steps, range_grid
 from compressor.compress.solvers.refine import differences
@@ -33,6 +36,22 @@ from compressor.runtime.stored import StoredModel
 
 DOUBLE = torch.float64
 INTEGERS, ZEROS = Rounding.integers(3, 16), Rounding.integers(3, 16, symmetric=False)
+
+
+def test_the_share_that_coupled_rows_leave() -> None:
+    """Rows as they come, each error made up for by what lies behind it: `δ_i − Σ_j<i u_ji δ_j`, of `δ` all alike."""
+    generator = torch.Generator().manual_seed(0)
+    own = Curvature(1.0, correlated(24, 400, generator).float(), 10**9)
+    metric = metric_of(own)
+    assert metric is not None
+    unit = torch.linalg.cholesky(metric.double())
+    unit = unit / unit.diagonal()  # M = L D Lᵀ: errors that are made up for are L⁻ᵀ δ
+    made_up = torch.linalg.inv(unit.mT) @ torch.randn(24, 200_000, generator=generator, dtype=DOUBLE)
+    left = (made_up * (metric.double() @ made_up)).sum(0).mean() / metric.double().trace()
+    assert coupled_share(own) == pytest.approx(float(left), rel=0.01)
+    assert coupled_share(own) < 0.9
+    assert coupled_share(replace(own, metric=torch.eye(24))) == pytest.approx(1.0)
+    assert coupled_share(replace(own, metric=None)) == 1.0
 
 
 def correlated(size: int, tokens: int, generator: torch.Generator) -> Tensor:

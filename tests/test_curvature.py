@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,8 @@ def test_the_walk_back_is_autograd_through_the_whole_model(
             assert own.metric is not None
             assert own.tokens == WINDOWS.numel()
             torch.testing.assert_close(own.metric.double(), clipped.T @ clipped / len(rows), rtol=1e-3, atol=1e-8)
+            assert own.places is not None
+            torch.testing.assert_close(own.places, expected[name].square().sum(-1).mean(0), rtol=1e-3, atol=1e-8)
 
 
 def test_it_foretells_what_a_small_change_costs(pico: Callable[..., Path], tmp_path: Path) -> None:
@@ -265,6 +268,38 @@ def test_what_rounding_costs_is_foretold(pico: Callable[..., Path], tmp_path: Pa
 
 def noise(like: Tensor) -> Tensor:
     return torch.rand(like.shape, generator=torch.Generator().manual_seed(4)) - 0.5
+
+
+def test_what_coupled_rows_cost_is_foretold(pico: Callable[..., Path], tmp_path: Path) -> None:
+    """By a share of what rows on their own would, and solved with tokens as a run counts them."""
+    model = pico("llama")
+    skeleton = Skeleton(Checkpoint(model))
+    names = {"model.layers.1.self_attn.v_proj", "model.layers.1.mlp.down_proj"}
+    change = {name: 0.01 * noise(skeleton.linears(1)[name].weight.T.float()) for name in names}
+    met: dict[str, list[Tensor]] = {name: [] for name in names}
+    plain, coupled = dict[str, list[float]](), dict[str, list[float]]()
+
+    def changes(name: str, statistics: Statistics) -> list[Tensor]:
+        met[name].append(statistics.moment)
+        return [change[name]]
+
+    def take(back: curvature.BlockBack) -> None:
+        plain.update(foretold(skeleton, back, changes))
+        coupled.update(foretold(skeleton, back, changes, lambda own: 0.25))
+
+    curvature.reverse_walk(skeleton, WINDOWS, tmp_path / "scratch", take, lambda step: None, metrics=True, inputs=names)
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    inputs: dict[str, Tensor] = {}
+    for name in names:
+        hook = partial(lambda name, module, args: inputs.__setitem__(name, args[0].detach().flatten(0, 1)), name)
+        whole.get_submodule(name).register_forward_pre_hook(hook)
+    whole(WINDOWS)
+    for name, gradient in gradients(model, WINDOWS, list(names), lambda row: row).items():
+        assert coupled[name][0] == pytest.approx(plain[name][0] / 4)
+        x, lengths = inputs[name], gradient.flatten(0, 1).square().sum(1)
+        expected = (x.T @ x + x.T @ (x * (lengths / lengths.mean())[:, None])) / 2
+        torch.testing.assert_close(met[name][0], x.T @ x, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(met[name][1], expected, rtol=1e-3, atol=1e-3)
 
 
 def test_what_was_given_and_is_lost_is_found_again(pico: Callable[..., Path], tmp_path: Path) -> None:

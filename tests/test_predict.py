@@ -109,7 +109,6 @@ def test_what_is_told() -> None:
     assert Prediction((("rtn", 0.0123),), ()).told() == "KL expected: 0.012"
     assert Prediction((), ("armor",)).told() == "no expectation of what is lost: armor cannot tell before the run"
     assert Prediction((("rtn", 0.2), ("lorc", 0.1)), ()).told().endswith("beyond 0.1 such an estimate is a rough one")
-    assert "of gptq with objective: model" in Prediction((("gptq", 0.01),), (), ("gptq",)).told()
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,9 @@ from pico import FAMILIES, stock_logits
 from transformers import AutoModelForCausalLM
 
 from compressor.calibrate.chains import Chains
+from compressor.calibrate.curvature import Curvature
 from compressor.calibrate.drive import start_chains
+from compressor.calibrate.folders import CurvatureFolder
 from compressor.calibrate.walk import walk
 from compressor.runtime.model.checkpoint import Checkpoint
 from compressor.runtime.model.skeleton import Skeleton
@@ -97,6 +99,41 @@ def test_statistics_are_those_of_the_real_inputs(pico: Pico, tmp_path: Path, fam
         torch.testing.assert_close(statistics.cross, (x - moved).T @ moved, rtol=1e-3, atol=1e-2)
     shared = [found[f"model.layers.1.self_attn.{name}"] for name in ("q_proj", "k_proj", "v_proj")]
     assert shared[0] is shared[1] is shared[2]
+
+
+def test_tokens_count_by_what_errors_at_their_places_cost(pico: Pico, tmp_path: Path) -> None:
+    skeleton, ids = Skeleton(Checkpoint(pico("llama"))), windows()
+    costs = {name: torch.rand(ids.shape[1]).square() for name in skeleton.linears(0) if "attn" in name}
+    kept = CurvatureFolder(tmp_path / "kept", {"of": "a test"})
+    kept.save(0, {name: Curvature(1.0, None, 0, places) for name, places in costs.items()})
+    chains = start_chains(skeleton, ids, tmp_path, BOTH)
+    wanted = dict.fromkeys(skeleton.linears(0), ("moment",))
+    counted = {}
+    for work in next(walk(skeleton, chains, wanted, curvature=kept, aimed=costs)).stages():
+        counted.update(work.statistics)
+    plain = {}
+    chains = start_chains(skeleton, ids, tmp_path / "again", BOTH)
+    for work in next(walk(skeleton, chains, wanted)).stages():
+        plain.update(work.statistics)
+    own = {name: torch.ones(ids.shape[1]) for name in ("mlp.gate_proj", "mlp.down_proj")}
+    shared = torch.stack([costs[f"model.layers.0.self_attn.{name}_proj"] for name in "qkv"]).sum(0)
+    own |= {"self_attn.k_proj": shared, "self_attn.o_proj": costs["model.layers.0.self_attn.o_proj"]}
+    inputs = {}
+    model = AutoModelForCausalLM.from_pretrained(pico("llama"), dtype=torch.float32)
+    for name in own:
+        model.model.layers[0].get_submodule(name).register_forward_pre_hook(
+            lambda _, args, name=name: inputs.__setitem__(name, args[0])
+        )
+    with torch.no_grad():
+        model(ids)
+    for name, places in own.items():
+        x, found = inputs[name].double(), counted[f"model.layers.0.{name}"]
+        half = (1 + places / places.mean()) / 2
+        expected = torch.einsum("wti,wtj,t->ij", x, x, half.double())
+        torch.testing.assert_close(found.moment.double(), expected, rtol=1e-4, atol=1e-3)
+        assert found.tokens == ids.numel()
+        if "mlp" in name:
+            assert torch.equal(found.moment, plain[f"model.layers.0.{name}"].moment)
 
 
 def leaning(own: torch.Tensor, everything: torch.Tensor) -> torch.Tensor:

@@ -49,6 +49,16 @@ def metric_of(curvature: Curvature | None) -> Tensor | None:
     return damped_metric(curvature.metric, _DAMPING, curvature.tokens)
 
 
+def coupled_share(curvature: Curvature) -> float:
+    """What is left of a linear's loss where later rows make up for the errors of earlier ones, of as much as rows on
+    their own have: with `M = L D Lᵀ`, `tr D / tr M` (as for columns in QuIP, arXiv:2307.13304)."""
+    metric = metric_of(curvature)
+    if metric is None:
+        return 1.0
+    factor = torch.linalg.cholesky(metric.double())
+    return float(factor.diagonal().square().mean() / metric.diagonal().mean())
+
+
 def coupled_losses(delta: Tensor, moment: Tensor, metric: Tensor) -> Tensor:
     """Each row's part of `tr(M Δ H Δᵀ)`: Δ columns first, `[columns, rows]` → `[rows]`."""
     return torch.linalg.vecdot(times(moment, delta), delta @ metric, dim=0)

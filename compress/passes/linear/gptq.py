@@ -25,7 +25,7 @@ left of the moment once these have made up for what they can (`Group.without`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -82,6 +82,12 @@ class Gptq(Quantizer, Calibrated):
     @property
     def needs(self) -> frozenset[Need]:
         return super().needs | ({"curvature"} if self.objective == "model" else set())
+
+    @property
+    def _coupled(self) -> Callable[[Curvature], float] | None:
+        from ...solvers.coupled import coupled_share
+
+        return coupled_share if self.objective == "model" else None
 
     def flops(self, rows: int, columns: int) -> float:
         sweeps = len(_SHRINKS) if self.search else 1

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from typing_extensions import Self
 
-    from ....calibrate.curvature import BlockBack
+    from ....calibrate.curvature import BlockBack, Curvature
     from ....calibrate.statistics import Statistics
     from ....kernels.numbers import Rounding
     from ....runtime.model.skeleton import Skeleton
@@ -251,13 +251,19 @@ class Mixed(LinearPass):
             return self._errors(weight, roundings, statistics)
 
         if not self._nominal:
-            return {name: costs[0] for name, costs in foretold(skeleton, back, changes).items()}
-        sets, alone, found = self._sets[back.index], foretold(skeleton, back, changes), dict[str, float]()
+            return {name: costs[0] for name, costs in foretold(skeleton, back, changes, self._coupled).items()}
+        sets, found = self._sets[back.index], dict[str, float]()
+        alone = foretold(skeleton, back, changes, self._coupled)
         for label, names in sets.items():
             met = [alone[name] for name in names if name in alone]  # an expert that no token came by costs nothing
             for number, option in enumerate(every._options):
                 found[_place(label, option)] = sum(costs[number] for costs in met)
         return found
+
+    @property
+    def _coupled(self) -> Callable[[Curvature], float] | None:
+        """What is left of a linear's cost where the curvature couples its rows; None for a pass without it."""
+        return None
 
     def expected(self, skeleton: Skeleton, foretold: Mapping[str, float]) -> float | None:
         if not self._nominal:
@@ -285,7 +291,7 @@ class Mixed(LinearPass):
     def foretelling(self, rows: int, columns: int) -> tuple[float, float]:
         options = len(_WIDTHS) * len(self.group_sizes or (0,))
         solving = 2.0 * columns**3 + options * rows * columns * (4.0 * columns + 600.0)
-        return 28.0 * columns**2 + 4.0 * (options + 6) * rows * columns, solving
+        return 32.0 * columns**2 + 4.0 * (options + 6) * rows * columns, solving
 
     def _outer_costs(self, skeleton: Skeleton, survey: Survey) -> dict[str, float]:
         """The same of the embedding and the head."""

@@ -77,6 +77,7 @@ class SparsePass(Calibrated):
 
     def foretell(self, skeleton: Skeleton, back: BlockBack) -> dict[str, float]:
         from ....calibrate.foretell import foretold
+        from ...solvers.coupled import coupled_share
         from ...solvers.sparse24 import swept, top_pairs
         from ...solvers.system import NotSolvable, damped_system
 
@@ -94,7 +95,8 @@ class SparsePass(Calibrated):
                 return [weight * top_pairs(weight.abs()) - weight]
             return [swept(weight, system, self.sweeps if self.method == "sparsegpt_sweep" else 0)[1]]
 
-        return {name: costs[0] for name, costs in foretold(skeleton, back, changes).items()}
+        coupled = coupled_share if self.objective == "model" else None
+        return {name: costs[0] for name, costs in foretold(skeleton, back, changes, coupled).items()}
 
     def expected(self, skeleton: Skeleton, foretold: Mapping[str, float]) -> float | None:
         return sum(foretold.values())
