@@ -46,8 +46,7 @@ class Capture:
 
     def _hook(self, group: Group, expert: bool):  # type: ignore[no-untyped-def]
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            weights = self._weights.to(self._dtype) if expert and self._weights is not None else None
-            self.inputs[group] = (args[0].to(self._dtype), weights)
+            self.inputs[group] = (args[0].to(self._dtype), self._weights if expert else None)
             if len(self.inputs) == self._wanted:
                 raise _Captured
 

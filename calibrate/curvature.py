@@ -171,6 +171,19 @@ def _drawn(skeleton: Skeleton, answer: Callable[[Tensor], Tensor], leaving: Spil
     return torch.cat(found).view(-1, *leaving.shape[1:])
 
 
+def counts(places: Sequence[Tensor]) -> Tensor | None:
+    """What tokens at each place in a window count for in statistics, one in the mean; None where nothing is known.
+
+    Half of it is what errors there cost the model, for linears that read the same input together: attention leans on
+    first tokens, whose values all others get, though they are few.
+    """
+    if not places:
+        return None
+    total = torch.stack(tuple(places)).sum(0)
+    mean = float(total.mean())
+    return (1 + total / mean) / 2 if 0 < mean < float("inf") else None
+
+
 class BlockBack:
     """A block through which gradients are pulled back, and what is summed up of those at its linears' outputs.
 

@@ -122,12 +122,8 @@ class StatisticsFolder(BlockFolder):
 
     index, prefix = "statistics.json", "block"
 
-    def __init__(self, folder: Path, source: Mapping[str, Any], *, by_place: bool = False) -> None:
-        """
-        Args:
-            by_place: whether tokens count by their places in windows (`Curvature.places`).
-        """
-        super().__init__(folder, {**source, "kinds": sorted(UNPAIRED)} | ({"by": "place"} if by_place else {}))
+    def __init__(self, folder: Path, source: Mapping[str, Any]) -> None:
+        super().__init__(folder, {**source, "kinds": sorted(UNPAIRED)})
 
     def save(self, block: int, statistics: Mapping[str, Statistics]) -> None:
         """Keep a block's statistics; linears that share an object share its tensors on disk."""

@@ -32,15 +32,27 @@ def foretold(
     """
     found: dict[str, list[float]] = {}
     curvatures = back.found() if coupled is not None else {}
+    shares: dict[int, float] = {}  # by metric, of which experts have one
     for inside, (moment, weighed) in back.met.items():
         name = skeleton.disk_name(back.index, inside)
-        own, share = curvatures.get(name), 1.0
-        if own is not None and coupled is not None:
-            share = coupled(own)
-            if own.places is not None and (cost := float(own.places.mean())) > 0:
-                counted = (moment.moment + weighed.moment / cost) / 2
-                moment = Statistics(moment.tokens, {"moment": counted})
-        for change in changes(name, moment):
-            loss = float((change * (weighed.moment @ change)).sum())
-            found.setdefault(name, []).append(share * loss / change.shape[1] / 2 / back.tokens)
+        own = curvatures.get(name)
+        losses = [
+            float((change * (weighed.moment @ change)).sum()) / change.shape[1] / 2 / back.tokens
+            for change in changes(name, moment if own is None else _counted(own, moment, weighed))
+        ]
+        if losses and own is not None and coupled is not None:
+            key = id(own.metric)
+            if key not in shares:
+                shares[key] = coupled(own)
+            losses = [shares[key] * loss for loss in losses]
+        if losses:
+            found[name] = losses
     return found
+
+
+def _counted(own: Curvature, moment: Statistics, weighed: Statistics) -> Statistics:
+    """A moment with tokens by what they count for in a run (`curvature.counts`), each by its own gradient."""
+    cost = 0.0 if own.places is None else float(own.places.mean())
+    if not 0 < cost < float("inf"):
+        return moment
+    return Statistics(moment.tokens, {"moment": (moment.moment + weighed.moment / cost) / 2})

@@ -4,7 +4,8 @@ With x the input in the reference chain and x̃ in the compressed chain (`docs/a
 
     moment = Σ w² x̃ x̃ᵀ            cross = Σ w² (x − x̃) x̃ᵀ            peak = max |x̃|
 
-where w is the router's coefficient for an expert's row and 1 elsewhere. `sample` is a few of the rows w x̃.
+where w is the router's coefficient for an expert's row, the root of what tokens at its place count for where it is
+known what errors cost the model, and 1 elsewhere. `sample` is a few of the rows, an expert's times its coefficients.
 `held_moment` and `held_cross` are the same sums over a part of the tokens, by which what was fitted to the others can
 be judged. Another kind is a row of `KINDS`.
 """
@@ -50,18 +51,26 @@ class Inputs(NamedTuple):
     """A batch of what enters some linears, `[rows, in_features]` each.
 
     Attributes:
-        rows: of the compressed chain, as they come; weighed: the same times the router's coefficients, float32.
-        moved: by how much the reference chain's differ, times the coefficients, float32; None without that chain.
+        rows: of the compressed chain, as they come; weighed: the same times w, float32.
+        moved: by how much the reference chain's differ, times w, float32; None without that chain.
+        coefficients: the router's, `[rows, 1]`, of an expert.
     """
 
     rows: Tensor
     weighed: Tensor
     moved: Tensor | None
+    coefficients: Tensor | None
+
+    @property
+    def routed(self) -> Tensor:
+        """The rows as a mixture adds them up, float32."""
+        return self.rows.float() if self.coefficients is None else (self.rows * self.coefficients).float()
 
     def held(self) -> Inputs:
         """The rows that are held out, the last ones."""
         rest = slice(len(self.rows) - round(HELD * len(self.rows)), None)
-        return Inputs(self.rows[rest], self.weighed[rest], None if self.moved is None else self.moved[rest])
+        parts = (None if part is None else part[rest] for part in (self.moved, self.coefficients))
+        return Inputs(self.rows[rest], self.weighed[rest], *parts)
 
 
 @dataclass(frozen=True)
@@ -122,7 +131,7 @@ def _add_peak(sums: Tensor, inputs: Inputs) -> None:
 
 
 def _add_sample(sums: Tensor, inputs: Inputs) -> None:
-    _fill(sums, inputs.weighed)
+    _fill(sums, inputs.routed)
 
 
 def _fill(sums: Tensor, rows: Tensor, share: float = 1.0) -> None:
@@ -198,25 +207,36 @@ class Statistics:
     def cross(self) -> Tensor | None:
         return self.sums.get("cross")
 
-    def add(self, x: Tensor, weights: Tensor | None = None, reference: Tensor | None = None) -> None:
+    def add(
+        self,
+        x: Tensor,
+        weights: Tensor | None = None,
+        reference: Tensor | None = None,
+        counts: Tensor | None = None,
+    ) -> None:
         """Accumulate a batch.
 
         Args:
             x: `[..., in_features]`, the compressed chain's input.
             weights: `[rows]` coefficients, or None for ones.
             reference: like x, the reference chain's input for the same tokens; needed by kinds that are paired.
+            counts: what tokens at each place of a window count for, of rows that are whole windows; default: one.
         """
         rows = x.reshape(-1, x.shape[-1])
         self.tokens += rows.shape[0]
-        scale = None if weights is None else weights[:, None]
+        scale = None if weights is None else weights.to(rows.dtype)[:, None]
         weighed = rows.float() if scale is None else (rows * scale).float()
         moved = None
         if reference is not None and paired(self.sums):
             moved = reference.reshape(rows.shape) - rows
             moved = (moved if scale is None else moved * scale).float()
+        if counts is not None:
+            roots = counts.sqrt().repeat(len(rows) // len(counts))[:, None]
+            weighed = weighed.mul_(roots) if rows.dtype != torch.float32 else weighed * roots
+            moved = None if moved is None else moved.mul_(roots)
         with exact_products(x.dtype):
             for name, sums in self.sums.items():
-                KINDS[name].add(sums, Inputs(rows, weighed, moved))
+                KINDS[name].add(sums, Inputs(rows, weighed, moved, scale))
 
     @property
     def met(self) -> bool:

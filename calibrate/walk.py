@@ -23,6 +23,7 @@ from ..runtime.model.skeleton import Skeleton
 from ..runtime.schemes import Dense, Operator
 from .capture import Capture, Replay, RoutedAs, let_round
 from .chains import Chains, Spill
+from .curvature import Curvature, counts
 from .drive import carry
 from .folders import CurvatureFolder, StatisticsFolder
 from .probes import output_metrics
@@ -59,6 +60,7 @@ class Block:
         self._hooks: dict[str, Any] = {}
         self._runners: dict[str, Any] = {}
         self._seen: dict[tuple[str, str], Spill] = {}
+        self._counts: dict[Group, Tensor] = {}  # what tokens count for, by their places
 
     def _disk(self, name: str) -> str:
         return self.skeleton.disk_name(self.index, name)
@@ -69,7 +71,8 @@ class Block:
         known: dict[str, Statistics] = {}
         curvatures = {} if self._curvature is None else self._curvature.load(self.index, self.skeleton.device)
         curvatures = {name: own for name, own in curvatures.items() if name in self._aimed}
-        self._places = {name: own.places for name, own in curvatures.items() if own.places is not None}
+        if sequential:  # others are kept for passes that aim elsewhere, too
+            self._count(curvatures)
         at_once = True
         metrics: dict[str, Tensor] = {}
         if self.folder is not None and self.folder.complete:
@@ -122,6 +125,13 @@ class Block:
                         self._put(name)
             self._fold(folded)
             self._replay(folded)
+
+    def _count(self, curvatures: Mapping[str, Curvature]) -> None:
+        """Let tokens count by their places where it is known what errors there cost; experts have none."""
+        for group in (group for stage in self.skeleton.stages(self.index) for group in stage):
+            known = [own for name in group.linears if (own := curvatures.get(self._disk(name))) is not None]
+            if (found := counts([own.places for own in known if own.places is not None])) is not None:
+                self._counts[group] = found
 
     def _work(self, stage: Stage) -> StageWork:
         groups = [[self._disk(name) for name in group.linears] for group in stage]
@@ -248,23 +258,7 @@ class Block:
     def _add(self, sums: Mapping[Group, Statistics], rows: slice, captures: dict[str, Capture]) -> None:
         """Take in a micro-batch, of which nothing is left when the next needs the room."""
         for group, (x, weights, reference) in self._inputs(rows, captures).items():
-            sums[group].add(x, self._counts(group, x) if weights is None else weights, reference)
-
-    def _counts(self, group: Group, inputs: Tensor) -> Tensor | None:
-        """By what each token of a micro-batch `[..., columns]` is multiplied in a group's statistics, its place in a
-        window deciding; None where nothing is known.
-
-        Half of what a token counts for is what errors there cost the model: attention leans on first tokens, whose
-        values all others get, though they are few.
-        """
-        known = [self._places[name] for name in map(self._disk, group.linears) if name in self._places]
-        if not known:
-            return None
-        total = torch.stack(known).sum(0)
-        mean = float(total.mean())
-        if not 0 < mean < float("inf"):
-            return None
-        return ((1 + total / mean) / 2).sqrt().repeat(inputs[..., 0].numel() // len(total))
+            sums[group].add(x, weights, reference, self._counts.get(group))
 
     def _empty(self, group: Group, kinds: Collection[str]) -> Statistics:
         width = self.skeleton.layers[self.index].get_submodule(group.linears[0]).in_features
@@ -344,7 +338,7 @@ class Block:
 
         def run(rows: slice) -> Tensor:
             for group, (x, weights) in self._forward("reference", rows, capture).items():
-                sums[group].add(x, self._counts(group, x) if weights is None else weights)
+                sums[group].add(x, weights)
             assert capture.output is not None
             return capture.output
 
@@ -388,8 +382,9 @@ def walk(
         probed: disk names of the linears whose metrics are wanted.
         room: bytes of statistics at a time; stages that have more come in parts. Default: no limit.
         stays: disk names of linears that keep the form in which the checkpoint has them.
-        curvature: what errors of the linears' outputs cost, where a pass asks for it; aimed: disk names of those of
-            which one does.
+        curvature: what errors of the linears' outputs cost, where a pass asks for it.
+        aimed: disk names of the linears for which one does. With the compressed chain, tokens count in their statistics
+            by what errors at their places cost (`curvature.counts`).
     """
     for index in range(first, skeleton.blocks):
         skeleton.checkpoint.expect(index, index + 1)

@@ -105,8 +105,7 @@ def apply(
         folder, routing, figures = None, None, None
         source = statistics_source(fingerprint)
         if statistics is not None:
-            counted = any("curvature" in step.needs for step in plan.recipe.passes)
-            folder = StatisticsFolder(statistics, source, by_place=counted) if "linears" in kept else None
+            folder = StatisticsFolder(statistics, source) if "linears" in kept else None
             routing = routing_folder(statistics, plan.recipe, fingerprint) if "routing" in kept else None
             figures = FiguresFolder(statistics, source)
         journal.open(fingerprint, resume=resume)

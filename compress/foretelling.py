@@ -17,6 +17,7 @@ from .events import Event, Surveyed
 from .passes.base import LinearPass
 
 Figures = dict[str, float]
+_DEFINED = 2  # how often what is foretold was defined anew, for figures that are kept
 
 
 class WalkBack:
@@ -107,4 +108,4 @@ def _told(skeleton: Skeleton, back: BlockBack, asking: Mapping[int, LinearPass])
 
 
 def _of_walk(what: Mapping[str, Any]) -> dict[str, Any]:
-    return {"foretold": dict(what)}
+    return {"foretold": dict(what), "as": _DEFINED}

@@ -105,6 +105,20 @@ def test_a_sweep_needs_bits(pico: Pico, tmp_path: Path) -> None:
         assert said in failed.stderr
 
 
+def test_of_coupled_rows_less_is_foretold(pico: Pico, tmp_path: Path) -> None:
+    skeleton = Skeleton(Checkpoint(pico("llama")))
+    windows = torch.randint(0, 128, (16, 64), generator=torch.Generator().manual_seed(0))
+    found = {}
+    for objective in ("layer", "model"):
+        for kind in ("gptq, bits: 3, group_size: 32", "sparse24"):
+            recipe = parse_recipe(f"passes: [{{kind: {kind}, objective: {objective}}}]")
+            (tmp_path / f"{objective}-{kind[:4]}").mkdir()
+            room = tmp_path / f"{objective}-{kind[:4]}"
+            found[kind, objective] = predicted(make_plan(recipe, skeleton), windows, room, lambda event: None).kl
+    for kind in ("gptq, bits: 3, group_size: 32", "sparse24"):
+        assert 0.2 * found[kind, "layer"] < found[kind, "model"] < 0.97 * found[kind, "layer"]
+
+
 def test_what_is_told() -> None:
     assert Prediction((("rtn", 0.0123),), ()).told() == "KL expected: 0.012"
     assert Prediction((), ("armor",)).told() == "no expectation of what is lost: armor cannot tell before the run"

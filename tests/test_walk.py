@@ -107,7 +107,7 @@ def test_tokens_count_by_what_errors_at_their_places_cost(pico: Pico, tmp_path: 
     kept = CurvatureFolder(tmp_path / "kept", {"of": "a test"})
     kept.save(0, {name: Curvature(1.0, None, 0, places) for name, places in costs.items()})
     chains = start_chains(skeleton, ids, tmp_path, BOTH)
-    wanted = dict.fromkeys(skeleton.linears(0), ("moment",))
+    wanted = dict.fromkeys(skeleton.linears(0), ("moment", "sample"))
     counted = {}
     for work in next(walk(skeleton, chains, wanted, curvature=kept, aimed=costs)).stages():
         counted.update(work.statistics)
@@ -132,8 +132,13 @@ def test_tokens_count_by_what_errors_at_their_places_cost(pico: Pico, tmp_path: 
         expected = torch.einsum("wti,wtj,t->ij", x, x, half.double())
         torch.testing.assert_close(found.moment.double(), expected, rtol=1e-4, atol=1e-3)
         assert found.tokens == ids.numel()
+        assert torch.equal(found.sums["sample"], plain[f"model.layers.0.{name}"].sums["sample"])
         if "mlp" in name:
             assert torch.equal(found.moment, plain[f"model.layers.0.{name}"].moment)
+    chains = start_chains(skeleton, ids, tmp_path / "alone", ("reference",))  # what serves other recipes, too
+    for work in next(walk(skeleton, chains, wanted, curvature=kept, aimed=costs)).stages():
+        for name, found in work.statistics.items():
+            torch.testing.assert_close(found.moment, plain[name].moment, rtol=1e-4, atol=1e-3)
 
 
 def leaning(own: torch.Tensor, everything: torch.Tensor) -> torch.Tensor:

@@ -55,8 +55,8 @@ def coupled_share(curvature: Curvature) -> float:
     metric = metric_of(curvature)
     if metric is None:
         return 1.0
-    factor = torch.linalg.cholesky(metric.double())
-    return float(factor.diagonal().square().mean() / metric.diagonal().mean())
+    mean = float(metric.diagonal().mean())
+    return float(torch.linalg.cholesky(metric).diagonal().square().mean()) / mean
 
 
 def coupled_losses(delta: Tensor, moment: Tensor, metric: Tensor) -> Tensor:

@@ -13,9 +13,9 @@ Per group of linears that read the same input (their rows stacked, since rows ar
    again; each row keeps the better of the two.
 
 `objective: model` goes on from there: `tr(M Δ H Δᵀ)`, M what errors of the outputs cost the answers of the model
-(`calibrate/curvature.py`), couples the rows. The second sweep is in 16 blocks of them, later ones making up for the
-errors of earlier ones, and scales and codes are improved by the exact gradient (`solvers/coupled.py`); what was there
-stays where that is no better.
+(`calibrate/curvature.py`, as is what tokens count for in H), couples the rows. The second sweep is in 16 blocks of
+rows, later ones making up for the errors of earlier ones, and scales and codes are improved by the exact gradient
+(`solvers/coupled.py`); what was there stays where that is no better.
 
 A 2:4 pattern stays as it is: what is not stored is a zero that the sweep cannot move. The core of an ARMOR matrix is
 swept for the inputs `B x`, and then improved in turns with A and B (`solvers/armor.py`); what has a low-rank residual

@@ -131,8 +131,9 @@ class Group:
         return weight * (self.energy > 0)
 
     def error(self, target: Tensor, result: Operator) -> float:
-        """`tr(Δ H Δᵀ) / tr(V H Vᵀ)`, the relative error of outputs for inputs as they were measured, Δ what a linear
-        that is stored differs in from its target V `[rows, columns]`; without a system, `‖Δ‖² / ‖V‖²`."""
+        """`tr(Δ H Δᵀ) / tr(V H Vᵀ)`, the relative error of outputs for inputs as they were measured, and counted,
+        Δ what a linear that is stored differs in from its target V `[rows, columns]`; without a system, `‖Δ‖² / ‖V‖²`.
+        """
 
         def loss(weight: Tensor) -> float:
             own = weight.square().sum(1) if self.measured is None else row_losses(weight.T, self.measured)
