@@ -28,7 +28,7 @@ def foretold(
         changes: a linear's disk name and statistics of its inputs → changes Δ of its weight, columns first,
             `[columns, rows]`; none for one that is not to be changed.
         coupled: where a pass solves with the curvature, which share of that is left once a linear's rows are coupled
-            by its own; statistics are then counted about as such a pass gets them.
+            by its own; statistics are then counted about as such a pass gets them with `sequential`.
     """
     found: dict[str, list[float]] = {}
     curvatures = back.found() if coupled is not None else {}

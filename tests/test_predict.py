@@ -112,8 +112,7 @@ def test_of_coupled_rows_less_is_foretold(pico: Pico, tmp_path: Path) -> None:
     for objective in ("layer", "model"):
         for kind in ("gptq, bits: 3, group_size: 32", "sparse24"):
             recipe = parse_recipe(f"passes: [{{kind: {kind}, objective: {objective}}}]")
-            (tmp_path / f"{objective}-{kind[:4]}").mkdir()
-            room = tmp_path / f"{objective}-{kind[:4]}"
+            (room := tmp_path / f"{objective}-{kind[:4]}").mkdir()
             found[kind, objective] = predicted(make_plan(recipe, skeleton), windows, room, lambda event: None).kl
     for kind in ("gptq, bits: 3, group_size: 32", "sparse24"):
         assert 0.2 * found[kind, "layer"] < found[kind, "model"] < 0.97 * found[kind, "layer"]
