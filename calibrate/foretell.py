@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
@@ -14,7 +14,7 @@ from .statistics import Statistics
 def foretold(
     skeleton: Skeleton,
     back: BlockBack,
-    changes: Callable[[str, Statistics], Sequence[Tensor]],
+    changes: Callable[[str, Statistics], Iterable[Tensor]],
     coupled: Callable[[Curvature], float] | None = None,
 ) -> dict[str, list[float]]:
     """Disk name → KL per token in nats that each of some changes of a linear's weight is expected to cost.
@@ -26,7 +26,7 @@ def foretold(
     Args:
         back: a block through which gradients went.
         changes: a linear's disk name and statistics of its inputs → changes Δ of its weight, columns first,
-            `[columns, rows]`; none for one that is not to be changed.
+            `[columns, rows]`, one after the other; none for one that is not to be changed.
         coupled: where a pass solves with the curvature, which share of that is left once a linear's rows are coupled
             by its own; statistics are then counted about as such a pass gets them with `sequential`.
     """

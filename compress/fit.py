@@ -23,6 +23,9 @@ READERS: dict[Reader, str] = {  # → as plans name them
 _BITS: dict[Reader, tuple[int, ...]] = {  # of integers that they read
     "transformers": (2, 3, 4, 5, 6, 8), "vllm": (4, 8), "vllm-cpu": (4,), "compressor": (2, 3, 4, 5, 6, 8)
 }  # fmt: skip
+_GROUPS: dict[Reader, tuple[int, ...]] = {  # columns that may share a scale, where they divide those of a linear
+    "transformers": (128, 256), "compressor": (128, 256)
+}  # fmt: skip
 _K_QUANTS = ("q6_k", "q5_k", "q4_k", "q3_k", "q2_k")
 _PARTS = 10**6  # of an average of bits
 _HEADER = 200  # bytes that a file says of each of its tensors
@@ -113,6 +116,7 @@ def _candidates(skeleton: Skeleton, aim: Aim) -> Iterator[Passes]:
     alike = len(widths) == 1 or (sparse and reader != "compressor")  # engines take experts of one form
     if not alike:
         mixed = {**solver, "bits": "mixed", "average_bits": 16, "choices": list(widths)}
+        mixed |= {"group_sizes": list(_GROUPS[reader])} if reader in _GROUPS else {}
         mixed |= {"targets": ["*", *outer]} if reader == "compressor" else {}
         if aim.kv_share == 1:
             yield [mixed]
@@ -203,7 +207,7 @@ def _even(step: Mapping[str, Any]) -> dict[str, Any]:
     """With the most bits everywhere."""
     if step.get("bits") != "mixed":
         return dict(step)
-    return {key: value for key, value in step.items() if key not in ("average_bits", "choices")} | {
+    return {key: value for key, value in step.items() if key not in ("average_bits", "choices", "group_sizes")} | {
         "bits": max(step["choices"])
     }
 

@@ -40,6 +40,7 @@ def test_a_reader_gets_what_it_reads(pico: Pico, reader: str) -> None:
         assert READERS[reader] in plan.readers  # type: ignore[index]
         if (options := recipe.passes[0].model_dump())["bits"] == "mixed":
             assert set(options["choices"]) == ({4, 8} if reader == "vllm" else {2, 3, 4, 5, 6, 8})
+            assert set(options["group_sizes"]) == (set() if reader == "vllm" else {128, 256})
 
 
 def test_the_file_is_as_large_as_asked_for_and_no_larger(pico: Pico, calibration_text: Path, tmp_path: Path) -> None:

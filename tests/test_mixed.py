@@ -129,6 +129,22 @@ def test_groups_are_chosen_too(
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_groups_divide_what_they_are_of(pico: Pico, calibration_text: Path, tmp_path: Path) -> None:
+    """Where a size on offer does not, group_size is what there is, in the folder and in what it records."""
+    model = pico("llama", **GIVEN | {"hidden_size": 96})
+    passes = "{kind: gptq, bits: mixed, average_bits: 4, group_size: 32, group_sizes: [64, 128]}"
+    out = compress(model, tmp_path / "out", calibration_text, passes)
+    [step] = yaml.safe_load((out / "recipe.resolved.yaml").read_text())["passes"]
+    stored, offered = StoredModel(out), {96: {32}, 128: {64, 128}, 256: {64, 128}}
+    for name, size in step["sizes"].items():
+        operator = stored.operator(name)
+        assert size in offered[operator.shape[1]]
+        assert (operator.group_size, operator.bits) == (size, step["widths"][name])
+    assert len(set(step["sizes"].values())) > 1
+    spent = 8 * sum(stored.operator(name).nbytes for name in step["widths"])
+    assert spent <= 4.05 * sum(stored.operator(name).codes.numel() for name in step["widths"])
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_what_matters_gets_more(family: str, pico: Pico, calibration_text: Path, tmp_path: Path) -> None:
     """And linears that read the same input, and all experts of a block, get the same."""

@@ -151,7 +151,7 @@ class Gptq(Quantizer, Calibrated):
             found.setdefault(alike, []).append(number)
         return list(found.values())
 
-    def _errors(self, weight: Tensor, roundings: Sequence[Rounding], statistics: Statistics) -> list[Tensor]:
+    def _errors(self, weight: Tensor, roundings: Sequence[Rounding], statistics: Statistics) -> Iterator[Tensor]:
         from ...solvers.refine import differences
         from ...solvers.sweep import gptq_codes
         from ...solvers.system import NotSolvable, damped_system
@@ -160,11 +160,13 @@ class Gptq(Quantizer, Calibrated):
         try:
             system = damped_system(statistics.moment, self.damping, act_order=self.act_order, shrinkage=share)
         except NotSolvable:
-            return super()._errors(weight, roundings, statistics)
+            yield from super()._errors(weight, roundings, statistics)
+            return
         exact = weight.float()
-        grids = [_grid(exact, rounding, self.steps([weight], rounding, weight.dtype), None) for rounding in roundings]
         target = exact.T.contiguous()
-        return [differences(gptq_codes(target, grid, system)[0], grid, target) for grid in grids]
+        for rounding in roundings:
+            grid = _grid(exact, rounding, self.steps([weight], rounding, weight.dtype), None)
+            yield differences(gptq_codes(target, grid, system)[0], grid, target)
 
     def _finish(
         self, work: StageWork, group: Group, number: int, result: Operator, target: Tensor, reason: str

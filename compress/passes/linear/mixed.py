@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,15 +36,16 @@ if TYPE_CHECKING:
     from ..base import Survey
 
 PROBED = 3
+_ROW = 1024  # columns of a row, to tell which choice takes more bytes
 CURVE = 12  # parts of what lies between the fewest bits everywhere and the most, of which is told what they would cost
 Width = Literal[2, 3, 4, 5, 6, 8]
 _WIDTHS: tuple[Width, ...] = (2, 3, 4, 5, 6, 8)
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 Sets = Mapping[str, tuple[str, ...]]  # the first of some linears, an expert's number aside → their disk names
-Size = Literal[16, 32, 64, 128, 256]
+Size = Literal[-1, 16, 32, 64, 128, 256]
 Option = tuple[int, int | None]  # bits, and columns that share a scale; None: as for other bits
-RoundingAt = Callable[[int, int, int | None], "Rounding"]  # of so many bits, for so many columns, in groups
+RoundingOf = Callable[[Option, int], "Rounding"]  # of a choice, for so many columns
 
 
 class Mixed(LinearPass):
@@ -63,8 +64,8 @@ class Mixed(LinearPass):
     )
     group_sizes: tuple[Size, ...] = Field(
         (),
-        description="with bits: mixed, the sizes of groups among which each linear's is chosen, too; default: "
-        "group_size",
+        description="with bits: mixed, the sizes of groups (-1: one scale a row) among which each linear's is chosen, "
+        "too; one that does not divide the columns of a linear stands for group_size there; default: group_size",
     )
     widths: dict[str, Width] | None = Field(
         None,
@@ -107,6 +108,11 @@ class Mixed(LinearPass):
         """What rows of so many columns are rounded to in so many bits, by default in groups of `group_size`."""
         raise NotImplementedError
 
+    def _offered(self, option: Option, columns: int) -> Rounding:
+        """What rows of so many columns are rounded to by a choice, groups of a size that does not divide them aside."""
+        bits, size = option
+        return self._integers(bits, columns, size if size and columns % size == 0 else None)
+
     def _outline(self, operator: Operator, rounding: Rounding) -> Operator:
         """What becomes of plain floats, on `meta`."""
         raise NotImplementedError
@@ -127,7 +133,7 @@ class Mixed(LinearPass):
     def _options(self) -> list[Option]:
         """What is chosen among, rising in bytes where groups divide rows."""
         found = [(bits, size) for bits in self.choices for size in self.group_sizes or (None,)]
-        return sorted(found, key=lambda option: option[0] + 16 / (option[1] or 128))
+        return sorted(found, key=lambda option: option[0] + 16 / (_ROW if option[1] == -1 else option[1] or 128))
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -168,7 +174,7 @@ class Mixed(LinearPass):
                 f"{self.kind}: {self._options[0][0]} bits everywhere are {8 * least / weights:.2f} bits per weight, "
                 f"scales counted; ask for more than average_bits: {self.average_bits:g}"
             )
-        return result._with_widths(even_widths(nbytes, result._budget), nominal=True)
+        return result._with_widths(skeleton, even_widths(nbytes, result._budget), nominal=True)
 
     def sizes_of(
         self, skeleton: Skeleton, nbytes: Mapping[str, Sequence[float]] | None = None
@@ -195,15 +201,18 @@ class Mixed(LinearPass):
             for name in names:
                 shape = shape_of(skeleton, name)
                 plain = Dense(torch.empty(shape, dtype=skeleton.checkpoint.dtype, device="meta"))
-                for number, (bits, size) in enumerate(self._options):
-                    found[label][number] += self._outline(plain, self._integers(bits, shape[1], size)).nbytes
+                for number, option in enumerate(self._options):
+                    found[label][number] += self._outline(plain, self._offered(option, shape[1])).nbytes
         return found
 
-    def _with_widths(self, numbers: Mapping[str, int], *, nominal: bool = False) -> Self:
+    def _with_widths(self, skeleton: Skeleton, numbers: Mapping[str, int], *, nominal: bool = False) -> Self:
         """This pass with a choice for each label."""
-        chosen = {label: self._options[number] for label, number in numbers.items()}
-        options = {name: chosen[label] for sets in self._sets for label, names in sets.items() for name in names}
-        widths, sizes = ({name: option[part] for name, option in options.items()} for part in (0, 1))
+        widths, sizes = dict[str, int](), dict[str, int]()
+        for label, names in (item for sets in self._sets for item in sets.items()):
+            option = self._options[numbers[label]]
+            for name in names:
+                widths[name] = option[0]
+                sizes[name] = self._offered(option, shape_of(skeleton, name)[1]).columns
         result = self.model_copy(update={"widths": widths, "sizes": sizes if self.group_sizes else None})
         result._nominal = nominal
         return result
@@ -224,7 +233,7 @@ class Mixed(LinearPass):
         numbers, spent, lost = shared(self._budget)
         curve = [shared(least + part / CURVE * (most - least))[1:] for part in range(CURVE + 1)]
         survey.listener(Allocated(self.kind, spent, lost, [list(point) for point in curve]))
-        return self._with_widths(numbers)
+        return self._with_widths(skeleton, numbers)
 
     @property
     def _asked(self) -> dict[str, Any]:
@@ -239,25 +248,31 @@ class Mixed(LinearPass):
         """KL per token in nats for each label and option (`_place`)."""
         from ....calibrate.foretell import foretold
 
-        every = self.model_copy(update={"choices": _WIDTHS})
+        every = self.model_copy(update={"choices": _WIDTHS})._options
 
-        def changes(name: str, statistics: Statistics) -> list[Tensor]:
+        def offered(name: str) -> dict[Option, Rounding]:
+            return {option: self._offered(option, shape_of(skeleton, name)[1]) for option in every}
+
+        def changes(name: str, statistics: Statistics) -> Iterable[Tensor]:
             if not self.wants(name):
-                return []
+                return ()
             weight = skeleton.checkpoint.tensor(f"{name}.weight").to(skeleton.device)
-            roundings = [self.rounding(weight.shape[1], name)]
-            if self._nominal:
-                roundings = [self._integers(bits, weight.shape[1], size) for bits, size in every._options]
-            return self._errors(weight, roundings, statistics)
+            roundings = offered(name).values() if self._nominal else (self.rounding(weight.shape[1], name),)
+            return self._errors(weight, list(dict.fromkeys(roundings)), statistics)
 
         if not self._nominal:
             return {name: costs[0] for name, costs in foretold(skeleton, back, changes, self._coupled).items()}
         sets, found = self._sets[back.index], dict[str, float]()
         alone = foretold(skeleton, back, changes, self._coupled)
         for label, names in sets.items():
-            met = [alone[name] for name in names if name in alone]  # an expert that no token came by costs nothing
-            for number, option in enumerate(every._options):
-                found[_place(label, option)] = sum(costs[number] for costs in met)
+            found |= dict.fromkeys((_place(label, option) for option in every), 0.0)
+            for name in names:
+                if name not in alone:
+                    continue  # an expert that no token came by costs nothing
+                by_option = offered(name)
+                costs = dict(zip(dict.fromkeys(by_option.values()), alone[name], strict=True))
+                for option, rounding in by_option.items():
+                    found[_place(label, option)] += costs[rounding]
         return found
 
     @property
@@ -291,23 +306,24 @@ class Mixed(LinearPass):
     def foretelling(self, rows: int, columns: int) -> tuple[float, float]:
         options = len(_WIDTHS) * len(self.group_sizes or (0,))
         solving = 2.0 * columns**3 + options * rows * columns * (4.0 * columns + 600.0)
-        return 32.0 * columns**2 + 4.0 * (options + 6) * rows * columns, solving
+        return 32.0 * columns**2 + 32.0 * rows * columns, solving
 
     def _outer_costs(self, skeleton: Skeleton, survey: Survey) -> dict[str, float]:
         """The same of the embedding and the head."""
         outer, options = self._sets[-1], self.model_copy(update={"choices": _WIDTHS})._options
-        lost = probed(skeleton, survey, outer, self._integers)
-        costs = scaled(skeleton, lost, outer, options, self._integers)
+        lost = probed(skeleton, survey, outer, self._offered)
+        costs = scaled(skeleton, lost, outer, options, self._offered)
         return {
             _place(label, option): cost
             for label, measured in costs.items()
             for option, cost in zip(options, measured, strict=True)
         }
 
-    def _errors(self, weight: Tensor, roundings: Sequence[Rounding], statistics: Statistics) -> list[Tensor]:
+    def _errors(self, weight: Tensor, roundings: Sequence[Rounding], statistics: Statistics) -> Iterator[Tensor]:
         """What each of some roundings changes of a weight `[rows, columns]`, columns first."""
         exact = weight.float()
-        return [(_nearest(exact, rounding) - exact).T.contiguous() for rounding in roundings]
+        for rounding in roundings:
+            yield (_nearest(exact, rounding) - exact).T.contiguous()
 
     def survey_cost(self, skeleton: Skeleton, samples: int, sequence_length: int) -> Cost:
         from ....calibrate.divergences import divergences_cost
@@ -366,7 +382,7 @@ def even_widths(nbytes: Mapping[str, Sequence[float]], budget: float) -> dict[st
     return dict.fromkeys(nbytes, max(fitting, key=lambda number: sums[number], default=0))
 
 
-def probed(skeleton: Skeleton, survey: Survey, outer: Iterable[str], rounding: RoundingAt) -> dict[str, float]:
+def probed(skeleton: Skeleton, survey: Survey, outer: Iterable[str], rounding: RoundingOf) -> dict[str, float]:
     """KL per token in nats of rounding the embedding or the head, and nothing else, to `PROBED` bits."""
     import torch
 
@@ -375,7 +391,7 @@ def probed(skeleton: Skeleton, survey: Survey, outer: Iterable[str], rounding: R
 
     def probe(name: str) -> Tensor:
         weight = _weight(skeleton, name)
-        return _nearest(weight, rounding(PROBED, weight.shape[1], None))
+        return _nearest(weight, rounding((PROBED, None), weight.shape[1]))
 
     assert survey.windows is not None
     exact = Skeleton(skeleton.checkpoint, torch.float32, skeleton.device)
@@ -388,7 +404,7 @@ def scaled(
     lost: Mapping[str, float],
     outer: Iterable[str],
     options: Sequence[Option],
-    rounding: RoundingAt,
+    rounding: RoundingOf,
 ) -> dict[str, list[float]]:
     """The same for each of the options.
 
@@ -400,8 +416,8 @@ def scaled(
     tiny, found = torch.finfo(torch.float32).tiny, dict[str, list[float]]()
     for name in outer:
         weight, errors = _weight(skeleton, name), list[float]()
-        for bits, size in (*options, (PROBED, None)):
-            rounded = _nearest(weight, rounding(bits, weight.shape[1], size))
+        for option in (*options, (PROBED, None)):
+            rounded = _nearest(weight, rounding(option, weight.shape[1]))
             errors.append(float((rounded - weight).square().sum()))
         *of_choices, of_probe = errors
         found[name] = [max(lost[name], 0.0) * error / max(of_probe, tiny) for error in of_choices]
