@@ -16,6 +16,8 @@ def foretold(
     back: BlockBack,
     changes: Callable[[str, Statistics], Iterable[Tensor]],
     coupled: Callable[[Curvature], float] | None = None,
+    *,
+    counted: bool = True,
 ) -> dict[str, list[float]]:
     """Disk name → KL per token in nats that each of some changes of a linear's weight is expected to cost.
 
@@ -28,7 +30,9 @@ def foretold(
         changes: a linear's disk name and statistics of its inputs → changes Δ of its weight, columns first,
             `[columns, rows]`, one after the other; none for one that is not to be changed.
         coupled: where a pass solves with the curvature, which share of that is left once a linear's rows are coupled
-            by its own; statistics are then counted about as such a pass gets them with `sequential`.
+            by its own.
+        counted: whether such a pass gets statistics in which tokens count by place (`sequential`); those here are
+            counted about alike.
     """
     found: dict[str, list[float]] = {}
     curvatures = back.found() if coupled is not None else {}
@@ -38,7 +42,7 @@ def foretold(
         own = curvatures.get(name)
         losses = [
             float((change * (weighed.moment @ change)).sum()) / change.shape[1] / 2 / back.tokens
-            for change in changes(name, moment if own is None else _counted(own, moment, weighed))
+            for change in changes(name, _counted(own, moment, weighed) if own is not None and counted else moment)
         ]
         if losses and own is not None and coupled is not None:
             key = id(own.metric)

@@ -277,7 +277,7 @@ def test_what_coupled_rows_cost_is_foretold(pico: Callable[..., Path], tmp_path:
     names = {"model.layers.1.self_attn.v_proj", "model.layers.1.mlp.down_proj"}
     change = {name: 0.01 * noise(skeleton.linears(1)[name].weight.T.float()) for name in names}
     met: dict[str, list[Tensor]] = {name: [] for name in names}
-    plain, coupled = dict[str, list[float]](), dict[str, list[float]]()
+    plain, coupled, apart = dict[str, list[float]](), dict[str, list[float]](), dict[str, list[float]]()
 
     def changes(name: str, statistics: Statistics) -> list[Tensor]:
         met[name].append(statistics.moment)
@@ -286,6 +286,7 @@ def test_what_coupled_rows_cost_is_foretold(pico: Callable[..., Path], tmp_path:
     def take(back: curvature.BlockBack) -> None:
         plain.update(foretold(skeleton, back, changes))
         coupled.update(foretold(skeleton, back, changes, lambda own: 0.25))
+        apart.update(foretold(skeleton, back, changes, lambda own: 0.25, counted=False))
 
     curvature.reverse_walk(skeleton, WINDOWS, tmp_path / "scratch", take, lambda step: None, metrics=True, inputs=names)
     whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
@@ -298,8 +299,9 @@ def test_what_coupled_rows_cost_is_foretold(pico: Callable[..., Path], tmp_path:
         assert coupled[name][0] == pytest.approx(plain[name][0] / 4)
         x, lengths = inputs[name], gradient.flatten(0, 1).square().sum(1)
         expected = (x.T @ x + x.T @ (x * (lengths / lengths.mean())[:, None])) / 2
-        torch.testing.assert_close(met[name][0], x.T @ x, rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(met[name][1], expected, rtol=1e-3, atol=1e-3)
+        assert apart[name] == coupled[name]
+        for found, moment in zip(met[name], (x.T @ x, expected, x.T @ x), strict=True):
+            torch.testing.assert_close(found, moment, rtol=1e-3, atol=1e-3)
 
 
 def test_what_was_given_and_is_lost_is_found_again(pico: Callable[..., Path], tmp_path: Path) -> None:

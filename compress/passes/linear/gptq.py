@@ -89,6 +89,10 @@ class Gptq(Quantizer, Calibrated):
 
         return coupled_share if self.objective == "model" else None
 
+    @property
+    def _counted(self) -> bool:
+        return self.sequential
+
     def flops(self, rows: int, columns: int) -> float:
         sweeps = len(_SHRINKS) if self.search else 1
         rounds = self.refinements * (1 + (self.beam > 1))

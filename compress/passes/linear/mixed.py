@@ -260,10 +260,10 @@ class Mixed(LinearPass):
             roundings = offered(name).values() if self._nominal else (self.rounding(weight.shape[1], name),)
             return self._errors(weight, list(dict.fromkeys(roundings)), statistics)
 
+        alone = foretold(skeleton, back, changes, self._coupled, counted=self._counted)
         if not self._nominal:
-            return {name: costs[0] for name, costs in foretold(skeleton, back, changes, self._coupled).items()}
+            return {name: costs[0] for name, costs in alone.items()}
         sets, found = self._sets[back.index], dict[str, float]()
-        alone = foretold(skeleton, back, changes, self._coupled)
         for label, names in sets.items():
             found |= dict.fromkeys((_place(label, option) for option in every), 0.0)
             for name in names:
@@ -279,6 +279,11 @@ class Mixed(LinearPass):
     def _coupled(self) -> Callable[[Curvature], float] | None:
         """What is left of a linear's cost where the curvature couples its rows; None for a pass without it."""
         return None
+
+    @property
+    def _counted(self) -> bool:
+        """Whether tokens count by place in its statistics, where there is a curvature."""
+        return False
 
     def expected(self, skeleton: Skeleton, foretold: Mapping[str, float]) -> float | None:
         if not self._nominal:

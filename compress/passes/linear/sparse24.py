@@ -96,7 +96,8 @@ class SparsePass(Calibrated):
             return [swept(weight, system, self.sweeps if self.method == "sparsegpt_sweep" else 0)[1]]
 
         coupled = coupled_share if self.objective == "model" else None
-        return {name: costs[0] for name, costs in foretold(skeleton, back, changes, coupled).items()}
+        found = foretold(skeleton, back, changes, coupled, counted=self.sequential)
+        return {name: costs[0] for name, costs in found.items()}
 
     def expected(self, skeleton: Skeleton, foretold: Mapping[str, float]) -> float | None:
         return sum(foretold.values())
