@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,13 +17,16 @@ from torch import Tensor, nn
 
 from compressor.calibrate import refit
 from compressor.calibrate.chains import Chains
+from compressor.calibrate.curvature import BlockBack, reverse_walk
 from compressor.calibrate.folders import RoutingFolder
 from compressor.calibrate.refit import Member, Routed, fit
 from compressor.calibrate.routing import Routing
 from compressor.compress.apply import Job, apply
-from compressor.compress.events import Event, ExpertsChanged, ExpertsKept
+from compressor.compress.events import Event, ExpertsChanged, ExpertsKept, Surveyed
 from compressor.compress.plan import make_plan
 from compressor.compress.recipe import parse_recipe
+from compressor.compress.solvers import expert_neurons
+from compressor.compress.solvers.coupled import metric_of
 from compressor.compress.solvers.expert_merge import Neurons, aligned, averaged, clusters, redistributed
 from compressor.compress.solvers.expert_neurons import eliminated, strongest
 from compressor.compress.surveys import read_calibration
@@ -188,6 +192,71 @@ def test_eliminated_neurons_cost_least_and_the_others_make_up_for_them() -> None
     plain, same = strongest(weight, moment, 5)
     assert torch.equal(same, weight[:, plain])
     assert compensated(numbers.tolist())[1] < compensated(plain.tolist())[1]
+
+
+def test_eliminated_neurons_cost_the_model_least() -> None:
+    """By a metric of the outputs, in which neurons matter in another order; what the others make up for is the same."""
+    features = random(200, 12) @ random(12, 12, seed=1)
+    moment, weight, ridge = features.T @ features, random(7, 12, seed=2), 1.0
+    damped, root = moment.double() + ridge * torch.eye(12), torch.tensor([0.1, 0.1, 0.1, 0.1, 0.1, 1, 4])
+    metric = torch.diag(root) @ random(7, 7, seed=3)
+    metric = metric @ metric.T
+
+    def lost(numbers: list[int]) -> float:
+        best = weight.double() @ damped[:, numbers] @ torch.linalg.inv(damped[numbers][:, numbers])
+        delta = weight.double().clone()
+        delta[:, numbers] -= best
+        return float((metric.double() @ delta @ damped * delta).sum())
+
+    losses = [lost([n for n in range(12) if n != gone]) for gone in range(12)]
+    numbers, _ = eliminated(weight, moment, 11, ridge, metric)
+    assert set(range(12)) - set(numbers.tolist()) == {losses.index(min(losses))}
+    plain, _ = eliminated(weight, moment, 11, ridge)
+    assert plain.tolist() != numbers.tolist()
+    numbers, narrow = eliminated(weight, moment, 5, ridge, metric)
+    assert lost(numbers.tolist()) < lost(eliminated(weight, moment, 5, ridge)[0].tolist())
+    best = weight.double() @ damped[:, numbers] @ torch.linalg.inv(damped[numbers][:, numbers])
+    torch.testing.assert_close(narrow.double(), best, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_neurons_are_chosen_by_what_their_blocks_mixture_costs(
+    pico: Pico, tmp_path: Path, calibration_text: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The metric that a walk back finds of it, shared experts and all; one that was interrupted goes on."""
+    met: list[Tensor | None] = []
+
+    def noted(weight: Tensor, moment: Tensor, keep: int, ridge: float, metric: Tensor | None = None) -> Any:
+        met.append(metric)
+        return eliminated(weight, moment, keep, ridge, metric)
+
+    monkeypatch.setattr(expert_neurons, "eliminated", noted)
+    model, steps = pico(family, **FLOAT), list[Event]()
+    text = f"data: {{source: {calibration_text}, samples: 8, sequence_length: 64}}\n"
+    text += "passes: [{kind: expert_width, ratio: 0.5, objective: model}]"
+    recipe = parse_recipe(text)
+    job = Job(recipe, text, (), model, tmp_path / "out", str(model))
+
+    def stop(event: Event) -> None:
+        steps.append(event)
+        if isinstance(event, Surveyed) and event.block == 2:  # of two blocks, the last is behind on the way back
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        apply(job, stop)
+    apply(job, lambda event: None, resume=True)
+    skeleton, metrics, scratch = Skeleton(Checkpoint(model)), list[Tensor | None](), tmp_path / "scratch"
+
+    def take(back: BlockBack) -> None:
+        last = next(name for name in back.found() if ".experts." in name and name.endswith(("down_proj", "w2")))
+        metrics.insert(0, metric_of(back.found()[last]))
+
+    read = read_calibration(recipe, skeleton.checkpoint, least=1).windows
+    reverse_walk(skeleton, read, scratch, take, lambda step: None, metrics=True)
+    members = len(met) // 2
+    for number, found in enumerate(met):
+        assert found is not None
+        torch.testing.assert_close(found, metrics[number // members])
 
 
 @pytest.mark.parametrize("family", ["mixtral", "granitemoe", "deepseek_v3", "qwen2_moe"])

@@ -169,6 +169,7 @@ def test_unknown_recipe_names_offer_the_nearest() -> None:
         ("kind: expert_prune, ratio: 0.5, seed: 3", "seed", "without criterion: random"),
         ("kind: expert_prune, ratio: 0.5, criterion: reconstruction, min_tokens: 3", "min_tokens", "reconstruction"),
         ("kind: expert_width, ratio: 0.5, criterion: activation, refit: false, damping: 0.1", "damping", "activation"),
+        ("kind: expert_width, ratio: 0.5, criterion: activation, objective: model", "objective", "activation"),
     ],
 )
 def test_a_key_that_does_nothing_is_a_mistake(entry: str, key: str, condition: str) -> None:

@@ -8,21 +8,26 @@ from torch import Tensor
 from ...calibrate.refit import damped_inverse
 
 
-def eliminated(weight: Tensor, moment: Tensor, keep: int, ridge: float) -> tuple[Tensor, Tensor]:
+def eliminated(
+    weight: Tensor, moment: Tensor, keep: int, ridge: float, metric: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The columns that stay of a linear, and its weight with those only, `[rows, keep]`.
 
-    With H the damped moment, leaving out column j costs `‖w_j‖² / [H⁻¹]_jj` once all others have made up for it. The
-    cheapest sixteenth of what is still to go is left out at a time, and costs are counted anew.
+    With H the damped moment, leaving out column j costs `w_jᵀ M w_j / [H⁻¹]_jj` once all others have made up for it,
+    which they do alike by any metric M. The cheapest sixteenth of what is still to go is left out at a time, and costs
+    are counted anew.
 
     Args:
         weight: `[rows, columns]`.
         moment: `[columns, columns]`.
         ridge: what is added to the diagonal.
+        metric: `[rows, rows]`, what errors of the outputs cost; None: all the same.
     """
+    exact = None if metric is None else metric.double()
     inverse = damped_inverse(moment, ridge)
     left, numbers = weight.double(), torch.arange(weight.shape[1])
     while len(numbers) > keep:
-        costs = left.square().sum(0) / inverse.diagonal()
+        costs = (left * (left if exact is None else exact @ left)).sum(0) / inverse.diagonal()
         excess = len(numbers) - keep
         gone = costs.topk(max(1, excess // 16), largest=False).indices
         stays = torch.ones(len(numbers), dtype=torch.bool, device=gone.device)

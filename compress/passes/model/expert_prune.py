@@ -23,9 +23,10 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from ....runtime.errors import RecipeError
 from ...events import ExpertsKept
-from ..base import BUFFERS, Cost, ModelPass, Need, Survey
+from ..base import Cost, ModelPass, Need, Survey
 from .experts import (
     Look,
+    back_cost,
     change_experts,
     check_samples,
     check_stream,
@@ -34,12 +35,14 @@ from .experts import (
     refit_cost,
     sample_cost,
     save_made,
+    walk_back,
     walk_cost,
 )  # fmt: skip
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ....calibrate.refit import Member, Routed
     from ....calibrate.routing import Routing
     from ....runtime.model.checkpoint import Checkpoint
     from ....runtime.model.families import ExpertGroups
@@ -248,7 +251,10 @@ class ExpertPrune(ModelPass):
             processes.once(partial(self._correct, look, folder))
         else:
             view = self.view(look.skeleton)
-            change = partial(fit, damping=self.damping)
+
+            def change(index: int, routed: Routed, members: list[Member]) -> None:
+                fit(routed, members, self.damping)
+
             change_experts(look.skeleton, view, survey, folder, change, view, ["down_proj"])
 
     @property
@@ -261,22 +267,17 @@ class ExpertPrune(ModelPass):
         unless another run left that."""
         import torch
 
-        from ....calibrate.curvature import BlockBack, reverse_walk
+        from ....calibrate.curvature import BlockBack
         from ....calibrate.folders import BlockFigures
 
-        windows = survey.task if survey.task is not None else survey.windows
-        assert windows is not None
         kept = BlockFigures(survey.folder / "costs")
 
         def take(back: BlockBack) -> None:
             kept.save(back.index, {"lost": {str(number): lost for number, lost in back.lost.items()}})
 
         def find() -> dict[str, float]:
-            blocks = range(skeleton.blocks)
-            if not all(kept.load(index) for index in blocks):
-                scratch, passed = survey.folder / "back", survey.passed(2 * skeleton.blocks)
-                reverse_walk(skeleton, windows, scratch, take, passed, taken=lambda index: kept.load(index) is not None)
-            found = {index: (kept.load(index) or {}).get("lost", {}) for index in blocks}
+            walk_back(skeleton, survey, take, lambda index: kept.load(index) is not None)
+            found = {index: (kept.load(index) or {}).get("lost", {}) for index in range(skeleton.blocks)}
             return {f"{index} {number}": lost for index, own in found.items() for number, lost in own.items()}
 
         found = find() if survey.task is not None else survey.recalled({"lost without": "each expert"}, find)
@@ -380,14 +381,11 @@ class ExpertPrune(ModelPass):
             save_made(view, index, {name: factor * layer.get_parameter(name).float() for name in names}, folder)
 
     def survey_cost(self, skeleton: Skeleton, samples: int, sequence_length: int) -> Cost:
-        from ....calibrate.curvature import curvature_cost
-
         if not self.needs:
             return Cost()
         costs = [walk_cost(skeleton, samples, sequence_length)] if self._observes else []
         if self.criterion == "model" and self._nominal:
-            memory, disk, _, flops = curvature_cost(skeleton, samples, sequence_length, metrics=False)
-            costs.append(Cost(BUFFERS + memory, disk, 0.0, flops))
+            costs.append(back_cost(skeleton, samples, sequence_length))
         if self.criterion == "reconstruction" or self.mass_correction:
             costs.append(sample_cost(skeleton, corrected=self.mass_correction))
         if self.merge != "none" and self._drops:

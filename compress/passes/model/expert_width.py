@@ -2,23 +2,26 @@
 
 A neuron of an expert is a row of gate and up and a column of down. `obs` leaves out those whose part the others of the
 expert can play best, by the second moment of what enters its down projection (optimal brain surgeon, as ZipLM,
-arXiv:2302.04089, uses it for whole neurons); `activation` those with the least `E[g² h²] ‖d‖²`, g being the router's
-coefficient, h the activation and d the column of down (HEAPr's score, arXiv:2509.22299, with the identity for the
-covariance of gradients). All down projections are then fitted to what the original block put out
-(`calibrate/refit.py`).
+arXiv:2302.04089, uses it for whole neurons); what they cannot play is measured by its size, or with `objective: model`
+by what it costs the answers of the model, which a walk back from its end tells (`calibrate/curvature.py`). `activation`
+leaves out those with the least `E[g² h²] ‖d‖²`, g being the router's coefficient, h the activation and d the column of
+down (HEAPr's score, arXiv:2509.22299, with the identity for the covariance of gradients). All down projections are then
+fitted to what the original block put out (`calibrate/refit.py`).
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
 from ....runtime.errors import RecipeError
 from ..base import Cost, ModelPass, Need, Survey
-from .experts import change_experts, check_samples, check_stream, expert_counts, refit_cost
+from .experts import back_cost, change_experts, check_samples, check_stream, expert_counts, refit_cost, walk_back
 
 if TYPE_CHECKING:
+    from ....calibrate.folders import CurvatureFolder
     from ....calibrate.refit import Member, Routed
     from ....runtime.model.checkpoint import Checkpoint
     from ....runtime.model.skeleton import Skeleton
@@ -35,6 +38,11 @@ class ExpertWidth(ModelPass):
         "obs",
         description="what makes a neuron matter: that the others of its expert cannot make up for it (obs), or the "
         "size of what it adds to the output (activation)",
+    )
+    objective: Literal["layer", "model"] = Field(
+        "layer",
+        description="with criterion: obs, by what is measured that an expert misses without a neuron. layer: its size; "
+        "model: what it does to the answers of the model, found by a walk back from its end",
     )
     refit: bool = Field(
         True,
@@ -66,6 +74,8 @@ class ExpertWidth(ModelPass):
             raise ValueError("give either ratio or width")
         if self.criterion == "activation" and not self.refit:
             self._refuse_idle("with criterion: activation and refit: false", "damping")
+        if self.criterion == "activation":
+            self._refuse_idle("with criterion: activation", "objective")
         return self
 
     @property
@@ -111,24 +121,46 @@ class ExpertWidth(ModelPass):
             return self
         folder = survey.folder / "refitted"
         folder.mkdir(exist_ok=True)
-        change_experts(skeleton, skeleton, survey, folder, self._change, self.view(skeleton), _PARTS)
+        change = partial(self._change, self._metrics(skeleton, survey))
+        change_experts(skeleton, skeleton, survey, folder, change, self.view(skeleton), _PARTS)
         return self.with_made([folder])
 
-    def _change(self, routed: Routed, members: list[Member]) -> None:
+    def _metrics(self, skeleton: Skeleton, survey: Survey) -> CurvatureFolder | None:
+        """What errors of each block's mixture cost the model, where that is the objective."""
+        from ....calibrate.curvature import BlockBack
+        from ....calibrate.folders import CurvatureFolder
+
+        if self.objective == "layer":
+            return None
+        kept = CurvatureFolder(survey.folder / "curvature", {"of": "mixtures"})
+
+        def take(back: BlockBack) -> None:
+            known = back.found().items()
+            kept.save(back.index, {name: own for name, own in known if skeleton.family.expert(name) is not None})
+
+        walk_back(skeleton, survey, take, kept.holds, metrics=True)
+        kept.finish(range(skeleton.blocks))
+        return kept
+
+    def _change(self, metrics: CurvatureFolder | None, index: int, routed: Routed, members: list[Member]) -> None:
         """Narrow the experts of a block, and fit what is left."""
         from torch import nn
 
         from ....calibrate.refit import fit, normal_equations
+        from ...solvers.coupled import metric_of
         from ...solvers.expert_neurons import eliminated, strongest
 
         normal = normal_equations(routed, members)
-        ridge = self.damping * normal.mean
+        ridge, metric = self.damping * normal.mean, None
+        if metrics is not None:  # of all experts together, whose last linears have it
+            known = metrics.load(index, routed.device).values()
+            metric = next((found for own in known if (found := metric_of(own)) is not None), None)
         for member, moment in zip(members, normal.moments, strict=True):
             module = member.module
             weight = module.down_proj.weight
             keep = len(moment) // self._before * self._after
             if self.criterion == "obs":
-                numbers, narrow = eliminated(weight.float(), moment, keep, ridge)
+                numbers, narrow = eliminated(weight.float(), moment, keep, ridge, metric)
             else:
                 numbers, narrow = strongest(weight.float(), moment, keep)
             module.down_proj.weight = nn.Parameter(narrow.to(weight.dtype), requires_grad=False)
@@ -144,7 +176,8 @@ class ExpertWidth(ModelPass):
         check_stream(self.kind, skeleton)
         if self.refit:
             check_samples(self.kind, samples)
-        return refit_cost(skeleton, samples, sequence_length, parts=len(_PARTS))
+        costs = [back_cost(skeleton, samples, sequence_length, metrics=True)] if self.objective == "model" else []
+        return Cost.of([*costs, refit_cost(skeleton, samples, sequence_length, parts=len(_PARTS))])
 
     @property
     def note(self) -> str:

@@ -14,6 +14,7 @@ from ..base import BUFFERS, Cost, Survey
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from ....calibrate.curvature import BlockBack
     from ....calibrate.folders import RoutingFolder
     from ....calibrate.refit import Member, Routed
     from ....calibrate.routing import Routing
@@ -110,17 +111,41 @@ def _made_file(folder: Path, index: int) -> Path:
     return folder / f"block-{index:05d}.safetensors"
 
 
+def walk_back(
+    skeleton: Skeleton,
+    survey: Survey,
+    take: Callable[[BlockBack], None],
+    taken: Callable[[int], bool],
+    *,
+    metrics: bool = False,
+) -> None:
+    """Take gradients back from the end of the model over every block, unless what they gave is all there; the arguments
+    are those of `reverse_walk`."""
+    from ....calibrate.curvature import reverse_walk
+    from ....runtime import processes
+
+    def known(index: int) -> bool:
+        return processes.once(lambda: taken(index))
+
+    windows = survey.task if survey.task is not None else survey.windows
+    assert windows is not None
+    blocks = skeleton.blocks
+    if not all(map(known, range(blocks))):
+        passed = survey.passed(2 * blocks)
+        reverse_walk(skeleton, windows, survey.folder / "back", take, passed, taken=known, metrics=metrics)
+
+
 def change_experts(
     original: Skeleton,
     changed: Skeleton,
     survey: Survey,
     folder: Path,
-    change: Callable[[Routed, list[Member]], None],
+    change: Callable[[int, Routed, list[Member]], None],
     final: Skeleton,
     parts: Sequence[str],
 ) -> None:
-    """Walk over a model and its changed form, let `change` rewrite the experts of each block, and keep some parts of
-    them in a folder as `final` has them.
+    """Walk over a model and its changed form, let `change` rewrite the experts of each block by its number, and keep
+    some parts of them in a folder as `final` has them.
 
     Raises:
         ResourceError: the folder lacks blocks that an interrupted walk had been over.
@@ -131,7 +156,7 @@ def change_experts(
 
     def rewrite(index: int, layer: nn.Module, routed: Routed) -> None:
         members = members_of(changed, layer)
-        change(routed, members)
+        change(index, routed, members)
         new = {f"{m.name}.{part}.weight": getattr(m.module, part).weight for m in members for part in parts}
         save_made(final, index, new, folder)
 
@@ -146,6 +171,14 @@ def change_experts(
         raise ResourceError(
             f"{folder}: what was made of block {gone[0]} is gone; the same command with --resume makes all of it anew"
         )
+
+
+def back_cost(skeleton: Skeleton, samples: int, sequence_length: int, *, metrics: bool = False) -> Cost:
+    """Of `walk_back`."""
+    from ....calibrate.curvature import curvature_cost
+
+    memory, disk, left, flops = curvature_cost(skeleton, samples, sequence_length, metrics=metrics)
+    return Cost(BUFFERS + memory, disk - left, left, flops)
 
 
 def walk_cost(skeleton: Skeleton, samples: int, sequence_length: int) -> Cost:
