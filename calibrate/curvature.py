@@ -119,6 +119,11 @@ def walked_samples(skeleton: Skeleton, samples: int, tokens: int) -> int:
     return min(samples, -(-max(_TOKENS, _EACH * skeleton.config.hidden_size) // tokens))
 
 
+def fewest(rows: int) -> int:
+    """How many tokens a metric of so many rows takes."""
+    return _ENOUGH * rows
+
+
 def _most(skeleton: Skeleton, tokens: int) -> int:
     """Rows of a linear up to which its metric is found."""
     return min(tokens // _ENOUGH, WIDEST * skeleton.config.hidden_size)

@@ -31,7 +31,7 @@ def foretold(
             `[columns, rows]`, one after the other; none for one that is not to be changed.
         coupled: where a pass solves with the curvature, which share of that is left once a linear's rows are coupled
             by its own.
-        counted: whether such a pass gets statistics in which tokens count by place (`sequential`); those here are
+        counted: whether such a pass asks for statistics in which tokens count by place (`sequential`); those here are
             counted about alike.
     """
     found: dict[str, list[float]] = {}

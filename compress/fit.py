@@ -23,7 +23,7 @@ READERS: dict[Reader, str] = {  # → as plans name them
 _BITS: dict[Reader, tuple[int, ...]] = {  # of integers that they read
     "transformers": (2, 3, 4, 5, 6, 8), "vllm": (4, 8), "vllm-cpu": (4,), "compressor": (2, 3, 4, 5, 6, 8)
 }  # fmt: skip
-_GROUPS: dict[Reader, tuple[int, ...]] = {  # columns that may share a scale, where they divide those of a linear
+_GROUPS: dict[Reader, tuple[int, ...]] = {  # columns that may share a scale; vLLM's kernels know no 256
     "transformers": (128, 256), "compressor": (128, 256)
 }  # fmt: skip
 _K_QUANTS = ("q6_k", "q5_k", "q4_k", "q3_k", "q2_k")
@@ -160,15 +160,16 @@ def _sizes(plan: Plan, aim: Aim) -> tuple[float, float]:
     now, spread = _size(plan, aim), _mixed(plan)
     if spread is None:
         return now, now
-    return now - spread.planned + spread.sizes[0], now - spread.planned + spread.sizes[-1]
+    return now - spread.planned + spread.least, now - spread.planned + spread.most
 
 
 @dataclass(frozen=True)
 class _Spread:
-    """What a pass shares out: of how many weights, bytes at each choice, as planned, and at most."""
+    """What a pass shares out: of how many weights, bytes at the least and the most, as planned, and allowed."""
 
     weights: int
-    sizes: list[float]
+    least: float
+    most: float
     planned: float
     budget: float
 
@@ -181,15 +182,15 @@ def _mixed(plan: Plan) -> _Spread | None:
     if (step := next(found, None)) is None or step.average_bits is None:
         return None
     planned = sum(linear.operator.nbytes for name, linear in plan.linears.items() if step.wants(name))
-    weights, sizes = step.sizes_of(plan.skeleton)
-    return _Spread(weights, sizes, planned, min(step.average_bits * weights / 8, sizes[-1]))
+    weights, least, most = step.sizes_of(plan.skeleton)
+    return _Spread(weights, least, most, planned, min(step.average_bits * weights / 8, most))
 
 
 def _spread(plan: Plan, steps: Passes, left: float) -> Passes:
     """With as many bits as `left` bytes more than the fewest are."""
     spread = _mixed(plan)
     assert spread is not None
-    least, average = (8 * size / spread.weights for size in (spread.sizes[0], spread.sizes[0] + left))
+    least, average = (8 * size / spread.weights for size in (spread.least, spread.least + left))
     bits = max(math.floor(average * _PARTS) / _PARTS, math.ceil(least * _PARTS) / _PARTS)
     return [{**step, "average_bits": bits} if step.get("bits") == "mixed" else step for step in steps]
 

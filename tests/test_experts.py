@@ -23,6 +23,7 @@ from compressor.calibrate.refit import Member, Routed, fit
 from compressor.calibrate.routing import Routing
 from compressor.compress.apply import Job, apply
 from compressor.compress.events import Event, ExpertsChanged, ExpertsKept, Surveyed
+from compressor.compress.passes.model.experts import expert_counts
 from compressor.compress.plan import make_plan
 from compressor.compress.recipe import parse_recipe
 from compressor.compress.solvers import expert_neurons
@@ -231,20 +232,20 @@ def test_neurons_are_chosen_by_what_their_blocks_mixture_costs(
         return eliminated(weight, moment, keep, ridge, metric)
 
     monkeypatch.setattr(expert_neurons, "eliminated", noted)
-    model, steps = pico(family, **FLOAT), list[Event]()
+    model, again = pico(family, **FLOAT), list[Event]()
     text = f"data: {{source: {calibration_text}, samples: 8, sequence_length: 64}}\n"
     text += "passes: [{kind: expert_width, ratio: 0.5, objective: model}]"
     recipe = parse_recipe(text)
     job = Job(recipe, text, (), model, tmp_path / "out", str(model))
 
     def stop(event: Event) -> None:
-        steps.append(event)
         if isinstance(event, Surveyed) and event.block == 2:  # of two blocks, the last is behind on the way back
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         apply(job, stop)
-    apply(job, lambda event: None, resume=True)
+    apply(job, again.append, resume=True)
+    assert next(event.block for event in again if isinstance(event, Surveyed)) == 3
     skeleton, metrics, scratch = Skeleton(Checkpoint(model)), list[Tensor | None](), tmp_path / "scratch"
 
     def take(back: BlockBack) -> None:
@@ -254,9 +255,18 @@ def test_neurons_are_chosen_by_what_their_blocks_mixture_costs(
     read = read_calibration(recipe, skeleton.checkpoint, least=1).windows
     reverse_walk(skeleton, read, scratch, take, lambda step: None, metrics=True)
     members = len(met) // 2
+    assert members >= expert_counts("expert_width", skeleton)[0]
     for number, found in enumerate(met):
         assert found is not None
-        torch.testing.assert_close(found, metrics[number // members])
+        torch.testing.assert_close(found.float(), metrics[number // members])
+
+
+def test_too_few_tokens_for_a_metric_are_refused(pico: Pico, calibration_text: Path) -> None:
+    model = Skeleton(Checkpoint(pico("qwen3_moe")))
+    text = f"data: {{source: {calibration_text}, samples: 2, sequence_length: 32}}\n"
+    text += "passes: [{kind: expert_width, width: 16, objective: model}]"
+    with pytest.raises(RecipeError, match=r"data.samples: expert_width with objective: model takes 128 tokens or more"):
+        make_plan(parse_recipe(text), model)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "granitemoe", "deepseek_v3", "qwen2_moe"])

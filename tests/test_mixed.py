@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from compressor.compress.apply import Job, apply
 from compressor.compress.evaluate import evaluate
 from compressor.compress.output.verify import verify
+from compressor.compress.passes.linear.mixed import Mixed
 from compressor.compress.plan import make_plan
 from compressor.compress.recipe import parse_recipe
 from compressor.compress.solvers.bits import allocated
@@ -140,9 +141,61 @@ def test_groups_divide_what_they_are_of(pico: Pico, calibration_text: Path, tmp_
         operator = stored.operator(name)
         assert size in offered[operator.shape[1]]
         assert (operator.group_size, operator.bits) == (size, step["widths"][name])
-    assert len(set(step["sizes"].values())) > 1
+    assert set(step["sizes"].values()) > {32}
     spent = 8 * sum(stored.operator(name).nbytes for name in step["widths"])
     assert spent <= 4.05 * sum(stored.operator(name).codes.numel() for name in step["widths"])
+
+
+def test_what_is_lost_is_known_by_the_choice_that_loses_it(
+    pico: Pico, calibration_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though choices that come to the same are tried once."""
+    seen: list[tuple[dict[str, Any], dict[str, float]]] = []
+    foretell = Mixed.foretell
+
+    def noted(step: Any, skeleton: Skeleton, back: Any) -> dict[str, float]:
+        found = foretell(step, skeleton, back)
+        seen.append(({"sizes": step.group_sizes}, found))
+        return found
+
+    monkeypatch.setattr(Mixed, "foretell", noted)
+    model = pico("llama", **GIVEN | {"hidden_size": 96})
+    common = "kind: rtn, bits: mixed, average_bits: 4, group_size: 32"
+    for number, sizes in enumerate(("[]", "[128, 64, 256]")):
+        compress(model, tmp_path / str(number), calibration_text, f"{{{common}, group_sizes: {sizes}}}")
+    plain = {place: cost for sizes, found in seen if not sizes["sizes"] for place, cost in found.items()}
+    among = {place: cost for sizes, found in seen if sizes["sizes"] for place, cost in found.items()}
+    assert len(among) == 3 * len(plain)
+    apart = 0
+    for place, cost in plain.items():
+        costs = {size: among[f"{place} g{size}"] for size in (64, 128, 256)}
+        if "mlp.down_proj" not in place and "o_proj" not in place:
+            assert set(costs.values()) == {cost}
+        elif "down_proj" in place:
+            assert cost < costs[64] < costs[128] < costs[256]
+            apart += 1
+    assert apart > 6
+
+
+def test_more_choices_are_no_hindrance(pico: Pico) -> None:
+    """Where a size that does not divide stands for small groups: the cheapest choice need not be the last."""
+    skeleton = Skeleton(Checkpoint(pico("llama", **GIVEN | {"hidden_size": 192, "intermediate_size": 192})))
+    common = "kind: rtn, bits: mixed, average_bits: 2.6, group_size: 16"
+    for sizes in ("[64]", "[64, 256]", "[256, 64]"):
+        step = make_plan(parse_recipe(f"passes: [{{{common}, group_sizes: {sizes}}}]"), skeleton).recipe.passes[0]
+        assert isinstance(step, Mixed)
+        weights, least, most = step.sizes_of(skeleton)
+        assert 8 * least / weights == pytest.approx(2.26, abs=0.02)
+        assert 8 * most / weights == pytest.approx(8.26 if sizes == "[64]" else 9.0, abs=0.02)
+
+
+def test_factors_get_sizes_that_divide_them() -> None:
+    step = parse_recipe("passes: [{kind: rtn, bits: mixed, widths: {a.q: 4}, sizes: {a.q: 256}}]").passes[0]
+    assert isinstance(step, Mixed)
+    assert step.rounding(512, "a.q").columns == 256
+    assert step.rounding(320, "a.q.0").columns == 64
+    assert step.note == "linears by bits: 1 of 4 in groups of 256"
+    assert step.model_copy(update={"sizes": {"a.q": -1}}).note == "linears by bits: 1 of 4 in one a row"
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])

@@ -23,17 +23,19 @@ def eliminated(
         ridge: what is added to the diagonal.
         metric: `[rows, rows]`, what errors of the outputs cost; None: all the same.
     """
-    exact = None if metric is None else metric.double()
     inverse = damped_inverse(moment, ridge)
     left, numbers = weight.double(), torch.arange(weight.shape[1])
+    priced = left if metric is None else metric.double() @ left
     while len(numbers) > keep:
-        costs = (left * (left if exact is None else exact @ left)).sum(0) / inverse.diagonal()
+        costs = (left * priced).sum(0) / inverse.diagonal()
         excess = len(numbers) - keep
         gone = costs.topk(max(1, excess // 16), largest=False).indices
         stays = torch.ones(len(numbers), dtype=torch.bool, device=gone.device)
         stays[gone] = False
         lifted = torch.linalg.solve(inverse[gone][:, gone], inverse[gone][:, stays])
+        whole = left is priced
         left = left[:, stays] - left[:, gone] @ lifted
+        priced = left if whole else priced[:, stays] - priced[:, gone] @ lifted
         inverse = inverse[stays][:, stays] - inverse[stays][:, gone] @ lifted
         numbers = numbers[stays.cpu()]
     return numbers, left.to(weight.dtype)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from ..base import Survey
 
 PROBED = 3
-_ROW = 1024  # columns of a row, to tell which choice takes more bytes
+_DEFINED = 1  # how often what the embedding and the head lose was defined anew, for figures that are kept
 CURVE = 12  # parts of what lies between the fewest bits everywhere and the most, of which is told what they would cost
 Width = Literal[2, 3, 4, 5, 6, 8]
 _WIDTHS: tuple[Width, ...] = (2, 3, 4, 5, 6, 8)
@@ -131,9 +131,8 @@ class Mixed(LinearPass):
 
     @property
     def _options(self) -> list[Option]:
-        """What is chosen among, rising in bytes where groups divide rows."""
-        found = [(bits, size) for bits in self.choices for size in self.group_sizes or (None,)]
-        return sorted(found, key=lambda option: option[0] + 16 / (_ROW if option[1] == -1 else option[1] or 128))
+        """What is chosen among."""
+        return [(bits, size) for bits in self.choices for size in self.group_sizes or (None,)]
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -166,28 +165,28 @@ class Mixed(LinearPass):
         if not any(result._sets):
             raise RecipeError(f"{self.kind} finds no linear to work on: targets and ignore leave none")
         nbytes = result._nbytes(skeleton)
-        weights, [least, *_] = result.sizes_of(skeleton, nbytes)
+        weights, least, _ = result.sizes_of(skeleton, nbytes)
         assert self.average_bits is not None
         result._budget = self.average_bits * weights / 8
         if least > result._budget:
             raise RecipeError(
-                f"{self.kind}: {self._options[0][0]} bits everywhere are {8 * least / weights:.2f} bits per weight, "
+                f"{self.kind}: {min(self.choices)} bits everywhere are {8 * least / weights:.2f} bits per weight, "
                 f"scales counted; ask for more than average_bits: {self.average_bits:g}"
             )
         return result._with_widths(skeleton, even_widths(nbytes, result._budget), nominal=True)
 
     def sizes_of(
         self, skeleton: Skeleton, nbytes: Mapping[str, Sequence[float]] | None = None
-    ) -> tuple[int, list[float]]:
-        """Of a prepared pass that shares bits out: how many weights its targets name, and what bytes they take at each
-        choice, the same for all.
+    ) -> tuple[int, float, float]:
+        """Of a prepared pass that shares bits out: how many weights its targets name, and what bytes they take at least
+        and at most.
 
         Args:
             nbytes: of each set of linears at each choice, if that is known.
         """
         every = (name for sets in self._sets for names in sets.values() for name in names)
-        sizes = [sum(costs) for costs in zip(*(nbytes or self._nbytes(skeleton)).values(), strict=True)]
-        return sum(math.prod(shape_of(skeleton, name)) for name in every), sizes
+        costs = (nbytes or self._nbytes(skeleton)).values()
+        return sum(math.prod(shape_of(skeleton, name)) for name in every), sum(map(min, costs)), sum(map(max, costs))
 
     def _nbytes(self, skeleton: Skeleton) -> dict[str, list[float]]:
         """Bytes of each set of linears at each choice."""
@@ -227,9 +226,9 @@ class Mixed(LinearPass):
             return self
         found = dict(survey.foretold)
         if self._sets[-1]:
-            found |= survey.recalled(self._asked, lambda: self._outer_costs(skeleton, survey))
-        shared, (_, sizes) = self._shared(skeleton, found), self.sizes_of(skeleton)
-        least, most = sizes[0], sizes[-1]
+            asked = {**self._asked, "as": _DEFINED}
+            found |= survey.recalled(asked, lambda: self._outer_costs(skeleton, survey))
+        shared, (_, least, most) = self._shared(skeleton, found), self.sizes_of(skeleton)
         numbers, spent, lost = shared(self._budget)
         curve = [shared(least + part / CURVE * (most - least))[1:] for part in range(CURVE + 1)]
         survey.listener(Allocated(self.kind, spent, lost, [list(point) for point in curve]))
@@ -282,7 +281,7 @@ class Mixed(LinearPass):
 
     @property
     def _counted(self) -> bool:
-        """Whether tokens count by place in its statistics, where there is a curvature."""
+        """Whether tokens count by place in the statistics that it asks for, where there is a curvature."""
         return False
 
     def expected(self, skeleton: Skeleton, foretold: Mapping[str, float]) -> float | None:
@@ -309,7 +308,8 @@ class Mixed(LinearPass):
         return shared
 
     def foretelling(self, rows: int, columns: int) -> tuple[float, float]:
-        options = len(_WIDTHS) * len(self.group_sizes or (0,))
+        every = self.model_copy(update={"choices": _WIDTHS})._options
+        options = len({self._offered(option, columns) for option in every})
         solving = 2.0 * columns**3 + options * rows * columns * (4.0 * columns + 600.0)
         return 32.0 * columns**2 + 32.0 * rows * columns, solving
 
@@ -346,8 +346,8 @@ class Mixed(LinearPass):
             return ""
         counts = Counter((bits, self.size(name)) for name, bits in self.widths.items())
         found = ", ".join(
-            f"{counts[option]} of {option[0]}" + (f" in groups of {option[1]}" if option[1] else "")
-            for option in sorted(counts, key=lambda option: (option[0], option[1] or 0))
+            f"{count} of {bits}" + (f" in groups of {size}" if size and size > 0 else " in one a row" if size else "")
+            for (bits, size), count in sorted(counts.items(), key=lambda item: (item[0][0], item[0][1] or 0))
         )
         return f"linears by bits: {found}" + ("; the survey will share them out anew" if self._nominal else "")
 
@@ -384,7 +384,8 @@ def even_widths(nbytes: Mapping[str, Sequence[float]], budget: float) -> dict[st
     """
     sums = [sum(costs) for costs in zip(*nbytes.values(), strict=True)]
     fitting = [number for number, total in enumerate(sums) if total <= budget]
-    return dict.fromkeys(nbytes, max(fitting, key=lambda number: sums[number], default=0))
+    most = max(fitting, key=lambda number: sums[number], default=min(range(len(sums)), key=sums.__getitem__))
+    return dict.fromkeys(nbytes, most)
 
 
 def probed(skeleton: Skeleton, survey: Survey, outer: Iterable[str], rounding: RoundingOf) -> dict[str, float]:

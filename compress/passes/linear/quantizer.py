@@ -124,7 +124,7 @@ class Quantizer(Mixed):
         scheme = SCHEMES[self.scheme].weights
         if scheme is not None:
             return ROUNDINGS[scheme]
-        return self._integers(self.width(name), columns, self.size(name))
+        return self._offered((self.width(name), self.size(name)), columns)
 
     def _integers(self, bits: int, columns: int, group_size: int | None = None) -> Rounding:
         """A row shorter than a group is one group, -1."""

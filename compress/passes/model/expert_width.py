@@ -11,6 +11,7 @@ fitted to what the original block put out (`calibrate/refit.py`).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -18,7 +19,17 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from ....runtime.errors import RecipeError
 from ..base import Cost, ModelPass, Need, Survey
-from .experts import back_cost, change_experts, check_samples, check_stream, expert_counts, refit_cost, walk_back
+from .experts import (
+    back_cost,
+    change_experts,
+    check_samples,
+    check_stream,
+    check_tokens,
+    expert_counts,
+    metric_cost,
+    refit_cost,
+    walk_back,
+)
 
 if TYPE_CHECKING:
     from ....calibrate.folders import CurvatureFolder
@@ -152,9 +163,11 @@ class ExpertWidth(ModelPass):
 
         normal = normal_equations(routed, members)
         ridge, metric = self.damping * normal.mean, None
-        if metrics is not None:  # of all experts together, whose last linears have it
-            known = metrics.load(index, routed.device).values()
-            metric = next((found for own in known if (found := metric_of(own)) is not None), None)
+        if metrics is not None:  # one for all experts, whose last linears have it
+            known = metrics.load(index, routed.device)
+            metric = metric_of(next((own for own in known.values() if own.metric is not None), None))
+            del known
+            metric = None if metric is None else metric.double()
         for member, moment in zip(members, normal.moments, strict=True):
             module = member.module
             weight = module.down_proj.weight
@@ -166,7 +179,7 @@ class ExpertWidth(ModelPass):
             module.down_proj.weight = nn.Parameter(narrow.to(weight.dtype), requires_grad=False)
             for part in (module.gate_proj, module.up_proj):
                 part.weight = nn.Parameter(part.weight[numbers], requires_grad=False)
-        del normal
+        del normal, metric
         if self.refit:
             fit(routed, members, self.damping)
 
@@ -176,8 +189,13 @@ class ExpertWidth(ModelPass):
         check_stream(self.kind, skeleton)
         if self.refit:
             check_samples(self.kind, samples)
-        costs = [back_cost(skeleton, samples, sequence_length, metrics=True)] if self.objective == "model" else []
-        return Cost.of([*costs, refit_cost(skeleton, samples, sequence_length, parts=len(_PARTS))])
+        fitting = refit_cost(skeleton, samples, sequence_length, parts=len(_PARTS))
+        if self.objective == "layer":
+            return fitting
+        check_tokens(self.kind, skeleton, samples, sequence_length)
+        more = metric_cost(skeleton)
+        fitting = replace(fitting, memory=fitting.memory + more.memory, flops=fitting.flops + more.flops)
+        return Cost.of([back_cost(skeleton, samples, sequence_length, metrics=True), fitting])
 
     @property
     def note(self) -> str:

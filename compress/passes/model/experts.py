@@ -245,6 +245,24 @@ def check_samples(step: str, samples: int) -> None:
         )
 
 
+def check_tokens(step: str, skeleton: Skeleton, samples: int, sequence_length: int) -> None:
+    """Refuse to weigh errors of outputs by so few tokens that nothing is known of them."""
+    from ....calibrate.curvature import fewest
+
+    if samples * sequence_length < (least := fewest(skeleton.config.hidden_size)):
+        raise RecipeError(
+            f"data.samples: {step} with objective: model takes {least:,} tokens or more of this model; "
+            "objective: layer takes fewer"
+        )
+
+
+def metric_cost(skeleton: Skeleton) -> Cost:
+    """Of choosing neurons in a metric of their block's outputs: that and its copies, and what columns of down cost."""
+    count, hidden, width = _sizes(skeleton)
+    flops = 2.0 * skeleton.blocks * count * hidden**2 * width
+    return Cost(20.0 * hidden**2 + 16.0 * hidden * width, flops=flops)
+
+
 def refit_cost(changed: Skeleton, samples: int, sequence_length: int, parts: int = 1) -> Cost:
     """Of `change_experts`: two blocks, five sets of down projections, a moment for each expert; `parts` of experts on
     disk."""
