@@ -42,7 +42,7 @@ def foretold(
         own = curvatures.get(name)
         losses = [
             float((change * (weighed.moment @ change)).sum()) / change.shape[1] / 2 / back.tokens
-            for change in changes(name, _counted(own, moment, weighed) if own is not None and counted else moment)
+            for change in changes(name, by_place(own, moment, weighed) if own is not None and counted else moment)
         ]
         if losses and own is not None and coupled is not None:
             key = id(own.metric)
@@ -54,8 +54,12 @@ def foretold(
     return found
 
 
-def _counted(own: Curvature, moment: Statistics, weighed: Statistics) -> Statistics:
-    """A moment with tokens by what they count for in a run (`curvature.counts`), each by its own gradient."""
+def by_place(own: Curvature, moment: Statistics, weighed: Statistics) -> Statistics:
+    """A moment with tokens by what they count for in a run (`curvature.counts`), each by its own gradient.
+
+    Args:
+        moment, weighed: as of `BlockBack.met`.
+    """
     cost = 0.0 if own.places is None else float(own.places.mean())
     if not 0 < cost < float("inf"):
         return moment

@@ -17,7 +17,7 @@ from .events import Event, Surveyed
 from .passes.base import LinearPass
 
 Figures = dict[str, float]
-_DEFINED = 3  # how often what is foretold was defined anew, for figures that are kept
+_DEFINED = 4  # how often what is foretold was defined anew, for figures that are kept
 
 
 class WalkBack:

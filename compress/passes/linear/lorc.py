@@ -303,7 +303,7 @@ class Lorc(Calibrated):
 
     @property
     def foretells(self) -> Mapping[str, Any] | None:
-        chosen = {"ratio", "ranks", "whole_layers", "latent_bits", "correction", "damping", "shrinkage", "sequential"}
+        chosen = {"ratio", "ranks", "whole_layers", "latent_bits", "correction", "damping", "shrinkage"}
         wanted = self._nominal and self.calibrated and self._aim == "model"
         return {**self.model_dump(mode="json", exclude=chosen), "of": sorted(self._shapes)} if wanted else None
 
@@ -311,10 +311,11 @@ class Lorc(Calibrated):
         """KL per token in nats for each projection and rank, at multiples of its step."""
         import torch
 
+        from ....calibrate.foretell import by_place
         from ...solvers.lowrank import Components
 
         found, curvatures = dict[str, float](), back.found() if self.calibrated else {}
-        for inside, (moment, _) in back.met.items():
+        for inside, (moment, weighed) in back.met.items():
             name = skeleton.disk_name(back.index, inside)
             if name not in self._shapes or name not in curvatures:
                 continue
@@ -323,6 +324,7 @@ class Lorc(Calibrated):
             if metric is None:
                 metric = own.trace / shape.rows * torch.eye(shape.rows, device=moment.moment.device)
             weight = weight.to(skeleton.device).float()
+            moment = by_place(own, moment, weighed) if self.sequential else moment
             tail = Components.of(weight, moment.moment / moment.tokens, metric, shape.groups).tail()
             for rank in {*_cuts(shape), self._ranks[name]}:
                 found[f"{name} {rank}"] = float(tail[rank]) / 2
