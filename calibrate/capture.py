@@ -90,8 +90,8 @@ def let_round(linear: nn.Module, operator: Operator) -> Any:
 
 
 def _beyond_weight(operator: Operator, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    # Rounding takes several times what its inputs do.
-    parts = args[0].flatten(0, -2).split(_ROUNDED)
+    # Rounding takes several times what its inputs do; and where gradients are wanted, it has none.
+    parts = args[0].detach().flatten(0, -2).split(_ROUNDED)
     beyond = torch.cat([operator.beyond(part.float()).to(output.dtype) for part in parts])
     return output + beyond.view(output.shape)
 

@@ -20,8 +20,10 @@ from compressor.runtime.schemes import (
     Dense,
     IntLinear,
     IntQuantized,
+    LowRank,
     Operator,
     Sparse24,
+    WithResidual,
     bits_per_weight,
     from_tensors,
     identical,
@@ -71,6 +73,18 @@ def test_round_trip_and_plan(rows: int, columns: int, bits: int, group_size: int
 def test_bits_per_weight_counts_the_stored_bytes() -> None:
     operator = make(64, 256, 4, 128, symmetric=False)
     assert bits_per_weight(operator) * 64 * 256 / 8 == stored_bytes(operator)
+
+
+def test_scales_are_found_and_replaced_wherever_they_are() -> None:
+    core, up, down = (make(rows, columns, 4, 16, symmetric=True) for rows, columns in ((8, 32), (8, 4), (4, 32)))
+    whole = WithResidual(core, LowRank(up, down))
+    found = whole.multipliers()
+    assert found.keys() == {"base.scales", "residual.up.scales", "residual.down.scales"}
+    assert identical(whole.multiplied(found), whole)
+    assert not Dense(torch.ones(2, 2)).multipliers()
+    changed = whole.multiplied(found | {"residual.up.scales": 2 * found["residual.up.scales"]})
+    expected = core.dense(torch.float64) + 2 * up.dense(torch.float64) @ down.dense(torch.float64)
+    torch.testing.assert_close(changed.dense(torch.float64), expected)
 
 
 def test_dense_is_the_definition() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import reprlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -291,18 +291,19 @@ class Skeleton:
         ]
         return [name for name in matrices if name not in named]
 
-    def block(self, index: int, like: int | None = None) -> Any:
+    def block(self, index: int, like: int | None = None, without: Container[str] = ()) -> Any:
         """Block `index` with its weights.
 
         Args:
             like: a block of which it is another one, where the model has none of this number.
+            without: tensors inside it that stay on `meta`, for others to take their place.
         """
         layer = copy.deepcopy(self.layers[index if like is None else like])
         wanted = layer.state_dict()
         place = f"{self.family.decoder}.{self.family.layers}.{index}"
         lying = {name: map(self.checkpoint.lying, self.family.lying(f"{place}.{name}")) for name in wanted}
-        state = {name: self.held(name, tuple(lying[name]), like) for name, like in wanted.items()}
-        layer.load_state_dict(state, assign=True)
+        state = {name: self.held(name, tuple(lying[name]), t) for name, t in wanted.items() if name not in without}
+        layer.load_state_dict(state, strict=not without, assign=True)
         for module in layer.modules():
             if isinstance(module, nn.LayerNorm):  # unlike the families' own norms, it takes no mixture of dtypes
                 module.float()

@@ -31,11 +31,13 @@ class Operator(ABC):
         kind: its name in `config.json`.
         moves_inputs: whether an operator inside meets other inputs than this one does.
         ends: of one made of others, those (by their fields) whose rows are its own, as what comes out last.
+        multiplies: fields of floats by which many codes are multiplied each.
     """
 
     kind: ClassVar[str]
     moves_inputs: ClassVar[bool] = False
     ends: ClassVar[tuple[str, ...]] = ()
+    multiplies: ClassVar[tuple[str, ...]] = ()
 
     @property
     @abstractmethod
@@ -141,10 +143,28 @@ class Operator(ABC):
     def inside(self) -> Iterator[Operator]:
         """This operator, and all that it is made of."""
         yield self
+        for _, part in self._parts():
+            yield from part.inside()
+
+    def _parts(self) -> Iterator[tuple[str, Operator]]:
+        """Operators that it is made of, by their fields."""
         for field in fields(self):  # type: ignore[arg-type]
-            part = getattr(self, field.name)
-            if isinstance(part, Operator):
-                yield from part.inside()
+            if isinstance(part := getattr(self, field.name), Operator):
+                yield field.name, part
+
+    def multipliers(self) -> dict[str, Tensor]:
+        """Scales of codes, its own and those of what it is made of, by their place in it (`core.scales`)."""
+        found: dict[str, Tensor] = {name: getattr(self, name) for name in self.multiplies}
+        for place, part in self._parts():
+            found |= {f"{place}.{name}": scales for name, scales in part.multipliers().items()}
+        return found
+
+    def multiplied(self, multipliers: Mapping[str, Tensor]) -> Self:
+        """This operator with other scales in place of all of `multipliers`."""
+        changed: dict[str, Any] = {name: multipliers[name] for name in self.multiplies}
+        for place, part in self._parts():
+            changed[place] = part.multiplied({name: multipliers[f"{place}.{name}"] for name in part.multipliers()})
+        return replace(self, **changed)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True)

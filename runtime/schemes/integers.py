@@ -29,6 +29,7 @@ class IntQuantized(Operator):
     """
 
     kind: ClassVar[str] = "int"
+    multiplies: ClassVar[tuple[str, ...]] = ("scales",)
     codes: Tensor
     scales: Tensor
     zeros: Tensor | None

@@ -28,6 +28,7 @@ class W8A8(Operator):
     """
 
     kind: ClassVar[str] = "w8a8"
+    multiplies: ClassVar[tuple[str, ...]] = ("scales",)
     codes: Tensor
     scales: Tensor
     input_scale: Tensor | None = None
