@@ -230,6 +230,12 @@ def _allocated(record: dict[str, Any]) -> str:
     )
 
 
+def _tuned(record: dict[str, Any]) -> str:
+    before, after = record["before"], record["after"]
+    kept = "" if after < before else ", so that all stays as it was"
+    return f"scales and norms are trained: KL {before:.4g} → {after:.4g} on windows held out of that{kept}"
+
+
 class ApplyProgress:
     """Draws the events of a run: a bar over blocks on a terminal, a permanent line for every block everywhere."""
 
@@ -272,6 +278,14 @@ class ApplyProgress:
                 )
         elif record["kind"] == "Allocated":
             err.say(_allocated(record))
+        elif record["kind"] == "Descending":
+            now = f"tune, step {record['step']} of {record['steps']}"
+            if self._bar is not None:
+                self._bar.update(self._task, now=now)
+            if not self.quiet:
+                err.print(f"{now}  KL {record['kl']:.4g}  {time.monotonic() - self._start:.1f} s")
+        elif record["kind"] == "Tuned":
+            err.say(_tuned(record))
         elif record["kind"] == "Measuring" and self._bar is not None:
             self._bar.update(self._task, now="comparing with the original")
         elif record["kind"] == "Warned":

@@ -43,6 +43,7 @@ from .quality import Quality, measure, texts_to_measure
 from .recipe import Recipe
 from .resources import chain_names, check_disk, check_memory
 from .surveys import Text, curvature_folder, keeps, routing_folder, survey_texts, surveyed
+from .tune import check_text, tune, tuned, untouched
 
 Listener = Callable[[Event], None]
 
@@ -95,6 +96,8 @@ def apply(
     with _mendable(job, device, plan.memory), closing(journal):
         texts = survey_texts(plan.recipe, checkpoint, least)
         _check_windows([*texts.values(), *([text] if text else [])])
+        if text is not None and plan.recipe.tune is not None:
+            check_text(plan.recipe, text.tuning)
         corpus, windows = (None, None) if text is None else (text.corpus, text.windows)
         fingerprint = processes.once(partial(make_fingerprint, job, skeleton, corpus, windows, statistics))
         fingerprint["processes"] = processes.size()
@@ -159,6 +162,10 @@ def _finish(
         processes.once(partial(_check_finished, journal))
     else:
         processes.once(partial(write_beside, journal.result, job, plan))
+        if text is not None and plan.recipe.tune is not None:
+            writer = ShardedWriter(journal.result, plan.tensors, job.recipe.output.shard_bytes)
+            written = writer.written_by(plan.skeleton.checkpoint.block_index, plan.skeleton.blocks)
+            tune(plan, skeleton, text.tuning, writer, written, journal, listener)
         quality = _measured(job, plan, skeleton, text, journal, listener)
         if processes.leads():
             finish_folder(journal.result, job, plan, fingerprint, journal.entries, quality)
@@ -324,8 +331,12 @@ def _check_written(
     """
     if done and not writer.laid_out():
         raise journal.damaged(str(journal.result))
-    for block, entry in done.items():
-        if writer.checksum(written[block]) != entry["tensors"]:
+    sums = {block: entry["tensors"] for block, entry in done.items()}
+    if (entry := tuned(journal)) is not None and entry["kept"]:  # and what that changed may be written by half
+        written = untouched(journal, written)
+        sums = dict(zip(written, entry["untouched"], strict=True))
+    for block, known in sums.items():
+        if writer.checksum(written[block]) != known:
             where = "tensors outside the blocks" if block < 0 else f"block {block}"
             raise journal.damaged(f"{journal.result}: {where}")
 

@@ -91,6 +91,24 @@ class Surveyed(Event):
 
 
 @dataclass(frozen=True)
+class Descending(Event):
+    """Scales and norms of what was written have made a step: KL per token in nats before it, on the step's text."""
+
+    step: int
+    steps: int
+    kl: float
+
+
+@dataclass(frozen=True)
+class Tuned(Event):
+    """They are trained: KL per token in nats on windows that were held out of that, of what was there and of what came
+    of it, which is stored where it is less."""
+
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
 class ExpertsKept(Event):
     """Which experts of a block stay, and why.
 

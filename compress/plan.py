@@ -30,6 +30,7 @@ from .resources import (
     outer_memory,
     room_for_moments,
     stage_memory,
+    tune_cost,
     walk_back_cost,
     work,
 )  # fmt: skip
@@ -176,12 +177,14 @@ def make_plan(
     room = room_for_moments(stages, memory if memory is not None else available_memory(skeleton.device))
     after = sum(_nbytes(dtype, shape) for dtype, shape in tensors.values())
     outer = outer_memory(recipe, skeleton, linears)
-    peak = max(survey.memory, outer, compared, *(stage.peak(room) for stage in stages))
+    tuning = tune_cost(recipe, skeleton)
+    peak = max(survey.memory, outer, compared, tuning.memory, *(stage.peak(room) for stage in stages))
     return Plan(
         recipe, skeleton, linears, tensors, chosen, readers, obstacle, needs, whole.nbytes, after,
         int(peak),
-        int(max(after + chain_bytes(recipe, skeleton, walked) + survey.left, survey.disk)),
-        {"surveys": survey.flops, **work(recipe, skeleton, linears, walked)}, *cache_bytes(checkpoint, linears), room,
+        int(max(after + max(chain_bytes(recipe, skeleton, walked) + survey.left, tuning.disk), survey.disk)),
+        {"surveys": survey.flops, **work(recipe, skeleton, linears, walked), "tune": tuning.flops},
+        *cache_bytes(checkpoint, linears), room,
         int(host if skeleton.device.type != "cpu" else peak),
         tuple(name for index in range(skeleton.blocks) for name in skeleton.unnamed(index)),
         (
@@ -196,15 +199,19 @@ def plan_for_text(
 ) -> tuple[Plan, Text | None]:
     """`make_plan` for as much calibration text as there is, and that text, if a pass needs any."""
     plan = make_plan(recipe, skeleton, look=look, memory=memory)
-    if not plan.needs:
+    if not plan.needs and recipe.tune is None:
         return plan, None
     data, least = plan.recipe.data, None if recipe.data.samples else 1
-    text = read_calibration(plan.recipe, skeleton.checkpoint, least=least, held_out=held_out_windows(data))
+    held, beside = held_out_windows(data), 0 if recipe.tune is None else recipe.tune.samples
+    text = read_calibration(plan.recipe, skeleton.checkpoint, least=least, held_out=held, tuning=beside)
     if len(text.windows) != data.samples:
         found = recipe.model_copy(update={"data": data.model_copy(update={"samples": len(text.windows)})})
         plan = make_plan(found, skeleton, look=look, memory=memory, all_there_is=True)
     if not len(text.held_out):
         warning = "no text is left beside what calibrates: what was lost is measured on that, and is more than it seems"
+        plan = replace(plan, warnings=(*plan.warnings, warning))
+    if len(text.tuning) < beside:
+        warning = f"tune: the text has {len(text.tuning)} windows beside those that calibrate, of {beside} asked for"
         plan = replace(plan, warnings=(*plan.warnings, warning))
     return plan, text
 

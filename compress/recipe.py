@@ -81,6 +81,26 @@ class Limits(BaseModel):
     )
 
 
+class Tune(BaseModel):
+    """After all passes: scales and norms that are trained for the original's answers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    samples: int = Field(
+        256,
+        gt=0,
+        description="windows of text that each serve one step of it and do not calibrate, fewer where the text has no "
+        "more; one in 16 says whether what came is better and is kept",
+    )
+    batch: int = Field(2, gt=0, description="windows of a step")
+    rate: float = Field(
+        0.002,
+        gt=0,
+        le=0.1,
+        description="by what share of the difference between two codes weights move in a step, in the mean, at most",
+    )
+
+
 class Output(BaseModel):
     """What is written."""
 
@@ -112,6 +132,11 @@ class Recipe(BaseModel):
     passes: tuple[AnyPass, ...] = Field(
         min_length=1, description="the passes, in the order in which each linear goes through them"
     )
+    tune: Tune | None = Field(
+        None,
+        description="after all passes, scales of integers and norms trained so that the answers come nearer to the "
+        "original's; null: not",
+    )
     output: Output = Field(Output(), description="what is written")
     limits: Limits = Field(Limits(), description="how far the output may be from the original")
 
@@ -121,7 +146,7 @@ class Recipe(BaseModel):
         return {number: step for number, step in enumerate(self.passes) if isinstance(step, LinearPass)}
 
 
-_SECTIONS: dict[str, type[BaseModel]] = {"data": Data, "output": Output, "limits": Limits}
+_SECTIONS: dict[str, type[BaseModel]] = {"data": Data, "tune": Tune, "output": Output, "limits": Limits}
 RENAMED = {"lorc-calibrated-50": "latents-50", "lorc-w4": "latents-w4"}  # old name of a shipped recipe → its name
 
 

@@ -17,11 +17,13 @@ from ..calibrate.curvature import curvature_cost, walked_samples
 from ..calibrate.routing import routed_share
 from ..calibrate.stage import split_to_fit
 from ..calibrate.statistics import KINDS, paired
+from ..calibrate.tuning import GRAPH_TOKENS
+from ..calibrate.tuning import LOGITS as TUNED_LOGITS
 from ..runtime.errors import ResourceError, human_size
 from ..runtime.memory import HOST, available_memory
 from ..runtime.model.checkpoint import Checkpoint
 from ..runtime.model.rotations import ROWS
-from ..runtime.model.skeleton import Skeleton, calibration_dtype
+from ..runtime.model.skeleton import HEAD_ROWS, Skeleton, calibration_dtype
 from .evaluate.blocks import evaluation_memory
 from .passes.base import BUFFERS, SURVEYED, Cost
 from .recipe import Data, Recipe
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 # Tokens that are held out of calibration text, one for so many that are not: a small part of a run, and enough to tell
 # whether it went well.
 LEAST, MOST, SHARE = 1024, 2048, 24
+_TUNED = 32  # weights to a number that is trained, at least
 _ROUNDING = 600.0  # operations for each number that is rounded in the best of some ranges
 _TARGETS = 7.0  # bytes for each number of a matrix outside blocks, beside what the pass that solves it counts
 _MAKING = 16.0  # bytes for each number of a matrix that is made when it is read, ROWS at a time
@@ -160,6 +163,32 @@ def walk_back_cost(recipe: Recipe, skeleton: Skeleton) -> Cost:
             flops += seen * 2.0 * columns**2 * bool(each) + sum(spent for _, spent in each)
         met = max(met, held + solving)
     return Cost(BUFFERS + memory + met, disk - left, left, flops)
+
+
+def tune_cost(recipe: Recipe, skeleton: Skeleton) -> Cost:
+    """Of the recipe's `tune`."""
+    if recipe.tune is None:
+        return Cost()
+    length, item, width = recipe.data.sequence_length, skeleton.dtype.itemsize, skeleton.width
+    seen, step = recipe.tune.samples * length, recipe.tune.batch * length
+    inside = [list(skeleton.linears(index).values()) for index in range(skeleton.blocks)]
+    sizes = [[linear.weight.numel() for linear in block] for block in inside]
+    widest = max(max(linear.weight.shape) for block in inside for linear in block)
+    vocabulary, hidden = skeleton.config.vocab_size, skeleton.config.hidden_size
+    # A block's weights, their gradients and codes; one matrix in float32 with what its gradient goes through.
+    block = max(map(sum, sizes)) * (2 * item + 1) + 16.0 * max(map(max, sizes))
+    graph = max(GRAPH_TOKENS, length) * 4.0 * (8 * widest + 24 * width)
+    kept = step * width * (skeleton.blocks * item + 3 * 4.0)
+    logits = 6 * 4.0 * max(TUNED_LOGITS, 32 * vocabulary) + 2 * 4.0 * hidden * min(vocabulary, HEAD_ROWS)
+    state = 4.0 * sum(map(sum, sizes)) / _TUNED
+    reached = sum(
+        linear.weight.numel() * (1.0 if skeleton.family.expert(name) is None else routed_share(skeleton, own))
+        for own in map(skeleton.linears, range(skeleton.blocks))
+        for name, linear in own.items()
+    )
+    # Of a weight: once in the original, forward twice and back twice in what is trained.
+    flops = seen * (10.0 * reached + 8.0 * vocabulary * hidden)
+    return Cost(BUFFERS + block + graph + kept + logits + 5 * state, 2 * 4.0 * seen * width + 4 * state, 0.0, flops)
 
 
 def _original(skeleton: Skeleton) -> int:

@@ -33,19 +33,23 @@ class Text:
     """A text and its token windows.
 
     Attributes:
-        windows: that calibrate, `[samples, sequence_length]`; held_out: others of the same text, alike.
+        windows: that calibrate, `[samples, sequence_length]`; held_out: others of the same text, alike; tuning: others
+            again, for the recipe's `tune`.
     """
 
     corpus: Corpus
     windows: Tensor
     held_out: Tensor
+    tuning: Tensor
 
 
-def read_calibration(recipe: Recipe, checkpoint: Checkpoint, *, least: int | None = None, held_out: int = 0) -> Text:
+def read_calibration(
+    recipe: Recipe, checkpoint: Checkpoint, *, least: int | None = None, held_out: int = 0, tuning: int = 0
+) -> Text:
     """The recipe's text and its windows.
 
     Args:
-        least, held_out: as of `drawn_windows`.
+        least, held_out: as of `drawn_windows`; tuning: windows that are held out for that.
     """
     data = recipe.data
     limit = checkpoint.positions
@@ -54,9 +58,10 @@ def read_calibration(recipe: Recipe, checkpoint: Checkpoint, *, least: int | Non
     corpus = builtin_corpus("calibration") if data.source == "builtin" else file_corpus(Path(data.source))
     tokenizer = load_tokenizer(checkpoint.path)
     samples, length = data.tokens // data.sequence_length, data.sequence_length
-    windows, others = drawn_windows(corpus, tokenizer, samples, length, data.seed, least=least, held_out=held_out)
+    beside = held_out + tuning
+    windows, others = drawn_windows(corpus, tokenizer, samples, length, data.seed, least=least, held_out=beside)
     checkpoint.check_ids(torch.cat([windows, others]))
-    return Text(corpus, windows, others)
+    return Text(corpus, windows, others[:held_out], others[held_out:])
 
 
 def survey_texts(recipe: Recipe, checkpoint: Checkpoint, least: int | None) -> dict[str | None, Text]:
