@@ -44,7 +44,7 @@ def _llama(hidden: int, inner: int) -> tuple[str, dict[str, int]]:
 
 _FULL = "solver: als, objective: full, correction: 1, block_size: 32"
 
-# name → family and sizes, passes; and those that made the model, where it is not stored as plain weights
+# name → family and sizes, passes; and those that made the model, where it is not stored as plain weights, or `tune`
 CASES: dict[str, tuple[Any, ...]] = {
     "hidden 512": (_llama(512, 1536), "{kind: gptq, bits: 4}"),
     "hidden 1024": (_llama(1024, 4096), "{kind: gptq, bits: 4}"),
@@ -53,6 +53,10 @@ CASES: dict[str, tuple[Any, ...]] = {
         _llama(1024, 4096), "{kind: gptq, bits: 4, correction: 0, refinements: 0, search: false}"
     ),
     "hidden 1024, rtn": (_llama(1024, 4096), "{kind: rtn, bits: 4}"),
+    "hidden 1024, rtn, tuned": (_llama(1024, 4096), "{kind: rtn, bits: 4}", "tune"),
+    "both ends, tuned": (
+        ("llama", {**_llama(512, 1024)[1], "vocab_size": 65536}), "{kind: rtn, bits: 4}", "tune"
+    ),
     "hidden 1024, rtn with search": (_llama(1024, 4096), "{kind: rtn, bits: 4, search: true}"),
     "hidden 1024, w8a8": (_llama(1024, 4096), "{kind: rtn, scheme: int8}"),
     "hidden 1024, w8a8 fp8": (_llama(1024, 4096), "{kind: rtn, scheme: fp8}"),
@@ -150,7 +154,8 @@ def measure(name: str) -> tuple[int, int, int, int]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    (family, sizes), step, *before = CASES[name]
+    (family, sizes), step, *more = CASES[name]
+    before, tune = [part for part in more if part != "tune"], "tune: {samples: 18}\n" if "tune" in more else ""
     examples = Path(__file__).resolve().parent.parent / "examples"
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
@@ -163,7 +168,7 @@ def measure(name: str) -> tuple[int, int, int, int]:
 
             text, plain = f"passes: [{before[0]}]\n", model.rename(model.with_name("plain"))
             apply(Job(parse_recipe(text), text, (), plain, model, "random"), lambda event: None)
-        text = f"data: {{samples: 16}}\npasses: [{step}]\n"
+        text = f"data: {{samples: 16}}\npasses: [{step}]\n{tune}"
         command = [sys.executable, __file__, "--child", text, str(model)]
         settings = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}  # as the command line has them
         environment = {**os.environ, **settings, "MALLOC_MMAP_THRESHOLD_": "65536"}

@@ -25,7 +25,7 @@ from ..runtime.stored import StoredModel
 from .capture import let_round
 
 GRAPH_TOKENS = 1024  # that are run with gradients at a time, where windows are no longer
-LOGITS = 1 << 23  # numbers of logits at a time
+LOGITS = 1 << 22  # numbers of logits at a time
 _BETAS = (0.9, 0.95)
 _TINY = 1e-15  # a gradient, which one scale of millions has, is far above it
 _PACE = 0.25  # of vectors where there are no codes, as beside such of 4 bits

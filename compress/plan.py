@@ -21,7 +21,7 @@ from ..runtime.model.families import starred
 from ..runtime.model.skeleton import Skeleton
 from ..runtime.schemes import LOOKUPS, Dense, Operator, rewritten, stored_name
 from .passes.base import SURVEYED, Cost, LinearPass, ModelPass, Pass, Survey
-from .recipe import TOKENS, Recipe
+from .recipe import TOKENS, Recipe, little_text
 from .resources import (
     cache_bytes,
     chain_bytes,
@@ -38,7 +38,6 @@ from .surveys import Text, read_calibration
 
 _MUCH = 0.05  # of all bytes, from which it is told what no pass rewrites
 _GROWTH = 1.1  # how many times as large an output may be, so that engines read it
-LARGE_MODEL = 100_000_000  # parameters from which the built-in calibration text is too little
 
 
 @dataclass(frozen=True)
@@ -103,6 +102,13 @@ class Plan:
         """Disk names of those that no pass rewrites: they keep the form that they have in the model."""
         return frozenset(name for name in self.rewritten if not self.linears[name].steps)
 
+    @property
+    def notes(self) -> list[str]:
+        """What the table of linears does not show."""
+        tune = self.recipe.tune
+        trained = [] if tune is None else [f"tune: scales and norms are trained on {tune.samples} windows"]
+        return [f"{step.kind}: {step.note}" for step in self.recipe.passes if step.note] + trained
+
     def record(self) -> dict[str, Any]:
         """What becomes of the model, for a file."""
         return {
@@ -114,7 +120,7 @@ class Plan:
             "kv_bytes_per_token_before": self.kv_before,
             "kv_bytes_per_token_after": self.kv_after,
             "left": list(self.left),
-            "notes": [f"{step.kind}: {step.note}" for step in self.recipe.passes if step.note],
+            "notes": self.notes,
         }
 
 
@@ -214,12 +220,6 @@ def plan_for_text(
         warning = f"tune: the text has {len(text.tuning)} windows beside those that calibrate, of {beside} asked for"
         plan = replace(plan, warnings=(*plan.warnings, warning))
     return plan, text
-
-
-def little_text(recipe: Recipe, parameters: int) -> bool:
-    """Whether the text that comes with this package calibrates a model too large for it."""
-    asked = any(step.needs for step in recipe.passes)
-    return asked and recipe.data.source == "builtin" and parameters > LARGE_MODEL
 
 
 def widest_input(skeleton: Skeleton) -> int:

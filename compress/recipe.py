@@ -31,6 +31,7 @@ SAMPLES = 128  # windows to calibrate on, where nothing asks for more
 _NOT_YAML = (ValueError, TypeError, AttributeError, RecursionError)
 _SCHEMA = "# yaml-language-server: $schema=./schema.json\n"  # for editors, of the files as they lie beside it
 _ENTRIES = 10_000  # that aliases may make of a short text
+LARGE_MODEL = 100_000_000  # parameters from which the built-in calibration text is too little
 TOKENS = 16  # to calibrate on, for each input of the widest linear
 
 
@@ -144,6 +145,12 @@ class Recipe(BaseModel):
     def linear_passes(self) -> dict[int, LinearPass]:
         """Number in `passes` → the passes that rewrite linears."""
         return {number: step for number, step in enumerate(self.passes) if isinstance(step, LinearPass)}
+
+
+def little_text(recipe: Recipe, parameters: int) -> bool:
+    """Whether the text that comes with this package calibrates a model too large for it."""
+    asked = any(step.needs for step in recipe.passes)
+    return asked and recipe.data.source == "builtin" and parameters > LARGE_MODEL
 
 
 _SECTIONS: dict[str, type[BaseModel]] = {"data": Data, "tune": Tune, "output": Output, "limits": Limits}

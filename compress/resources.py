@@ -175,11 +175,11 @@ def tune_cost(recipe: Recipe, skeleton: Skeleton) -> Cost:
     sizes = [[linear.weight.numel() for linear in block] for block in inside]
     widest = max(max(linear.weight.shape) for block in inside for linear in block)
     vocabulary, hidden = skeleton.config.vocab_size, skeleton.config.hidden_size
-    # A block's weights, their gradients and codes; one matrix in float32 with what its gradient goes through.
-    block = max(map(sum, sizes)) * (2 * item + 1) + 16.0 * max(map(max, sizes))
-    graph = max(GRAPH_TOKENS, length) * 4.0 * (8 * widest + 24 * width)
-    kept = step * width * (skeleton.blocks * item + 3 * 4.0)
+    block = max(map(sum, sizes)) * (2 * item + 1)  # its weights, their gradients, and codes
+    graph = max(GRAPH_TOKENS, length) * (6.0 * item * widest + 4.0 * 12 * width)
+    gathering = 16.0 * max(map(max, sizes))  # one matrix in float32 with what its gradient goes through
     logits = 6 * 4.0 * max(TUNED_LOGITS, 32 * vocabulary) + 2 * 4.0 * hidden * min(vocabulary, HEAD_ROWS)
+    kept = step * width * (skeleton.blocks * item + 3 * 4.0)
     state = 4.0 * sum(map(sum, sizes)) / _TUNED
     reached = sum(
         linear.weight.numel() * (1.0 if skeleton.family.expert(name) is None else routed_share(skeleton, own))
@@ -188,7 +188,8 @@ def tune_cost(recipe: Recipe, skeleton: Skeleton) -> Cost:
     )
     # Of a weight: once in the original, forward twice and back twice in what is trained.
     flops = seen * (10.0 * reached + 8.0 * vocabulary * hidden)
-    return Cost(BUFFERS + block + graph + kept + logits + 5 * state, 2 * 4.0 * seen * width + 4 * state, 0.0, flops)
+    peak = BUFFERS + max(block + graph, block + gathering, logits) + kept + 5 * state
+    return Cost(peak, 2 * 4.0 * seen * width + 4 * state, 0.0, flops)
 
 
 def _original(skeleton: Skeleton) -> int:

@@ -22,6 +22,7 @@ memory = benchmark("memory")
                 "hidden 1024, lorc",
                 "turned",
                 "hidden 1024, stored in fp8, one layer kept",
+                "hidden 1024, rtn, tuned",
             )
         ),
     ],

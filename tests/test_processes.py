@@ -22,10 +22,13 @@ from compressor.calibrate.curvature import reverse_walk
 from compressor.calibrate.drive import start_chains
 from compressor.calibrate.routing import Routing
 from compressor.calibrate.statistics import KINDS, Statistics
+from compressor.calibrate.tuning import Tuning
 from compressor.compress.evaluate.blocks import evaluate_blocks
 from compressor.compress.guards import source_skeleton
 from compressor.runtime import processes
 from compressor.runtime.memory import available_memory
+from compressor.runtime.model.checkpoint import Checkpoint
+from compressor.runtime.model.skeleton import Skeleton
 from compressor.runtime.stored import open_model
 
 Pico = Callable[..., Path]
@@ -49,11 +52,11 @@ def _found(file: Path, function: Callable[..., Any], arguments: tuple[Any, ...])
         file.write_bytes(pickle.dumps(function(*arguments)))
 
 
-def written(tmp_path: Path, text: Path, passes: str, samples: int = 32) -> Path:
+def written(tmp_path: Path, text: Path, passes: str, samples: int = 32, more: str = "") -> Path:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"version: 1\ndata: {{source: '{text}', samples: {samples}, sequence_length: 256}}\nlimits: {{kl: null, "
-        f"perplexity_ratio: null}}\noutput: {{shard_size: 0.05MB}}\npasses: [{passes}]\n"
+        f"perplexity_ratio: null}}\noutput: {{shard_size: 0.05MB}}\npasses: [{passes}]\n{more}\n"
     )
     return recipe
 
@@ -209,6 +212,24 @@ def test_gradients_of_parts_are_those_of_the_whole(family: str, pico: Pico, tmp_
     assert not (tmp_path / "two").exists()
 
 
+def _means(model: Path, windows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of gradients, after a step on all processes' windows together."""
+    skeleton = Skeleton(Checkpoint(model))
+    exact = torch.randn(*windows.shape, skeleton.width, generator=torch.Generator().manual_seed(0))
+    tuning, own = Tuning(skeleton, skeleton), list(processes.own(len(windows)))
+    tuning.descend(windows[own], exact[own], 0.001, 2)
+    return tuning.means
+
+
+def test_a_step_is_made_on_all_windows(pico: Pico, tmp_path: Path) -> None:
+    windows = torch.arange(128).view(4, 32)
+    alone = _means(pico(), windows)
+    for found in together(2, _means, pico(), windows, folder=tmp_path):
+        assert found.keys() == alone.keys()
+        for name, mean in alone.items():
+            torch.testing.assert_close(found[name], mean, rtol=1e-4, atol=1e-5 * float(mean.abs().max()))
+
+
 def _lost(model: Path, output: Path, texts: dict[str, torch.Tensor]) -> tuple[dict[str, Any], list[float]]:
     original, made = source_skeleton(model, "cpu"), source_skeleton(output, "cpu")
     found, drift = evaluate_blocks(original, made, texts)
@@ -266,11 +287,14 @@ def killed_at(number: int, count: int, this: int) -> None:
     torch.distributed.all_reduce = partial(deadly, torch.distributed.all_reduce)
 
 
-@pytest.mark.parametrize(("number", "count"), [(0, 12), (1, 25)])
+@pytest.mark.parametrize(
+    ("number", "count", "more"), [(0, 12, ""), (1, 25, ""), (1, 9, "tune: {samples: 40, batch: 4}")]
+)
 def test_when_one_is_killed_all_end_and_go_on_to_the_same_bytes(
-    number: int, count: int, pico: Pico, calibration_text: Path, tmp_path: Path
+    number: int, count: int, more: str, pico: Pico, calibration_text: Path, tmp_path: Path
 ) -> None:
-    recipe, model = written(tmp_path, calibration_text, QUICK), pico(num_hidden_layers=2)
+    passes = "{kind: rtn, bits: 2, group_size: 32}" if more else QUICK
+    recipe, model = written(tmp_path, calibration_text, passes, more=more), pico(num_hidden_layers=2)
     applied(2, recipe, model, "expected", cwd=tmp_path)
     ended = applied(2, recipe, model, "out", cwd=tmp_path, before=partial(killed_at, number, count))
     assert ended[number][0] == -signal.SIGKILL

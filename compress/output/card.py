@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ..plan import Plan, little_text, rows
+from ..plan import Plan, rows
+from ..recipe import little_text
 
 if TYPE_CHECKING:
     from ..job import Job
@@ -95,7 +96,7 @@ def model_card(
         f"Made by compressor {fingerprint['versions']['compressor']} with {made_with}.",
         "`recipe.resolved.yaml` has every option, `compressor.json` versions and hashes.",
     ]
-    lines += [line for step in plan.recipe.passes if step.note for line in ("", f"{step.kind}: {step.note}.")]
+    lines += [line for note in plan.notes for line in ("", f"{note}.")]
     fallbacks = sum(event["kind"] == "Fallback" for event in events)
     if fallbacks:
         lines += ["", f"{fallbacks} linears took a pass's fallback; `report/layers.jsonl` names them and says why."]
