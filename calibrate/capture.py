@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from ..runtime.model.experts import Expert, Experts
 from ..runtime.model.families import Group
 from ..runtime.model.skeleton import Skeleton
-from ..runtime.schemes import Operator
+from ..runtime.schemes import Operator, from_tensors
+from ..runtime.stored import StoredModel
 from .chains import Spill
 
 _ROUNDED = 1024  # tokens whose inputs are rounded at a time
@@ -87,6 +89,25 @@ def let_round(linear: nn.Module, operator: Operator) -> Any:
     if any(part.rounds_activations for part in operator.inside()):
         return linear.register_forward_hook(partial(_beyond_weight, operator))
     return None
+
+
+def as_it_runs(model: Skeleton, index: int, without: Collection[str] = ()) -> Any:
+    """A block with its weights, of linears that do more than multiply by these with that.
+
+    Args:
+        without: names of linears in memory that get neither.
+    """
+    block = model.block(index, without=[f"{name}.weight" for name in without])
+    stored = model.checkpoint
+    if not isinstance(stored, StoredModel):
+        return block
+    for name in (name for stage in model.stages(index) for group in stage for name in group.linears):
+        disk = model.disk_name(index, name)
+        rounds = disk in stored.schemes and any(part.rounds_activations for part in stored.outline(disk).inside())
+        if rounds and name not in without:
+            parts = {key: tensor.to(model.device) for key, tensor in stored.operator_tensors(disk).items()}
+            let_round(block.get_submodule(name), from_tensors(parts, stored.schemes[disk]))
+    return block
 
 
 def _beyond_weight(operator: Operator, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from ..runtime.model.checkpoint import Checkpoint
 from ..runtime.model.skeleton import Skeleton
 from ..runtime.schemes import Operator, from_tensors
 from ..runtime.stored import StoredModel
-from .capture import let_round
+from .capture import as_it_runs, let_round
 
 GRAPH_TOKENS = 1024  # that are run with gradients at a time, where windows are no longer
 LOGITS = 1 << 22  # numbers of logits at a time
@@ -192,7 +192,7 @@ class Tuning:
         model, checkpoint = self._model, self._model.checkpoint
         checkpoint.expect(index)
         stored = self._stored(index)
-        layer = model.block(index, without=[f"{name}.weight" for name in stored])
+        layer = as_it_runs(model, index, without=stored)
         operators = {name: (disk, _operator(checkpoint, disk, model.device)) for name, disk in stored.items()}
         vectors = {
             name: (disk, checkpoint.tensor(disk).to(model.device)) for name, disk in self._vectors(index).items()
@@ -235,7 +235,8 @@ class Tuning:
         model, batch = self._model, self._batch(ids)
         entering, hidden = list[Tensor](), model.embed(ids)
         for index in range(model.blocks):
-            entering.append(hidden.to(model.dtype))  # so that it is run alike on the way back
+            # Run alike on the way back; what a wide row has beside hidden states takes more digits.
+            entering.append(hidden.to(model.dtype) if model.wide is None else hidden)
             block = self._opened(index)
             self._set(block, stored=False)
             hidden = torch.cat([model.run(block.runner, part.float()) for part in entering[-1].split(batch)])

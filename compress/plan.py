@@ -32,6 +32,7 @@ from .resources import (
     stage_memory,
     tune_cost,
     walk_back_cost,
+    widest_input,
     work,
 )  # fmt: skip
 from .surveys import Text, read_calibration
@@ -183,7 +184,7 @@ def make_plan(
     room = room_for_moments(stages, memory if memory is not None else available_memory(skeleton.device))
     after = sum(_nbytes(dtype, shape) for dtype, shape in tensors.values())
     outer = outer_memory(recipe, skeleton, linears)
-    tuning = tune_cost(recipe, skeleton)
+    tuning = tune_cost(recipe, skeleton, linears)
     peak = max(survey.memory, outer, compared, tuning.memory, *(stage.peak(room) for stage in stages))
     return Plan(
         recipe, skeleton, linears, tensors, chosen, readers, obstacle, needs, whole.nbytes, after,
@@ -195,7 +196,7 @@ def make_plan(
         tuple(name for index in range(skeleton.blocks) for name in skeleton.unnamed(index)),
         (
             *_source_warnings(whole), *_table_warnings(skeleton),
-            *_warnings(recipe, widest, whole.parameters, all_there_is),
+            *_warnings(recipe, widest, whole.parameters, all_there_is), *_untrained(recipe, linears, chosen),
         ),
     )  # fmt: skip
 
@@ -220,11 +221,6 @@ def plan_for_text(
         warning = f"tune: the text has {len(text.tuning)} windows beside those that calibrate, of {beside} asked for"
         plan = replace(plan, warnings=(*plan.warnings, warning))
     return plan, text
-
-
-def widest_input(skeleton: Skeleton) -> int:
-    """Columns of the widest linear of all blocks."""
-    return max(linear.in_features for index in range(skeleton.blocks) for linear in skeleton.linears(index).values())
 
 
 def _source_warnings(checkpoint: Checkpoint) -> Iterator[str]:
@@ -253,6 +249,13 @@ def _table_warnings(skeleton: Skeleton) -> Iterator[str]:
     share = sum(map(checkpoint.stored_bytes, names)) / max(checkpoint.nbytes, 1)
     if share > _MUCH:
         yield f"{share:.0%} of the weights stay as they are, for no pass rewrites them: {', '.join(names[:3])}"
+
+
+def _untrained(recipe: Recipe, linears: Mapping[str, LinearPlan], chosen: WrittenFormat) -> Iterator[str]:
+    """What `tune` would leave alone."""
+    scaled = chosen is not PLAIN and any(plan.operator.multipliers() for plan in linears.values())
+    if recipe.tune is not None and not scaled:
+        yield "tune: no linear is stored with scales of integers, so that norms and biases alone are trained"
 
 
 def _warnings(recipe: Recipe, widest: int, parameters: int, all_there_is: bool) -> Iterator[str]:

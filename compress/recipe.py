@@ -83,17 +83,19 @@ class Limits(BaseModel):
 
 
 class Tune(BaseModel):
-    """After all passes: scales and norms that are trained for the original's answers."""
+    """After all passes: scales of integers, norms and biases of blocks are trained for the original's answers."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     samples: int = Field(
         256,
         gt=0,
-        description="windows of text that each serve one step of it and do not calibrate, fewer where the text has no "
-        "more; one in 16 says whether what came is better and is kept",
+        description="windows of text that do not calibrate, fewer where the text has no more; each serves one step, "
+        "but for one in 16, by which it is told whether what came is better and is kept",
     )
-    batch: int = Field(2, gt=0, description="windows of a step")
+    batch: int = Field(
+        2, gt=0, description="windows of a step; of several processes, each takes as many, and one at least"
+    )
     rate: float = Field(
         0.002,
         gt=0,
@@ -135,8 +137,8 @@ class Recipe(BaseModel):
     )
     tune: Tune | None = Field(
         None,
-        description="after all passes, scales of integers and norms trained so that the answers come nearer to the "
-        "original's; null: not",
+        description="after all passes, scales of integers, norms and biases of blocks trained so that the answers come "
+        "nearer to the original's; null: not",
     )
     output: Output = Field(Output(), description="what is written")
     limits: Limits = Field(Limits(), description="how far the output may be from the original")

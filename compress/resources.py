@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 # Tokens that are held out of calibration text, one for so many that are not: a small part of a run, and enough to tell
 # whether it went well.
 LEAST, MOST, SHARE = 1024, 2048, 24
-_TUNED = 32  # weights to a number that is trained, at least
+_TUNED = 16  # weights to a number that is trained, at least
 _ROUNDING = 600.0  # operations for each number that is rounded in the best of some ranges
 _TARGETS = 7.0  # bytes for each number of a matrix outside blocks, beside what the pass that solves it counts
 _MAKING = 16.0  # bytes for each number of a matrix that is made when it is read, ROWS at a time
@@ -55,6 +55,11 @@ def held_out_windows(data: Data) -> int:
 def measured_tokens(data: Data) -> int:
     """On which that is done: those, and half as many that calibrated."""
     return held_out_tokens(data) * 3 // 2
+
+
+def widest_input(skeleton: Skeleton) -> int:
+    """Columns of the widest linear of all blocks."""
+    return max(linear.in_features for index in range(skeleton.blocks) for linear in skeleton.linears(index).values())
 
 
 def chain_names(needs: frozenset[str]) -> tuple[str, ...]:
@@ -165,7 +170,7 @@ def walk_back_cost(recipe: Recipe, skeleton: Skeleton) -> Cost:
     return Cost(BUFFERS + memory + met, disk - left, left, flops)
 
 
-def tune_cost(recipe: Recipe, skeleton: Skeleton) -> Cost:
+def tune_cost(recipe: Recipe, skeleton: Skeleton, linears: Linears) -> Cost:
     """Of the recipe's `tune`."""
     if recipe.tune is None:
         return Cost()
@@ -179,7 +184,7 @@ def tune_cost(recipe: Recipe, skeleton: Skeleton) -> Cost:
     graph = max(GRAPH_TOKENS, length) * (6.0 * item * widest + 4.0 * 12 * width)
     gathering = 16.0 * max(map(max, sizes))  # one matrix in float32 with what its gradient goes through
     logits = 6 * 4.0 * max(TUNED_LOGITS, 32 * vocabulary) + 2 * 4.0 * hidden * min(vocabulary, HEAD_ROWS)
-    kept = step * width * (skeleton.blocks * item + 3 * 4.0)
+    kept = step * width * (skeleton.blocks * (item if skeleton.wide is None else 4) + 3 * 4.0)
     state = 4.0 * sum(map(sum, sizes)) / _TUNED
     reached = sum(
         linear.weight.numel() * (1.0 if skeleton.family.expert(name) is None else routed_share(skeleton, own))
@@ -188,8 +193,11 @@ def tune_cost(recipe: Recipe, skeleton: Skeleton) -> Cost:
     )
     # Of a weight: once in the original, forward twice and back twice in what is trained.
     flops = seen * (10.0 * reached + 8.0 * vocabulary * hidden)
-    peak = BUFFERS + max(block + graph, block + gathering, logits) + kept + 5 * state
-    return Cost(peak, 2 * 4.0 * seen * width + 4 * state, 0.0, flops)
+    head = (
+        skeleton.checkpoint.dtype.itemsize * vocabulary * hidden if set(linears).intersection(skeleton.outer()) else 0
+    )
+    peak = BUFFERS + max(block + graph, block + gathering, logits) + kept + head + 6 * state
+    return Cost(peak, 2 * 4.0 * seen * width + 7 * state, 0.0, flops)
 
 
 def _original(skeleton: Skeleton) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..calibrate.chains import Chains, Spill
 from ..calibrate.drive import carry
-from ..calibrate.tuning import GRAPH_TOKENS, Tuning
+from ..calibrate.tuning import Tuning
 from ..runtime import processes
 from ..runtime.errors import RecipeError, VerifyError
 from ..runtime.files import read_saved, save_synced
@@ -67,14 +67,19 @@ def check_text(recipe: Recipe, windows: Tensor) -> None:
         RecipeError: there are too few windows for a step of the recipe's `tune`, and one that says what came of it.
     """
     assert recipe.tune is not None
-    together, size = max(1, GRAPH_TOKENS // windows.shape[1]), processes.size()
-    fewest = len(windows) // together // size * together or len(windows) // size  # that a process has
-    if fewest - math.ceil(fewest / JUDGES) < max(1, recipe.tune.batch // size):
+    size = processes.size()
+    fewest = len(windows) // size  # that a process has
+    if fewest - math.ceil(fewest / JUDGES) < _each(recipe.tune.batch):
         beside = f" in {size} processes" if size > 1 else ""
         raise RecipeError(
             f"tune: {len(windows)} windows of text that does not calibrate are too few for steps of "
             f"{recipe.tune.batch}{beside}; give more text, or fewer data.samples"
         )
+
+
+def _each(batch: int) -> int:
+    """Windows of a step that a process runs."""
+    return max(1, batch // processes.size())
 
 
 def tuned(journal: Journal) -> dict[str, Any] | None:
@@ -130,10 +135,10 @@ def _trained(
     the folder."""
     wanted = plan.recipe.tune
     assert wanted is not None
-    chains = Chains(folder / "original", ("original",), (*windows.shape, original.width), GRAPH_TOKENS)
-    own, each = list(chains.own), max(1, wanted.batch // processes.size())
-    judges = own[::JUDGES]
-    others = [number for number in own if number not in set(judges)]
+    # Windows are dealt one by one, for all processes to have as many.
+    chains = Chains(folder / "original", ("original",), (*windows.shape, original.width), windows.shape[1])
+    judges, others = chains.own[::JUDGES], [n for place, n in enumerate(chains.own) if place % JUDGES]
+    each = _each(wanted.batch)
     steps = min(processes.gathered(len(others) // each))
     exact = _leaving(original, windows, chains, listener)
     compressed = Skeleton(open_model(journal.result), original.dtype, original.device)
@@ -141,7 +146,7 @@ def _trained(
     _taken_up(tuning, folder, journal)
 
     def judged(*, moved: bool) -> float:
-        found = tuning.divergences(windows[judges], _rows(exact, judges), moved=moved)
+        found = tuning.divergences(windows[list(judges)], _rows(exact, judges), moved=moved)
         every = [loss for part in processes.gathered(found) for loss in part]
         return sum(every) / len(every)
 

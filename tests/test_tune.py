@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from damage import flip
 from pico import same_folders
 from torch.nn import functional as F
 
+from compressor.calibrate.capture import as_it_runs
 from compressor.calibrate.tuning import Tuning
 from compressor.compress.apply import Job, apply
 from compressor.compress.events import Descending, Event, Tuned
@@ -23,7 +25,7 @@ from compressor.compress.recipe import parse_recipe
 from compressor.runtime import load
 from compressor.runtime.errors import RecipeError, ResourceError
 from compressor.runtime.model.checkpoint import Checkpoint
-from compressor.runtime.model.skeleton import Skeleton
+from compressor.runtime.model.skeleton import Skeleton, calibration_dtype
 from compressor.runtime.stored import StoredModel, open_model
 
 Pico = Callable[..., Path]
@@ -106,6 +108,47 @@ def test_gradients_are_those_of_the_whole_model(job: Jobs) -> None:
         ends = [divergence(skeleton, one.out, {name: value.double() * (1 + sign * step * way)}) for sign in (1, -1)]
         difference = (ends[0] - ends[1]) / 2 / step
         assert float((gradient * way).sum()) == pytest.approx(difference, abs=2e-3 * float(gradient.norm()))
+
+
+@pytest.mark.parametrize(
+    "passes",
+    [
+        "{kind: rtn, scheme: nvfp4}",
+        "{kind: rtn, scheme: int8}",
+        "{kind: lorc, ratio: 1.0, latent_bits: 8}",
+        "{kind: armor, block_size: 16, wrapper_bits: 8, share: true, iterations: 1}, {kind: rtn, bits: 2, "
+        "group_size: 16}",
+    ],
+    ids=["inputs in floats", "inputs in integers", "latents", "shared"],
+)
+def test_what_is_judged_is_what_is_written(job: Jobs, passes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before and after, by what else reads the folder."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    real = Tuning.divergences
+
+    def divergences(self: Tuning, ids: torch.Tensor, exact: torch.Tensor, *, moved: bool) -> list[float]:
+        seen.append((ids, exact.clone()))
+        return real(self, ids, exact, moved=moved)
+
+    monkeypatch.setattr(Tuning, "divergences", divergences)
+    events: list[Event] = []
+    plain, trained = job("null", out="plain", passes=passes), job(passes=passes)
+    apply(plain, quiet)
+    apply(trained, events.append)
+    [told] = [event for event in events if isinstance(event, Tuned)]
+    ids, _ = seen[0]
+    dtype = calibration_dtype(Checkpoint(plain.model))
+    for folder, lost in ((plain.out, told.before), (trained.out, min(told.before, told.after))):
+        skeletons = [Skeleton(open_model(path), dtype) for path in (plain.model, folder)]
+        answers = []
+        for skeleton in skeletons:
+            hidden = skeleton.embed(ids)
+            for index in range(skeleton.blocks):
+                block = as_it_runs(skeleton, index)
+                hidden = skeleton.run(skeleton.runner(index, block), hidden)
+            answers.append(skeleton.logits(hidden).log_softmax(-1))
+        divergence = F.kl_div(answers[1], answers[0], log_target=True, reduction="sum") / ids.numel()
+        assert float(divergence) == pytest.approx(lost, rel=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
@@ -213,6 +256,15 @@ def test_too_little_text_is_said(job: Jobs, calibration_text: Path, tmp_path: Pa
     little = replace(one, recipe=one.recipe.model_copy(update={"data": data}))
     with pytest.raises(RecipeError, match=r"tune: \d+ windows of text that does not calibrate are too few"):
         apply(little, quiet)
+
+
+@pytest.mark.parametrize("other", ["passes: [{kind: rtn, scheme: mxfp4}]", "output: {format: dense}"])
+def test_that_norms_alone_are_trained_is_warned_of(job: Jobs, other: str) -> None:
+    one = job()
+    text = re.sub(rf"^{other.partition(':')[0]}: .*", other, one.recipe_text, flags=re.MULTILINE)
+    for recipe, warned in ((parse_recipe(text), True), (one.recipe, False)):
+        plan, _ = plan_for_text(recipe, Skeleton(Checkpoint(one.model)))
+        assert any("norms and biases alone" in warning for warning in plan.warnings) == warned
 
 
 def test_text_that_is_asked_for_and_not_there_is_warned_of(job: Jobs) -> None:

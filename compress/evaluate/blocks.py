@@ -7,13 +7,11 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from ...calibrate.capture import let_round
+from ...calibrate.capture import as_it_runs
 from ...calibrate.chains import BATCH_TOKENS
 from ...runtime import processes
 from ...runtime.errors import VerifyError
 from ...runtime.model.skeleton import HEAD_ROWS, Skeleton
-from ...runtime.schemes import from_tensors
-from ...runtime.stored import StoredModel
 from .measures import Evaluation, Reading, summary
 
 LOGITS = 1 << 21  # numbers of logits at a time
@@ -55,7 +53,7 @@ def evaluate_blocks(
         for model, stream in zip((original, output), streams, strict=True):
             model.checkpoint.expect(index, index + 1)
             # Of an original that is stored in few bits, what it decodes to counts.
-            runner = model.runner(index, _as_it_runs(model, index) if model is output else model.block(index))
+            runner = model.runner(index, as_it_runs(model, index) if model is output else model.block(index))
             for rows in parts:
                 stream[rows] = model.run(runner, stream[rows]).cpu()
             model.checkpoint.release()
@@ -96,17 +94,3 @@ def evaluation_memory(skeleton: Skeleton, tokens: int, *, decoded: bool) -> floa
     logits = 4.0 * 5 * min(tokens, tokens_at_a_time(skeleton)) * rows
     head = 4.0 * min(HEAD_ROWS, rows) * hidden + decoded * skeleton.checkpoint.dtype.itemsize * rows * hidden
     return 2 * 4.0 * tokens * skeleton.width + logits + head
-
-
-def _as_it_runs(model: Skeleton, index: int) -> torch.nn.Module:
-    """A block with its weights, and what linears do beside multiplying."""
-    block: torch.nn.Module = model.block(index)
-    stored = model.checkpoint
-    if not isinstance(stored, StoredModel):
-        return block
-    for name in (name for stage in model.stages(index) for group in stage for name in group.linears):
-        disk = model.disk_name(index, name)
-        if disk in stored.schemes and any(part.rounds_activations for part in stored.outline(disk).inside()):
-            parts = {key: tensor.to(model.device) for key, tensor in stored.operator_tensors(disk).items()}
-            let_round(block.get_submodule(name), from_tensors(parts, stored.schemes[disk]))
-    return block

@@ -53,6 +53,10 @@ class Armor(Composite):
     def inner(self) -> Operator:
         return self.core
 
+    @property
+    def lent(self) -> tuple[str, ...]:
+        return ("b",) if self.sharers > 1 else ()
+
     def with_inner(self, inner: Operator) -> Armor:
         return Armor(self.a, inner, self.b, self.shared, self.sharers)
 

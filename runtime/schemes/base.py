@@ -152,18 +152,25 @@ class Operator(ABC):
             if isinstance(part := getattr(self, field.name), Operator):
                 yield field.name, part
 
+    @property
+    def lent(self) -> tuple[str, ...]:
+        """Fields of parts that other operators have, too, and which are stored once."""
+        return ()
+
     def multipliers(self) -> dict[str, Tensor]:
-        """Scales of codes, its own and those of what it is made of, by their place in it (`core.scales`)."""
+        """Scales of codes, its own and those of what it alone is made of, by their place in it (`core.scales`)."""
         found: dict[str, Tensor] = {name: getattr(self, name) for name in self.multiplies}
         for place, part in self._parts():
-            found |= {f"{place}.{name}": scales for name, scales in part.multipliers().items()}
+            if place not in self.lent:
+                found |= {f"{place}.{name}": scales for name, scales in part.multipliers().items()}
         return found
 
     def multiplied(self, multipliers: Mapping[str, Tensor]) -> Self:
         """This operator with other scales in place of all of `multipliers`."""
         changed: dict[str, Any] = {name: multipliers[name] for name in self.multiplies}
         for place, part in self._parts():
-            changed[place] = part.multiplied({name: multipliers[f"{place}.{name}"] for name in part.multipliers()})
+            if place not in self.lent:
+                changed[place] = part.multiplied({name: multipliers[f"{place}.{name}"] for name in part.multipliers()})
         return replace(self, **changed)  # type: ignore[type-var]
 
 
