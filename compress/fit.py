@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
@@ -26,9 +27,11 @@ _BITS: dict[Reader, tuple[int, ...]] = {  # of integers that they read
 _GROUPS: dict[Reader, tuple[int, ...]] = {  # columns that may share a scale; vLLM's kernels know no 256
     "transformers": (128, 256), "compressor": (128, 256)
 }  # fmt: skip
+_FINER = (32, 64, 128)  # of models with experts, whose linears have two forms in all
 _K_QUANTS = ("q6_k", "q5_k", "q4_k", "q3_k", "q2_k")
 _PARTS = 10**6  # of an average of bits
-_HEADER = 200  # bytes that a file says of each of its tensors
+
+_SHARED_OUT = ("average_bits", "choices", "group_sizes", "experts_alike")  # keys of bits: mixed alone
 
 Passes = list[dict[str, Any]]
 
@@ -110,32 +113,26 @@ def _candidates(skeleton: Skeleton, aim: Aim) -> Iterator[Passes]:
             rest = [{"kind": "rtn", "scheme": "q6_k", "targets": outer}] if outer else []
             yield [{"kind": "gptq", "scheme": scheme}, *rest]
         return
-    widths, solver = _BITS[reader], {"kind": "gptq", "objective": "model"}
-    linears = (name for index in range(skeleton.blocks) for name in skeleton.linears(index))
-    sparse = any(family.expert(name) is not None for name in linears)
-    alike = len(widths) == 1 or (sparse and reader != "compressor")  # engines take experts of one form
-    if not alike:
-        mixed = {**solver, "bits": "mixed", "average_bits": 16, "choices": list(widths)}
-        mixed |= {"group_sizes": list(_GROUPS[reader])} if reader in _GROUPS else {}
-        mixed |= {"targets": ["*", *outer]} if reader == "compressor" else {}
-        if aim.kv_share == 1:
-            yield [mixed]
-            return
-        factors = [f"*.{family.disk_name(name)}" for name in (family.keys, family.values)]  # not what is shared out
-        yield [{**mixed, "ignore": factors}, {"kind": "gptq", "bits": 8, "targets": factors}]
+    choices, solver = _BITS[reader], {"kind": "gptq", "objective": "model"}
+    if len(choices) == 1:
+        yield [{**solver, "bits": choices[0]}]
         return
-    for bits in reversed(widths):
-        yield from ([*_apart(solver, bits, other)] for other in sorted({max(widths), bits}, reverse=True) if sparse)
-        if not sparse:
-            yield [{**solver, "bits": bits}]
-
-
-def _apart(solver: Mapping[str, Any], bits: int, other: int) -> Passes:
-    """Experts in some bits, all else in others."""
-    if bits == other:
-        return [{**solver, "bits": bits}]
-    experts = ["*.experts.*"]
-    return [{**solver, "bits": bits, "targets": experts}, {**solver, "bits": other, "ignore": experts}]
+    mixed = {**solver, "bits": "mixed", "average_bits": 16, "choices": list(choices)}
+    sizes = _GROUPS.get(reader, ())
+    linears = {name: linear for index in range(skeleton.blocks) for name, linear in skeleton.linears(index).items()}
+    if reader == "compressor":
+        mixed["targets"] = ["*", *outer]
+    elif any(family.expert(name) is not None for name in linears):
+        mixed["experts_alike"] = True
+        widths = {linear.in_features for linear in linears.values()}
+        sizes = tuple(size for size in _FINER if not any(columns % size for columns in widths)) if sizes else ()
+    if len(sizes) > 1:
+        mixed["group_sizes"] = list(sizes)
+    if aim.kv_share == 1:
+        yield [mixed]
+        return
+    factors = [f"*.{family.disk_name(name)}" for name in (family.keys, family.values)]  # not what is shared out
+    yield [{**mixed, "ignore": factors}, {"kind": "gptq", "bits": 8, "targets": factors}]
 
 
 def _latents(aim: Aim) -> Passes:
@@ -152,7 +149,10 @@ def _planned(steps: Sequence[Mapping[str, Any]], skeleton: Skeleton) -> Plan:
 
 def _size(plan: Plan, aim: Aim) -> float:
     """Bytes as planned."""
-    return plan.bytes_after + _HEADER * len(plan.tensors) + aim.context * plan.kv_after
+    from .output.writer import ShardedWriter
+
+    files = ShardedWriter(Path(), plan.tensors, plan.recipe.output.shard_bytes)
+    return files.nbytes + aim.context * plan.kv_after
 
 
 def _sizes(plan: Plan, aim: Aim) -> tuple[float, float]:
@@ -208,9 +208,7 @@ def _even(step: Mapping[str, Any]) -> dict[str, Any]:
     """With the most bits everywhere."""
     if step.get("bits") != "mixed":
         return dict(step)
-    return {key: value for key, value in step.items() if key not in ("average_bits", "choices", "group_sizes")} | {
-        "bits": max(step["choices"])
-    }
+    return {key: value for key, value in step.items() if key not in _SHARED_OUT} | {"bits": max(step["choices"])}
 
 
 def _text(steps: Passes, aim: Aim) -> str:

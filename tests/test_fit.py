@@ -13,6 +13,7 @@ from command import run
 from compressor.compress.apply import Job, apply
 from compressor.compress.events import Allocated, Event
 from compressor.compress.fit import READERS, Aim, fitted
+from compressor.compress.passes.linear.gptq import Gptq
 from compressor.compress.plan import Plan, make_plan
 from compressor.compress.recipe import Recipe, parse_recipe
 from compressor.runtime.errors import RecipeError
@@ -62,13 +63,30 @@ def test_the_file_is_as_large_as_asked_for_and_no_larger(pico: Pico, calibration
     assert lost[1] < lost[0]
 
 
-def test_experts_are_of_one_form_where_engines_want_it(pico: Pico) -> None:
+@pytest.mark.parametrize("reader", ["transformers", "vllm"])
+def test_experts_are_of_one_form_where_engines_want_it(
+    pico: Pico, calibration_text: Path, tmp_path: Path, reader: Any
+) -> None:
     model = pico("mixtral", **GIVEN)
-    for share in (0.8, 0.65, 0.5):
-        recipe, plan = made(model, share * Checkpoint(model).nbytes)
-        assert plan.bytes_after <= share * Checkpoint(model).nbytes
-        assert "transformers" in plan.readers
-        assert all(step.model_dump()["bits"] != "mixed" for step in recipe.passes)
+    edits = (f"data.source={calibration_text}", "data.samples=4", "data.sequence_length=64", "limits.kl=null")
+    chosen = []
+    for share in (0.4, 0.48):
+        wanted, told = share * Checkpoint(model).nbytes, list[Event]()
+        text = fitted(Skeleton(Checkpoint(model)), Aim(wanted, reader))
+        out = tmp_path / f"{share}"
+        plan = apply(Job(parse_recipe(text, "auto", edits), text, edits, model, out, str(model)), told.append)
+        assert READERS[reader] in plan.readers  # type: ignore[index]
+        assert plan.bytes_after <= wanted
+        [step] = plan.recipe.passes
+        assert isinstance(step, Gptq)
+        assert step.widths is not None
+        assert (step.sizes is not None) == (reader == "transformers")
+        forms = {(".experts." in name, bits, step.size(name)) for name, bits in step.widths.items()}
+        assert len(forms) == 2
+        chosen.append(max(forms)[1])  # of experts
+        [shared] = [event for event in told if isinstance(event, Allocated)]
+        assert shared.nbytes <= step._budget
+    assert chosen[0] < chosen[1] or reader == "vllm"
 
 
 def test_the_cache_counts_for_the_tokens_that_are_to_be_kept(pico: Pico) -> None:

@@ -23,7 +23,7 @@ from compressor.compress.output.verify import verify
 from compressor.compress.passes.linear.mixed import Mixed
 from compressor.compress.plan import make_plan
 from compressor.compress.recipe import parse_recipe
-from compressor.compress.solvers.bits import allocated
+from compressor.compress.solvers.bits import _allocated, allocated
 from compressor.compress.surveys import read_calibration
 from compressor.runtime import load
 from compressor.runtime.errors import RecipeError, ResourceError
@@ -75,14 +75,19 @@ def test_few_could_share_bits_out_better(seed: int, names: int, choices: int, sh
         return sum(table[name][number] for name, number in found.items())
 
     every = [dict(zip(costs, each, strict=True)) for each in itertools.product(range(choices), repeat=names)]
-    found = allocated(losses, costs, budget)
-    assert total(costs, found) <= budget + 1e-9
     best = min(total(losses, each) for each in every if total(costs, each) <= budget + 1e-9)
     ahead = max(loss[0] - loss[-1] for loss in losses.values())  # what one step saves at most
-    assert total(losses, found) <= best + ahead + 1e-9
+    for found, more in ((allocated(losses, costs, budget + 1e-9), 0.0), (_allocated(losses, costs, budget), ahead)):
+        assert total(costs, found) <= budget + 1e-9
+        assert total(losses, found) <= best + more + 1e-9
+
+
+def test_a_combination_that_fits_nowhere_is_the_cheapest() -> None:
+    assert allocated({"a": [1.0, 0.5]}, {"a": [3.0, 2.0]}, 1.0) == {"a": 1}
 
 
 def test_optimal_where_the_hull_is_met() -> None:
+    allocated = _allocated
     losses = {"a": [8.0, 2.0, 0.5], "b": [4.0, 1.0, 0.25], "c": [1.0, 0.9, 0.0]}
     costs = {"a": [1.0, 2.0, 3.0], "b": [1.0, 2.0, 3.0], "c": [1.0, 2.0, 3.0]}
     assert allocated(losses, costs, 3.0) == {"a": 0, "b": 0, "c": 0}

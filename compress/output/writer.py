@@ -33,7 +33,6 @@ class ShardedWriter:
 
     def __init__(self, folder: Path, tensors: Specs, shard_bytes: int) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
         shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
         room = shard_bytes
         for name, (dtype, shape) in tensors.items():
@@ -65,8 +64,14 @@ class ShardedWriter:
         text += b" " * (-len(text) % 8)
         self._headers[path] = (len(text).to_bytes(8, "little") + text, offset)
 
+    @property
+    def nbytes(self) -> int:
+        """Of all files."""
+        return sum(len(header) + size for header, size in self._headers.values())
+
     def start(self) -> None:
         """Create every file at its full size (a full disk is noticed now, where the file system can tell)."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         for path, (header, size) in self._headers.items():
             with open(path, "wb") as file:
                 file.write(header)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
+
+_FEW = 10_000  # combinations
 
 
 def allocated(
@@ -13,7 +17,7 @@ def allocated(
 
     Choices that a straight line between two others is below are left aside; of the rest, the step that saves most for
     what it costs is taken again and again, which is the optimum for every budget that it passes through. What is left
-    in the end goes to the steps that save most of those that still fit.
+    in the end goes to the steps that save most of those that still fit. Where combinations are few, all are tried.
 
     Args:
         losses, costs: name → of each choice.
@@ -22,7 +26,26 @@ def allocated(
     orders = {name: sorted(range(len(own)), key=own.__getitem__) for name, own in costs.items()}
     losses = {name: [losses[name][number] for number in order] for name, order in orders.items()}
     costs = {name: [costs[name][number] for number in order] for name, order in orders.items()}
-    return {name: orders[name][place] for name, place in _allocated(losses, costs, budget).items()}
+    few = math.prod(map(len, costs.values())) <= _FEW
+    found = (_tried if few else _allocated)(losses, costs, budget)
+    return {name: orders[name][place] for name, place in found.items()}
+
+
+def _tried(
+    losses: Mapping[str, Sequence[float]], costs: Mapping[str, Sequence[float]], budget: float
+) -> dict[str, int]:
+    """The best of all combinations."""
+    every = itertools.product(*(range(len(own)) for own in costs.values()))
+    fitting = [
+        combination
+        for combination in every
+        if sum(own[number] for own, number in zip(costs.values(), combination, strict=True)) <= budget
+    ] or [(0,) * len(costs)]
+
+    def lost(combination: Iterable[int]) -> float:
+        return sum(losses[name][number] for name, number in zip(costs, combination, strict=True))
+
+    return dict(zip(costs, min(fitting, key=lost), strict=True))
 
 
 def _allocated(

@@ -40,7 +40,8 @@ _DEFINED = 1  # how often what the embedding and the head lose was defined anew,
 CURVE = 12  # parts of what lies between the fewest bits everywhere and the most, of which is told what they would cost
 Width = Literal[2, 3, 4, 5, 6, 8]
 _WIDTHS: tuple[Width, ...] = (2, 3, 4, 5, 6, 8)
-_EXPERT = re.compile(r"\.experts\.\d+\.")
+_OF_MIXED = ("average_bits", "choices", "group_sizes", "experts_alike", "widths", "sizes")
+_EXPERT, _EXPERTS = re.compile(r"\.experts\.\d+\."), ".experts.*."
 
 Sets = Mapping[str, tuple[str, ...]]  # the first of some linears, an expert's number aside → their disk names
 Size = Literal[-1, 16, 32, 64, 128, 256]
@@ -67,6 +68,11 @@ class Mixed(LinearPass):
         description="with bits: mixed, the sizes of groups (-1: one scale a row) among which each linear's is chosen, "
         "too; one that does not divide the columns of a linear stands for group_size there; default: group_size",
     )
+    experts_alike: bool = Field(
+        False,
+        description="with bits: mixed, all experts of the model get the same bits and groups, and so do all other "
+        "linears, for engines that take models with experts in no more forms",
+    )
     widths: dict[str, Width] | None = Field(
         None,
         description="with bits: mixed, the bits of each linear by its name; default: what the survey finds and fills "
@@ -87,7 +93,7 @@ class Mixed(LinearPass):
     @model_validator(mode="after")
     def _average_is_of_mixed(self) -> Self:
         if self.bits != "mixed":
-            self._refuse_idle("without bits: mixed", "average_bits", "choices", "group_sizes", "widths", "sizes")
+            self._refuse_idle("without bits: mixed", *_OF_MIXED)
         elif self.average_bits is None and self.widths is None:
             raise ValueError("bits: mixed needs average_bits")
         elif len(self._options) < 2:
@@ -175,6 +181,20 @@ class Mixed(LinearPass):
             )
         return result._with_widths(skeleton, even_widths(nbytes, result._budget), nominal=True)
 
+    def _tied(self, table: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+        """Sums over labels that get the same choice, by the first of them."""
+        found: dict[str, list[float]] = {}
+        for label, values in table.items():
+            before = found.get(self._leader(label, table), [0.0] * len(values))
+            found[self._leader(label, table)] = [a + b for a, b in zip(before, values, strict=True)]
+        return found
+
+    def _leader(self, label: str, labels: Iterable[str]) -> str:
+        """The first of the labels that get the choice of this one."""
+        if not self.experts_alike:
+            return label
+        return next(other for other in labels if (_EXPERTS in other) == (_EXPERTS in label))
+
     def sizes_of(
         self, skeleton: Skeleton, nbytes: Mapping[str, Sequence[float]] | None = None
     ) -> tuple[int, float, float]:
@@ -185,7 +205,7 @@ class Mixed(LinearPass):
             nbytes: of each set of linears at each choice, if that is known.
         """
         every = (name for sets in self._sets for names in sets.values() for name in names)
-        costs = (nbytes or self._nbytes(skeleton)).values()
+        costs = self._tied(nbytes or self._nbytes(skeleton)).values()
         return sum(math.prod(shape_of(skeleton, name)) for name in every), sum(map(min, costs)), sum(map(max, costs))
 
     def _nbytes(self, skeleton: Skeleton) -> dict[str, list[float]]:
@@ -237,7 +257,7 @@ class Mixed(LinearPass):
     @property
     def _asked(self) -> dict[str, Any]:
         """What the figures depend on: all but how they are chosen among."""
-        return self.model_dump(mode="json", exclude={"average_bits", "choices", "widths", "sizes"})
+        return self.model_dump(mode="json", exclude={*_OF_MIXED} - {"group_sizes"})
 
     @property
     def foretells(self) -> Mapping[str, Any] | None:
@@ -298,12 +318,13 @@ class Mixed(LinearPass):
         from ...solvers.bits import allocated
 
         labels, nbytes = [label for sets in self._sets for label in sets], self._nbytes(skeleton)
-        losses = {label: [foretold[_place(label, option)] for option in self._options] for label in labels}
+        losses = self._tied({label: [foretold[_place(label, option)] for option in self._options] for label in labels})
+        nbytes = self._tied(nbytes)
 
         def shared(budget: float) -> tuple[dict[str, int], float, float]:
             numbers = allocated(losses, nbytes, budget)
             spent, lost = (sum(table[label][n] for label, n in numbers.items()) for table in (nbytes, losses))
-            return numbers, spent, lost
+            return {label: numbers[self._leader(label, labels)] for label in labels}, spent, lost
 
         return shared
 
@@ -371,7 +392,7 @@ def sets_of(skeleton: Skeleton, wants: Callable[[str], bool]) -> list[Sets]:
         for group in (group for stage in skeleton.stages(index) for group in stage):
             names = [name for name in (skeleton.disk_name(index, name) for name in group.linears) if wants(name)]
             if names:
-                own.setdefault(_EXPERT.sub(".experts.*.", names[0]), []).extend(names)
+                own.setdefault(_EXPERT.sub(_EXPERTS, names[0]), []).extend(names)
         found.append({label: tuple(names) for label, names in own.items()})
     return found
 
