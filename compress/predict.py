@@ -25,7 +25,7 @@ class Prediction:
 
     Attributes:
         passes: kind and cost of each pass that says what it costs.
-        unknown: kinds of the others.
+        unknown: kinds of the others, and `tune` where the recipe has that.
     """
 
     passes: tuple[tuple[str, float], ...]
@@ -131,4 +131,6 @@ def _summed(plan: Plan, found: Mapping[int, Figures]) -> Prediction:
             unknown.append(step.kind)
         else:
             costs.append((step.kind, cost))
+    if plan.recipe.tune is not None:
+        unknown.append("tune")
     return Prediction(tuple(costs), tuple(unknown))

@@ -55,14 +55,14 @@ def test_what_cannot_be_told_is_named(pico: Pico, calibration_text: Path, tmp_pa
     edits = [f"data.source={calibration_text}", "data.samples=4", "data.sequence_length=64"]
     options = [word for edit in edits for word in ("--set", edit)]
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("passes: [{kind: rtn, bits: 3, group_size: 32}, {kind: eora, rank: 2}]\n")
+    recipe.write_text("passes: [{kind: rtn, bits: 3, group_size: 32}, {kind: eora, rank: 2}]\ntune: {samples: 20}\n")
     said = run("plan", recipe, pico("llama"), "--predict", *options, cwd=tmp_path).stdout
     assert "KL expected: " in said
-    assert "not counted: eora" in said
+    assert "not counted: eora, tune" in said
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
     shown = run("plan", recipe, pico("llama"), "--predict", "--json", *options, cwd=tmp_path).stdout
     record = json.loads(shown)["predicted"]
-    assert record["unknown"] == ["eora"]
+    assert record["unknown"] == ["eora", "tune"]
     [[kind, cost]] = record["passes"]
     assert (kind, cost) == ("rtn", record["kl"])
 
