@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from damage import flip
 from pico import same_folders
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from compressor.calibrate.capture import as_it_runs
@@ -90,9 +92,15 @@ def divergence(skeleton: Skeleton, folder: Path, changed: Mapping[str, torch.Ten
         return float(F.kl_div(model(IDS).logits.log_softmax(-1), exact, log_target=True, reduction="sum"))
 
 
-def test_gradients_are_those_of_the_whole_model(job: Jobs) -> None:
-    """Against differences of a model that has all its blocks, in float64."""
-    one = job("null")
+def test_gradients_are_those_of_the_whole_model(job: Jobs, tmp_path: Path) -> None:
+    """Against differences of a model that has all its blocks, in float64, and norms of all sizes."""
+    folder = shutil.copytree(job("null").model, tmp_path / "model")
+    [file] = folder.glob("*.safetensors")
+    tensors, draw = load_file(file), torch.Generator().manual_seed(2)
+    for name in (name for name in tensors if name.endswith("norm.weight")):
+        tensors[name] *= 0.3 + torch.rand(tensors[name].shape, generator=draw)
+    save_file(tensors, file, {"format": "pt"})
+    one = replace(job("null"), model=folder)
     apply(one, quiet)
     skeleton, compressed = Skeleton(Checkpoint(one.model)), open_model(one.out)
     tuning = Tuning(skeleton, Skeleton(compressed))
