@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 # Tokens that are held out of calibration text, one for so many that are not: a small part of a run, and enough to tell
 # whether it went well.
 LEAST, MOST, SHARE = 1024, 2048, 24
-_TUNED = 16  # weights to a number that is trained, at least
 _ROUNDING = 600.0  # operations for each number that is rounded in the best of some ranges
 _TARGETS = 7.0  # bytes for each number of a matrix outside blocks, beside what the pass that solves it counts
 _MAKING = 16.0  # bytes for each number of a matrix that is made when it is read, ROWS at a time
@@ -185,7 +184,8 @@ def tune_cost(recipe: Recipe, skeleton: Skeleton, linears: Linears) -> Cost:
     gathering = 16.0 * max(map(max, sizes))  # one matrix in float32 with what its gradient goes through
     logits = 6 * 4.0 * max(TUNED_LOGITS, 32 * vocabulary) + 2 * 4.0 * hidden * min(vocabulary, HEAD_ROWS)
     kept = step * width * (skeleton.blocks * (item if skeleton.wide is None else 4) + 3 * 4.0)
-    state = 4.0 * sum(map(sum, sizes)) / _TUNED
+    trained = (scales for plan in linears.values() for scales in plan.operator.multipliers().values())
+    state = 4.0 * sum(scales.numel() for scales in trained)
     reached = sum(
         linear.weight.numel() * (1.0 if skeleton.family.expert(name) is None else routed_share(skeleton, own))
         for own in map(skeleton.linears, range(skeleton.blocks))
