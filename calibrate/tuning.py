@@ -177,16 +177,13 @@ class Tuning:
         gradient."""
         model = self._model
         tensors, router = model.checkpoint.tensors, f"{model.family.experts.router}."
-        found = {name: model.disk_name(index, name) for name, _ in model.layers[index].named_parameters()}
-        like = dict(model.layers[index].named_parameters())
-        return {
-            name: disk
-            for name, disk in found.items()
-            if like[name].dim() == 1
-            and not name.startswith(router)
-            and disk in tensors
-            and tensors[disk].shape == tuple(like[name].shape)
-        }
+        found: dict[str, str] = {}
+        for name, like in model.layers[index].named_parameters():
+            disk = model.disk_name(index, name)
+            alone = disk in tensors and tensors[disk].shape == tuple(like.shape)
+            if like.dim() == 1 and alone and not name.startswith(router):
+                found[name] = disk
+        return found
 
     def _opened(self, index: int) -> _Block:
         model, checkpoint = self._model, self._model.checkpoint
